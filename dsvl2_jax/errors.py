@@ -1,0 +1,38 @@
+"""Errors meant for people.
+
+Every error a user can cause is a `DSVL2Error` whose message names the file or field, says what was
+found, what was expected, and what to do. The command line prints the message alone (no traceback
+without ``--debug``) and exits with `exit_status`.
+"""
+
+
+class DSVL2Error(Exception):
+    """A failure with a message written for the user. Exit status 1."""
+
+    exit_status = 1
+
+
+class UsageError(DSVL2Error):
+    """The call itself is wrong: an option, an argument, a combination. Exit status 2."""
+
+    exit_status = 2
+
+
+class ConfigError(DSVL2Error):
+    """A config.json or processor_config.json that cannot describe a DeepSeek-VL2 model."""
+
+
+class CheckpointError(DSVL2Error):
+    """A checkpoint directory that is incomplete, inconsistent or not readable."""
+
+
+class TokenizerError(DSVL2Error):
+    """A tokenizer that lacks what the model needs."""
+
+
+class ImageError(DSVL2Error):
+    """A file or object that cannot be read as an image."""
+
+
+class ConversationError(DSVL2Error):
+    """A conversation or prompt that the processor cannot turn into model input."""
