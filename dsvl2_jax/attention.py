@@ -1,0 +1,218 @@
+"""Multi-head attention (tiny) and multi-head latent attention (small, base), with a cache as argument and result.
+
+Cache layout, one dict per layer, slot index = token position:
+  MLA  {"latent": [B, S, R], "rope_key": [B, S, rope]}   normed latent and rotated key, shared by all heads
+  MHA  {"key": [B, S, Hkv, Dh], "value": [B, S, Hkv, Dh]} rotated keys
+A query at position p sees slots ≤ p, so right-padding and stale slots are never seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from dsvl2_jax.config import LanguageConfig
+from dsvl2_jax.layers import RMSNorm, linear, partitioned, precision, rotary_tables, rotate_half, rotate_interleaved
+from dsvl2_jax.sharding import constrain
+
+LayerCache = dict[str, jax.Array]
+
+# Scores are held for this many queries at a time: [B, H, 512, S] instead of [B, H, T, S].
+QUERY_BLOCK = 512
+
+
+def write_cache(cache: LayerCache, new: LayerCache, positions: jax.Array) -> LayerCache:
+    """Writes T new entries of every row at ``positions[:, 0] …``; the positions of a row are consecutive.
+
+    A dynamic slice per row (not a scatter) keeps the update in place when the cache is donated.
+    """
+
+    def row(old: jax.Array, update: jax.Array, start: jax.Array) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(old, update.astype(old.dtype), start, axis=0)
+
+    return {name: jax.vmap(row)(cache[name], new[name], positions[:, 0]) for name in cache}
+
+
+def attend(
+    queries: Sequence[jax.Array],
+    keys: Sequence[jax.Array],
+    values: jax.Array,
+    query_positions: jax.Array,
+    scale: float,
+) -> jax.Array:
+    """Causal softmax attention whose score is a sum of products, softmax in float32.
+
+    Args:
+      queries: parts [B, T, H, width_i].
+      keys: parts [B, S, H, width_i], or [B, S, width_i] where all heads share the key.
+      values: [B, S, H, Dv], or [B, S, Dv] shared by all heads.
+      query_positions: i32[B, T]; key s is seen where s ≤ position.
+      scale: factor on the scores.
+
+    Returns:
+      [B, T, H, Dv] in the dtype of ``values``.
+    """
+    length = queries[0].shape[1]
+    if length > QUERY_BLOCK and length % QUERY_BLOCK == 0:
+        blocks = length // QUERY_BLOCK
+
+        def split(x: jax.Array) -> jax.Array:
+            return jnp.moveaxis(x.reshape(x.shape[0], blocks, QUERY_BLOCK, *x.shape[2:]), 1, 0)
+
+        out = lax.map(
+            lambda block: attend(block[0], keys, values, block[1], scale),
+            ([split(q) for q in queries], split(query_positions)),
+        )
+        return jnp.moveaxis(out, 0, 1).reshape(out.shape[1], length, *out.shape[3:])
+
+    scores = sum(
+        jnp.einsum(
+            "bthd,bshd->bhts" if key.ndim == 4 else "bthd,bsd->bhts",
+            query,
+            key.astype(query.dtype),
+            precision=precision(query.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        for query, key in zip(queries, keys, strict=True)
+    )  # [B, H, T, S] float32
+    seen = jnp.arange(scores.shape[-1])[None, None] <= query_positions[..., None]  # [B, T, S]
+    scores = jnp.where(seen[:, None], scores * scale, jnp.finfo(jnp.float32).min)
+    weights = nn.softmax(scores, axis=-1).astype(values.dtype)
+    spec = "bhts,bshd->bthd" if values.ndim == 4 else "bhts,bsd->bthd"
+    return jnp.einsum(spec, weights, values, precision=precision(values.dtype))
+
+
+class MultiHeadAttention(nn.Module):
+    """Multi-head attention, rotary over the whole head in the half layout; fewer key heads repeat (FACTS §1, §4)."""
+
+    config: LanguageConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(
+        self, x_btd: jax.Array, positions: jax.Array, cache: LayerCache | None, read_cache: bool
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """As `LatentAttention.__call__`."""
+        cfg = self.config
+        heads, kv_heads, width = cfg.num_attention_heads, cfg.kv_heads, cfg.head_dim
+
+        def project(name: str, count: int, axis: str) -> jax.Array:
+            axes = ("embed", axis, "head_dim")
+            layer = linear(
+                (count, width), axes, dtype=self.dtype, std=cfg.initializer_range, bias=cfg.attention_bias, name=name
+            )
+            return constrain(layer(x_btd), "batch", "length", axis, "head_dim")
+
+        cos, sin = rotary_tables(positions, width, cfg.rope_theta)
+        query = rotate_half(project("q_proj", heads, "heads"), cos, sin)
+        new = {
+            "key": rotate_half(project("k_proj", kv_heads, "kv_heads"), cos, sin),
+            "value": project("v_proj", kv_heads, "kv_heads"),
+        }
+        if cache is not None:
+            cache = write_cache(cache, new, positions)
+        source = cache if read_cache else new
+        key, value = (jnp.repeat(source[n], heads // kv_heads, axis=2) for n in ("key", "value"))
+        # Without a cache to read, keys are indexed from the row's own first token.
+        seen_from = positions if read_cache else positions - positions[:, :1]
+        out = attend([query], [key], value.astype(self.dtype), seen_from, width**-0.5)
+        out = constrain(out, "batch", "length", "heads", "head_dim")
+        axes = ("heads", "head_dim", "embed")
+        out = linear(
+            x_btd.shape[-1],
+            axes,
+            dtype=self.dtype,
+            std=cfg.initializer_range,
+            contract=2,
+            bias=cfg.attention_bias,
+            name="o_proj",
+        )(out)
+        return out, cache
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention (DeepSeek-V2 §2.1, FACTS §4), cached as one latent and one key per token.
+
+    A single new token uses the absorbed form (queries and outputs pass through kv_b_proj, the cache is
+    read as it is); longer inputs use the expanded form (keys and values made from latents). Both are equal.
+    """
+
+    config: LanguageConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(
+        self, x_btd: jax.Array, positions: jax.Array, cache: LayerCache | None, read_cache: bool
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Attends causally.
+
+        Args:
+          x_btd: [B, T, D], normed.
+          positions: i32[B, T], consecutive in each row.
+          cache: this layer's cache, or None to keep nothing.
+          read_cache: static. False: attend to the T tokens given only. True: to the cache, once they are in it.
+
+        Returns:
+          [B, T, D] and the updated cache.
+        """
+        cfg = self.config
+        heads, nope, rope, rank = cfg.num_attention_heads, cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.kv_lora_rank
+        std, bias = cfg.initializer_range, cfg.attention_bias
+
+        query_input, query_axis = x_btd, "embed"
+        if cfg.q_lora_rank is not None:
+            query_input = linear(
+                cfg.q_lora_rank, ("embed", "latent"), dtype=self.dtype, std=std, bias=bias, name="q_a_proj"
+            )(x_btd)
+            query_input = RMSNorm(1e-6, "latent", name="q_a_layernorm")(query_input)
+            query_axis = "latent"
+        query_name = "q_proj" if cfg.q_lora_rank is None else "q_b_proj"
+        query = linear(
+            (heads, nope + rope), (query_axis, "heads", "head_dim"), dtype=self.dtype, std=std, name=query_name
+        )(query_input)
+        query = constrain(query, "batch", "length", "heads", "head_dim")
+        q_nope, q_rope = query[..., :nope], query[..., nope:]
+
+        compressed = linear(
+            rank + rope, ("embed", "latent"), dtype=self.dtype, std=std, bias=bias, name="kv_a_proj_with_mqa"
+        )(x_btd)
+        latent = RMSNorm(1e-6, "latent", name="kv_a_layernorm")(compressed[..., :rank])
+        cos, sin = rotary_tables(positions, rope, cfg.rope_theta)
+        q_rope = rotate_interleaved(q_rope, cos, sin)
+        rope_key = rotate_interleaved(compressed[..., None, rank:], cos, sin)[:, :, 0]  # [B, T, rope]
+        new = {"latent": latent, "rope_key": rope_key}
+        if cache is not None:
+            cache = write_cache(cache, new, positions)
+        source = cache if read_cache else new
+        latent, rope_key = (source[n].astype(self.dtype) for n in ("latent", "rope_key"))
+        seen_from = positions if read_cache else positions - positions[:, :1]
+
+        # Rows of a head: first the keys' part W_uk, then the values' part W_uv. Heads lead, so that neither form
+        # transposes the weight.
+        kernel = self.param(
+            "kv_b_proj",
+            partitioned(nn.initializers.normal(std), ("heads", "head_dim", "latent")),
+            (heads, nope + cfg.v_head_dim, rank),
+        ).astype(self.dtype)
+        key_up, value_up = kernel[:, :nope], kernel[:, nope:]
+        scale = (nope + rope) ** -0.5
+        exact = precision(self.dtype)
+        if x_btd.shape[1] == 1 and read_cache:
+            q_latent = jnp.einsum("bthn,hnr->bthr", q_nope, key_up, precision=exact)
+            q_latent = constrain(q_latent, "batch", "length", "heads", "latent")
+            out = attend([q_latent, q_rope], [latent, rope_key], latent, seen_from, scale)  # [B, 1, H, R]
+            out = jnp.einsum("bthr,hvr->bthv", out, value_up, precision=exact)
+        else:
+            key = jnp.einsum("bsr,hnr->bshn", latent, key_up, precision=exact)
+            value = jnp.einsum("bsr,hvr->bshv", latent, value_up, precision=exact)
+            key, value = (constrain(a, "batch", "length", "heads", "head_dim") for a in (key, value))
+            out = attend([q_nope, q_rope], [key, rope_key], value, seen_from, scale)
+        out = constrain(out, "batch", "length", "heads", "head_dim")
+        axes = ("heads", "head_dim", "embed")
+        out = linear(x_btd.shape[-1], axes, dtype=self.dtype, std=std, contract=2, bias=bias, name="o_proj")(out)
+        return out, cache

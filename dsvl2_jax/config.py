@@ -1,0 +1,347 @@
+"""Model configuration, read straight from a released ``config.json``.
+
+A key that is missing takes the default of the official configuration classes (FACTS §1,
+``reference/config_defaults.json``); a value that this implementation cannot honour is refused with
+the field's name. Nothing here imports jax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from dsvl2_jax.errors import ConfigError
+
+ROUTING_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
+SCORING_FUNCTIONS = ("softmax", "sigmoid")
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """SigLIP encoder. ``width`` and ``image_size`` are in channels and pixels; no class token."""
+
+    model_name: str = "siglip_large_patch16_384"
+    image_size: int = 384
+    patch_size: int = 16
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    mlp_ratio: float = 4.0
+    global_pool: str = "map"
+    ignore_head: bool = True
+    class_token: bool = False
+    num_classes: int = 0
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side; pixels beyond ``grid · patch_size`` are never seen (FACTS §2)."""
+        return self.image_size // self.patch_size
+
+    @property
+    def patches(self) -> int:
+        return self.grid**2
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def mlp_dim(self) -> int:
+        return int(self.width * self.mlp_ratio)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProjectorConfig:
+    """Pixel-shuffle adaptor from vision width ``input_dim`` to language width ``n_embed``."""
+
+    projector_type: str = "downsample_mlp_gelu"
+    input_dim: int = 1152
+    n_embed: int = 2048
+    depth: int = 2
+    mlp_ratio: int = 1
+    downsample_ratio: int = 2
+    token_pooling: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageConfig:
+    """DeepSeekMoE decoder; field names are those of the released ``language_config``."""
+
+    vocab_size: int = 102400
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    moe_intermediate_size: int = 1407
+    num_hidden_layers: int = 30
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = 32
+    n_shared_experts: int | None = None
+    n_routed_experts: int | None = None
+    routed_scaling_factor: float = 1.0
+    kv_lora_rank: int | None = 512
+    q_lora_rank: int | None = 1536
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    qk_nope_head_dim: int = 128
+    topk_method: str | None = None  # the official default is misspelt and does not run: it must be named
+    n_group: int | None = None
+    topk_group: int | None = None
+    num_experts_per_tok: int | None = None
+    moe_layer_freq: int = 1
+    first_k_dense_replace: int = 0
+    norm_topk_prob: bool = False
+    scoring_func: str = "softmax"
+    aux_loss_alpha: float = 0.001
+    seq_aux: bool = True
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    bos_token_id: int = 100000
+    eos_token_id: int = 100001
+    tie_word_embeddings: bool = False
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None
+    attention_bias: bool = False
+    use_mla: bool = True
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head of multi-head attention (``use_mla`` false)."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads of multi-head attention; null in the file means one per query head."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    def is_moe_layer(self, layer: int) -> bool:
+        return (
+            self.n_routed_experts is not None
+            and layer >= self.first_k_dense_replace
+            and layer % self.moe_layer_freq == 0
+        )
+
+    @property
+    def has_moe(self) -> bool:
+        return any(self.is_moe_layer(i) for i in range(self.num_hidden_layers))
+
+    @property
+    def cache_width(self) -> int:
+        """Numbers kept per token and layer: the latent and the shared key, or all keys and values."""
+        if self.use_mla:
+            return self.kv_lora_rank + self.qk_rope_head_dim
+        return 2 * self.kv_heads * self.head_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole DeepSeek-VL2 model. Hashable, so that it can be a static argument of `jax.jit`."""
+
+    vision: VisionConfig
+    projector: ProjectorConfig
+    language: LanguageConfig
+    tile_tag: str = "2D"
+    global_view_pos: str = "head"
+    candidate_resolutions: tuple[tuple[int, int], ...] = ((384, 384),)
+
+    @property
+    def tokens_per_side(self) -> int:
+        """Adaptor outputs along one side of a tile (14 at the released size)."""
+        return -(-self.vision.grid // self.projector.downsample_ratio)
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return self.tokens_per_side**2
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], source: str = "config.json") -> Config:
+        """Builds and checks a configuration from the parsed json.
+
+        Raises:
+          ConfigError: a needed key is missing, or a value is of the wrong kind or unsupported.
+            Every problem of the file is listed in one message.
+        """
+        return _Reader(source).config(raw)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Config:
+        """Reads ``config.json`` (the file, or the directory that holds it)."""
+        path = Path(path)
+        path = path / "config.json" if path.is_dir() else path
+        return cls.from_dict(read_json_object(path), source=str(path))
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Reads a json file that must hold an object; raises ConfigError with the file's name otherwise."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: not found. A checkpoint directory needs this file; download it again.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON ({error}). Download the file again.") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: found a JSON {type(raw).__name__}, expected an object with named fields.")
+    return raw
+
+
+class _Reader:
+    """Collects every problem of one file, so that they are reported together."""
+
+    def __init__(self, source: str):
+        self.source = source
+        self.problems: list[str] = []
+
+    def config(self, raw: dict[str, Any]) -> Config:
+        for key in ("vision_config", "projector_config", "language_config"):
+            if not isinstance(raw.get(key), dict):
+                found = "nothing" if key not in raw else type(raw[key]).__name__
+                self.problems.append(f"{key}: expected an object, found {found}")
+        if "tile_tag" not in raw:
+            self.problems.append('tile_tag: missing; the released models have "2D"')
+        self.stop_if_wrong()
+        vision = self.fields(VisionConfig, raw["vision_config"], "vision_config")
+        projector = self.fields(ProjectorConfig, raw["projector_config"], "projector_config")
+        language = self.fields(LanguageConfig, raw["language_config"], "language_config")
+        resolutions = raw.get("candidate_resolutions", [[384, 384]])
+        try:
+            resolutions = tuple((int(w), int(h)) for w, h in resolutions)
+        except (TypeError, ValueError):
+            self.problems.append("candidate_resolutions: expected a list of [width, height] pairs")
+        self.stop_if_wrong()
+        config = Config(
+            vision, projector, language, raw["tile_tag"], raw.get("global_view_pos", "head"), resolutions
+        )
+        self.check_vision(config)
+        self.check_language(language)
+        self.stop_if_wrong()
+        return config
+
+    def fields(self, cls: type, raw: dict[str, Any], where: str) -> Any:
+        """Takes the fields of ``cls`` from ``raw``; other keys (auto_map, lm_head, ep_size …) mean nothing here."""
+        defaults = cls()
+        values = {}
+        for field in dataclasses.fields(cls):
+            if field.name not in raw:
+                continue
+            value, default = raw[field.name], getattr(defaults, field.name)
+            annotation = str(field.type)
+            if value is None and "None" in annotation:
+                pass
+            elif annotation.startswith("int"):
+                if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                    self.problems.append(f"{where}.{field.name}: expected a whole number, found {value!r}")
+            elif annotation.startswith("float"):
+                if isinstance(value, bool) or not isinstance(value, (int, float)):
+                    self.problems.append(f"{where}.{field.name}: expected a number, found {value!r}")
+                else:
+                    value = float(value)
+            elif default is not None and not isinstance(value, type(default)):
+                kind = type(default).__name__
+                self.problems.append(f"{where}.{field.name}: expected a {kind}, found {value!r}")
+            values[field.name] = value
+        if values.get("rope_scaling"):
+            self.problems.append(
+                f"{where}.rope_scaling: found {values['rope_scaling']!r}, but only null (no scaling) is supported; "
+                "no released DeepSeek-VL2 scales its positions"
+            )
+            values["rope_scaling"] = None
+        return cls(**values)
+
+    def expect(self, ok: bool, problem: str) -> None:
+        if not ok:
+            self.problems.append(problem)
+
+    def check_vision(self, config: Config) -> None:
+        vision, projector = config.vision, config.projector
+        self.expect(config.tile_tag == "2D", f'tile_tag: found {config.tile_tag!r}, only "2D" is supported')
+        self.expect(
+            vision.global_pool == "map" and vision.ignore_head and not vision.class_token and not vision.num_classes,
+            "vision_config: only global_pool map with ignore_head true, class_token false and num_classes 0 is "
+            "supported (as all released models)",
+        )
+        sizes = (vision.patch_size, vision.width, vision.layers, vision.heads)
+        self.expect(min(sizes) > 0, "vision_config: patch_size, width, layers and heads must be positive")
+        if min(sizes) > 0:
+            self.expect(
+                vision.width % vision.heads == 0,
+                f"vision_config: width {vision.width} is not a multiple of heads {vision.heads}",
+            )
+            self.expect(
+                vision.grid > 0,
+                f"vision_config: image_size {vision.image_size} is smaller than patch_size {vision.patch_size}",
+            )
+        self.expect(
+            projector.projector_type == "downsample_mlp_gelu",
+            f'projector_config.projector_type: found {projector.projector_type!r}, only "downsample_mlp_gelu" is '
+            "supported (as all released models)",
+        )
+        self.expect(not projector.token_pooling, "projector_config.token_pooling: true is not supported")
+        self.expect(projector.depth >= 2, f"projector_config.depth: expected at least 2, found {projector.depth}")
+        self.expect(projector.downsample_ratio > 0, "projector_config.downsample_ratio: must be positive")
+        self.expect(
+            projector.input_dim == vision.width,
+            f"projector_config.input_dim {projector.input_dim} differs from vision_config.width {vision.width}",
+        )
+        self.expect(
+            projector.n_embed == config.language.hidden_size,
+            f"projector_config.n_embed {projector.n_embed} differs from language_config.hidden_size "
+            f"{config.language.hidden_size}",
+        )
+
+    def check_language(self, language: LanguageConfig) -> None:
+        def expect(ok: bool, problem: str) -> None:
+            self.expect(ok, f"language_config.{problem}")
+
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "kv_heads")
+        for name in (*sizes, "intermediate_size", "moe_layer_freq", "max_position_embeddings"):
+            expect(getattr(language, name) > 0, f"{name}: must be positive")
+        if self.problems:
+            return
+        expect(language.hidden_act == "silu", f'hidden_act: found {language.hidden_act!r}, only "silu" is supported')
+        expect(not language.tie_word_embeddings, "tie_word_embeddings: true is not supported; lm_head is its own tensor")
+        if language.use_mla:
+            for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+                expect(bool(getattr(language, name)), f"{name}: needed with use_mla true, found {getattr(language, name)}")
+            expect(language.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim: {language.qk_rope_head_dim} is odd")
+        else:
+            heads, kv_heads = language.num_attention_heads, language.kv_heads
+            expect(
+                language.hidden_size % (2 * heads) == 0,
+                f"hidden_size {language.hidden_size} does not give {heads} heads of an even width",
+            )
+            expect(heads % kv_heads == 0, f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+        if language.has_moe:
+            self.check_routing(language, expect)
+
+    def check_routing(self, language: LanguageConfig, expect: Any) -> None:
+        method, experts, top_k = language.topk_method, language.n_routed_experts, language.num_experts_per_tok
+        expect(method is not None, f"topk_method: missing; name one of {', '.join(ROUTING_METHODS)}")
+        expect(
+            method is None or method in ROUTING_METHODS,
+            f"topk_method: unknown routing method {method!r}; expected one of {', '.join(ROUTING_METHODS)}",
+        )
+        scoring = language.scoring_func
+        expect(
+            scoring in SCORING_FUNCTIONS,
+            f"scoring_func: unknown {scoring!r}; expected one of {', '.join(SCORING_FUNCTIONS)}",
+        )
+        expect(top_k is not None, "num_experts_per_tok: missing, and needed with routed experts")
+        expect(experts > 0, "n_routed_experts: must be positive")
+        expect(top_k is None or 0 < top_k <= experts, f"num_experts_per_tok: {top_k} of {experts} experts is impossible")
+        if method in ("group_limited_greedy", "noaux_tc"):
+            groups, top_groups = language.n_group, language.topk_group
+            if not groups or not top_groups:
+                expect(False, f"n_group and topk_group: needed with topk_method {method}")
+                return
+            expect(experts % groups == 0, f"n_group: {experts} experts do not divide into {groups} groups")
+            expect(top_groups <= groups, f"topk_group: {top_groups} of {groups} groups is impossible")
+            if experts % groups == 0 and top_k is not None:
+                reachable = top_groups * (experts // groups)
+                expect(top_k <= reachable, f"num_experts_per_tok: {top_k}, but topk_group leaves {reachable} experts")
+
+    def stop_if_wrong(self) -> None:
+        if self.problems:
+            listed = "\n  ".join(self.problems)
+            raise ConfigError(f"{self.source} does not describe a model that can be built:\n  {listed}")

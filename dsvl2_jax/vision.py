@@ -1,0 +1,135 @@
+"""SigLIP vision encoder (SigLIP, arXiv 2303.15343; FACTS §2): tiles in, patch features out."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from dsvl2_jax.config import VisionConfig
+from dsvl2_jax.layers import linear, partitioned, precision
+from dsvl2_jax.sharding import constrain
+
+INIT_STD = 0.02
+
+
+def layer_norm(dtype: DTypeLike, name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(
+        epsilon=1e-6,
+        dtype=dtype,
+        use_fast_variance=False,
+        scale_init=partitioned(nn.initializers.ones, ("vision_embed",)),
+        bias_init=partitioned(nn.initializers.zeros, ("vision_embed",)),
+        name=name,
+    )
+
+
+class VisionAttention(nn.Module):
+    """Full attention over the patches of one tile; one product makes q, k and v."""
+
+    config: VisionConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x_npw: jax.Array) -> jax.Array:
+        cfg = self.config
+        axes = ("vision_embed", None, "vision_heads", "head_dim")
+        qkv = linear((3, cfg.heads, cfg.head_dim), axes, dtype=self.dtype, std=INIT_STD, bias=True, name="qkv")(x_npw)
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [N, P, H, Dh]
+        exact = precision(self.dtype)
+        scores = jnp.einsum("nphd,nqhd->nhpq", q, k, precision=exact, preferred_element_type=jnp.float32)
+        weights = nn.softmax(scores * cfg.head_dim**-0.5, axis=-1).astype(self.dtype)
+        out = jnp.einsum("nhpq,nqhd->nphd", weights, v, precision=exact)
+        axes = ("vision_heads", "head_dim", "vision_embed")
+        return linear(cfg.width, axes, dtype=self.dtype, std=INIT_STD, contract=2, bias=True, name="proj")(out)
+
+
+class VisionMLP(nn.Module):
+    """Two layers with GELU in its tanh form."""
+
+    config: VisionConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        axes = ("vision_embed", "vision_mlp")
+        x = linear(self.config.mlp_dim, axes, dtype=self.dtype, std=INIT_STD, bias=True, name="fc1")(x)
+        x = nn.gelu(x, approximate=True)
+        return linear(self.config.width, axes[::-1], dtype=self.dtype, std=INIT_STD, bias=True, name="fc2")(x)
+
+
+class VisionBlock(nn.Module):
+    config: VisionConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + VisionAttention(self.config, self.dtype, name="attn")(layer_norm(self.dtype, "norm1")(x))
+        return x + VisionMLP(self.config, self.dtype, name="mlp")(layer_norm(self.dtype, "norm2")(x))
+
+
+class AttentionPool(nn.Module):
+    """The released checkpoints carry SigLIP's pooling head, and no part of the model uses it (FACTS §2).
+
+    Declared, so that its parameters live in the tree through convert → train → export; never computed.
+    """
+
+    config: VisionConfig
+
+    @nn.compact
+    def __call__(self) -> None:
+        width, hidden = self.config.width, self.config.mlp_dim
+
+        def declare(name: str, *shape: int) -> None:
+            self.param(name, partitioned(nn.initializers.normal(INIT_STD), (None,) * len(shape)), shape)
+
+        declare("latent", width)
+        for name, outputs, inputs in (
+            ("q", width, width),
+            ("kv", 2 * width, width),
+            ("proj", width, width),
+            ("mlp_fc1", hidden, width),
+            ("mlp_fc2", width, hidden),
+        ):
+            declare(f"{name}_kernel", inputs, outputs)
+            declare(f"{name}_bias", outputs)
+        declare("norm_scale", width)
+        declare("norm_bias", width)
+
+
+class VisionEncoder(nn.Module):
+    """uint8 tiles → features after the final norm."""
+
+    config: VisionConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, tiles: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
+        """Encodes tiles.
+
+        Args:
+          tiles: u8[N, S, S, 3].
+          mean, std: f32[3]; a pixel enters as (value / 255 − mean) / std.
+
+        Returns:
+          [N, P, W] with P = (S // patch)², row by row.
+        """
+        cfg = self.config
+        if self.is_initializing():
+            AttentionPool(cfg, name="attn_pool")()
+        pixels = ((tiles.astype(jnp.float32) / 255.0 - mean) / std).astype(self.dtype)
+        n, grid, patch = pixels.shape[0], cfg.grid, cfg.patch_size
+        seen = pixels[:, : grid * patch, : grid * patch]
+        patches = seen.reshape(n, grid, patch, grid, patch, 3).transpose(0, 1, 3, 2, 4, 5).reshape(n, grid**2, -1)
+        patches = constrain(patches, "tiles", None, None)
+        # The patch convolution has no overlap, so it is a product; kernel rows are (dy, dx, channel).
+        axes = (None, "vision_embed")
+        x = linear(cfg.width, axes, dtype=self.dtype, std=INIT_STD, bias=True, name="patch_embed")(patches)
+        init = partitioned(nn.initializers.normal(INIT_STD), (None, "vision_embed"))
+        x = x + self.param("pos_embed", init, (cfg.patches, cfg.width)).astype(self.dtype)
+        for i in range(cfg.layers):
+            x = constrain(VisionBlock(cfg, self.dtype, name=f"blocks_{i}")(x), "tiles", None, None)
+        return layer_norm(self.dtype, "norm")(x)
+
+
