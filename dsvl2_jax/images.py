@@ -72,16 +72,6 @@ def select_best_resolution(size: tuple[int, int], candidates: Sequence[tuple[int
     return max(candidates, key=rank)  # max returns the first of equals
 
 
-def extended_candidate_resolutions(max_tiles: int, tile_size: int) -> tuple[tuple[int, int], ...]:
-    """All (width, height) canvases of 1 to `max_tiles` tiles, in the released order: by area, then by width.
-
-    9 tiles of 384 give the released 23; 18 are what InfoVQA was evaluated with.
-    """
-    grids = [(cols, rows) for cols in range(1, max_tiles + 1) for rows in range(1, max_tiles // cols + 1)]
-    grids.sort(key=lambda grid: (grid[0] * grid[1], grid[0]))
-    return tuple((cols * tile_size, rows * tile_size) for cols, rows in grids)
-
-
 def tile_image(
     image: Image.Image,
     candidates: Sequence[tuple[int, int]],

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dsvl2_jax.errors import ImageError
-from dsvl2_jax.images import extended_candidate_resolutions, load_image, select_best_resolution, tile_image
+from dsvl2_jax.images import load_image, select_best_resolution, tile_image
 
 DATA = Path(__file__).parent / "data"
 S, GRAY = 384, (127, 127, 127)
@@ -30,14 +30,6 @@ def test_resolution_choice_equals_the_official_one():
     cases = json.loads((DATA / "reference/select_best_resolution.json").read_text())
     wrong = [(size, best) for size, best in cases if select_best_resolution(tuple(size), RELEASED) != tuple(best)]
     assert not wrong
-
-
-def test_nine_tiles_give_the_released_candidates_and_more_tiles_extend_them():
-    assert list(extended_candidate_resolutions(9, S)) == RELEASED
-    assert extended_candidate_resolutions(1, 224) == ((224, 224),)
-    extended = extended_candidate_resolutions(18, S)
-    assert list(extended[:23]) == RELEASED
-    assert max(width * height for width, height in extended) == 18 * S * S
 
 
 @settings(deadline=None, max_examples=25)
