@@ -1,0 +1,385 @@
+"""`load` and `Model`: the thin stateful layer over the pure functions.
+
+A `Model` prepares batches (buckets, padding, index arithmetic), calls the jitted functions and turns
+tokens back into text. Every compiled program depends on bucket sizes alone, never on a prompt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dsvl2_jax import checkpoint, model
+from dsvl2_jax.config import Config
+from dsvl2_jax.errors import ConversationError, UsageError
+from dsvl2_jax.grounding import Box, parse_boxes
+from dsvl2_jax.infer import decode
+from dsvl2_jax.infer.cache import batch_bucket, length_bucket, tile_bucket
+from dsvl2_jax.infer.sampling import SamplingArrays, SamplingParams
+from dsvl2_jax.infer.timing import Timing, compile_log
+from dsvl2_jax.model import Params
+from dsvl2_jax.processor import ModelInputs, Processor
+
+# Tokens between two looks at the host: stop strings are seen, and text is streamed, this often.
+STREAM_STEPS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """One answer.
+
+    Attributes:
+      token_ids: the answer's tokens, the ending eos included.
+      text: the answer; special tokens are kept (boxes need them), the ending eos is not.
+      finish_reason: "stop" (eos or a stop string) or "length".
+      boxes: grounding boxes in pixels of the conversation's last image.
+      logprobs: the model's log-probability of each token, or None when not asked for.
+      prompt_tokens, image_tokens: length of the prompt, and how many of its tokens are image rows.
+    """
+
+    token_ids: list[int]
+    text: str
+    finish_reason: str
+    boxes: list[Box]
+    logprobs: list[float] | None
+    prompt_tokens: int
+    image_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Padded inputs on their way to the device."""
+
+    ids: np.ndarray  # i32[B, T]
+    image_index: np.ndarray  # i32[B, T], rows of the batch's flattened adaptor output, or model's codes
+    lengths: np.ndarray  # i32[B]; 0 for padding rows
+    tiles: np.ndarray  # u8[N, S, S, 3]
+
+
+def enable_compilation_cache() -> None:
+    """Turns on jax's persistent compilation cache unless the user has set one (JAX_COMPILATION_CACHE_DIR)."""
+    if jax.config.jax_compilation_cache_dir is None:
+        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(home / "dsvl2_jax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def load(path: str | Path | None = None, dtype: str | None = "float32", mesh: Mesh | None = None) -> Model:
+    """Loads a model for inference.
+
+    Args:
+      path: a converted (Orbax) directory, a directory in the released layout, or a hub id; None: the bundled model.
+      dtype: "float32" or "bfloat16", to which weights are cast and in which the model computes (the router
+        stays float32); None keeps the stored dtypes and computes in that of the embeddings.
+      mesh: of `dsvl2_jax.sharding.make_mesh`; None: one device.
+
+    Raises:
+      CheckpointError, ConfigError, TokenizerError: the checkpoint cannot be used; the message says why.
+    """
+    compile_log()
+    enable_compilation_cache()
+    directory = checkpoint.resolve(path)
+    config = Config.from_file(directory)
+    processor = Processor.from_dir(directory, global_view_pos=config.global_view_pos)
+    processor.tokenizer.check_fits(config.language.vocab_size)
+    if processor.config.tile_size != config.vision.image_size:
+        raise UsageError(
+            f"{directory}: processor_config.json makes tiles of {processor.config.tile_size} pixels "
+            f"(candidate_resolutions[0][0]), but config.json's encoder takes {config.vision.image_size} "
+            "(vision_config.image_size); make them equal."
+        )
+    params = checkpoint.load_params(directory, config, dtype=dtype, mesh=mesh)
+    return Model(config, params, processor, mesh)
+
+
+class Model:
+    """A loaded model: ``config``, ``params``, ``processor`` and the calls of DESIGN §3."""
+
+    def __init__(self, config: Config, params: Params, processor: Processor, mesh: Mesh | None = None):
+        self.config = config
+        self.params = params
+        self.processor = processor
+        self.mesh = mesh
+        self._mean = np.asarray(processor.config.image_mean, np.float32)
+        self._std = np.asarray(processor.config.image_std, np.float32)
+        compile_log()
+
+    @property
+    def dtype(self) -> str:
+        return jnp.dtype(self.params["language"]["embed_tokens"].dtype).name
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def encode_tiles(self, tiles: np.ndarray) -> jax.Array:
+        """u8[N, S, S, 3] → f32[N, P, W]: the encoder's output after ``vision.norm``."""
+        return self._tiles(_encode_tiles, tiles).astype(jnp.float32)
+
+    def adapt_tiles(self, tiles: np.ndarray) -> jax.Array:
+        """u8[N, S, S, 3] → f32[N, tokens per tile, D]: the adaptor's output."""
+        return self._tiles(_adapt_tiles, tiles).astype(jnp.float32)
+
+    def embed(self, inputs: ModelInputs) -> jax.Array:
+        """f32[T, D]: text and image embeddings merged."""
+        batch = self._batch([inputs])
+        with self._on_mesh():
+            features = self._features(batch.tiles)
+            merged = _merge(self.params, self.config, batch.ids, batch.image_index, features)
+        return merged[0, : batch.lengths[0]].astype(jnp.float32)
+
+    def logits(self, inputs: ModelInputs | Sequence[ModelInputs]) -> jax.Array | list[jax.Array]:
+        """f32[T, V] for one input, a list of them for a list: the logits after every token."""
+        single = isinstance(inputs, ModelInputs)
+        batch = self._batch([inputs] if single else list(inputs))
+        with self._on_mesh():
+            features = self._features(batch.tiles)
+            out = _all_logits(self.params, self.config, batch.ids, batch.image_index, features, batch.lengths)
+        rows = [out[i, :length] for i, length in enumerate(batch.lengths) if length]
+        return rows[0] if single else rows
+
+    def generate(
+        self,
+        inputs: ModelInputs | Sequence[ModelInputs],
+        max_new_tokens: int = 512,
+        sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008 (frozen)
+        *,
+        chunk_size: int | None = None,
+        logprobs: bool = False,
+        on_text: Callable[[int, str], None] | None = None,
+        timing: Timing | None = None,
+    ) -> Generation | list[Generation]:
+        """Answers one prompt, or a batch of prompts of any lengths.
+
+        Args:
+          inputs: of `processor`, made with ``inference=True``.
+          max_new_tokens: at most so many per answer; the context's end may come first.
+          sampling: one setting for all, or one per prompt.
+          chunk_size: prefill so many prompt tokens at a time, to bound memory; None: the prompt whole.
+          logprobs: also return each token's log-probability.
+          on_text: called with (index of the prompt, new text) while the answers grow.
+          timing: filled with the seconds of encode, prefill, decode and compile.
+
+        Returns:
+          One `Generation`, or a list of them for a list.
+
+        Raises:
+          ConversationError: a prompt does not fit the context.
+          UsageError: max_new_tokens or chunk_size is not positive.
+        """
+        single = isinstance(inputs, ModelInputs)
+        prompts = [inputs] if single else list(inputs)
+        if not prompts:
+            return []
+        settings = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
+        if len(settings) != len(prompts):
+            raise UsageError(f"sampling: found {len(settings)} settings for {len(prompts)} prompts; give one, or one each.")
+        for name, value in (("max_new_tokens", max_new_tokens), ("chunk_size", chunk_size)):
+            if value is not None and value < 1:
+                raise UsageError(f"{name}: found {value}, expected a positive whole number.")
+        for prompt in prompts:
+            self._check_context(prompt)
+        timing = Timing() if timing is None else timing
+        eos = self.processor.tokenizer.eos_id
+        answers = [_Answer(self.processor, s, eos) for s in settings]
+        with self._on_mesh():
+            watched = on_text is not None
+            run = self._run(prompts, settings, max_new_tokens, chunk_size, timing, answers, watched)
+            for tokens, values, counts in run:
+                for i, answer in enumerate(answers):
+                    new_text = answer.extend(tokens[i, : counts[i]], values[i, : counts[i]])
+                    if on_text is not None and new_text:
+                        on_text(i, new_text)
+        out = [answer.generation(prompt, logprobs) for answer, prompt in zip(answers, prompts, strict=True)]
+        if on_text is not None:
+            for i, answer in enumerate(answers):
+                if rest := answer.flush():
+                    on_text(i, rest)
+        return out[0] if single else out
+
+    def _run(
+        self,
+        prompts: list[ModelInputs],
+        settings: list[SamplingParams],
+        max_new_tokens: int,
+        chunk_size: int | None,
+        timing: Timing,
+        answers: list[_Answer],
+        watched: bool,
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yields (tokens, log-probabilities, counts) until every answer has ended."""
+        config, eos = self.config, self.processor.tokenizer.eos_id
+        batch = self._batch(prompts)
+        rows, length = batch.ids.shape
+        lengths = batch.lengths
+        context = config.language.max_position_embeddings
+        max_new = np.where(lengths > 0, np.minimum(max_new_tokens, context - lengths + 1), 1).astype(np.int32)
+        slots = length_bucket(max(length, int((lengths + max_new).max())))
+        if chunk_size is not None:
+            slots = max(slots, -(-length // chunk_size) * chunk_size)
+        sampling = SamplingArrays.of(settings, rows)
+        with timing.phase("encode"):
+            features = jax.block_until_ready(self._features(batch.tiles))
+        with timing.phase("prefill"):
+            cache = decode.new_cache(config, rows, slots, self.dtype)
+            logits, cache = self._prefill(batch, features, cache, chunk_size)
+            state = decode.first_token(logits, batch.ids, lengths, max_new, cache, sampling, eos)
+            first, first_logprobs, finished = jax.device_get((state.tokens, state.logprobs, state.finished))
+        yield first[:, None], first_logprobs[:, None], np.ones(rows, np.int32)
+        # Looking often costs little; not looking at all would decode past stop strings and stream in bursts.
+        steps = np.int32(STREAM_STEPS if watched or any(s.stop for s in settings) else decode.STEPS)
+        while not finished[: len(prompts)].all() and not all(answer.stopped for answer in answers):
+            with timing.phase("decode"):
+                state, tokens, values, counts = decode.decode_tokens(
+                    self.params, config, state, sampling, steps, eos
+                )
+                tokens, values, counts, finished = jax.device_get((tokens, values, counts, state.finished))
+            yield tokens, values, counts
+
+    def _prefill(
+        self, batch: Batch, features: jax.Array, cache: Any, chunk_size: int | None
+    ) -> tuple[jax.Array, Any]:
+        ids, index, lengths = batch.ids, batch.image_index, batch.lengths
+        if chunk_size is None or ids.shape[1] <= chunk_size:
+            return decode.prefill_tokens(self.params, self.config, ids, index, features, lengths, cache, None)
+        chunks = -(-int(lengths.max()) // chunk_size)
+        pad = ((0, 0), (0, max(0, chunks * chunk_size - ids.shape[1])))
+        ids, index = np.pad(ids, pad), np.pad(index, pad, constant_values=model.TEXT)
+        logits = None
+        for c in range(chunks):
+            part = slice(c * chunk_size, (c + 1) * chunk_size)
+            start = np.full(lengths.shape, c * chunk_size, np.int32)
+            here = np.clip(lengths - start, 0, chunk_size).astype(np.int32)
+            new, cache = decode.prefill_tokens(
+                self.params, self.config, ids[:, part], index[:, part], features, here, cache, start
+            )
+            # A row's logits are those of the chunk in which it ends.
+            logits = new if logits is None else jnp.where((here > 0)[:, None], new, logits)
+        return logits, cache
+
+    def _check_context(self, prompt: ModelInputs) -> None:
+        context, tokens = self.config.language.max_position_embeddings, len(prompt.input_ids)
+        if tokens > context:
+            images = int(prompt.image_mask.sum())
+            raise ConversationError(
+                f"the prompt has {tokens} tokens ({images} of them image tokens), but the model's context is {context} "
+                "(max_position_embeddings); shorten the text, or use fewer or less elongated images."
+            )
+
+    def _tiles(self, function: Callable, tiles: np.ndarray) -> jax.Array:
+        """Runs a tile function on a bucket of tiles and cuts the padding off again."""
+        count = tiles.shape[0]
+        devices = 1 if self.mesh is None else self.mesh.size
+        padded = np.pad(tiles, ((0, tile_bucket(count, devices) - count), (0, 0), (0, 0), (0, 0)))
+        with self._on_mesh():
+            return function(self.params, self.config, padded, self._mean, self._std)[:count]
+
+    def _features(self, padded_tiles: np.ndarray) -> jax.Array:
+        """Adaptor outputs of tiles already padded to a bucket."""
+        if padded_tiles.shape[0] == 0:
+            return jnp.zeros((0, self.config.tokens_per_tile, self.config.language.hidden_size), self.dtype)
+        return _adapt_tiles(self.params, self.config, padded_tiles, self._mean, self._std)
+
+    def _batch(self, prompts: list[ModelInputs]) -> Batch:
+        """Pads prompts to buckets and rebases their image rows to the batch's flattened tiles."""
+        rows, length = batch_bucket(len(prompts)), length_bucket(max(len(p.input_ids) for p in prompts))
+        ids = np.zeros((rows, length), np.int32)
+        index = np.full((rows, length), model.TEXT, np.int32)
+        lengths = np.zeros(rows, np.int32)
+        per_tile, tiles = self.config.tokens_per_tile, 0
+        for i, prompt in enumerate(prompts):
+            n = len(prompt.input_ids)
+            ids[i, :n], lengths[i] = prompt.input_ids, n
+            index[i, :n] = np.where(prompt.image_index >= 0, prompt.image_index + tiles * per_tile, prompt.image_index)
+            tiles += prompt.tiles.shape[0]
+        size = self.config.vision.image_size
+        bucket = tile_bucket(tiles, 1 if self.mesh is None else self.mesh.size)
+        stacked = np.zeros((bucket, size, size, 3), np.uint8)
+        if tiles:
+            stacked[:tiles] = np.concatenate([p.tiles for p in prompts])
+        return Batch(ids, index, lengths, stacked)
+
+
+class _Answer:
+    """One growing answer on the host: tokens, streamed text, stop strings."""
+
+    def __init__(self, processor: Processor, sampling: SamplingParams, eos: int):
+        self.tokenizer = processor.tokenizer
+        self.stop_strings = sampling.stop
+        self.eos = eos
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.stopped = False
+        self.shown = 0  # characters of `text` that were streamed
+
+    @property
+    def text(self) -> str:
+        ids = self.tokens[:-1] if self.tokens and self.tokens[-1] == self.eos else self.tokens
+        text = self.tokenizer.decode(ids)
+        cuts = [at for at in (text.find(s) for s in self.stop_strings) if at >= 0]
+        return text[: min(cuts)] if cuts else text
+
+    def extend(self, tokens: np.ndarray, logprobs: np.ndarray) -> str:
+        """Adds tokens; returns text that can be shown: no broken character, no beginning of a stop string."""
+        for token, value in zip(tokens.tolist(), logprobs.tolist(), strict=True):
+            if self.stopped:
+                break
+            self.tokens.append(token)
+            self.logprobs.append(value)
+            if token == self.eos or (self.stop_strings and self._has_stop()):
+                self.stopped = True
+        text = self.text
+        if not self.stopped:
+            text = text.rstrip("\ufffd")
+            text = text[: len(text) - max((_overlap(text, s) for s in self.stop_strings), default=0)]
+        new, self.shown = text[self.shown :], max(self.shown, len(text))
+        return new
+
+    def _has_stop(self) -> bool:
+        text = self.tokenizer.decode(self.tokens)
+        return any(s in text for s in self.stop_strings)
+
+    def flush(self) -> str:
+        """The text held back so far."""
+        text = self.text
+        new, self.shown = text[self.shown :], len(text)
+        return new
+
+    def generation(self, prompt: ModelInputs, with_logprobs: bool) -> Generation:
+        text = self.text
+        return Generation(
+            token_ids=self.tokens,
+            text=text,
+            finish_reason="stop" if self.stopped else "length",
+            boxes=parse_boxes(text, prompt.image_sizes),
+            logprobs=self.logprobs if with_logprobs else None,
+            prompt_tokens=len(prompt.input_ids),
+            image_tokens=int(prompt.image_mask.sum()),
+        )
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that begins ``stop``."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+_encode_tiles = jax.jit(model.encode_tiles, static_argnames="config")
+_adapt_tiles = jax.jit(model.adapt_tiles, static_argnames="config")
+_merge = jax.jit(model.merge, static_argnames="config")
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _all_logits(params, config, ids, image_index, features, lengths):
+    embeddings = model.merge(params, config, ids, image_index, features)
+    valid = jnp.arange(ids.shape[1]) < lengths[:, None]
+    hidden, _ = model.forward(params, config, embeddings, valid)
+    return model.output_logits(params, config, hidden)

@@ -1,0 +1,123 @@
+"""Token choice on the device, with the semantics of the official generation code (FACTS §4).
+
+Order: repetition penalty → temperature → top-k → top-p → draw. Temperature 0 is greedy (the first of
+equal maxima), after the penalty.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from dsvl2_jax.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen.
+
+    Attributes:
+      temperature: 0 is greedy; the authors recommend at most 0.7.
+      top_p: keeps the least set of likeliest tokens whose probability reaches it; 1 keeps all.
+      top_k: keeps the k likeliest tokens; 0 keeps all. 50 is what the official code applies when it samples.
+      repetition_penalty: each token of the prompt or the answer so far has its logit divided (positive) or
+        multiplied (negative) by it; 1 is off.
+      seed: of the random draw. The same seed, prompt and shapes give the same tokens.
+      stop: strings that end the answer; the answer does not include them.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 50
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, field: str, expected: str) -> None:
+            if not ok:
+                raise UsageError(f"{field}: found {getattr(self, field)!r}, expected {expected}.")
+
+        need(self.temperature >= 0, "temperature", "0 (greedy) or a positive number")
+        need(0 < self.top_p <= 1, "top_p", "a number above 0 and at most 1")
+        need(self.top_k >= 0, "top_k", "0 (off) or a positive whole number")
+        need(self.repetition_penalty > 0, "repetition_penalty", "a positive number (1 is off)")
+        need(not isinstance(self.stop, str) and all(self.stop), "stop", "a sequence of non-empty strings")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplingArrays:
+    """One row's `SamplingParams` per entry, as arrays, so that no setting is compiled in."""
+
+    temperature: jax.Array  # f32[B]
+    top_p: jax.Array  # f32[B]
+    top_k: jax.Array  # i32[B]
+    repetition_penalty: jax.Array  # f32[B]
+    keys: jax.Array  # key[B]
+
+    @classmethod
+    def of(cls, params: list[SamplingParams], rows: int) -> SamplingArrays:
+        """Pads to ``rows`` with greedy rows. Row i draws from its seed folded with i, so equal prompts differ."""
+        padded = params + [SamplingParams()] * (rows - len(params))
+        seeds = jnp.asarray([p.seed & 0xFFFFFFFF for p in padded], jnp.uint32)
+        return cls(
+            temperature=jnp.asarray([p.temperature for p in padded], jnp.float32),
+            top_p=jnp.asarray([p.top_p for p in padded], jnp.float32),
+            top_k=jnp.asarray([p.top_k for p in padded], jnp.int32),
+            repetition_penalty=jnp.asarray([p.repetition_penalty for p in padded], jnp.float32),
+            keys=_row_keys(seeds),
+        )
+
+
+@jax.jit
+def _row_keys(seeds: jax.Array) -> jax.Array:
+    return jax.vmap(lambda seed, row: jax.random.fold_in(jax.random.key(seed), row))(seeds, jnp.arange(seeds.shape[0]))
+
+
+def penalise(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
+    """Applies the repetition penalty once to each distinct seen token.
+
+    Args:
+      logits: f32[B, V]. seen: bool[B, V]. penalty: f32[B].
+    """
+    scaled = jnp.where(logits > 0, logits / penalty[:, None], logits * penalty[:, None])
+    return jnp.where(seen, scaled, logits)
+
+
+def choose(logits: jax.Array, seen: jax.Array, sampling: SamplingArrays, step: jax.Array) -> jax.Array:
+    """The next token of every row.
+
+    Args:
+      logits: f32[B, V]. seen: bool[B, V], tokens in the prompt or answer so far.
+      step: i32[B], folded into the row's key; the token's position, so that chunking changes nothing.
+
+    Returns:
+      i32[B].
+    """
+    logits = penalise(logits, seen, sampling.repetition_penalty)
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jax.lax.cond(
+        jnp.any(sampling.temperature > 0),
+        lambda: jnp.where(sampling.temperature > 0, _draw(logits, sampling, step), greedy),
+        lambda: greedy,
+    )
+
+
+def _draw(logits: jax.Array, sampling: SamplingArrays, step: jax.Array) -> jax.Array:
+    vocab = logits.shape[-1]
+    scaled = logits / jnp.maximum(sampling.temperature, 1e-6)[:, None]
+    descending, tokens = jax.lax.top_k(scaled, vocab)  # a stable sort: equal logits keep their order
+    top_k = jnp.where(sampling.top_k == 0, vocab, jnp.minimum(sampling.top_k, vocab))
+    least = jnp.take_along_axis(descending, top_k[:, None] - 1, axis=-1)
+    kept = jnp.where(descending >= least, descending, -jnp.inf)
+    probabilities = jax.nn.softmax(kept, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    # The likeliest token always stays; 1 must keep all, whatever the sum rounds to.
+    inside = (before < sampling.top_p[:, None]) | (sampling.top_p[:, None] >= 1)
+    kept = jnp.where(inside, kept, -jnp.inf)
+    keys = jax.vmap(jax.random.fold_in)(sampling.keys, step)
+    rank = jax.vmap(jax.random.categorical)(keys, kept)
+    return jnp.take_along_axis(tokens, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
