@@ -65,7 +65,7 @@ class ProcessorConfig:
         ]
         if missing:
             raise ConfigError(f"{file}: {', '.join(missing)} missing. Copy the file from the released checkpoint.")
-        return cls(**{name: _as_tuples(values[name]) for name in fields if name in values}, source=str(file))
+        return cls(**{name: values[name] for name in fields if name in values}, source=str(file))
 
     @property
     def tile_size(self) -> int:
@@ -82,6 +82,8 @@ class ProcessorConfig:
         return tuple(int(255 * mean) for mean in self.image_mean)
 
     def __post_init__(self) -> None:
+        for name in ("candidate_resolutions", "image_mean", "image_std"):  # JSON has lists
+            object.__setattr__(self, name, _as_tuples(getattr(self, name)))
         candidates = self.candidate_resolutions
         self._require(
             "candidate_resolutions",
@@ -100,12 +102,8 @@ class ProcessorConfig:
             "patch_size", self.patch_size <= self.tile_size, f"an integer up to the tile size {self.tile_size}"
         )
         self._require("downsample_ratio", _is_positive_int(self.downsample_ratio), "a positive integer")
-        for name, low, high in (("image_mean", 0.0, 1.0), ("image_std", math.ulp(0.0), math.inf)):
-            self._require(
-                name,
-                _is_numbers(getattr(self, name), low, high),
-                "three numbers from 0 to 1" if name == "image_mean" else "three numbers above 0",
-            )
+        self._require("image_mean", _are_three_numbers(self.image_mean, 0.0, 1.0), "three numbers from 0 to 1")
+        self._require("image_std", _are_three_numbers(self.image_std, math.ulp(0.0), math.inf), "three numbers above 0")
         self._require("normalize", self.normalize is True, "true, as in every released model")
         self._require("image_token", self.image_token == IMAGE_TOKEN, f"{IMAGE_TOKEN!r}")
         self._require("sft_format", self.sft_format == "deepseek", "'deepseek', the released models' chat template")
@@ -471,8 +469,7 @@ def _is_positive_int(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
-def _is_numbers(values: Any, low: float, high: float) -> bool:
-    """Whether these are three numbers in the range; all the released models see RGB."""
+def _are_three_numbers(values: Any, low: float, high: float) -> bool:
     if not isinstance(values, tuple) or len(values) != 3:
         return False
     return all(type(value) in (int, float) and low <= value <= high for value in values)
