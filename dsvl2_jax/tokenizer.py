@@ -284,7 +284,7 @@ class StreamDecoder:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._ids: list[int] = []  # the last piece's tokens, as context, then those not yet printed whole
-        self._context = 0  # how many of them are context: sentencepiece decodes a word's space only after another
+        self._context = 0  # how many are context, which sentencepiece needs to decode the space before a word
         self._printed = 0  # characters of the decoded window that are out already
 
     def push(self, token_id: int) -> str:
@@ -295,7 +295,8 @@ class StreamDecoder:
         held = min(len(text) - len(text.rstrip(REPLACEMENT)), _UTF8_PARTIAL)
         piece = text[self._printed : len(text) - held]
         self._printed += len(piece)
-        if piece and not held:
+        # A blank is no context: sentencepiece drops all spaces that a sequence begins with.
+        if piece.strip() and not held:
             self._ids = self._ids[self._context :]
             self._context = len(self._ids)
             self._printed = len(self._tokenizer.decode(self._ids, self._skip))

@@ -190,6 +190,13 @@ def test_streamed_sentencepiece_pieces_join_to_the_whole(piece, data, skip):
     assert "".join(stream(piece, ids, skip)) == piece.decode(ids, skip_special_tokens=skip)
 
 
+def test_streamed_sentencepiece_keeps_repeated_spaces(piece, piece_dir):
+    model = sentencepiece.SentencePieceProcessor(model_file=str(piece_dir / "tokenizer.model"))
+    ids = [model.piece_to_id(text) for text in ("a", "▁", "▁", "▁c", "▁")]
+    assert model.unk_id() not in ids
+    assert "".join(stream(piece, ids, False)) == piece.decode(ids) == "a   c "
+
+
 def test_stream_holds_a_character_until_its_bytes_are_there(mini):
     ids = mini.encode("界🙂")
     pieces = stream(mini, ids, False)
