@@ -66,7 +66,9 @@ def format_boxes(label: str, boxes: Iterable[Box | Sequence[float]], size: Seque
     """The text for `boxes` (each a `Box` or x1, y1, x2, y2 in pixels) on an image of `size` (width, height).
 
     The inverse of `parse_boxes`: pixels survive the round trip on sides under 999 pixels, coordinates on longer
-    ones (at 999 the official formula's rounding lets two coordinates share a pixel). Raises ConversationError if a box is not inside the image or the label contains a grounding tag.
+    ones (at 999 the official formula's rounding lets two coordinates share a pixel).
+
+    Raises ConversationError if a box is not inside the image or the label contains a grounding tag.
     """
     if _TAG.search(label):
         raise ConversationError(f"label {label!r} contains a grounding tag. Remove it from the label.")
