@@ -17,6 +17,10 @@ from dsvl2_jax.errors import ConfigError
 ROUTING_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 SCORING_FUNCTIONS = ("softmax", "sigmoid")
 
+# Codes of the merge index that the processor makes and the model reads: where a position's embedding comes from.
+# Values from 0 up are rows of the adaptor's flattened output.
+TEXT_POSITION, NEWLINE_POSITION, SEPARATOR_POSITION = -1, -2, -3
+
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
@@ -210,9 +214,7 @@ class _Reader:
         except (TypeError, ValueError):
             self.problems.append("candidate_resolutions: expected a list of [width, height] pairs")
         self.stop_if_wrong()
-        config = Config(
-            vision, projector, language, raw["tile_tag"], raw.get("global_view_pos", "head"), resolutions
-        )
+        config = Config(vision, projector, language, raw["tile_tag"], raw.get("global_view_pos", "head"), resolutions)
         self.check_vision(config)
         self.check_language(language)
         self.stop_if_wrong()
@@ -300,10 +302,12 @@ class _Reader:
         if self.problems:
             return
         expect(language.hidden_act == "silu", f'hidden_act: found {language.hidden_act!r}, only "silu" is supported')
-        expect(not language.tie_word_embeddings, "tie_word_embeddings: true is not supported; lm_head is its own tensor")
+        expect(not language.tie_word_embeddings, "tie_word_embeddings: true is not supported")
         if language.use_mla:
             for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
-                expect(bool(getattr(language, name)), f"{name}: needed with use_mla true, found {getattr(language, name)}")
+                expect(
+                    bool(getattr(language, name)), f"{name}: needed with use_mla true, found {getattr(language, name)}"
+                )
             expect(language.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim: {language.qk_rope_head_dim} is odd")
         else:
             heads, kv_heads = language.num_attention_heads, language.kv_heads
@@ -311,7 +315,10 @@ class _Reader:
                 language.hidden_size % (2 * heads) == 0,
                 f"hidden_size {language.hidden_size} does not give {heads} heads of an even width",
             )
-            expect(heads % kv_heads == 0, f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+            expect(
+                heads % kv_heads == 0,
+                f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}",
+            )
         if language.has_moe:
             self.check_routing(language, expect)
 
@@ -329,7 +336,9 @@ class _Reader:
         )
         expect(top_k is not None, "num_experts_per_tok: missing, and needed with routed experts")
         expect(experts > 0, "n_routed_experts: must be positive")
-        expect(top_k is None or 0 < top_k <= experts, f"num_experts_per_tok: {top_k} of {experts} experts is impossible")
+        expect(
+            top_k is None or 0 < top_k <= experts, f"num_experts_per_tok: {top_k} of {experts} experts is impossible"
+        )
         if method in ("group_limited_greedy", "noaux_tc"):
             groups, top_groups = language.n_group, language.topk_group
             if not groups or not top_groups:

@@ -30,9 +30,7 @@ def grouped_matmul(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) 
     Returns:
       [M, O] in the dtype of ``rows``; rows beyond the last group are zero.
     """
-    return lax.platform_dependent(
-        rows, weights, group_sizes, tpu=_ragged, cuda=_cuda, rocm=_ragged, default=_blocked
-    )
+    return lax.platform_dependent(rows, weights, group_sizes, tpu=_ragged, cuda=_cuda, rocm=_ragged, default=_blocked)
 
 
 def _forward(rows, weights, group_sizes):
@@ -140,5 +138,3 @@ def _blocked_outer(rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array
 
     shape = (groups, rows.shape[1], cotangent.shape[1])
     return lax.fori_loop(0, used, body, jnp.zeros(shape, jnp.float32))
-
-

@@ -8,8 +8,6 @@ run sharded by the tables of `dsvl2_jax.sharding`.
 from __future__ import annotations
 
 import functools
-
-
 from typing import Any
 
 import flax.linen as nn
@@ -19,16 +17,13 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from dsvl2_jax.adaptor import Adaptor
-from dsvl2_jax.config import Config
+from dsvl2_jax.config import NEWLINE_POSITION, SEPARATOR_POSITION, Config
 from dsvl2_jax.decoder import Cache, Decoder
 from dsvl2_jax.moe import Routing
 from dsvl2_jax.sharding import PARAM_RULES, constrain, named_sharding
 from dsvl2_jax.vision import VisionEncoder
 
 Params = dict[str, Any]
-
-# Codes of the processor's `image_index` below 0; from 0 on it is a row of the flattened adaptor output.
-TEXT, NEWLINE, SEPARATOR = -1, -2, -3
 
 
 class DeepSeekVL2(nn.Module):
@@ -62,8 +57,8 @@ class DeepSeekVL2(nn.Module):
         table = jnp.concatenate([text.reshape(b * t, d), features.reshape(rows, d).astype(self.dtype), special])
         own = jnp.arange(b * t).reshape(b, t)
         index = jnp.where(image_index >= 0, b * t + image_index, own)
-        index = jnp.where(image_index == NEWLINE, b * t + rows, index)
-        index = jnp.where(image_index == SEPARATOR, b * t + rows + 1, index)
+        index = jnp.where(image_index == NEWLINE_POSITION, b * t + rows, index)
+        index = jnp.where(image_index == SEPARATOR_POSITION, b * t + rows + 1, index)
         return jnp.take(table, index, axis=0)
 
     def embed_tokens(self, ids: jax.Array) -> jax.Array:
@@ -131,7 +126,8 @@ def merge(params: Params, config: Config, ids: jax.Array, image_index: jax.Array
 
     Args:
       ids: i32[B, T].
-      image_index: i32[B, T]; `TEXT`, `NEWLINE`, `SEPARATOR`, or a row of the flattened ``features``.
+      image_index: i32[B, T]; a code of `dsvl2_jax.config` (text, newline, separator), or a row of the flattened
+        ``features``.
       features: [N, tokens per tile, D] of `adapt_tiles`; N = 0 for text only.
 
     Returns:
@@ -211,8 +207,5 @@ def decode_step(
       f32[B, V] logits of the next token, and the cache.
     """
     embeddings = embed_tokens(params, config, tokens[:, None])
-    hidden, cache, _ = _apply(
-        params, config, "hidden", embeddings, positions[:, None], None, cache, read_cache=True
-    )
+    hidden, cache, _ = _apply(params, config, "hidden", embeddings, positions[:, None], None, cache, read_cache=True)
     return constrain(output_logits(params, config, hidden[:, 0]), "batch", "vocab"), cache
-

@@ -163,9 +163,7 @@ def run_experts(
     out = grouped_matmul(hidden, down, group_sizes)
 
     restored = out[jnp.argsort(order)].reshape(b, t, top_k, d)
-    mixed = jnp.einsum(
-        "btkd,btk->btd", restored.astype(jnp.float32), weights_btk, precision=lax.Precision.HIGHEST
-    )
+    mixed = jnp.einsum("btkd,btk->btd", restored.astype(jnp.float32), weights_btk, precision=lax.Precision.HIGHEST)
     return mixed.astype(x_btd.dtype)
 
 

@@ -5,7 +5,6 @@ and `ModelInputs` is one sample: token ids, labels, tiles, and for every positio
 """
 
 import dataclasses
-import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,12 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from dsvl2_jax.config import NEWLINE_POSITION, SEPARATOR_POSITION, TEXT_POSITION, read_json_object
 from dsvl2_jax.errors import ConfigError, ConversationError, UsageError
 from dsvl2_jax.images import ImageSource, load_image, tile_image
 from dsvl2_jax.tokenizer import ASSISTANT_TOKEN, IMAGE_TOKEN, USER_TOKEN, Tokenizer
-
-# Codes of `ModelInputs.image_index`; values from 0 up are rows of the adaptor's output.
-TEXT_POSITION, NEWLINE_POSITION, SEPARATOR_POSITION = -1, -2, -3
 
 # With more images than this in a conversation, none is cut into local tiles.
 MAX_TILED_IMAGES = 2
@@ -58,7 +55,7 @@ class ProcessorConfig:
     def from_dir(cls, path: str | Path) -> "ProcessorConfig":
         """Read processor_config.json in a checkpoint directory. Raises ConfigError naming the file and field."""
         file = Path(path) / "processor_config.json"
-        values = _read_json_object(file)
+        values = read_json_object(file)
         fields = {field.name: field for field in dataclasses.fields(cls) if field.name != "source"}
         missing = [
             name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in values
@@ -171,7 +168,7 @@ class Processor:
         Raises ConfigError or TokenizerError naming the file that is missing or wrong.
         """
         model_config = Path(path) / "config.json"
-        position = _read_json_object(model_config).get("global_view_pos", "head") if model_config.is_file() else "head"
+        position = read_json_object(model_config).get("global_view_pos", "head") if model_config.is_file() else "head"
         return cls(ProcessorConfig.from_dir(path), Tokenizer.from_dir(path), position, **options)
 
     def __call__(
@@ -445,20 +442,6 @@ def _check_image_count(n_tags: int, n_images: int, what: str, detail: str = "") 
             f"{what} has {n_tags} {IMAGE_TOKEN} tag(s) but {n_images} image(s){detail and f' ({detail})'}. "
             f"Put one {IMAGE_TOKEN} in the user's text where each image belongs."
         )
-
-
-def _read_json_object(file: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"{file}: cannot be read ({error.strerror}). Copy it from the released checkpoint."
-        ) from error
-    except ValueError as error:
-        raise ConfigError(f"{file}: not valid JSON ({error}). Download the file again.") from error
-    if not isinstance(document, dict):
-        raise ConfigError(f"{file}: expected a JSON object, found {type(document).__name__}.")
-    return document
 
 
 def _as_tuples(value: Any) -> Any:

@@ -131,5 +131,3 @@ class VisionEncoder(nn.Module):
         for i in range(cfg.layers):
             x = constrain(VisionBlock(cfg, self.dtype, name=f"blocks_{i}")(x), "tiles", None, None)
         return layer_norm(self.dtype, "norm")(x)
-
-

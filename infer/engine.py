@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dsvl2_jax import checkpoint, model
-from dsvl2_jax.config import Config
+from dsvl2_jax.config import TEXT_POSITION, Config
 from dsvl2_jax.errors import ConversationError, UsageError
 from dsvl2_jax.grounding import Box, parse_boxes
 from dsvl2_jax.infer import decode
@@ -29,6 +29,7 @@ from dsvl2_jax.infer.sampling import SamplingArrays, SamplingParams
 from dsvl2_jax.infer.timing import Timing, compile_log
 from dsvl2_jax.model import Params
 from dsvl2_jax.processor import ModelInputs, Processor
+from dsvl2_jax.tokenizer import StreamDecoder
 
 # Tokens between two looks at the host: stop strings are seen, and text is streamed, this often.
 STREAM_STEPS = 8
@@ -61,7 +62,7 @@ class Batch:
     """Padded inputs on their way to the device."""
 
     ids: np.ndarray  # i32[B, T]
-    image_index: np.ndarray  # i32[B, T], rows of the batch's flattened adaptor output, or model's codes
+    image_index: np.ndarray  # i32[B, T], rows of the batch's flattened adaptor output, or the codes of dsvl2_jax.config
     lengths: np.ndarray  # i32[B]; 0 for padding rows
     tiles: np.ndarray  # u8[N, S, S, 3]
 
@@ -90,7 +91,7 @@ def load(path: str | Path | None = None, dtype: str | None = "float32", mesh: Me
     enable_compilation_cache()
     directory = checkpoint.resolve(path)
     config = Config.from_file(directory)
-    processor = Processor.from_dir(directory, global_view_pos=config.global_view_pos)
+    processor = Processor.from_dir(directory)
     processor.tokenizer.check_fits(config.language.vocab_size)
     if processor.config.tile_size != config.vision.image_size:
         raise UsageError(
@@ -182,7 +183,9 @@ class Model:
             return []
         settings = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
         if len(settings) != len(prompts):
-            raise UsageError(f"sampling: found {len(settings)} settings for {len(prompts)} prompts; give one, or one each.")
+            raise UsageError(
+                f"sampling: found {len(settings)} settings for {len(prompts)} prompts; give one, or one each."
+            )
         for name, value in (("max_new_tokens", max_new_tokens), ("chunk_size", chunk_size)):
             if value is not None and value < 1:
                 raise UsageError(f"{name}: found {value}, expected a positive whole number.")
@@ -199,11 +202,11 @@ class Model:
                     new_text = answer.extend(tokens[i, : counts[i]], values[i, : counts[i]])
                     if on_text is not None and new_text:
                         on_text(i, new_text)
+        for i, answer in enumerate(answers):
+            rest = answer.finish()
+            if on_text is not None and rest:
+                on_text(i, rest)
         out = [answer.generation(prompt, logprobs) for answer, prompt in zip(answers, prompts, strict=True)]
-        if on_text is not None:
-            for i, answer in enumerate(answers):
-                if rest := answer.flush():
-                    on_text(i, rest)
         return out[0] if single else out
 
     def _run(
@@ -239,21 +242,17 @@ class Model:
         steps = np.int32(STREAM_STEPS if watched or any(s.stop for s in settings) else decode.STEPS)
         while not finished[: len(prompts)].all() and not all(answer.stopped for answer in answers):
             with timing.phase("decode"):
-                state, tokens, values, counts = decode.decode_tokens(
-                    self.params, config, state, sampling, steps, eos
-                )
+                state, tokens, values, counts = decode.decode_tokens(self.params, config, state, sampling, steps, eos)
                 tokens, values, counts, finished = jax.device_get((tokens, values, counts, state.finished))
             yield tokens, values, counts
 
-    def _prefill(
-        self, batch: Batch, features: jax.Array, cache: Any, chunk_size: int | None
-    ) -> tuple[jax.Array, Any]:
+    def _prefill(self, batch: Batch, features: jax.Array, cache: Any, chunk_size: int | None) -> tuple[jax.Array, Any]:
         ids, index, lengths = batch.ids, batch.image_index, batch.lengths
         if chunk_size is None or ids.shape[1] <= chunk_size:
             return decode.prefill_tokens(self.params, self.config, ids, index, features, lengths, cache, None)
         chunks = -(-int(lengths.max()) // chunk_size)
         pad = ((0, 0), (0, max(0, chunks * chunk_size - ids.shape[1])))
-        ids, index = np.pad(ids, pad), np.pad(index, pad, constant_values=model.TEXT)
+        ids, index = np.pad(ids, pad), np.pad(index, pad, constant_values=TEXT_POSITION)
         logits = None
         for c in range(chunks):
             part = slice(c * chunk_size, (c + 1) * chunk_size)
@@ -293,7 +292,7 @@ class Model:
         """Pads prompts to buckets and rebases their image rows to the batch's flattened tiles."""
         rows, length = batch_bucket(len(prompts)), length_bucket(max(len(p.input_ids) for p in prompts))
         ids = np.zeros((rows, length), np.int32)
-        index = np.full((rows, length), model.TEXT, np.int32)
+        index = np.full((rows, length), TEXT_POSITION, np.int32)
         lengths = np.zeros(rows, np.int32)
         per_tile, tiles = self.config.tokens_per_tile, 0
         for i, prompt in enumerate(prompts):
@@ -310,57 +309,56 @@ class Model:
 
 
 class _Answer:
-    """One growing answer on the host: tokens, streamed text, stop strings."""
+    """One growing answer on the host: tokens, text, stop strings, and how much of the text was shown."""
 
     def __init__(self, processor: Processor, sampling: SamplingParams, eos: int):
-        self.tokenizer = processor.tokenizer
+        self.decoder = StreamDecoder(processor.tokenizer)
         self.stop_strings = sampling.stop
         self.eos = eos
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
+        self.text = ""
         self.stopped = False
-        self.shown = 0  # characters of `text` that were streamed
-
-    @property
-    def text(self) -> str:
-        ids = self.tokens[:-1] if self.tokens and self.tokens[-1] == self.eos else self.tokens
-        text = self.tokenizer.decode(ids)
-        cuts = [at for at in (text.find(s) for s in self.stop_strings) if at >= 0]
-        return text[: min(cuts)] if cuts else text
+        self.shown = 0
 
     def extend(self, tokens: np.ndarray, logprobs: np.ndarray) -> str:
-        """Adds tokens; returns text that can be shown: no broken character, no beginning of a stop string."""
+        """Adds tokens; returns the text that can be shown now: no broken character, no beginning of a stop string."""
         for token, value in zip(tokens.tolist(), logprobs.tolist(), strict=True):
             if self.stopped:
                 break
             self.tokens.append(token)
             self.logprobs.append(value)
-            if token == self.eos or (self.stop_strings and self._has_stop()):
+            if token == self.eos:
                 self.stopped = True
-        text = self.text
-        if not self.stopped:
-            text = text.rstrip("\ufffd")
-            text = text[: len(text) - max((_overlap(text, s) for s in self.stop_strings), default=0)]
-        new, self.shown = text[self.shown :], max(self.shown, len(text))
-        return new
+            else:
+                self._add_text(self.decoder.push(token))
+        held = 0 if self.stopped else max((_overlap(self.text, s) for s in self.stop_strings), default=0)
+        return self._show(len(self.text) - held)
 
-    def _has_stop(self) -> bool:
-        text = self.tokenizer.decode(self.tokens)
-        return any(s in text for s in self.stop_strings)
+    def finish(self) -> str:
+        """Ends the answer; returns the text held back so far."""
+        if not self.stopped or self.tokens[-1] == self.eos:
+            self._add_text(self.decoder.flush())
+        return self._show(len(self.text))
 
-    def flush(self) -> str:
-        """The text held back so far."""
-        text = self.text
-        new, self.shown = text[self.shown :], len(text)
+    def _add_text(self, new: str) -> None:
+        longest = max(map(len, self.stop_strings), default=0)
+        start = max(0, len(self.text) - longest)
+        self.text += new
+        cuts = [at for at in (self.text.find(s, start) for s in self.stop_strings) if at >= 0]
+        if cuts:
+            self.text, self.stopped = self.text[: min(cuts)], True
+
+    def _show(self, end: int) -> str:
+        new, self.shown = self.text[self.shown : end], max(self.shown, end)
         return new
 
     def generation(self, prompt: ModelInputs, with_logprobs: bool) -> Generation:
-        text = self.text
         return Generation(
             token_ids=self.tokens,
-            text=text,
+            text=self.text,
             finish_reason="stop" if self.stopped else "length",
-            boxes=parse_boxes(text, prompt.image_sizes),
+            boxes=parse_boxes(self.text, prompt.image_sizes),
             logprobs=self.logprobs if with_logprobs else None,
             prompt_tokens=len(prompt.input_ids),
             image_tokens=int(prompt.image_mask.sum()),
