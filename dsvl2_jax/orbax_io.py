@@ -6,7 +6,6 @@ the whole tree never has to be in memory. Leaves are named by tuples of keys.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -101,17 +100,3 @@ def unnest(tree: Any, prefix: LeafPath = ()) -> Iterator[tuple[LeafPath, Any]]:
             yield from unnest(value, (*prefix, key))
     else:
         yield prefix, tree
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silences Orbax's progress chatter (absl logging at info level and its warnings) for the duration."""
-    import logging
-
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -1,0 +1,260 @@
+"""Finding a checkpoint and loading its parameters, from either layout.
+
+A *released* directory holds safetensors; a *converted* one, written by `dsvl2_jax.convert`, holds an
+Orbax checkpoint in ``params/`` beside the configuration and tokenizer files, and a manifest that was
+written last. The manifest is what makes a converted directory complete.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+
+from dsvl2_jax import orbax_io
+from dsvl2_jax.config import Config
+from dsvl2_jax.convert import rules
+from dsvl2_jax.convert.source import INDEX_NAME, Source, numpy_dtype
+from dsvl2_jax.errors import CheckpointError, UsageError
+from dsvl2_jax.model import Params, param_shardings
+
+MANIFEST_NAME = "dsvl2_checkpoint.json"
+MANIFEST_VERSION = 1
+PARAMS_NAME = "params"  # the Orbax checkpoint inside a converted directory
+PARTIAL_SUFFIX = ".dsvl2-partial"  # the name under which a directory is written before it is complete
+
+DTYPES = ("float32", "bfloat16")
+
+# Leaves are read one Orbax call at a time up to this size together: calls cost about 40 ms each.
+BATCH_BYTES = 64 << 20
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def resolve(checkpoint: str | Path | None) -> Path:
+    """The directory of a checkpoint.
+
+    Args:
+      checkpoint: a directory, a hub id such as ``deepseek-ai/deepseek-vl2-tiny`` (downloaded into the
+        hub's cache, unless a directory has that name), or None for the built-in micro model.
+
+    Raises:
+      CheckpointError: there is nothing of that name, or it cannot be downloaded.
+    """
+    if checkpoint is None:
+        from dsvl2_jax import configs
+
+        return resolve(Path(configs.__file__).parent / "micro")
+    path = Path(checkpoint)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path}: is a file; expected the directory that holds the checkpoint's files.")
+    if isinstance(checkpoint, str) and _HUB_ID.fullmatch(checkpoint):
+        return _download(checkpoint)
+    raise CheckpointError(
+        f"{checkpoint}: no such directory. Give a converted directory, a directory in the released layout, or a hub "
+        "id such as deepseek-ai/deepseek-vl2-tiny."
+    )
+
+
+def _download(hub_id: str) -> Path:
+    import huggingface_hub
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.md", "*.txt", "LICENSE*"]
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
+    except Exception as error:  # the client raises its own, requests' and the operating system's errors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{hub_id}: no directory has this name, and it cannot be downloaded from the Hugging Face hub ({reason}). "
+            "Check the name and the network, or download the files elsewhere and give their directory."
+        ) from error
+
+
+def kind(directory: Path) -> str:
+    """ "orbax" for a converted directory, "released" for one with safetensors.
+
+    Raises:
+      CheckpointError: it is neither, or an unfinished conversion.
+    """
+    if directory.name.endswith(PARTIAL_SUFFIX):
+        raise CheckpointError(
+            f"{directory}: an unfinished conversion; it is incomplete. Run the conversion again: it starts anew and "
+            "removes this directory."
+        )
+    if (directory / MANIFEST_NAME).is_file():
+        return "orbax"
+    if (directory / PARAMS_NAME).exists():
+        raise CheckpointError(
+            f"{directory}: has {PARAMS_NAME}/ but no {MANIFEST_NAME}, so its conversion did not finish or it was "
+            "copied in part. Convert the released checkpoint again, or copy the whole directory."
+        )
+    if (directory / INDEX_NAME).is_file() or any(directory.glob("*.safetensors")):
+        return "released"
+    raise CheckpointError(
+        f"{directory}: not a checkpoint: found neither {MANIFEST_NAME} (a converted directory) nor safetensors files "
+        "(the released layout). Download or convert the checkpoint into it."
+    )
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a converted directory, after checking that every file it lists has its size.
+
+    Raises:
+      CheckpointError: the manifest cannot be read, is of another version, or files are missing or cut off.
+    """
+    path = directory / MANIFEST_NAME
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version, files, parameters = (manifest[key] for key in ("version", "files", "parameters"))
+        sizes = {name: int(size) for name, size in files.items()}
+        parameters.items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({type(error).__name__}: {error}). Convert the checkpoint again."
+        ) from None
+    if version != MANIFEST_VERSION:
+        raise CheckpointError(
+            f"{path}: written in version {version!r} of the layout, this program reads version {MANIFEST_VERSION}. "
+            "Convert the released checkpoint again."
+        )
+    damaged = []
+    for name, size in sizes.items():
+        file = directory / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            damaged.append(f"{name}: {'missing' if found is None else f'{found} bytes'}, expected {size} bytes")
+    if damaged:
+        raise CheckpointError(
+            f"{directory}: the converted checkpoint is damaged; copy or convert it again:\n{rules.listed(damaged)}"
+        )
+    return manifest
+
+
+def stays_float32(path: orbax_io.LeafPath) -> bool:
+    """True for the router's parameters, which compute in float32 whatever the model's dtype (FACTS §4)."""
+    return len(path) > 1 and path[-2] == "router"
+
+
+def load_params(directory: Path, config: Config, dtype: str | None = None, mesh: Mesh | None = None) -> Params:
+    """Loads every parameter, one large leaf at a time.
+
+    Args:
+      directory: of `resolve`, in either layout.
+      config: of the same directory.
+      dtype: "float32" or "bfloat16" casts (the router's parameters are float32 always); None keeps
+        each parameter's stored dtype.
+      mesh: places each parameter by `param_shardings`; None: on the first device. From a converted
+        directory a process reads only what its devices hold.
+
+    Returns:
+      A nested dict of `jax.Array`. Peak memory is that of the parameters and about one leaf.
+
+    Raises:
+      CheckpointError: incomplete, damaged, or not a checkpoint of this configuration.
+      UsageError: an unknown dtype.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}.")
+    directory = Path(directory)
+    leaves = {leaf.path: leaf for leaf in rules.expand(config)}
+    if mesh is None:
+        shardings: dict[orbax_io.LeafPath, Sharding] = dict.fromkeys(leaves, SingleDeviceSharding(jax.devices()[0]))
+    else:
+        shardings = dict(orbax_io.unnest(param_shardings(config, mesh)))
+
+    def wanted(path: orbax_io.LeafPath, stored: np.dtype) -> np.dtype:
+        return np.dtype(np.float32) if stays_float32(path) else stored if dtype is None else numpy_dtype(dtype)
+
+    read = _read_converted if kind(directory) == "orbax" else _read_released
+    # orbax_io.nest would give the same dict in the order of reading; jax sorts keys where it matters.
+    return orbax_io.nest(dict(read(directory, config, leaves, shardings, wanted)))
+
+
+def _read_released(
+    directory: Path, config: Config, leaves: Mapping, shardings: Mapping, wanted: Any
+) -> Iterator[tuple[orbax_io.LeafPath, jax.Array]]:
+    with Source(directory) as source:
+        rules.check(source.shapes_and_dtypes, config, str(directory))
+        for path, leaf in leaves.items():
+            parameter = source.read_leaf(leaf, wanted(path, source.leaf_dtype(leaf)))
+            array = jax.device_put(parameter, shardings[path])
+            yield path, array.block_until_ready()  # transfers may not pile up in host memory
+
+
+def _read_converted(
+    directory: Path, config: Config, leaves: Mapping, shardings: Mapping, wanted: Any
+) -> Iterator[tuple[orbax_io.LeafPath, jax.Array]]:
+    read_manifest(directory)
+    params = directory / PARAMS_NAME
+    stored = _stored(params, leaves)
+    for batch in batches({path: (shape, dtype) for path, (shape, dtype) in stored.items()}):
+        large = len(batch) == 1
+        # tensorstore casts 4 times slower than XLA does, but XLA compiles a program per shape.
+        structs = {}
+        for path in batch:
+            shape, dtype = stored[path]
+            structs[path] = jax.ShapeDtypeStruct(
+                shape, dtype if large else wanted(path, dtype), sharding=shardings[path]
+            )
+        try:
+            arrays = orbax_io.read(params, structs)
+        except Exception as error:  # Orbax and tensorstore raise ValueError, KeyError, OSError, XlaRuntimeError …
+            names = ", ".join("/".join(path) for path in batch[:3])
+            raise CheckpointError(
+                f"{params}: cannot read {names}{' …' if len(batch) > 3 else ''} ({_first_line(error)}). The checkpoint "
+                "is damaged: convert it again."
+            ) from error
+        for path in batch:
+            array = arrays.pop(path)
+            yield path, array.astype(wanted(path, array.dtype)).block_until_ready()
+
+
+def _stored(params: Path, leaves: Mapping) -> dict[orbax_io.LeafPath, tuple[tuple[int, ...], np.dtype]]:
+    """The leaves of a converted checkpoint, checked against those of the configuration."""
+    try:
+        stored = orbax_io.read_shapes(params)
+    except Exception as error:
+        raise CheckpointError(
+            f"{params}: not a readable Orbax checkpoint ({_first_line(error)}). Convert the checkpoint again."
+        ) from error
+    problems = [f"missing: {'/'.join(path)}" for path in leaves if path not in stored]
+    problems += [f"unexpected: {'/'.join(path)}" for path in stored if path not in leaves]
+    problems += [
+        f"{leaf.name}: found {list(stored[path][0])}, expected {list(leaf.shape)}"
+        for path, leaf in leaves.items()
+        if path in stored and stored[path][0] != leaf.shape
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{params}: the parameters are not those of the model that config.json describes; convert again from one "
+            f"release:\n{rules.listed(problems)}"
+        )
+    return stored
+
+
+def batches(stored: Mapping[orbax_io.LeafPath, tuple[tuple[int, ...], np.dtype]]) -> Iterator[list[orbax_io.LeafPath]]:
+    """Groups leaves, in order, up to `BATCH_BYTES` together; a larger leaf is alone."""
+    batch: list[orbax_io.LeafPath] = []
+    total = 0
+    for path, (shape, dtype) in stored.items():
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        if batch and total + size > BATCH_BYTES:
+            yield batch
+            batch, total = [], 0
+        batch.append(path)
+        total += size
+    if batch:
+        yield batch
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
