@@ -1,0 +1,40 @@
+"""DeepSeek-VL2 in JAX/Flax: convert the released checkpoints, run them, train them.
+
+import dsvl2_jax
+
+model = dsvl2_jax.load("deepseek-ai/deepseek-vl2-tiny", dtype="bfloat16")
+inputs = model.processor([{"role": "user", "content": "<image>\\nWhat is this?", "images": ["photo.jpg"]}])
+print(model.generate(inputs, max_new_tokens=128).text)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# Names are found on first use, so that reading a tokenizer or printing help does not import jax.
+_EXPORTS = {
+    "Config": "dsvl2_jax.config",
+    "DSVL2Error": "dsvl2_jax.errors",
+    "Generation": "dsvl2_jax.infer.engine",
+    "Model": "dsvl2_jax.infer.engine",
+    "Processor": "dsvl2_jax.processor",
+    "SamplingParams": "dsvl2_jax.infer.sampling",
+    "decode_step": "dsvl2_jax.model",
+    "draw_boxes": "dsvl2_jax.grounding",
+    "load": "dsvl2_jax.infer.engine",
+    "make_mesh": "dsvl2_jax.sharding",
+    "prefill": "dsvl2_jax.model",
+}
+
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])

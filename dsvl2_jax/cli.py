@@ -1,0 +1,240 @@
+"""The `dsvl2` command: one subcommand per job. Heavy imports wait until a job needs them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import Positional, UseAppendAction
+
+from dsvl2_jax.errors import DSVL2Error, UsageError
+
+Checkpoint = Positional[str | None]
+Dtype = Literal["float32", "bfloat16"]
+Images = Annotated[tuple[tuple[Path, ...], ...], UseAppendAction]
+
+
+def convert(
+    src: Positional[str], dst: Positional[Path], *, dtype: Dtype | None = None, max_memory: str = "1GiB"
+) -> None:
+    """Convert a checkpoint in the released layout to an Orbax directory that is complete by itself.
+
+    Args:
+        src: directory with config.json and safetensors, or a hub id such as deepseek-ai/deepseek-vl2-tiny.
+        dst: directory to make; it must not exist.
+        dtype: cast all tensors; without it each keeps its own.
+        max_memory: most memory for tensors on their way, e.g. 4GiB. One tensor may always pass.
+    """
+    from dsvl2_jax.convert.convert import convert as run
+    from dsvl2_jax.convert.convert import parse_bytes
+
+    run(src, dst, dtype=dtype, max_memory=parse_bytes(max_memory))
+
+
+def export(ckpt: Positional[str], dst: Positional[Path]) -> None:
+    """Write a converted or trained checkpoint back to the released layout (safetensors with index).
+
+    Args:
+        ckpt: converted directory.
+        dst: directory to make; it must not exist.
+    """
+    from dsvl2_jax.convert.export import export as run
+
+    run(ckpt, dst)
+
+
+def doctor(ckpt: Checkpoint = None, *, json: bool = False) -> int:
+    """Check a checkpoint in either layout; exit status 1 when it is unusable.
+
+    Args:
+        ckpt: checkpoint; without it, the bundled one.
+        json: print the report as JSON.
+    """
+    from dsvl2_jax.convert.doctor import doctor as run
+
+    return run(ckpt, as_json=json)
+
+
+def generate(
+    ckpt: Checkpoint = None,
+    *,
+    prompt: str,
+    image: Images = (),
+    system: str = "",
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 50,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    stop: UseAppendAction[tuple[str, ...]] = (),
+    chunk_size: int | None = None,
+    json: bool = False,
+    draw: Path | None = None,
+    dtype: Dtype = "float32",
+    mesh: str | None = None,
+    exif: bool = False,
+    strict_special_tokens: bool = False,
+) -> None:
+    """Answer one prompt about any number of images.
+
+    Args:
+        ckpt: converted directory, released-layout directory or hub id; without it, the bundled model.
+        prompt: the user's text. <image> marks where each image goes; without it the images come first.
+        image: image files, in order; may be given several times.
+        system: a system message.
+        max_new_tokens: most tokens of the answer.
+        temperature: 0 is greedy.
+        top_p: sample from the likeliest tokens that together reach this probability.
+        top_k: sample from so many of the likeliest tokens; 0 for all.
+        repetition_penalty: above 1 makes repeating less likely.
+        seed: of sampling.
+        stop: end the answer before this string; may be given several times.
+        chunk_size: prefill so many tokens at a time, to bound memory.
+        json: print one JSON object instead of streaming text.
+        draw: write the last image with the answer's boxes drawn.
+        dtype: in which the model computes.
+        mesh: shard over devices, e.g. data=2,tensor=2,expert=2.
+        exif: turn images as their EXIF orientation says (the official code does not).
+        strict_special_tokens: treat special tokens written in the prompt as plain text.
+    """
+    from dsvl2_jax.infer import commands
+
+    commands.generate(
+        ckpt,
+        prompt=prompt,
+        images=[path for group in image for path in group],
+        system=system,
+        max_new_tokens=max_new_tokens,
+        sampling=commands.SamplingParams(temperature, top_p, top_k, repetition_penalty, seed, stop),
+        chunk_size=chunk_size,
+        as_json=json,
+        draw=draw,
+        options=commands.LoadOptions(dtype, mesh, exif, strict_special_tokens),
+    )
+
+
+def chat(
+    ckpt: Checkpoint = None,
+    *,
+    system: str = "",
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 50,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    dtype: Dtype = "float32",
+    mesh: str | None = None,
+    exif: bool = False,
+    strict_special_tokens: bool = False,
+) -> None:
+    """Talk with the model in the terminal; /help lists what a line can do besides.
+
+    Args:
+        ckpt: converted directory, released-layout directory or hub id; without it, the bundled model.
+        system: a system message.
+        max_new_tokens: most tokens of an answer.
+        temperature: 0 is greedy.
+        top_p: sample from the likeliest tokens that together reach this probability.
+        top_k: sample from so many of the likeliest tokens; 0 for all.
+        repetition_penalty: above 1 makes repeating less likely.
+        seed: of sampling.
+        dtype: in which the model computes.
+        mesh: shard over devices, e.g. data=2,tensor=2,expert=2.
+        exif: turn images as their EXIF orientation says (the official code does not).
+        strict_special_tokens: treat special tokens written in the prompt as plain text.
+    """
+    from dsvl2_jax.infer import chat as chat_module
+    from dsvl2_jax.infer import commands
+
+    model = commands.load(ckpt, commands.LoadOptions(dtype, mesh, exif, strict_special_tokens))
+    sampling = commands.SamplingParams(temperature, top_p, top_k, repetition_penalty, seed)
+    chat_module.chat(model, system, max_new_tokens, sampling)
+
+
+def bench(
+    job: Positional[Literal["convert", "generate"]],
+    ckpt: Checkpoint = None,
+    *,
+    size: Literal["tiny", "small", "base"] = "tiny",
+    directory: Path | None = None,
+    keep: Path | None = None,
+    repeats: int = 2,
+    dtype: Dtype = "float32",
+    mesh: str | None = None,
+    new_tokens: int = 32,
+) -> None:
+    """Measure conversion (speed against cp, peak memory) or generation (load time, tokens per second).
+
+    Args:
+        job: what to measure.
+        ckpt: for generate; without it, the bundled model.
+        size: for convert, the released size whose shapes the random checkpoint gets.
+        directory: for convert, where to work; tiny needs 27 GB free.
+        keep: for convert, where to leave the converted checkpoint.
+        repeats: for convert, how often cp and the conversion run in turn.
+        dtype: for generate.
+        mesh: for generate.
+        new_tokens: for generate.
+    """
+    if job == "convert":
+        from dsvl2_jax.convert.bench import bench_convert
+
+        bench_convert(size=size, directory=directory, keep=keep, repeats=repeats)
+    else:
+        from dsvl2_jax.infer.bench import bench_generate
+
+        bench_generate(ckpt, dtype=dtype, mesh=mesh, new_tokens=new_tokens)
+
+
+COMMANDS = {
+    "convert": convert,
+    "export": export,
+    "generate": generate,
+    "chat": chat,
+    "bench": bench,
+    "doctor": doctor,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, 1 for a failure, 2 for a wrong call."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    if debug:
+        args.remove("--debug")
+    try:
+        status = tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="dsvl2",
+            description="DeepSeek-VL2 in JAX. `dsvl2 COMMAND --help` explains a command; --debug shows tracebacks.",
+            args=args,
+            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName),
+        )
+        return status or 0
+    except DSVL2Error as error:
+        if debug:
+            raise
+        kind = "usage error" if isinstance(error, UsageError) else "error"
+        print(f"dsvl2: {kind}: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("dsvl2: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone; python would complain once more when it flushes at exit.
+        sys.stderr.close()
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        message = str(error) or "no message"
+        print(f"dsvl2: error: {type(error).__name__}: {message} (--debug shows where)", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
