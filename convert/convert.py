@@ -1,0 +1,233 @@
+"""From the released layout to an Orbax checkpoint, one parameter at a time.
+
+Everything that can be wrong with the source is checked before anything is written. While one parameter
+is being written, the next is read and transposed; `max_memory` bounds what is held at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from dsvl2_jax import orbax_io
+from dsvl2_jax.checkpoint import MANIFEST_NAME, MANIFEST_VERSION, PARAMS_NAME, batches, kind, resolve
+from dsvl2_jax.config import Config
+from dsvl2_jax.convert import rules
+from dsvl2_jax.convert.source import INDEX_NAME, Source, numpy_dtype
+from dsvl2_jax.convert.staging import refuse_existing, staged
+from dsvl2_jax.errors import CheckpointError, UsageError
+from dsvl2_jax.model import abstract_params
+from dsvl2_jax.processor import ProcessorConfig
+from dsvl2_jax.sharding import PARAM_RULES
+from dsvl2_jax.tokenizer import Tokenizer
+
+DEFAULT_MAX_MEMORY = "1.5GiB"
+PROGRAM_BYTES = 400 << 20  # measured: Python, jax and Orbax with their buffers, before any parameter
+
+_UNITS = {"": 1, "B": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for suffix, base in (("", 1000), ("B", 1000), ("iB", 1024))
+}
+_CARRIED_SUFFIXES = (".json", ".jinja", ".md", ".model", ".txt")
+_CARRIED_NAMES = ("LICENSE", "LICENCE", "NOTICE")
+_CARRIED_BYTES = 256 << 20  # a larger file is no configuration
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """What was written: the directory, parameters, bytes of tensors, wall-clock seconds, and remarks for the user."""
+
+    directory: Path
+    parameters: int
+    bytes: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    max_memory: int | str | None = None,
+) -> Converted:
+    """Converts a checkpoint in the released layout to an Orbax directory that is complete by itself.
+
+    Args:
+      src: a directory in the released layout (shards with an index, or a single file) or a hub id.
+      dst: the directory to make. It appears when it is complete.
+      dtype: casts every tensor; by default each keeps its own.
+      max_memory: bound on this process's resident memory, such as "4GiB" or a number of bytes. Default:
+        1.5 GiB, or what the largest parameter needs.
+
+    Raises:
+      CheckpointError: the source is incomplete or does not fit its config.json, ``dst`` exists, or the
+        disk is full. Nothing is left behind.
+      ConfigError, TokenizerError: the source's config or tokenizer cannot be used.
+      UsageError: ``dtype`` or ``max_memory`` makes no sense.
+    """
+    started = time.monotonic()
+    if dtype not in (None, "float32", "bfloat16"):
+        raise UsageError(f"--dtype {dtype}: expected float32 or bfloat16.")
+    limit = None if max_memory is None else parse_bytes(max_memory)
+    dst = Path(dst).absolute()
+    refuse_existing(dst)
+    directory = resolve(src)
+    if kind(directory) != "released":
+        raise CheckpointError(
+            f"{directory}: is a converted checkpoint already; convert takes the released layout. To get that layout "
+            "back, use dsvl2 export."
+        )
+    config = check_directory(directory)
+    with Source(directory) as source:
+        rules.check(source.shapes_and_dtypes, config, str(directory))
+        leaves = {leaf.path: leaf for leaf in rules.expand(config)}
+        kept = {path: source.leaf_dtype(leaf) for path, leaf in leaves.items()}
+        plan = {path: (leaf.shape, numpy_dtype(dtype) if dtype else kept[path]) for path, leaf in leaves.items()}
+        mixed = {
+            name: rules.FLOAT_DTYPES[source.tensors[name].dtype]
+            for path, leaf in leaves.items()
+            for name in leaf.sources
+            if dtype is None and rules.FLOAT_DTYPES[source.tensors[name].dtype] != kept[path].name
+        }
+        total = sum(leaf_bytes(*entry) for entry in plan.values())
+        budget = _budget(limit, plan)
+        with staged(dst, total) as partial:
+            carry_files(directory, partial)
+            with _writing(partial / PARAMS_NAME, config) as writer, progress("convert", total) as advance:
+                in_flight = 0
+                for batch in batches(plan):
+                    size = sum(leaf_bytes(*plan[path]) for path in batch)
+                    if in_flight + writing_bytes(size) > budget:
+                        writer.wait()
+                    writer.write({path: source.read_leaf(leaves[path], plan[path][1]) for path in batch})
+                    in_flight = writing_bytes(size)
+                    advance(size)
+                writer.finalize()
+            write_manifest(partial, plan, source=str(src), mixed=mixed)
+    notes = (
+        (f"{len(mixed)} tensors are of another dtype than others of the same stacked parameter: kept as float32",)
+        if mixed
+        else ()
+    )
+    parameters = sum(int(np.prod(shape, dtype=np.int64)) for shape, _ in plan.values())
+    return Converted(dst, parameters, total, time.monotonic() - started, notes)
+
+
+def check_directory(directory: Path) -> Config:
+    """The configuration of a checkpoint, after checking that its tokenizer and processor files are usable with it."""
+    config = Config.from_file(directory)
+    ProcessorConfig.from_dir(directory)
+    Tokenizer.from_dir(directory).check_fits(config.language.vocab_size)
+    return config
+
+
+def parse_bytes(text: int | str) -> int:
+    """A number of bytes from "4GiB", "500 MB", "2e9" or a number; K, M, G, T are powers of 1000, Ki … of 1024.
+
+    Raises:
+      UsageError: it is not a positive size.
+    """
+    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
+    units = {unit.lower(): factor for unit, factor in _UNITS.items()}
+    try:
+        size = int(float(found[1]) * units[found[2].lower()]) if found else 0
+    except (KeyError, ValueError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise UsageError(f"{text!r} is not a size: expected a number with a unit, such as 4GiB, 500MB or 2000000000.")
+    return size
+
+
+def leaf_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+
+
+def writing_bytes(size: int) -> int:
+    """Memory that a batch takes while it is written: Orbax copies what it cuts into chunks, once as they are and
+    once encoded."""
+    return size if size <= orbax_io.CHUNK_BYTES else 3 * size
+
+
+def _budget(limit: int | None, plan: dict) -> int:
+    """Bytes of parameters that may be held at once."""
+    largest = max(writing_bytes(leaf_bytes(*entry)) for entry in plan.values())
+    if limit is None:
+        return max(parse_bytes(DEFAULT_MAX_MEMORY) - PROGRAM_BYTES, largest)
+    if limit < PROGRAM_BYTES + largest:
+        raise UsageError(
+            f"--max-memory {limit / 2**30:.2f} GiB is too little: the largest parameter of this model needs "
+            f"{(PROGRAM_BYTES + largest) / 2**30:.2f} GiB."
+        )
+    return limit - PROGRAM_BYTES
+
+
+@contextlib.contextmanager
+def _writing(path: Path, config: Config) -> Iterator[orbax_io.ParamWriter]:
+    """A writer that is not writing any more when the block is left, however it is left."""
+    _, axes = abstract_params(config)
+    cut = {
+        leaf_path: tuple(i for i, name in enumerate(names) if name is not None and PARAM_RULES[name])
+        for leaf_path, names in orbax_io.unnest(axes)
+    }
+    writer = orbax_io.ParamWriter(path, cut)
+    try:
+        yield writer
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error is the one to report
+            writer.wait()
+        raise
+
+
+def carry_files(source: Path, target: Path) -> None:
+    """Copies configuration, tokenizer, licence and documentation files, so that ``target`` is complete by itself."""
+    for file in sorted(source.iterdir()):
+        named = file.suffix in _CARRIED_SUFFIXES or file.name.startswith(_CARRIED_NAMES)
+        generated = file.name in (INDEX_NAME, MANIFEST_NAME)
+        if file.is_file() and named and not generated and file.stat().st_size <= _CARRIED_BYTES:
+            shutil.copyfile(file, target / file.name)
+
+
+def write_manifest(directory: Path, plan: dict, *, source: str, mixed: dict[str, str]) -> None:
+    """Writes the file that makes a converted directory complete.
+
+    ``mixed``: tensors of a stacked parameter whose dtype is not the parameter's, with their own dtype, so
+    that export can give it back.
+    """
+    params = directory / PARAMS_NAME
+    manifest: dict[str, Any] = {
+        "version": MANIFEST_VERSION,
+        "source": source,
+        "parameters": {
+            "/".join(path): {"shape": list(shape), "dtype": dtype.name} for path, (shape, dtype) in plan.items()
+        },
+        "mixed_dtypes": mixed,
+        "files": {
+            str(file.relative_to(directory)): file.stat().st_size
+            for file in sorted(params.rglob("*"))
+            if file.is_file()
+        },
+    }
+    (directory / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def progress(what: str, total_bytes: int) -> Iterator[Any]:
+    """A bar with bytes, speed and time left on standard error when that is a terminal; yields advance(bytes)."""
+    console = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total_bytes)
+        yield lambda count: bar.advance(task, count)
