@@ -34,6 +34,10 @@ DTYPES = ("float32", "bfloat16")
 # Leaves are read one Orbax call at a time up to this size together: calls cost about 40 ms each.
 BATCH_BYTES = 64 << 20
 
+Shardings = Mapping[orbax_io.LeafPath, Sharding]
+# Leaf path → (shape, dtype).
+Stored = Mapping[orbax_io.LeafPath, tuple[tuple[int, ...], np.dtype]]
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -164,46 +168,67 @@ def load_params(directory: Path, config: Config, dtype: str | None = None, mesh:
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}.")
     directory = Path(directory)
-    leaves = {leaf.path: leaf for leaf in rules.expand(config)}
     if mesh is None:
-        shardings: dict[orbax_io.LeafPath, Sharding] = dict.fromkeys(leaves, SingleDeviceSharding(jax.devices()[0]))
+        first = SingleDeviceSharding(jax.devices()[0])
+        shardings: Shardings = {leaf.path: first for leaf in rules.expand(config)}
     else:
         shardings = dict(orbax_io.unnest(param_shardings(config, mesh)))
-
-    def wanted(path: orbax_io.LeafPath, stored: np.dtype) -> np.dtype:
-        return np.dtype(np.float32) if stays_float32(path) else stored if dtype is None else numpy_dtype(dtype)
-
     read = _read_converted if kind(directory) == "orbax" else _read_released
-    # orbax_io.nest would give the same dict in the order of reading; jax sorts keys where it matters.
-    return orbax_io.nest(dict(read(directory, config, leaves, shardings, wanted)))
+    return orbax_io.nest(dict(read(directory, config, shardings, dtype)))
+
+
+def _target_dtype(path: orbax_io.LeafPath, stored: np.dtype, dtype: str | None) -> np.dtype:
+    return np.dtype(np.float32) if stays_float32(path) else stored if dtype is None else numpy_dtype(dtype)
 
 
 def _read_released(
-    directory: Path, config: Config, leaves: Mapping, shardings: Mapping, wanted: Any
+    directory: Path, config: Config, shardings: Shardings, dtype: str | None
 ) -> Iterator[tuple[orbax_io.LeafPath, jax.Array]]:
     with Source(directory) as source:
         rules.check(source.shapes_and_dtypes, config, str(directory))
-        for path, leaf in leaves.items():
-            parameter = source.read_leaf(leaf, wanted(path, source.leaf_dtype(leaf)))
-            array = jax.device_put(parameter, shardings[path])
-            yield path, array.block_until_ready()  # transfers may not pile up in host memory
+        for leaf in rules.expand(config):
+            parameter = source.read_leaf(leaf, _target_dtype(leaf.path, source.leaf_dtype(leaf), dtype))
+            array = jax.device_put(parameter, shardings[leaf.path])
+            yield leaf.path, array.block_until_ready()  # transfers may not pile up in host memory
 
 
 def _read_converted(
-    directory: Path, config: Config, leaves: Mapping, shardings: Mapping, wanted: Any
+    directory: Path, config: Config, shardings: Shardings, dtype: str | None
 ) -> Iterator[tuple[orbax_io.LeafPath, jax.Array]]:
-    read_manifest(directory)
-    params = directory / PARAMS_NAME
-    stored = _stored(params, leaves)
-    for batch in batches({path: (shape, dtype) for path, (shape, dtype) in stored.items()}):
+    _, stored = open_converted(directory, config)
+    dtypes = {path: _target_dtype(path, kept, dtype) for path, (_, kept) in stored.items()}
+    yield from read_leaves(directory / PARAMS_NAME, stored, shardings, dtypes)
+
+
+def open_converted(directory: Path, config: Config) -> tuple[dict[str, Any], Stored]:
+    """The manifest of a converted directory and its leaves, both checked against the files and the configuration.
+
+    Raises:
+      CheckpointError: incomplete, damaged, or of another model.
+    """
+    manifest = read_manifest(directory)
+    return manifest, _stored(directory / PARAMS_NAME, config)
+
+
+def read_leaves(
+    params: Path,
+    stored: Stored,
+    shardings: Shardings,
+    dtypes: Mapping[orbax_io.LeafPath, np.dtype] | None = None,
+) -> Iterator[tuple[orbax_io.LeafPath, jax.Array]]:
+    """Reads an Orbax checkpoint leaf by leaf, placed by ``shardings`` and cast to ``dtypes`` (default: as stored).
+
+    Raises:
+      CheckpointError: the files cannot be read.
+    """
+    for batch in batches(stored):
         large = len(batch) == 1
-        # tensorstore casts 4 times slower than XLA does, but XLA compiles a program per shape.
         structs = {}
         for path in batch:
             shape, dtype = stored[path]
-            structs[path] = jax.ShapeDtypeStruct(
-                shape, dtype if large else wanted(path, dtype), sharding=shardings[path]
-            )
+            # tensorstore casts 4 times slower than XLA does, but XLA compiles a program per shape.
+            read_as = dtype if dtypes is None or large else dtypes[path]
+            structs[path] = jax.ShapeDtypeStruct(shape, read_as, sharding=shardings[path])
         try:
             arrays = orbax_io.read(params, structs)
         except Exception as error:  # Orbax and tensorstore raise ValueError, KeyError, OSError, XlaRuntimeError …
@@ -214,10 +239,10 @@ def _read_converted(
             ) from error
         for path in batch:
             array = arrays.pop(path)
-            yield path, array.astype(wanted(path, array.dtype)).block_until_ready()
+            yield path, array if dtypes is None else array.astype(dtypes[path]).block_until_ready()
 
 
-def _stored(params: Path, leaves: Mapping) -> dict[orbax_io.LeafPath, tuple[tuple[int, ...], np.dtype]]:
+def _stored(params: Path, config: Config) -> Stored:
     """The leaves of a converted checkpoint, checked against those of the configuration."""
     try:
         stored = orbax_io.read_shapes(params)
@@ -225,6 +250,7 @@ def _stored(params: Path, leaves: Mapping) -> dict[orbax_io.LeafPath, tuple[tupl
         raise CheckpointError(
             f"{params}: not a readable Orbax checkpoint ({_first_line(error)}). Convert the checkpoint again."
         ) from error
+    leaves = {leaf.path: leaf for leaf in rules.expand(config)}
     problems = [f"missing: {'/'.join(path)}" for path in leaves if path not in stored]
     problems += [f"unexpected: {'/'.join(path)}" for path in stored if path not in leaves]
     problems += [
@@ -240,7 +266,7 @@ def _stored(params: Path, leaves: Mapping) -> dict[orbax_io.LeafPath, tuple[tupl
     return stored
 
 
-def batches(stored: Mapping[orbax_io.LeafPath, tuple[tuple[int, ...], np.dtype]]) -> Iterator[list[orbax_io.LeafPath]]:
+def batches(stored: Stored) -> Iterator[list[orbax_io.LeafPath]]:
     """Groups leaves, in order, up to `BATCH_BYTES` together; a larger leaf is alone."""
     batch: list[orbax_io.LeafPath] = []
     total = 0
