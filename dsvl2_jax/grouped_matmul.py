@@ -75,7 +75,7 @@ def _cuda(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Ar
 
 
 def _ragged_outer(rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """Per group, rowsᵀ · cotangent: [M, I], [M, O] → [G, I, O]."""
+    """Per group, rowsᵀ · cotangent: [M, I], [M, O] → [G, I, O] in the dtype of ``rows``."""
     dims = lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
     )
@@ -121,7 +121,7 @@ def _blocked(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax
 
 
 def _blocked_outer(rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """As `_ragged_outer`, a block of rows at a time."""
+    """As `_ragged_outer`, a block of rows at a time, summed in float32."""
     count, groups = rows.shape[0], group_sizes.shape[0]
     block = _block_size(count, groups)
     group, start, used = _blocks(group_sizes, block, count // block + groups)
@@ -137,4 +137,4 @@ def _blocked_outer(rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array
         return out.at[group[i]].add(part)
 
     shape = (groups, rows.shape[1], cotangent.shape[1])
-    return lax.fori_loop(0, used, body, jnp.zeros(shape, jnp.float32))
+    return lax.fori_loop(0, used, body, jnp.zeros(shape, jnp.float32)).astype(rows.dtype)
