@@ -80,6 +80,8 @@ def partition_spec(
     entries: list[str | tuple[str, ...] | None] = []
     used: set[str] = set()
     for size, axis in zip(shape, axes, strict=True):
+        if axis is not None and axis not in rules:
+            raise ValueError(f"logical axis {axis!r} of {tuple(axes)} has no rule; the table has {', '.join(rules)}")
         target = rules[axis] if axis is not None else None
         names = tuple(n for n in ((target,) if isinstance(target, str) else target or ()) if mesh_shape.get(n, 1) > 1)
         if used.intersection(names):
@@ -137,14 +139,16 @@ def parse_mesh(text: str) -> dict[str, int]:
     """Parses ``data=2,tensor=2,expert=2``; axes not named are 1.
 
     Raises:
-      UsageError: an unknown axis, or a size that is not a positive whole number.
+      UsageError: an unknown axis, one named twice, or a size that is not a positive whole number.
     """
-    sizes = dict.fromkeys(MESH_AXES, 1)
+    sizes: dict[str, int] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, _, value = part.partition("=")
         if name.strip() not in MESH_AXES:
             raise UsageError(f"--mesh: unknown axis {name!r}; the axes are {', '.join(MESH_AXES)}.")
+        if name.strip() in sizes:
+            raise UsageError(f"--mesh: {name.strip()} is given twice; give each axis one size.")
         if not value.strip().isdigit() or int(value) < 1:
             raise UsageError(f"--mesh: {part!r} needs a positive whole number, as in data=2,tensor=2,expert=2.")
         sizes[name.strip()] = int(value)
-    return sizes
+    return dict.fromkeys(MESH_AXES, 1) | sizes
