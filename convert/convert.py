@@ -28,12 +28,14 @@ from dsvl2_jax.convert import rules
 from dsvl2_jax.convert.source import INDEX_NAME, Source, numpy_dtype
 from dsvl2_jax.convert.staging import refuse_existing, staged
 from dsvl2_jax.errors import CheckpointError, UsageError
-from dsvl2_jax.model import abstract_params
 from dsvl2_jax.processor import ProcessorConfig
-from dsvl2_jax.sharding import PARAM_RULES
 from dsvl2_jax.tokenizer import Tokenizer
 
 DEFAULT_MAX_MEMORY = 1 << 30
+
+# A partial save costs time in the number of leaves saved before it, so large leaves go first and small
+# ones are saved together.
+WRITE_BATCH_BYTES = 256 << 20
 
 _UNITS = {"": 1, "B": 1} | {
     prefix + suffix: base**power
@@ -103,16 +105,18 @@ def convert(
             if dtype is None and rules.FLOAT_DTYPES[source.tensors[name].dtype] != kept[path].name
         }
         total = sum(leaf_bytes(*entry) for entry in plan.values())
+        by_size = dict(sorted(plan.items(), key=lambda item: -leaf_bytes(*item[1])))
         with staged(dst, total) as partial:
             carry_files(directory, partial)
             with _writing(partial / PARAMS_NAME, config) as writer, progress("convert", total) as advance:
                 in_flight = 0
-                for batch in batches(plan):
+                for batch in batches(by_size, WRITE_BATCH_BYTES):
                     size = sum(leaf_bytes(*plan[path]) for path in batch)
-                    if in_flight + writing_bytes(size) > limit:
+                    needed = sum(writing_bytes(leaf_bytes(*plan[path])) for path in batch)
+                    if in_flight + needed > limit:
                         writer.wait()
                     writer.write({path: source.read_leaf(leaves[path], plan[path][1]) for path in batch})
-                    in_flight = writing_bytes(size)
+                    in_flight = needed
                     advance(size)
                 writer.finalize()
             write_manifest(partial, plan, source=str(src), mixed=mixed)
@@ -166,12 +170,8 @@ def writing_bytes(size: int) -> int:
 @contextlib.contextmanager
 def _writing(path: Path, config: Config) -> Iterator[orbax_io.ParamWriter]:
     """A writer that is not writing any more when the block is left, however it is left."""
-    _, axes = abstract_params(config)
-    cut = {
-        leaf_path: tuple(i for i, name in enumerate(names) if name is not None and PARAM_RULES[name])
-        for leaf_path, names in orbax_io.unnest(axes)
-    }
-    writer = orbax_io.ParamWriter(path, cut)
+    stacked = frozenset(leaf.path for leaf in rules.expand(config) if leaf.stacked)
+    writer = orbax_io.ParamWriter(path, stacked)
     try:
         yield writer
     except BaseException:

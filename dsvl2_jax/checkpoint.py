@@ -266,13 +266,13 @@ def _stored(params: Path, config: Config) -> Stored:
     return stored
 
 
-def batches(stored: Stored) -> Iterator[list[orbax_io.LeafPath]]:
-    """Groups leaves, in order, up to `BATCH_BYTES` together; a larger leaf is alone."""
+def batches(stored: Stored, batch_bytes: int = BATCH_BYTES) -> Iterator[list[orbax_io.LeafPath]]:
+    """Groups leaves, in order, up to ``batch_bytes`` together; a larger leaf is alone."""
     batch: list[orbax_io.LeafPath] = []
     total = 0
     for path, (shape, dtype) in stored.items():
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        if batch and total + size > BATCH_BYTES:
+        if batch and total + size > batch_bytes:
             yield batch
             batch, total = [], 0
         batch.append(path)

@@ -6,7 +6,7 @@ the whole tree never has to be in memory. Leaves are named by tuples of keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ import orbax.checkpoint.experimental.v1 as ocp
 
 LeafPath = tuple[str, ...]
 
-# Large leaves are cut into pieces of about this size, along the axes that a mesh would split, so that a
-# sharded restore reads only what it needs.
+# Larger leaves are cut into pieces of at most this size, so that a sharded restore reads little more than
+# it needs.
 CHUNK_BYTES = 64 << 20
 
 
@@ -28,10 +28,10 @@ class ParamWriter:
     not change before `wait` returns. Data files are flushed to disk as they are written.
     """
 
-    def __init__(self, path: Path, shard_axes: Mapping[LeafPath, tuple[int, ...]]):
-        """``shard_axes``: per leaf, the axes along which to cut it when it is large."""
+    def __init__(self, path: Path, stacked: Set[LeafPath]):
+        """``stacked``: leaves with one entry per expert on their first axis, which are cut there when large."""
         self._path = path.absolute()
-        self._shard_axes = shard_axes
+        self._stacked = stacked
         self._pending: Any = None
         self._context = ocp.Context()
         self._context.memory_options.deepcopy_host_arrays = False
@@ -43,7 +43,8 @@ class ParamWriter:
     def _storage_options(self, keys: Any, value: Any) -> Any:
         del value
         storage = ocp.options.ArrayOptions.Saving.StorageOptions
-        axes = self._shard_axes.get(tuple(key.key for key in keys), ())
+        # Orbax cuts an axis named here down to single entries: right for experts, ruinous for a vocabulary.
+        axes = (0,) if tuple(key.key for key in keys) in self._stacked else ()
         return storage(chunk_byte_size=CHUNK_BYTES, shard_axes=axes)
 
     def write(self, leaves: Mapping[LeafPath, np.ndarray]) -> None:
