@@ -1,17 +1,21 @@
 """Shared test set-up: eight virtual CPU devices, quick compilation, and the golden data."""
 
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
 # Before jax is imported anywhere. Optimisation level 0 halves XLA's compile time, which dominates this suite.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["HF_HUB_OFFLINE"] = "1"
-
-from pathlib import Path
+# One compilation cache for this run: its workers share programs, and the user's own cache stays as it was.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dsvl2-test-xla-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import pytest
 
@@ -28,3 +32,10 @@ def data() -> Path:
 def checkpoints(data: Path) -> Path:
     """The directory of mini checkpoints in the released layout: mini-tiny, mini-small, mini-base, mini-small-f32."""
     return data / "checkpoints"
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Removes the run's compilation cache, once its workers are done."""
+    cache = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    if not hasattr(config, "workerinput") and cache.name.startswith("dsvl2-test-xla-"):
+        shutil.rmtree(cache, ignore_errors=True)
