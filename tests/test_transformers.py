@@ -54,7 +54,6 @@ CASES = {
     "V2": ("DeepseekV2", {"topk_method": "greedy", "q_lora_rank": None, "routed_scaling_factor": 1.5}),
     "V2, query latent, biases": ("DeepseekV2", {"topk_method": "greedy", "q_lora_rank": 14, "attention_bias": True}),
     "V3, biases": ("DeepseekV3", V3 | {"q_lora_rank": None, "attention_bias": True}),
-    "V3, query latent": ("DeepseekV3", V3 | {"q_lora_rank": 14}),
 }
 
 
