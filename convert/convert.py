@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from rich import filesize
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -127,7 +128,7 @@ def convert(
     )
     parameters = sum(int(np.prod(shape, dtype=np.int64)) for shape, _ in plan.values())
     seconds = time.monotonic() - started
-    for line in (*notes, f"wrote {dst}: {parameters:,} parameters, {total / 1e9:.2f} GB in {seconds:.1f} s"):
+    for line in (*notes, f"wrote {dst}: {parameters:,} parameters, {filesize.decimal(total)} in {seconds:.1f} s"):
         print(line, file=sys.stderr)
     return Converted(dst, parameters, total, seconds, notes)
 

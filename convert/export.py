@@ -17,6 +17,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from rich import filesize
 
 from dsvl2_jax.checkpoint import PARAMS_NAME, kind, open_converted, read_leaves, resolve
 from dsvl2_jax.convert import rules
@@ -147,7 +148,7 @@ def export(ckpt: str | Path | None, dst: str | Path, *, max_shard_bytes: int | s
                 writer.write({name: part.astype(tensors[name][1], copy=False) for name, part in parts})
                 advance(leaf_bytes(*stored[path]))
             writer.finish()
-    print(f"wrote {dst}: {len(tensors)} tensors, {total / 1e9:.2f} GB", file=sys.stderr)
+    print(f"wrote {dst}: {len(tensors)} tensors, {filesize.decimal(total)}", file=sys.stderr)
     return dst
 
 

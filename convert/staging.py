@@ -15,6 +15,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from rich import filesize
+
 from dsvl2_jax.checkpoint import PARTIAL_SUFFIX
 from dsvl2_jax.errors import CheckpointError
 
@@ -52,7 +54,7 @@ def staged(destination: str | Path, need_bytes: int) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
             if is_disk_full(error):
                 raise CheckpointError(
-                    f"{destination}: the disk filled up while writing; {_gigabytes(need_bytes)} are needed. Nothing "
+                    f"{destination}: the disk filled up while writing; {filesize.decimal(need_bytes)} are needed. Nothing "
                     "was left behind. Free some space or choose another disk, and run it again."
                 ) from error
             raise
@@ -127,13 +129,9 @@ def _check_space(directory: Path, need_bytes: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < need_bytes + _MARGIN:
         raise CheckpointError(
-            f"{directory}: {_gigabytes(free)} are free on this disk, {_gigabytes(need_bytes + _MARGIN)} are needed. "
+            f"{directory}: {filesize.decimal(free)} are free on this disk, {filesize.decimal(need_bytes + _MARGIN)} are needed. "
             "Free some space or choose another disk."
         )
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB"
 
 
 def _sync(path: Path) -> None:

@@ -1,0 +1,230 @@
+"""Is this checkpoint usable, and what is it: a look at every file and every number of either layout."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich import filesize
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dsvl2_jax.checkpoint import PARAMS_NAME, kind, open_converted, read_leaves, resolve, stays_float32
+from dsvl2_jax.config import Config
+from dsvl2_jax.convert import rules
+from dsvl2_jax.convert.convert import leaf_bytes, progress
+from dsvl2_jax.convert.sizes import variant
+from dsvl2_jax.convert.source import Source
+from dsvl2_jax.errors import CheckpointError, ConfigError, TokenizerError
+from dsvl2_jax.processor import ProcessorConfig
+from dsvl2_jax.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass
+class Report:
+    """What `examine` found. ``ok`` is False when there is any problem."""
+
+    directory: str
+    layout: str  # "orbax" or "released"
+    variant: str | None = None  # "tiny", "small", "base" or "other"; None without a usable config.json
+    parameters: dict[str, int] = dataclasses.field(default_factory=dict)  # component → count, and TOTAL
+    dtypes: dict[str, int] = dataclasses.field(default_factory=dict)  # stored dtype → bytes
+    bfloat16_bytes: int | None = None  # memory of the parameters in bfloat16, the router's in float32
+    special_tokens: dict[str, int] = dataclasses.field(default_factory=dict)
+    non_finite: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)  # tensor → {"nan", "inf"}
+    problems: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def doctor(ckpt: str | Path | None = None, *, as_json: bool = False) -> int:
+    """Examines a checkpoint in either layout and prints the report.
+
+    Args:
+      ckpt: a converted directory, a directory in the released layout, or a hub id; None: the built-in model.
+      as_json: prints one JSON object instead of tables.
+
+    Returns:
+      0 when the checkpoint is usable, else 1.
+
+    Raises:
+      CheckpointError: there is no such checkpoint.
+    """
+    report = examine(ckpt)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(report) | {"ok": report.ok}, indent=2, ensure_ascii=False))
+    else:
+        _print(report)
+    return 0 if report.ok else 1
+
+
+def examine(ckpt: str | Path | None) -> Report:
+    """Everything about a checkpoint that can be known without running it; every tensor is read once.
+
+    Raises:
+      CheckpointError: there is no such checkpoint. Whatever is wrong inside it becomes a problem of the report.
+    """
+    directory = resolve(ckpt)
+    report = Report(str(directory), kind(directory))
+    try:
+        config = Config.from_file(directory)
+    except ConfigError as error:
+        report.problems.append(str(error))
+        return report
+    report.variant = variant(config)
+    report.parameters = count_parameters(config)
+    report.bfloat16_bytes = sum(
+        math.prod(leaf.shape) * (4 if stays_float32(leaf.path) else 2) for leaf in rules.expand(config)
+    )
+    try:
+        ProcessorConfig.from_dir(directory)
+    except ConfigError as error:
+        report.problems.append(str(error))
+    try:
+        tokenizer = Tokenizer.from_dir(directory)
+        report.special_tokens = {
+            tokenizer.bos_token: tokenizer.bos_id,
+            tokenizer.eos_token: tokenizer.eos_id,
+            **tokenizer.special_ids,
+        }
+        tokenizer.check_fits(config.language.vocab_size)
+    except TokenizerError as error:
+        report.problems.append(str(error))
+    try:
+        examine_tensors = _examine_converted if report.layout == "orbax" else _examine_released
+        examine_tensors(directory, config, report)
+    except CheckpointError as error:
+        report.problems.append(str(error))
+    if report.non_finite:
+        listed = [f"{name}: {found['nan']} NaN, {found['inf']} infinite" for name, found in report.non_finite.items()]
+        report.problems.append(
+            f"{len(listed)} tensors have numbers that are not finite, so outputs will be garbage; download or convert "
+            f"again:\n{rules.listed(listed)}"
+        )
+    return report
+
+
+def count_parameters(config: Config) -> dict[str, int]:
+    """Component → number of parameters, and their sum as TOTAL."""
+    counts = dict.fromkeys(
+        (
+            "image_newline+view_seperator",
+            "vision (used)",
+            "vision.attn_pool (present, unused)",
+            "projector",
+            "language.embed_tokens",
+            "language.attention",
+            "language.dense_mlp",
+            "language.norms",
+            "language.routed_experts",
+            "language.router",
+            "language.shared_experts",
+            "language.lm_head",
+        ),
+        0,
+    )
+    for leaf in rules.expand(config):
+        counts[_component(leaf.path)] += math.prod(leaf.shape)
+    return counts | {"TOTAL": sum(counts.values())}
+
+
+def _component(path: tuple[str, ...]) -> str:
+    if path[0] == "vision":
+        return "vision.attn_pool (present, unused)" if path[1] == "attn_pool" else "vision (used)"
+    if path[0] != "language":
+        return "projector" if path[0] == "projector" else "image_newline+view_seperator"
+    if path[1] in ("embed_tokens", "lm_head"):
+        return f"language.{path[1]}"
+    if "self_attn" in path:
+        return "language.attention"  # its latent norms included
+    if "mlp" not in path:
+        return "language.norms"
+    named = {"experts": "routed_experts", "router": "router", "shared_experts": "shared_experts"}
+    return f"language.{named.get(path[3], 'dense_mlp')}"
+
+
+def count_non_finite(values: np.ndarray) -> tuple[int, int]:
+    """(NaN, infinite) elements of a float32, float16 or bfloat16 array, by their bits: ml_dtypes' own test is slow."""
+    if values.dtype.itemsize == 4:
+        bits, exponent = values.view(np.uint32), 0x7F800000
+    else:
+        bits, exponent = values.view(np.uint16), 0x7C00 if values.dtype == np.float16 else 0x7F80
+    special = bits[(bits & exponent) == exponent]
+    infinite = int(np.count_nonzero((special & (exponent ^ (2 ** (8 * bits.itemsize - 1) - 1))) == 0))
+    return special.size - infinite, infinite
+
+
+def _examine_released(directory: Path, config: Config, report: Report) -> None:
+    with Source(directory) as source:
+        _add_dtypes(report, ((rules.FLOAT_DTYPES.get(t.dtype, t.dtype), t.size) for t in source.tensors.values()))
+        for what, tensors in rules.compare(source.shapes_and_dtypes, config).items():
+            report.problems.append(f"{len(tensors)} {what}:\n{rules.listed(tensors)}")
+        with progress("reading tensors", source.total_bytes) as advance:
+            for name, tensor in source.tensors.items():
+                if tensor.dtype in rules.FLOAT_DTYPES:
+                    for block in source.blocks(name):
+                        _add_non_finite(report, name, block)
+                advance(tensor.size)
+
+
+def _examine_converted(directory: Path, config: Config, report: Report) -> None:
+    _, stored = open_converted(directory, config)
+    _add_dtypes(report, ((dtype.name, leaf_bytes(shape, dtype)) for shape, dtype in stored.values()))
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    with progress("reading parameters", sum(leaf_bytes(*entry) for entry in stored.values())) as advance:
+        for path, parameter in read_leaves(directory / PARAMS_NAME, stored, dict.fromkeys(stored, host)):
+            _add_non_finite(report, "/".join(path), np.asarray(parameter))
+            advance(parameter.nbytes)
+
+
+def _add_dtypes(report: Report, sizes: Iterator[tuple[str, int]]) -> None:
+    total: collections.Counter[str] = collections.Counter()
+    for dtype, size in sizes:
+        total[dtype] += size
+    report.dtypes = dict(total)
+
+
+def _add_non_finite(report: Report, name: str, values: np.ndarray) -> None:
+    nan, infinite = count_non_finite(values.reshape(-1))
+    if nan or infinite:
+        found = report.non_finite.setdefault(name, {"nan": 0, "inf": 0})
+        found["nan"] += nan
+        found["inf"] += infinite
+
+
+def _print(report: Report) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("checkpoint", escape(report.directory))
+    facts.add_row("layout", "converted (Orbax)" if report.layout == "orbax" else "released (safetensors)")
+    if report.variant is not None:
+        facts.add_row("variant", report.variant)
+        facts.add_row(
+            "stored as", ", ".join(f"{name} {filesize.decimal(size)}" for name, size in report.dtypes.items())
+        )
+        facts.add_row("memory in bfloat16", f"{filesize.decimal(report.bfloat16_bytes)} for the parameters")
+    console.print(facts)
+    if report.parameters:
+        table = Table("component", title="Parameters", title_justify="left")
+        table.add_column("parameters", justify="right")
+        for component, count in report.parameters.items():
+            table.add_row(component, f"{count:,}", style="bold" if component == "TOTAL" else "")
+        console.print(table)
+    if report.special_tokens:
+        table = Table("special token", title="Tokenizer", title_justify="left")
+        table.add_column("id", justify="right")
+        for token, index in report.special_tokens.items():
+            table.add_row(escape(token), str(index))
+        console.print(table)
+    for problem in report.problems:
+        console.print(f"[red]problem:[/red] {escape(problem)}")
+    console.print("[green]ok: usable[/green]" if report.ok else "[red]not usable[/red]")
