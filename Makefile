@@ -27,9 +27,7 @@ $(INSTALLED): setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
-# torch 2.13.0 first and alone, so that no other package asks for a larger build of it.
 $(TEST_INSTALLED): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	@touch $@
 
