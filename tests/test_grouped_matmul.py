@@ -17,8 +17,8 @@ INPUTS, OUTPUTS = 6, 10
 # (rows, groups): blocks of 4 rows that groups seldom fill, blocks of 128, and a single row.
 SHAPES = {"small": (24, 5), "large": (300, 2), "one row": (1, 3)}
 
-# Of the largest element; bfloat16 results are rounded to 8 bits once.
-TOLERANCES = {"float32": 2e-6, "bfloat16": 2**-8}
+# Of the largest element; bfloat16 results are rounded to 8 bits once, after a float32 sum.
+TOLERANCES = {"float32": 2e-6, "bfloat16": 1.01 * 2**-8}
 
 FORWARD = {"blocked": kernels._blocked, "ragged": kernels._ragged}
 OUTER = {"blocked": kernels._blocked_outer, "ragged": kernels._ragged_outer}

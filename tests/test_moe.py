@@ -16,6 +16,7 @@ EXPERTS, TOP_K = 12, 4
 
 # The reference is float64, the router float32.
 WEIGHT_TOLERANCE = 2e-6
+EXPERT_TOLERANCE = 2e-6  # of the largest element
 
 
 def language(**fields) -> LanguageConfig:
@@ -174,7 +175,7 @@ def test_experts_and_their_gradients_are_the_dense_sum_over_all_experts():
     expected = run(dense_experts, x, weights, gate, up, down)
     for name, a, b in zip(("out", "x", "weights", "gate", "up", "down"), found, expected, strict=True):
         assert a.shape == b.shape, name
-        close(a, b, 1e-6)
+        close(a, b, EXPERT_TOLERANCE)
 
 
 def test_bfloat16_experts_are_within_the_rounding_of_three_products():
@@ -189,7 +190,7 @@ def test_shards_of_the_experts_add_up_to_all_of_them():
     x, experts, weights, gate, up, down = expert_inputs()
     run = jax.jit(run_experts)
     parts = [run(x, experts, weights, gate[s], up[s], down[s], s.start) for s in (slice(0, 6), slice(6, 12))]
-    close(parts[0] + parts[1], jax.jit(dense_experts)(x, experts, weights, gate, up, down), 1e-6)
+    close(parts[0] + parts[1], jax.jit(dense_experts)(x, experts, weights, gate, up, down), EXPERT_TOLERANCE)
 
 
 def test_padding_visits_no_expert_and_leaves_the_others_alone():
@@ -203,7 +204,7 @@ def test_padding_visits_no_expert_and_leaves_the_others_alone():
     found, routing = apply(params, x, valid)
     assert not found[~valid].any()
     assert routing.experts.shape == (2, 7, TOP_K)
-    close(found[valid], everywhere[valid], 1e-6)
+    close(found[valid], everywhere[valid], EXPERT_TOLERANCE)
 
 
 def test_shared_experts_add_to_every_token():
@@ -217,7 +218,7 @@ def test_shared_experts_add_to_every_token():
     gate, up = (np.asarray(x) @ np.asarray(shared[n]["kernel"]) for n in ("gate_proj", "up_proj"))
     expected = gate / (1 + np.exp(-gate)) * up @ np.asarray(shared["down_proj"]["kernel"])
     experts = (params["experts"][n] for n in ("gate_proj", "up_proj", "down_proj"))
-    close(routed, dense_experts(x, routing.experts, routing.weights, *experts) + expected, 1e-6)
+    close(routed, dense_experts(x, routing.experts, routing.weights, *experts) + expected, EXPERT_TOLERANCE)
 
 
 def test_the_router_computes_in_float32_whatever_the_dtype():
