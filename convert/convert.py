@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,7 +112,7 @@ def convert(
             carry_files(directory, partial)
             with _writing(partial / PARAMS_NAME, config) as writer, progress("convert", total) as advance:
                 in_flight = 0
-                for batch in batches(by_size, WRITE_BATCH_BYTES):
+                for batch in batches(by_size, min(WRITE_BATCH_BYTES, limit // 2)):
                     size = sum(leaf_bytes(*plan[path]) for path in batch)
                     needed = sum(writing_bytes(leaf_bytes(*plan[path])) for path in batch)
                     if in_flight + needed > limit:
@@ -147,11 +148,11 @@ def parse_bytes(text: int | str) -> int:
     Raises:
       UsageError: it is not a positive size.
     """
-    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
+    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]{1,2})?)\s*([A-Za-z]*)\s*", str(text))
     units = {unit.lower(): factor for unit, factor in _UNITS.items()}
     try:
-        size = int(float(found[1]) * units[found[2].lower()]) if found else 0
-    except (KeyError, ValueError, OverflowError):
+        size = int(Decimal(found[1]) * units[found[2].lower()]) if found else 0
+    except (KeyError, InvalidOperation):
         size = 0
     if size <= 0:
         raise UsageError(f"{text!r} is not a size: expected a number with a unit, such as 4GiB, 500MB or 2000000000.")

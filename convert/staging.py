@@ -54,8 +54,8 @@ def staged(destination: str | Path, need_bytes: int) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
             if is_disk_full(error):
                 raise CheckpointError(
-                    f"{destination}: the disk filled up while writing; {filesize.decimal(need_bytes)} are needed. Nothing "
-                    "was left behind. Free some space or choose another disk, and run it again."
+                    f"{destination}: the disk filled up while writing; {filesize.decimal(need_bytes)} are needed. "
+                    "Nothing was left behind. Free some space or choose another disk, and run it again."
                 ) from error
             raise
 
@@ -126,10 +126,10 @@ def _clear(directory: Path) -> None:
 
 
 def _check_space(directory: Path, need_bytes: int) -> None:
-    free = shutil.disk_usage(directory).free
-    if free < need_bytes + _MARGIN:
+    free, needed = shutil.disk_usage(directory).free, need_bytes + _MARGIN
+    if free < needed:
         raise CheckpointError(
-            f"{directory}: {filesize.decimal(free)} are free on this disk, {filesize.decimal(need_bytes + _MARGIN)} are needed. "
+            f"{directory}: {filesize.decimal(free)} are free on this disk, {filesize.decimal(needed)} are needed. "
             "Free some space or choose another disk."
         )
 
