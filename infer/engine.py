@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dsvl2_jax import checkpoint, model
+from dsvl2_jax.batch import Batch, collate
 from dsvl2_jax.config import TEXT_POSITION, Config
 from dsvl2_jax.errors import ConversationError, UsageError
 from dsvl2_jax.grounding import Box, parse_boxes
@@ -55,16 +56,6 @@ class Generation:
     logprobs: list[float] | None
     prompt_tokens: int
     image_tokens: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """Padded inputs on their way to the device."""
-
-    ids: np.ndarray  # i32[B, T]
-    image_index: np.ndarray  # i32[B, T], rows of the batch's flattened adaptor output, or the codes of dsvl2_jax.config
-    lengths: np.ndarray  # i32[B]; 0 for padding rows
-    tiles: np.ndarray  # u8[N, S, S, 3]
 
 
 def enable_compilation_cache() -> None:
@@ -289,23 +280,15 @@ class Model:
         return _adapt_tiles(self.params, self.config, padded_tiles, self._mean, self._std)
 
     def _batch(self, prompts: list[ModelInputs]) -> Batch:
-        """Pads prompts to buckets and rebases their image rows to the batch's flattened tiles."""
-        rows, length = batch_bucket(len(prompts)), length_bucket(max(len(p.input_ids) for p in prompts))
-        ids = np.zeros((rows, length), np.int32)
-        index = np.full((rows, length), TEXT_POSITION, np.int32)
-        lengths = np.zeros(rows, np.int32)
-        per_tile, tiles = self.config.tokens_per_tile, 0
-        for i, prompt in enumerate(prompts):
-            n = len(prompt.input_ids)
-            ids[i, :n], lengths[i] = prompt.input_ids, n
-            index[i, :n] = np.where(prompt.image_index >= 0, prompt.image_index + tiles * per_tile, prompt.image_index)
-            tiles += prompt.tiles.shape[0]
-        size = self.config.vision.image_size
-        bucket = tile_bucket(tiles, 1 if self.mesh is None else self.mesh.size)
-        stacked = np.zeros((bucket, size, size, 3), np.uint8)
-        if tiles:
-            stacked[:tiles] = np.concatenate([p.tiles for p in prompts])
-        return Batch(ids, index, lengths, stacked)
+        """Pads prompts to the buckets that programs are compiled for."""
+        tiles = sum(len(prompt.tiles) for prompt in prompts)
+        return collate(
+            prompts,
+            self.config,
+            rows=batch_bucket(len(prompts)),
+            length=length_bucket(max(len(prompt.input_ids) for prompt in prompts)),
+            tile_count=tile_bucket(tiles, 1 if self.mesh is None else self.mesh.size),
+        )
 
 
 class _Answer:

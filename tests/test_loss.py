@@ -13,13 +13,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from dsvl2_jax import attention, checkpoint, model
+from dsvl2_jax.batch import IGNORED_LABEL, collate
 from dsvl2_jax.config import TEXT_POSITION, Config, LanguageConfig
 from dsvl2_jax.convert import rules
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.moe import Routing
 from dsvl2_jax.orbax_io import unnest
 from dsvl2_jax.processor import ModelInputs, Processor
-from dsvl2_jax.train.loss import IGNORED_LABEL, Metrics, balance_loss, collate, cross_entropy, loss_fn
+from dsvl2_jax.train.loss import Metrics, balance_loss, cross_entropy, loss_fn
 
 DATA = Path(__file__).parent / "data"
 CASES = json.loads((DATA / "processor_mini.json").read_text())
@@ -79,7 +80,7 @@ def gradient(name: str, case: str) -> tuple[jax.Array, Metrics, dict[str, np.nda
     mini = trained(name)
     # Both cases have the shape of the larger one: one program serves them, and padding is seen to be unseen.
     dialog = mini.sample("train_dialog")
-    batch = collate([mini.sample(case)], mini.config, len(dialog.input_ids), len(dialog.tiles))
+    batch = collate([mini.sample(case)], mini.config, length=len(dialog.input_ids), tile_count=len(dialog.tiles))
     (total, metrics), tree = gradient_of(mini.params, mini.config, batch, *mini.pixels)
     leaves = dict(unnest(jax.device_get(tree)))
     named = (leaf.parts(leaves[leaf.path]) for leaf in rules.expand(mini.config))

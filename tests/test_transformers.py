@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsvl2_jax.batch import IGNORED_LABEL
 from dsvl2_jax.config import Config
 from dsvl2_jax.convert import rules
 from dsvl2_jax.decoder import Decoder
 from dsvl2_jax.orbax_io import nest, unnest
-from dsvl2_jax.train.loss import IGNORED_LABEL, cross_entropy
+from dsvl2_jax.train.loss import cross_entropy
 from dsvl2_jax.vision import VisionEncoder
 
 torch = pytest.importorskip("torch")
