@@ -96,12 +96,12 @@ class Source:
         names = {FLOAT_DTYPES[self.tensors[source].dtype] for source in leaf.sources}
         return numpy_dtype(names.pop() if len(names) == 1 else "float32")
 
-    def read_leaf(self, leaf: Leaf, dtype: np.dtype | None = None) -> np.ndarray:
-        """One parameter in our layout, cast to ``dtype`` (default: `leaf_dtype`).
+    def read_leaf(self, leaf: Leaf, dtype: np.dtype) -> np.ndarray:
+        """One parameter in our layout, cast to ``dtype``, in memory that jax on CPU can take without a copy."""
+        return self.read_into(leaf, aligned_empty(leaf.shape, dtype))
 
-        The memory is aligned so that jax on CPU can take it without a copy.
-        """
-        parameter = aligned_empty(leaf.shape, self.leaf_dtype(leaf) if dtype is None else dtype)
+    def read_into(self, leaf: Leaf, parameter: np.ndarray) -> np.ndarray:
+        """Fills ``parameter``, a contiguous array of the leaf's shape, casting to its dtype; returns it."""
         jobs = [job for name, part in leaf.parts(parameter) for job in self._jobs(name, part, leaf.layout.is_identity)]
         for done in [self._pool.submit(job) for job in jobs]:
             done.result()

@@ -36,7 +36,8 @@ class ParamWriter:
         self._context = ocp.Context()
         self._context.memory_options.deepcopy_host_arrays = False
         saving = self._context.array_options.saving
-        saving.use_compression = False  # measured: bfloat16 weights shrink by a quarter, the write is 3 times slower
+        # Measured on normal bfloat16 weights: compression saves 22 % of the bytes for 6 times the processor time.
+        saving.use_compression = False
         saving.storage_options.chunk_byte_size = CHUNK_BYTES
         saving.scoped_storage_options_creator = self._storage_options
 

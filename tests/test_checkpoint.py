@@ -123,6 +123,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # from Orbax's own threads
 @pytest.mark.parametrize("case", DAMAGE)
 def test_a_damaged_converted_directory_is_named(broken, case):
     damage, message = DAMAGE[case]

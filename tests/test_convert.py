@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from dsvl2_jax import checkpoint, orbax_io
 from dsvl2_jax.config import Config
 from dsvl2_jax.convert import bench, staging
+from dsvl2_jax.convert import convert as convert_module
 from dsvl2_jax.convert.convert import convert, parse_bytes
 from dsvl2_jax.convert.export import export
 from dsvl2_jax.convert.source import Source
@@ -96,6 +97,15 @@ def test_dtype_casts_every_tensor_as_torch_does(checkpoints, tmp_path, dtype):
 def test_little_memory_changes_nothing(checkpoints, tmp_path):
     source = checkpoints / "mini-small"
     released.assert_same_tensors(round_trip(source, tmp_path, max_memory="1B"), released.tensors(source))
+
+
+def test_many_batches_in_flight_and_chunked_leaves_change_nothing(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert_module, "WRITE_BATCH_BYTES", 20_000)
+    monkeypatch.setattr(orbax_io, "CHUNK_BYTES", 5_000)
+    for name in ("mini-tiny", "mini-base"):
+        (tmp_path / name).mkdir()
+        source = checkpoints / name
+        released.assert_same_tensors(round_trip(source, tmp_path / name), released.tensors(source))
 
 
 def test_memory_stays_near_the_largest_parameter(tmp_path, data):
