@@ -33,8 +33,13 @@ $(TEST_INSTALLED): $(INSTALLED)
 
 .venv: $(INSTALLED)
 
+# The recipe is what a user would type; a converted model that is there already is kept.
 run: $(INSTALLED)
-	@BIN=$(BIN) OUT=$(OUT) sh docs/run.sh
+	@mkdir -p $(OUT)
+	@test -d $(OUT)/micro || { set -x; $(BIN)/dsvl2 convert configs/micro $(OUT)/micro; }
+	$(BIN)/dsvl2 generate $(OUT)/micro --image configs/images/night.png --prompt "What colour is the star?"
+	$(BIN)/dsvl2 generate $(OUT)/micro --image configs/images/meadow.png \
+		--prompt "<|ref|>the yellow circle<|/ref|>" --draw $(OUT)/boxes.png
 
 test: $(TEST_INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
