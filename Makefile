@@ -22,7 +22,7 @@ TEST_INSTALLED := $(VENV)/.test-installed-$(INTERPRETER)
 $(INSTALLED): setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is missing or older than 3.11; choose one with PYTHON=python3.12"; exit 1; }
-	$(PYTHON) -m venv --clear $(VENV)
+	@ls $(VENV)/lib/python$(INTERPRETER)/ >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
@@ -42,7 +42,7 @@ run: $(INSTALLED)
 		--prompt "<|ref|>the yellow circle<|/ref|>" --draw $(OUT)/boxes.png
 
 test: $(TEST_INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: $(TEST_INSTALLED)
 	$(BIN)/ruff check .

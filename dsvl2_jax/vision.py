@@ -121,7 +121,11 @@ class VisionEncoder(nn.Module):
         pixels = ((tiles.astype(jnp.float32) / 255.0 - mean) / std).astype(self.dtype)
         n, grid, patch = pixels.shape[0], cfg.grid, cfg.patch_size
         seen = pixels[:, : grid * patch, : grid * patch]
-        patches = seen.reshape(n, grid, patch, grid, patch, 3).transpose(0, 1, 3, 2, 4, 5).reshape(n, grid**2, -1)
+        patches = (
+            seen.reshape(n, grid, patch, grid, patch, 3)
+            .transpose(0, 1, 3, 2, 4, 5)
+            .reshape(n, grid**2, patch * patch * 3)
+        )
         patches = constrain(patches, "tiles", None, None)
         # The patch convolution has no overlap, so it is a product; kernel rows are (dy, dx, channel).
         axes = (None, "vision_embed")

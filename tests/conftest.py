@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before jax is imported anywhere. Optimisation level 0 halves XLA's compile time, which dominates this suite.
@@ -39,3 +40,23 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     cache = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
     if not hasattr(config, "workerinput") and cache.name.startswith("dsvl2-test-xla-"):
         shutil.rmtree(cache, ignore_errors=True)
+
+
+# Quick files run first, so that a broken basis shows at once; the rest follows in this order.
+SLOW_FILES = ("test_transformers", "test_convert", "test_cli", "test_engine", "test_golden", "test_mesh")
+
+
+@pytest.hookimpl(wrapper=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
+    """Orders the files, and groups tests for the workers: by file, in the slowest files also by checkpoint."""
+
+    def place(item: pytest.Item) -> int:
+        return SLOW_FILES.index(item.path.stem) if item.path.stem in SLOW_FILES else -1
+
+    items.sort(key=place)
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        names = [v for v in parameters.params.values() if str(v).startswith("mini-")] if parameters else []
+        split = item.path.stem in ("test_golden", "test_mesh")
+        item.add_marker(pytest.mark.xdist_group("-".join([item.path.stem, *(names if split else [])])))
+    return (yield)

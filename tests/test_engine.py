@@ -190,3 +190,11 @@ def test_the_latent_cache_keeps_576_numbers_a_token_and_layer(data):
         assert (
             sum(leaf.size for leaf in jax.tree.leaves(cache[0])) == 3 * 100 * width == 300 * config.language.cache_width
         )
+
+
+def test_no_tiles_give_no_features(model, ask):
+    inputs = ask("Hello")
+    assert inputs.tiles.shape[0] == 0
+    assert model.encode_tiles(inputs.tiles).shape == (0, 729, 64)
+    assert model.adapt_tiles(inputs.tiles).shape == (0, 196, 64)
+    assert model.embed(inputs).shape == (len(inputs.input_ids), 64)
