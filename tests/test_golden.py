@@ -93,7 +93,9 @@ def test_repetition_penalty_and_chunked_prefill_follow_the_official_code(model):
 
 def test_left_padded_official_batches_give_the_same_tokens(model):
     notes = golden.notes(model.golden)
-    for batch in ("batch_img_img", "batch_img_text", "batch_text"):
+    # The third pairs 1,040 tokens with 29: a shape of its own to compile, so once.
+    once = ("batch_img_text",) if model.name == "mini-small" else ()
+    for batch in ("batch_img_img", "batch_text", *once):
         cases = notes[batch]["cases"]
         answers = model.generate([model.inputs[case] for case in cases], max_new_tokens=48)
         for row, answer in enumerate(answers):
