@@ -82,7 +82,11 @@ def test_repetition_penalty_and_chunked_prefill_follow_the_official_code(model):
         assert any(f"{case}/{run}_ids" in arrays for case in model.inputs)
         # Every prompt of a batch runs, so that the shapes are those compiled for the other tests.
         for cases in in_batches(model, model.inputs):
-            if not any(f"{case}/{run}_ids" in arrays for case in cases):
+            longest = max(len(model.inputs[case].input_ids) for case in cases)
+            # Long prompts take minutes on a CPU; one architecture shows them.
+            if not any(f"{case}/{run}_ids" in arrays for case in cases) or (
+                longest > 1024 and model.name != "mini-small"
+            ):
                 continue
             answers = model.generate([model.inputs[case] for case in cases], max_new_tokens=48, **options)
             for case, answer in zip(cases, answers, strict=True):
