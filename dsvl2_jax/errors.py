@@ -36,3 +36,7 @@ class ImageError(DSVL2Error):
 
 class ConversationError(DSVL2Error):
     """A conversation or prompt that the processor cannot turn into model input."""
+
+
+class SettingsError(UsageError):
+    """A training configuration (CONFIG.toml or ``key=value``) that cannot be run."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from types import MappingProxyType
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,15 +21,15 @@ class SourceSettings:
 
     path: str = ""  # JSON Lines of conversations, or plain text; a glob pattern may name several files
     weight: float = 1.0  # share of the samples drawn from this source, relative to the others (training only)
-    images: str = ""  # folder, or tar shards (a glob), in which image names are looked up; empty: the data file's folder
+    images: str = ""  # folder or tar shards (a glob) where image names are looked up; empty: the data file's folder
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
     """``[data]``: samples to packed rows."""
 
-    train: Mapping[str, SourceSettings] = MappingProxyType({})
-    validation: Mapping[str, SourceSettings] = MappingProxyType({})
+    train: Mapping[str, SourceSettings] = dataclasses.field(default_factory=dict)
+    validation: Mapping[str, SourceSettings] = dataclasses.field(default_factory=dict)
     sequence_length: int = 4096  # tokens of a row
     tiles_per_sequence: int = 20  # room for image tiles, per row
     max_segments: int = 64  # most samples packed into a row
@@ -53,7 +52,7 @@ class BatchSettings:
 
 @dataclasses.dataclass(frozen=True)
 class ParameterRule:
-    """``[[stage.parameters]]``: parameters whose path (``language/layers_3/mlp/router/kernel``) matches, and what to do.
+    """``[[stage.parameters]]``: what to do with parameters whose path (``language/norm/scale``) matches.
 
     The first rule that matches anywhere in the path (``re.search``) holds. Every parameter must be covered.
     """
@@ -79,7 +78,8 @@ class OptimizerSettings:
 
     learning_rate: float = 1e-4
     schedule: str = "constant"  # cosine; step (÷√10 at 50 % and at 75 % of the steps); constant
-    warmup_steps: int = 0
+    warmup_steps: int = 0  # of linear rise; the paper does not say
+    final_rate: float = 0.0  # where cosine ends, as a share of learning_rate; the paper does not say
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8

@@ -1,0 +1,75 @@
+"""A training stage as a table of rules: which parameters are trained, how fast, and with weight decay or not.
+
+The tables of the paper's three stages are in ``configs/train``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from dsvl2_jax.errors import SettingsError
+from dsvl2_jax.train.settings import ParameterRule
+
+# Never trained by gradient: the bias follows the measured load, and no part of the model computes the pooling head.
+GRADIENT_FREE = re.compile(r"(^|/)correction_bias$|^vision/attn_pool/")
+
+_SHOWN = 20
+
+
+def assign(paths: Iterable[str], rules: Sequence[ParameterRule]) -> dict[str, ParameterRule]:
+    """Gives every parameter its rule: the first that matches anywhere in the path (``re.search``).
+
+    Args:
+      paths: all parameters of the model, layers apart, such as ``language/layers_3/mlp/experts/gate_proj``.
+      rules: of ``[[stage.parameters]]``, in order.
+
+    Returns:
+      {path: rule}, in the order of ``paths``.
+
+    Raises:
+      SettingsError: a parameter has no rule, a rule is never used, or a rule trains a parameter that has no gradient
+        (the routers' ``correction_bias``, ``vision/attn_pool``). All problems are in one message.
+    """
+    patterns = [re.compile(rule.match) for rule in rules]
+    assigned: dict[str, ParameterRule] = {}
+    uncovered: list[str] = []
+    trained_free: dict[int, list[str]] = {}
+    used, matched = set(), set()
+    for path in paths:
+        hits = [i for i, pattern in enumerate(patterns) if pattern.search(path)]
+        matched.update(hits)
+        if not hits:
+            uncovered.append(path)
+            continue
+        first = hits[0]
+        used.add(first)
+        assigned[path] = rules[first]
+        if rules[first].train and GRADIENT_FREE.search(path):
+            trained_free.setdefault(first, []).append(path)
+
+    problems = []
+    if uncovered:
+        count = f"these {len(uncovered)} parameters"
+        problems.append(f"no rule covers {count}; add one with train = true or false:\n{_listed(uncovered)}")
+    for i, rule in enumerate(rules):
+        where = f"rule {i + 1} (match = '{rule.match}')"
+        if i not in matched:
+            problems.append(f"{where} matches no parameter of this model; correct or remove it.")
+        elif i not in used:
+            problems.append(f"{where} is never used, since earlier rules match all its parameters; move or remove it.")
+    for i, found in trained_free.items():
+        problems.append(
+            f"rule {i + 1} (match = '{rules[i].match}') trains parameters that get no gradient; put a rule with "
+            f"train = false for them before it:\n{_listed(found)}"
+        )
+    if problems:
+        raise SettingsError("stage.parameters: " + "\nstage.parameters: ".join(problems))
+    return assigned
+
+
+def _listed(paths: Sequence[str]) -> str:
+    lines = [f"  {path}" for path in paths[:_SHOWN]]
+    if len(paths) > _SHOWN:
+        lines.append(f"  … and {len(paths) - _SHOWN} more")
+    return "\n".join(lines)
