@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dsvl2_jax.checkpoint import PARAMS_NAME, kind, open_converted, read_leaves, resolve, stays_float32
+from dsvl2_jax.checkpoint import PARAMS_NAME, kind, model_files, open_orbax, read_leaves, resolve, stays_float32
 from dsvl2_jax.config import Config
 from dsvl2_jax.convert import rules
 from dsvl2_jax.convert.convert import leaf_bytes, progress
@@ -26,13 +26,15 @@ from dsvl2_jax.errors import CheckpointError, ConfigError, TokenizerError
 from dsvl2_jax.processor import ProcessorConfig
 from dsvl2_jax.tokenizer import Tokenizer
 
+_LAYOUTS = {"orbax": "converted (Orbax)", "released": "released (safetensors)", "run": "of a training run (Orbax)"}
+
 
 @dataclasses.dataclass
 class Report:
     """What `examine` found. ``ok`` is False when there is any problem."""
 
     directory: str
-    layout: str  # "orbax" or "released"
+    layout: str  # "orbax", "released" or "run"
     variant: str | None = None  # "tiny", "small", "base" or "other"; None without a usable config.json
     parameters: dict[str, int] = dataclasses.field(default_factory=dict)  # component → count, and TOTAL
     dtypes: dict[str, int] = dataclasses.field(default_factory=dict)  # stored dtype → bytes
@@ -50,7 +52,8 @@ def doctor(ckpt: str | Path | None = None, *, as_json: bool = False) -> int:
     """Examines a checkpoint in either layout and prints the report.
 
     Args:
-      ckpt: a converted directory, a directory in the released layout, or a hub id; None: the built-in model.
+      ckpt: a converted directory, a directory in the released layout, a training run (its newest checkpoint) or one
+        of its checkpoints, or a hub id; None: the built-in model.
       as_json: prints one JSON object instead of tables.
 
     Returns:
@@ -75,8 +78,9 @@ def examine(ckpt: str | Path | None) -> Report:
     """
     directory = resolve(ckpt)
     report = Report(str(directory), kind(directory))
+    files = model_files(directory)
     try:
-        config = Config.from_file(directory)
+        config = Config.from_file(files)
     except ConfigError as error:
         report.problems.append(str(error))
         return report
@@ -86,11 +90,11 @@ def examine(ckpt: str | Path | None) -> Report:
         math.prod(leaf.shape) * (4 if stays_float32(leaf.path) else 2) for leaf in rules.expand(config)
     )
     try:
-        ProcessorConfig.from_dir(directory)
+        ProcessorConfig.from_dir(files)
     except ConfigError as error:
         report.problems.append(str(error))
     try:
-        tokenizer = Tokenizer.from_dir(directory)
+        tokenizer = Tokenizer.from_dir(files)
         report.special_tokens = {
             tokenizer.bos_token: tokenizer.bos_id,
             tokenizer.eos_token: tokenizer.eos_id,
@@ -100,7 +104,7 @@ def examine(ckpt: str | Path | None) -> Report:
     except TokenizerError as error:
         report.problems.append(str(error))
     try:
-        examine_tensors = _examine_converted if report.layout == "orbax" else _examine_released
+        examine_tensors = _examine_released if report.layout == "released" else _examine_orbax
         examine_tensors(directory, config, report)
     except CheckpointError as error:
         report.problems.append(str(error))
@@ -176,8 +180,8 @@ def _examine_released(directory: Path, config: Config, report: Report) -> None:
                 advance(tensor.size)
 
 
-def _examine_converted(directory: Path, config: Config, report: Report) -> None:
-    _, stored = open_converted(directory, config)
+def _examine_orbax(directory: Path, config: Config, report: Report) -> None:
+    _, stored = open_orbax(directory, config)
     _add_dtypes(report, ((dtype.name, leaf_bytes(shape, dtype)) for shape, dtype in stored.values()))
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     with progress("reading parameters", sum(leaf_bytes(*entry) for entry in stored.values())) as advance:
@@ -205,7 +209,7 @@ def _print(report: Report) -> None:
     console = Console(highlight=False, soft_wrap=True)
     facts = Table.grid(padding=(0, 2))
     facts.add_row("checkpoint", escape(report.directory))
-    facts.add_row("layout", "converted (Orbax)" if report.layout == "orbax" else "released (safetensors)")
+    facts.add_row("layout", _LAYOUTS[report.layout])
     if report.variant is not None:
         facts.add_row("variant", report.variant)
         facts.add_row(

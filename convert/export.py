@@ -14,17 +14,18 @@ import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
 from rich import filesize
 
-from dsvl2_jax.checkpoint import PARAMS_NAME, kind, open_converted, read_leaves, resolve
+from dsvl2_jax.checkpoint import DTYPES, PARAMS_NAME, kind, model_files, open_orbax, read_leaves, resolve, stays_float32
 from dsvl2_jax.convert import rules
 from dsvl2_jax.convert.convert import carry_files, check_directory, leaf_bytes, parse_bytes, progress
 from dsvl2_jax.convert.source import INDEX_NAME, READ_BYTES, WORKERS, copy_rows, numpy_dtype
 from dsvl2_jax.convert.staging import refuse_existing, staged
-from dsvl2_jax.errors import CheckpointError
+from dsvl2_jax.errors import CheckpointError, UsageError
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _SAFETENSORS_NAMES = {numpy_name: name for name, numpy_name in rules.FLOAT_DTYPES.items()}
@@ -108,45 +109,62 @@ class ShardWriter:
         _write_all(descriptor, memoryview(rows.reshape(-1).view(np.uint8)), offset + start * row_bytes)
 
 
-def export(ckpt: str | Path | None, dst: str | Path, *, max_shard_bytes: int | str = DEFAULT_SHARD_BYTES) -> Path:
-    """Writes a converted checkpoint back to the released layout, bit for bit as it was converted from.
+def export(
+    ckpt: str | Path | None,
+    dst: str | Path,
+    *,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    max_shard_bytes: int | str = DEFAULT_SHARD_BYTES,
+) -> Path:
+    """Writes a converted or trained checkpoint to the released layout.
 
     Args:
-      ckpt: a converted directory.
+      ckpt: a converted directory, which comes back bit for bit as it was converted from, or a training run (its
+        newest checkpoint) or one of its checkpoints.
       dst: the directory to make. It appears when it is complete.
+      dtype: casts every tensor but the router's, which compute in float32; by default each is as stored. What a
+        run has trained is stored in float32.
       max_shard_bytes: most bytes of tensors in one shard, such as "5GB"; a single larger tensor may pass.
 
     Returns:
       The directory.
 
     Raises:
-      CheckpointError: ``ckpt`` is not a complete converted directory, ``dst`` exists, or the disk is full.
+      CheckpointError: ``ckpt`` is not a complete checkpoint in Orbax's layout, ``dst`` exists, or the disk is full.
+      UsageError: ``dtype`` or ``max_shard_bytes`` makes no sense.
       ConfigError, TokenizerError: the directory's config or tokenizer cannot be used.
     """
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}.")
     dst = Path(dst).absolute()
     shard_bytes = parse_bytes(max_shard_bytes)
     refuse_existing(dst)
     directory = resolve(ckpt)
-    if kind(directory) != "orbax":
-        raise CheckpointError(f"{directory}: is in the released layout already; export takes a converted directory.")
-    config = check_directory(directory)
+    if kind(directory) == "released":
+        raise CheckpointError(
+            f"{directory}: is in the released layout already; export takes a converted directory or a training run."
+        )
+    config = check_directory(model_files(directory))
     leaves = {leaf.path: leaf for leaf in rules.expand(config)}
-    manifest, stored = open_converted(directory, config)
-    dtypes = {name: numpy_dtype(dtype) for name, dtype in manifest.get("mixed_dtypes", {}).items()}
+    manifest, stored = open_orbax(directory, config)
+    mixed = {name: numpy_dtype(kept) for name, kept in manifest.get("mixed_dtypes", {}).items()}
     tensors = {
-        name: (leaf.layout.source_shape, dtypes.get(name, stored[path][1]))
+        name: (
+            leaf.layout.source_shape,
+            mixed.get(name, stored[path][1]) if dtype is None or stays_float32(path) else numpy_dtype(dtype),
+        )
         for path, leaf in leaves.items()
         for name in leaf.sources
     }
     total = sum(leaf_bytes(*entry) for entry in tensors.values())
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     with staged(dst, total) as partial:
-        carry_files(directory, partial)
+        carry_files(model_files(directory), partial)
         with ShardWriter(partial, tensors, shard_bytes) as writer, progress("export", total) as advance:
             for path, parameter in read_leaves(directory / PARAMS_NAME, stored, dict.fromkeys(stored, host)):
                 parts = leaves[path].parts(np.asarray(parameter))
                 writer.write({name: part.astype(tensors[name][1], copy=False) for name, part in parts})
-                advance(leaf_bytes(*stored[path]))
+                advance(sum(leaf_bytes(*tensors[name]) for name in leaves[path].sources))
             writer.finish()
     print(f"wrote {dst}: {len(tensors)} tensors, {filesize.decimal(total)}", file=sys.stderr)
     return dst

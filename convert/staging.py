@@ -41,10 +41,10 @@ def staged(destination: str | Path, need_bytes: int) -> Iterator[Path]:
     destination = Path(destination).absolute()
     refuse_existing(destination)
     partial = destination.with_name(f".{destination.name}{PARTIAL_SUFFIX}")
-    with _locked(partial, destination):
+    with locked(partial, f"{destination}: another run is writing it (into {partial}). Wait for it to finish."):
         try:
             _clear(partial)
-            _check_space(destination.parent, need_bytes)
+            check_space(destination.parent, need_bytes)
             yield partial
             sync_tree(partial)
             refuse_existing(destination)
@@ -92,25 +92,27 @@ def sync_tree(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(partial: Path, destination: Path) -> Iterator[None]:
-    """Creates ``partial`` when needed and holds its lock."""
+def locked(directory: Path, busy: str) -> Iterator[None]:
+    """Creates ``directory`` when needed and holds its lock, which the kernel drops when the process dies.
+
+    Raises:
+      CheckpointError: another process holds it (with the message ``busy``), or it cannot be made.
+    """
     while True:
         try:
-            partial.mkdir(exist_ok=True)
-            descriptor = os.open(partial, os.O_RDONLY)
+            directory.mkdir(exist_ok=True)
+            descriptor = os.open(directory, os.O_RDONLY)
         except FileNotFoundError:
             continue  # the run that owned it has just removed or renamed it
         except OSError as error:
-            raise CheckpointError(f"{partial.parent}: cannot write into it ({error.strerror}).") from error
+            raise CheckpointError(f"{directory.parent}: cannot write into it ({error.strerror}).") from error
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise CheckpointError(
-                    f"{destination}: another run is writing it (into {partial}). Wait for it to finish."
-                ) from None
+                raise CheckpointError(busy) from None
             # Between opening and locking the directory may have been renamed or removed by its owner.
-            if partial.exists() and os.path.samestat(os.fstat(descriptor), partial.stat()):
+            if directory.exists() and os.path.samestat(os.fstat(descriptor), directory.stat()):
                 yield
                 return
         finally:
@@ -125,7 +127,8 @@ def _clear(directory: Path) -> None:
             child.unlink()
 
 
-def _check_space(directory: Path, need_bytes: int) -> None:
+def check_space(directory: Path, need_bytes: int) -> None:
+    """Raises CheckpointError when the disk of ``directory`` has not room for ``need_bytes`` and a margin."""
     free, needed = shutil.disk_usage(directory).free, need_bytes + _MARGIN
     if free < needed:
         raise CheckpointError(

@@ -2,7 +2,9 @@
 
 A *released* directory holds safetensors; a *converted* one, written by `dsvl2_jax.convert`, holds an
 Orbax checkpoint in ``params/`` beside the configuration and tokenizer files, and a manifest that was
-written last. The manifest is what makes a converted directory complete.
+written last. The manifest is what makes a converted directory complete. A *run*, written by `dsvl2_jax.train`,
+holds an Orbax checkpoint per ``checkpoints/STEP``, with ``params`` among other things, and the configuration
+and tokenizer files in ``model/``; its checkpoints appear under their names when they are complete.
 """
 
 from __future__ import annotations
@@ -23,10 +25,14 @@ from dsvl2_jax.convert import rules
 from dsvl2_jax.convert.source import INDEX_NAME, Source, numpy_dtype
 from dsvl2_jax.errors import CheckpointError, UsageError
 from dsvl2_jax.model import Params, param_shardings
+from dsvl2_jax.processor import Processor
 
 MANIFEST_NAME = "dsvl2_checkpoint.json"
 MANIFEST_VERSION = 1
-PARAMS_NAME = "params"  # the Orbax checkpoint inside a converted directory
+PARAMS_NAME = "params"  # the parameters inside a converted directory or a run's checkpoint
+RUN_NAME = "run.json"  # what makes a directory a run
+CHECKPOINTS_NAME = "checkpoints"  # of a run: a directory per step
+MODEL_NAME = "model"  # of a run: configuration, processor and tokenizer files
 PARTIAL_SUFFIX = ".dsvl2-partial"  # the name under which a directory is written before it is complete
 
 DTYPES = ("float32", "bfloat16")
@@ -46,10 +52,11 @@ def resolve(checkpoint: str | Path | None) -> Path:
 
     Args:
       checkpoint: a directory, a hub id such as ``deepseek-ai/deepseek-vl2-tiny`` (downloaded into the
-        hub's cache, unless a directory has that name), or None for the built-in micro model.
+        hub's cache, unless a directory has that name), or None for the built-in micro model. A training run's
+        directory stands for its newest complete checkpoint.
 
     Raises:
-      CheckpointError: there is nothing of that name, or it cannot be downloaded.
+      CheckpointError: there is nothing of that name, it cannot be downloaded, or the run has no checkpoint.
     """
     if checkpoint is None:
         from dsvl2_jax import configs
@@ -57,7 +64,7 @@ def resolve(checkpoint: str | Path | None) -> Path:
         return resolve(Path(configs.__file__).parent / "micro")
     path = Path(checkpoint)
     if path.is_dir():
-        return path
+        return newest_of_run(path) if (path / RUN_NAME).is_file() else path
     if path.exists():
         raise CheckpointError(f"{path}: is a file; expected the directory that holds the checkpoint's files.")
     if isinstance(checkpoint, str) and _HUB_ID.fullmatch(checkpoint):
@@ -66,6 +73,63 @@ def resolve(checkpoint: str | Path | None) -> Path:
         f"{checkpoint}: no such directory. Give a converted directory, a directory in the released layout, or a hub "
         "id such as deepseek-ai/deepseek-vl2-tiny."
     )
+
+
+def run_steps(run: Path) -> list[int]:
+    """The steps of a run's complete checkpoints, ascending."""
+    directories = (run / CHECKPOINTS_NAME).glob("*")
+    return sorted(int(d.name) for d in directories if d.name.isdecimal() and orbax_io.is_checkpoint(d))
+
+
+def newest_of_run(run: Path) -> Path:
+    """The directory of a run's newest complete checkpoint.
+
+    Raises:
+      CheckpointError: it has none.
+    """
+    if steps := run_steps(run):
+        return run / CHECKPOINTS_NAME / str(steps[-1])
+    raise CheckpointError(
+        f"{run}: a training run that has not written a complete checkpoint yet. Wait for its first one, or start the "
+        "run again: it writes one every run.checkpoint_every steps and when it is stopped by SIGTERM or Ctrl-C."
+    )
+
+
+def model_files(directory: Path) -> Path:
+    """Where the configuration, processor and tokenizer files of a checkpoint are: ``directory``, except in a run."""
+    run = _run_of(directory)
+    return directory if run is None else run / MODEL_NAME
+
+
+def _run_of(directory: Path) -> Path | None:
+    """The run whose ``checkpoints/STEP`` this is."""
+    directory = directory.absolute()
+    run = directory.parent.parent
+    inside = directory.parent.name == CHECKPOINTS_NAME and (run / RUN_NAME).is_file()
+    return run if inside else None
+
+
+def open_model(directory: Path) -> tuple[Config, Processor]:
+    """Configuration and processor of a checkpoint in any layout, after checking that they fit each other.
+
+    Args:
+      directory: of `resolve`.
+
+    Raises:
+      ConfigError, TokenizerError: a file is missing or cannot be used.
+      UsageError: the processor makes tiles of another size than the encoder takes.
+    """
+    directory = model_files(directory)
+    config = Config.from_file(directory)
+    processor = Processor.from_dir(directory)
+    processor.tokenizer.check_fits(config.language.vocab_size)
+    if processor.config.tile_size != config.vision.image_size:
+        raise UsageError(
+            f"{directory}: processor_config.json makes tiles of {processor.config.tile_size} pixels "
+            f"(candidate_resolutions[0][0]), but config.json's encoder takes {config.vision.image_size} "
+            "(vision_config.image_size); make them equal."
+        )
+    return config, processor
 
 
 def _download(hub_id: str) -> Path:
@@ -83,15 +147,22 @@ def _download(hub_id: str) -> Path:
 
 
 def kind(directory: Path) -> str:
-    """ "orbax" for a converted directory, "released" for one with safetensors.
+    """ "orbax" for a converted directory, "released" for one with safetensors, "run" for a run's checkpoint.
 
     Raises:
-      CheckpointError: it is neither, or an unfinished conversion.
+      CheckpointError: it is none of them, an unfinished conversion or an incomplete checkpoint.
     """
     if directory.name.endswith(PARTIAL_SUFFIX):
         raise CheckpointError(
             f"{directory}: an unfinished conversion; it is incomplete. Run the conversion again: it starts anew and "
             "removes this directory."
+        )
+    if _run_of(directory) is not None:
+        if directory.name.isdecimal() and orbax_io.is_checkpoint(directory):
+            return "run"
+        raise CheckpointError(
+            f"{directory}: not a complete checkpoint of the run. Name one of the numbered directories beside it, or "
+            "the run itself for its newest checkpoint."
         )
     if (directory / MANIFEST_NAME).is_file():
         return "orbax"
@@ -147,7 +218,9 @@ def stays_float32(path: orbax_io.LeafPath) -> bool:
     return len(path) > 1 and path[-2] == "router"
 
 
-def load_params(directory: Path, config: Config, dtype: str | None = None, mesh: Mesh | None = None) -> Params:
+def load_params(
+    directory: Path, config: Config, dtype: str | None = None, mesh: Mesh | None = None, *, fsdp: bool = False
+) -> Params:
     """Loads every parameter, one large leaf at a time.
 
     Args:
@@ -157,6 +230,7 @@ def load_params(directory: Path, config: Config, dtype: str | None = None, mesh:
         each parameter's stored dtype.
       mesh: places each parameter by `param_shardings`; None: on the first device. From a converted
         directory a process reads only what its devices hold.
+      fsdp: split large parameters over ``data`` too, as training does.
 
     Returns:
       A nested dict of `jax.Array`. Peak memory is that of the parameters and about one leaf.
@@ -172,8 +246,8 @@ def load_params(directory: Path, config: Config, dtype: str | None = None, mesh:
         first = SingleDeviceSharding(jax.devices()[0])
         shardings: Shardings = {leaf.path: first for leaf in rules.expand(config)}
     else:
-        shardings = dict(orbax_io.unnest(param_shardings(config, mesh)))
-    read = _read_converted if kind(directory) == "orbax" else _read_released
+        shardings = dict(orbax_io.unnest(param_shardings(config, mesh, fsdp=fsdp)))
+    read = _read_released if kind(directory) == "released" else _read_orbax
     return orbax_io.nest(dict(read(directory, config, shardings, dtype)))
 
 
@@ -192,21 +266,21 @@ def _read_released(
             yield leaf.path, array.block_until_ready()  # transfers may not pile up in host memory
 
 
-def _read_converted(
+def _read_orbax(
     directory: Path, config: Config, shardings: Shardings, dtype: str | None
 ) -> Iterator[tuple[orbax_io.LeafPath, jax.Array]]:
-    _, stored = open_converted(directory, config)
+    _, stored = open_orbax(directory, config)
     dtypes = {path: _target_dtype(path, kept, dtype) for path, (_, kept) in stored.items()}
     yield from read_leaves(directory / PARAMS_NAME, stored, shardings, dtypes)
 
 
-def open_converted(directory: Path, config: Config) -> tuple[dict[str, Any], Stored]:
-    """The manifest of a converted directory and its leaves, both checked against the files and the configuration.
+def open_orbax(directory: Path, config: Config) -> tuple[dict[str, Any], Stored]:
+    """The manifest (empty for a run's checkpoint) and the leaves, both checked against files and configuration.
 
     Raises:
       CheckpointError: incomplete, damaged, or of another model.
     """
-    manifest = read_manifest(directory)
+    manifest = read_manifest(directory) if kind(directory) == "orbax" else {}
     return manifest, _stored(directory / PARAMS_NAME, config)
 
 

@@ -40,3 +40,22 @@ class ConversationError(DSVL2Error):
 
 class SettingsError(UsageError):
     """A training configuration (CONFIG.toml or ``key=value``) that cannot be run."""
+
+
+class DataError(DSVL2Error):
+    """A data set that cannot be read, or that has too many broken samples."""
+
+
+class SampleError(DataError):
+    """One sample that cannot be trained on; `reason` is the short name under which it is counted."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self):  # worker processes send it to the main one
+        return SampleError, (self.reason, str(self))
+
+
+class RunError(DSVL2Error):
+    """A training run that cannot start, go on or be continued."""

@@ -70,7 +70,8 @@ def load(path: str | Path | None = None, dtype: str | None = "float32", mesh: Me
     """Loads a model for inference.
 
     Args:
-      path: a converted (Orbax) directory, a directory in the released layout, or a hub id; None: the bundled model.
+      path: a converted (Orbax) directory, a directory in the released layout, a training run's directory (its newest
+        checkpoint) or one of its checkpoints, or a hub id; None: the bundled model.
       dtype: "float32" or "bfloat16", to which weights are cast and in which the model computes (the router
         stays float32); None keeps the stored dtypes and computes in that of the embeddings.
       mesh: of `dsvl2_jax.sharding.make_mesh`; None: one device.
@@ -81,15 +82,7 @@ def load(path: str | Path | None = None, dtype: str | None = "float32", mesh: Me
     compile_log()
     enable_compilation_cache()
     directory = checkpoint.resolve(path)
-    config = Config.from_file(directory)
-    processor = Processor.from_dir(directory)
-    processor.tokenizer.check_fits(config.language.vocab_size)
-    if processor.config.tile_size != config.vision.image_size:
-        raise UsageError(
-            f"{directory}: processor_config.json makes tiles of {processor.config.tile_size} pixels "
-            f"(candidate_resolutions[0][0]), but config.json's encoder takes {config.vision.image_size} "
-            "(vision_config.image_size); make them equal."
-        )
+    config, processor = checkpoint.open_model(directory)
     params = checkpoint.load_params(directory, config, dtype=dtype, mesh=mesh)
     return Model(config, params, processor, mesh)
 
