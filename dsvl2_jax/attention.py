@@ -3,7 +3,8 @@
 Cache layout, one dict per layer, slot index = token position:
   MLA  {"latent": [B, S, R], "rope_key": [B, S, rope]}   normed latent and rotated key, shared by all heads
   MHA  {"key": [B, S, Hkv, Dh], "value": [B, S, Hkv, Dh]} rotated keys
-A query at position p sees slots ≤ p, so right-padding and stale slots are never seen.
+A query at position p sees slots ≤ p, so right-padding and stale slots are never seen. Without a cache a row may
+hold several samples one after the other, each with positions from 0: a token sees its own sample only.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def attend(
     queries: Sequence[jax.Array],
     keys: Sequence[jax.Array],
     values: jax.Array,
-    query_positions: jax.Array,
+    seen: tuple[jax.Array | None, jax.Array],
     scale: float,
 ) -> jax.Array:
     """Causal softmax attention whose score is a sum of products, softmax in float32.
@@ -51,7 +52,7 @@ def attend(
       queries: parts [B, T, H, width_i].
       keys: parts [B, S, H, width_i], or [B, S, width_i] where all heads share the key.
       values: [B, S, H, Dv], or [B, S, Dv] shared by all heads.
-      query_positions: i32[B, T]; key s is seen where s ≤ position.
+      seen: (first, last), each i32[B, T]: the keys that a query sees; first None: from key 0.
       scale: factor on the scores.
 
     Returns:
@@ -64,9 +65,10 @@ def attend(
         def split(x: jax.Array) -> jax.Array:
             return jnp.moveaxis(x.reshape(x.shape[0], blocks, QUERY_BLOCK, *x.shape[2:]), 1, 0)
 
+        # Recomputed in the backward pass, so that training too holds one block's scores at a time.
         out = lax.map(
-            lambda block: attend(block[0], keys, values, block[1], scale),
-            ([split(q) for q in queries], split(query_positions)),
+            jax.checkpoint(lambda block: attend(block[0], keys, values, block[1], scale)),
+            ([split(q) for q in queries], jax.tree.map(split, seen)),
         )
         return jnp.moveaxis(out, 0, 1).reshape(out.shape[1], length, *out.shape[3:])
 
@@ -80,11 +82,23 @@ def attend(
         )
         for query, key in zip(queries, keys, strict=True)
     )  # [B, H, T, S] float32
-    seen = jnp.arange(scores.shape[-1])[None, None] <= query_positions[..., None]  # [B, T, S]
-    scores = jnp.where(seen[:, None], scores * scale, jnp.finfo(jnp.float32).min)
+    first, last = seen
+    slots = jnp.arange(scores.shape[-1])
+    visible = slots <= last[..., None]  # [B, T, S]
+    if first is not None:
+        visible &= slots >= first[..., None]
+    scores = jnp.where(visible[:, None], scores * scale, jnp.finfo(jnp.float32).min)
     weights = nn.softmax(scores, axis=-1).astype(values.dtype)
     spec = "bhts,bshd->bthd" if values.ndim == 4 else "bhts,bsd->bthd"
     return jnp.einsum(spec, weights, values, precision=precision(values.dtype))
+
+
+def seen_slots(positions: jax.Array, read_cache: bool) -> tuple[jax.Array | None, jax.Array]:
+    """The (first, last) slots that tokens at ``positions``, i32[B, T], see: of the cache, or of the row itself."""
+    if read_cache:
+        return None, positions
+    own = jnp.broadcast_to(jnp.arange(positions.shape[1]), positions.shape)
+    return own - positions, own
 
 
 class MultiHeadAttention(nn.Module):
@@ -118,9 +132,7 @@ class MultiHeadAttention(nn.Module):
             cache = write_cache(cache, new, positions)
         source = cache if read_cache else new
         key, value = (jnp.repeat(source[n], heads // kv_heads, axis=2) for n in ("key", "value"))
-        # Without a cache to read, keys are indexed from the row's own first token.
-        seen_from = positions if read_cache else positions - positions[:, :1]
-        out = attend([query], [key], value.astype(self.dtype), seen_from, width**-0.5)
+        out = attend([query], [key], value.astype(self.dtype), seen_slots(positions, read_cache), width**-0.5)
         out = constrain(out, "batch", "length", "heads", "head_dim")
         axes = ("heads", "head_dim", "embed")
         out = linear(
@@ -153,7 +165,7 @@ class LatentAttention(nn.Module):
 
         Args:
           x_btd: [B, T, D], normed.
-          positions: i32[B, T], consecutive in each row.
+          positions: i32[B, T], consecutive in each row; without a cache, in each sample of a row.
           cache: this layer's cache, or None to keep nothing.
           read_cache: static. False: attend to the T tokens given only. True: to the cache, once they are in it.
 
@@ -190,7 +202,7 @@ class LatentAttention(nn.Module):
             cache = write_cache(cache, new, positions)
         source = cache if read_cache else new
         latent, rope_key = (source[n].astype(self.dtype) for n in ("latent", "rope_key"))
-        seen_from = positions if read_cache else positions - positions[:, :1]
+        seen = seen_slots(positions, read_cache)
 
         # Rows of a head: first the keys' part W_uk, then the values' part W_uv. Heads lead, so that neither form
         # transposes the weight.
@@ -205,13 +217,13 @@ class LatentAttention(nn.Module):
         if x_btd.shape[1] == 1 and read_cache:
             q_latent = jnp.einsum("bthn,hnr->bthr", q_nope, key_up, precision=exact)
             q_latent = constrain(q_latent, "batch", "length", "heads", "latent")
-            out = attend([q_latent, q_rope], [latent, rope_key], latent, seen_from, scale)  # [B, 1, H, R]
+            out = attend([q_latent, q_rope], [latent, rope_key], latent, seen, scale)  # [B, 1, H, R]
             out = jnp.einsum("bthr,hvr->bthv", out, value_up, precision=exact)
         else:
             key = jnp.einsum("bsr,hnr->bshn", latent, key_up, precision=exact)
             value = jnp.einsum("bsr,hvr->bshv", latent, value_up, precision=exact)
             key, value = (constrain(a, "batch", "length", "heads", "head_dim") for a in (key, value))
-            out = attend([q_nope, q_rope], [key, rope_key], value, seen_from, scale)
+            out = attend([q_nope, q_rope], [key, rope_key], value, seen, scale)
         out = constrain(out, "batch", "length", "heads", "head_dim")
         axes = ("heads", "head_dim", "embed")
         out = linear(x_btd.shape[-1], axes, dtype=self.dtype, std=std, contract=2, bias=bias, name="o_proj")(out)

@@ -79,7 +79,7 @@ class Decoder(nn.Module):
 
         Args:
           x_btd: [B, T, D] embeddings.
-          positions: i32[B, T], consecutive in each row.
+          positions: i32[B, T], consecutive in each row; without a cache, in each sample of a row.
           valid: bool[B, T], False for padding; None: no padding.
           cache: one dict per layer (see `attention`), or None.
           read_cache: static; see `LatentAttention`.

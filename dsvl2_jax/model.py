@@ -11,16 +11,17 @@ import functools
 from typing import Any
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
-from jax.typing import DTypeLike
+from jax.sharding import Mesh, NamedSharding
+from jax.typing import ArrayLike, DTypeLike
 
 from dsvl2_jax.adaptor import Adaptor
-from dsvl2_jax.config import NEWLINE_POSITION, SEPARATOR_POSITION, Config
+from dsvl2_jax.config import NEWLINE_POSITION, SEPARATOR_POSITION, TEXT_POSITION, Config
 from dsvl2_jax.decoder import Cache, Decoder
 from dsvl2_jax.moe import Routing
-from dsvl2_jax.sharding import PARAM_RULES, constrain, named_sharding
+from dsvl2_jax.sharding import PARAM_RULES, constrain, partition_spec, split_over_data
 from dsvl2_jax.vision import VisionEncoder
 
 Params = dict[str, Any]
@@ -47,19 +48,24 @@ class DeepSeekVL2(nn.Module):
     def adapt_tiles(self, tiles: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
         return self.projector(self.vision(tiles, mean, std))
 
+    def embed_patches(self, tiles: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
+        return self.vision.embed_patches(tiles, mean, std)
+
+    def adapt_patches(self, x_npw: jax.Array) -> jax.Array:
+        return self.projector(self.vision.final_norm(x_npw))
+
     def merge(self, ids: jax.Array, image_index: jax.Array, features: jax.Array) -> jax.Array:
         """Text embeddings and image rows by one gather (DESIGN §4.7); see the function `merge`."""
-        b, t = ids.shape
-        d = self.config.language.hidden_size
         text = self.language.embed(ids)
-        special = jnp.stack([self.image_newline, self.view_seperator]).astype(self.dtype)
         rows = features.shape[0] * features.shape[1]
-        table = jnp.concatenate([text.reshape(b * t, d), features.reshape(rows, d).astype(self.dtype), special])
-        own = jnp.arange(b * t).reshape(b, t)
-        index = jnp.where(image_index >= 0, b * t + image_index, own)
-        index = jnp.where(image_index == NEWLINE_POSITION, b * t + rows, index)
-        index = jnp.where(image_index == SEPARATOR_POSITION, b * t + rows + 1, index)
-        return jnp.take(table, index, axis=0)
+        if rows == 0:
+            return text
+        special = jnp.stack([self.image_newline, self.view_seperator]).astype(self.dtype)
+        table = jnp.concatenate([features.reshape(rows, -1).astype(self.dtype), special])
+        index = jnp.where(image_index == NEWLINE_POSITION, rows, image_index)
+        index = jnp.where(image_index == SEPARATOR_POSITION, rows + 1, index)
+        image = jnp.take(table, jnp.maximum(index, 0), axis=0)
+        return jnp.where((image_index == TEXT_POSITION)[..., None], text, image)
 
     def embed_tokens(self, ids: jax.Array) -> jax.Array:
         return self.language.embed(ids)
@@ -105,10 +111,22 @@ def abstract_params(config: Config) -> tuple[Params, Params]:
     return shapes, axes
 
 
-def param_shardings(config: Config, mesh: Mesh) -> dict[str, Any]:
-    """A NamedSharding for every parameter, by `PARAM_RULES`."""
-    shapes, axes = abstract_params(config)
-    return jax.tree.map(lambda s, a: named_sharding(mesh, s.shape, a, PARAM_RULES), shapes, axes)
+@functools.lru_cache(maxsize=8)
+def abstract_leaves(config: Config) -> dict[tuple[str, ...], tuple[tuple[int, ...], tuple[str | None, ...]]]:
+    """Path → (shape, logical axes) of every parameter."""
+    shapes, axes = (flax.traverse_util.flatten_dict(tree) for tree in abstract_params(config))
+    return {path: (shapes[path].shape, axes[path]) for path in shapes}
+
+
+def param_shardings(config: Config, mesh: Mesh, *, fsdp: bool = False) -> dict[str, Any]:
+    """A NamedSharding for every parameter, by `PARAM_RULES`; with ``fsdp`` split over ``data`` too."""
+    sizes = dict(mesh.shape)
+
+    def sharding(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
+        spec = partition_spec(shape, axes, sizes, PARAM_RULES)
+        return NamedSharding(mesh, split_over_data(spec, shape, sizes) if fsdp else spec)
+
+    return flax.traverse_util.unflatten_dict({path: sharding(*leaf) for path, leaf in abstract_leaves(config).items()})
 
 
 def encode_tiles(params: Params, config: Config, tiles: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
@@ -119,6 +137,16 @@ def encode_tiles(params: Params, config: Config, tiles: jax.Array, mean: jax.Arr
 def adapt_tiles(params: Params, config: Config, tiles: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
     """u8[N, S, S, 3] → [N, tokens per tile, D], after the adaptor. ``mean``, ``std``: f32[3]."""
     return _apply(params, config, "adapt_tiles", tiles, mean, std)
+
+
+def embed_patches(params: Params, config: Config, tiles: jax.Array, mean: ArrayLike, std: ArrayLike) -> jax.Array:
+    """u8[N, S, S, 3] → [N, P, W], what the encoder's first block takes. ``mean``, ``std``: f32[3]."""
+    return _apply(params, config, "embed_patches", tiles, mean, std)
+
+
+def adapt_patches(params: Params, config: Config, x_npw: jax.Array) -> jax.Array:
+    """[N, P, W] of the encoder's last block → [N, tokens per tile, D], through its final norm and the adaptor."""
+    return _apply(params, config, "adapt_patches", x_npw)
 
 
 def merge(params: Params, config: Config, ids: jax.Array, image_index: jax.Array, features: jax.Array) -> jax.Array:

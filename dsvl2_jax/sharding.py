@@ -13,13 +13,16 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from dsvl2_jax.errors import UsageError
 
 log = logging.getLogger(__name__)
 
 MESH_AXES = ("data", "tensor", "expert")
+
+# Parameters with fewer entries are not split over `data`.
+MIN_SPLIT_SIZE = 1 << 14
 
 # None = replicated. A tuple = split over the product of those mesh axes.
 PARAM_RULES: Mapping[str, str | tuple[str, ...] | None] = {
@@ -95,11 +98,20 @@ def partition_spec(
     return PartitionSpec(*entries)
 
 
-def named_sharding(
-    mesh: Mesh, shape: Sequence[int], axes: Sequence[str | None], rules: Mapping = PARAM_RULES
-) -> NamedSharding:
-    """As `partition_spec`, bound to a mesh."""
-    return NamedSharding(mesh, partition_spec(shape, axes, dict(mesh.shape), rules))
+def split_over_data(
+    spec: PartitionSpec, shape: Sequence[int], mesh_shape: Mapping[str, int], *, layers: bool = False
+) -> PartitionSpec:
+    """A parameter's spec with its largest unsplit dimension split over ``data`` too (FSDP, for training).
+
+    Small parameters, and those without a dimension that ``data`` divides, stay whole: gathering them costs more than
+    it saves. With ``layers``, the first dimension counts stacked layers and stays whole.
+    """
+    parts = mesh_shape.get("data", 1)
+    free = [i for i in range(int(layers), len(shape)) if spec[i] is None and shape[i] % parts == 0]
+    if parts == 1 or not free or math.prod(shape) < MIN_SPLIT_SIZE:
+        return spec
+    largest = max(free, key=lambda i: shape[i])
+    return PartitionSpec(*(("data" if i == largest else entry) for i, entry in enumerate(spec)))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

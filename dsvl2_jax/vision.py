@@ -14,7 +14,7 @@ from dsvl2_jax.sharding import constrain
 INIT_STD = 0.02
 
 
-def layer_norm(dtype: DTypeLike, name: str) -> nn.LayerNorm:
+def layer_norm(dtype: DTypeLike, name: str | None = None) -> nn.LayerNorm:
     return nn.LayerNorm(
         epsilon=1e-6,
         dtype=dtype,
@@ -66,7 +66,8 @@ class VisionBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x + VisionAttention(self.config, self.dtype, name="attn")(layer_norm(self.dtype, "norm1")(x))
-        return x + VisionMLP(self.config, self.dtype, name="mlp")(layer_norm(self.dtype, "norm2")(x))
+        x = x + VisionMLP(self.config, self.dtype, name="mlp")(layer_norm(self.dtype, "norm2")(x))
+        return constrain(x, "tiles", None, None)
 
 
 class AttentionPool(nn.Module):
@@ -104,7 +105,33 @@ class VisionEncoder(nn.Module):
     config: VisionConfig
     dtype: DTypeLike
 
-    @nn.compact
+    def setup(self) -> None:
+        cfg = self.config
+        # The patch convolution has no overlap, so it is a product; kernel rows are (dy, dx, channel).
+        self.patch_embed = linear(cfg.width, (None, "vision_embed"), dtype=self.dtype, std=INIT_STD, bias=True)
+        init = partitioned(nn.initializers.normal(INIT_STD), (None, "vision_embed"))
+        self.pos_embed = self.param("pos_embed", init, (cfg.patches, cfg.width))
+        self.blocks = [VisionBlock(cfg, self.dtype) for _ in range(cfg.layers)]
+        self.norm = layer_norm(self.dtype)
+        self.attn_pool = AttentionPool(cfg)
+
+    def embed_patches(self, tiles: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
+        """u8[N, S, S, 3] → [N, P, W], what the first block takes; see `__call__`."""
+        cfg = self.config
+        pixels = ((tiles.astype(jnp.float32) / 255.0 - mean) / std).astype(self.dtype)
+        n, grid, patch = pixels.shape[0], cfg.grid, cfg.patch_size
+        seen = pixels[:, : grid * patch, : grid * patch]
+        patches = (
+            seen.reshape(n, grid, patch, grid, patch, 3)
+            .transpose(0, 1, 3, 2, 4, 5)
+            .reshape(n, grid**2, patch * patch * 3)
+        )
+        patches = constrain(patches, "tiles", None, None)
+        return self.patch_embed(patches) + self.pos_embed.astype(self.dtype)
+
+    def final_norm(self, x_npw: jax.Array) -> jax.Array:
+        return self.norm(x_npw)
+
     def __call__(self, tiles: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
         """Encodes tiles.
 
@@ -115,23 +142,9 @@ class VisionEncoder(nn.Module):
         Returns:
           [N, P, W] with P = (S // patch)², row by row.
         """
-        cfg = self.config
         if self.is_initializing():
-            AttentionPool(cfg, name="attn_pool")()
-        pixels = ((tiles.astype(jnp.float32) / 255.0 - mean) / std).astype(self.dtype)
-        n, grid, patch = pixels.shape[0], cfg.grid, cfg.patch_size
-        seen = pixels[:, : grid * patch, : grid * patch]
-        patches = (
-            seen.reshape(n, grid, patch, grid, patch, 3)
-            .transpose(0, 1, 3, 2, 4, 5)
-            .reshape(n, grid**2, patch * patch * 3)
-        )
-        patches = constrain(patches, "tiles", None, None)
-        # The patch convolution has no overlap, so it is a product; kernel rows are (dy, dx, channel).
-        axes = (None, "vision_embed")
-        x = linear(cfg.width, axes, dtype=self.dtype, std=INIT_STD, bias=True, name="patch_embed")(patches)
-        init = partitioned(nn.initializers.normal(INIT_STD), (None, "vision_embed"))
-        x = x + self.param("pos_embed", init, (cfg.patches, cfg.width)).astype(self.dtype)
-        for i in range(cfg.layers):
-            x = constrain(VisionBlock(cfg, self.dtype, name=f"blocks_{i}")(x), "tiles", None, None)
-        return layer_norm(self.dtype, "norm")(x)
+            self.attn_pool()
+        x = self.embed_patches(tiles, mean, std)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)

@@ -187,9 +187,9 @@ def test_query_blocks_equal_one_block(length, monkeypatch):
     shapes = (1, length, 2, 4), (1, length, 2, 3), (1, length, 2, 4), (1, length, 3), (1, length, 2, 5)
     q_nope, q_rope, k_nope, k_rope, value = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
     positions = np.arange(length, dtype=np.int32)[None]
-    found = jax.jit(attend)([q_nope, q_rope], [k_nope, k_rope], value, positions, 0.5)
+    found = jax.jit(attend)([q_nope, q_rope], [k_nope, k_rope], value, (None, positions), 0.5)
     monkeypatch.setattr(attention, "QUERY_BLOCK", 4096)
-    whole = jax.jit(lambda *args: attend(*args))([q_nope, q_rope], [k_nope, k_rope], value, positions, 0.5)
+    whole = jax.jit(lambda *args: attend(*args))([q_nope, q_rope], [k_nope, k_rope], value, (None, positions), 0.5)
     close(found, whole)
 
 

@@ -13,14 +13,15 @@ import pytest
 from safetensors.numpy import load_file
 
 from dsvl2_jax import attention, checkpoint, model
-from dsvl2_jax.batch import IGNORED_LABEL, collate
+from dsvl2_jax.batch import IGNORED_LABEL, Batch, collate
 from dsvl2_jax.config import TEXT_POSITION, Config, LanguageConfig
 from dsvl2_jax.convert import rules
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.moe import Routing
 from dsvl2_jax.orbax_io import unnest
 from dsvl2_jax.processor import ModelInputs, Processor
-from dsvl2_jax.train.loss import Metrics, balance_loss, cross_entropy, loss_fn
+from dsvl2_jax.train.batch import one_sample_a_row
+from dsvl2_jax.train.loss import LossOptions, Sums, balance_loss, cross_entropy, loss_fn, step_totals, targets
 
 DATA = Path(__file__).parent / "data"
 CASES = json.loads((DATA / "processor_mini.json").read_text())
@@ -29,13 +30,24 @@ TRAINED = ("mini-tiny", "mini-small")
 # ‖Δ‖/‖g‖. On the router the balance loss is a small part, which only a tighter bound sees.
 GRADIENT_TOLERANCE, ROUTER_TOLERANCE = 1e-4, 1e-5
 
-loss_of = jax.jit(loss_fn, static_argnums=1)
-gradient_of = jax.jit(jax.value_and_grad(loss_fn, has_aux=True), static_argnums=1)
-cross_entropy_of = jax.jit(jax.value_and_grad(cross_entropy, has_aux=True))
+OPTIONS = LossOptions(max_segments=1, chunk=128)
+
+
+def whole_loss(params, config, batch, mean, std) -> tuple[jax.Array, Sums]:
+    """The loss of a step of one accumulation step."""
+    return loss_fn(params, config, batch.micro(0), step_totals(batch), mean, std, OPTIONS)
+
+
+loss_of = jax.jit(whole_loss, static_argnums=1)
+gradient_of = jax.jit(jax.value_and_grad(whole_loss, has_aux=True), static_argnums=1)
 balance_of = jax.jit(
     jax.value_and_grad(lambda scores, experts, *rest: balance_loss(Routing(experts, None, scores), *rest)),
-    static_argnums=3,
+    static_argnums=(3, 4),
 )
+
+
+def mean_loss(sums: Sums) -> jax.Array:
+    return sums.loss / sums.supervised_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +87,13 @@ def trained(name: str) -> Trained:
 
 
 @functools.cache
-def gradient(name: str, case: str) -> tuple[jax.Array, Metrics, dict[str, np.ndarray]]:
+def gradient(name: str, case: str) -> tuple[jax.Array, Sums, dict[str, np.ndarray]]:
     """The differentiated total, the metrics, and the gradient under the released tensor names."""
     mini = trained(name)
     # Both cases have the shape of the larger one: one program serves them, and padding is seen to be unseen.
     dialog = mini.sample("train_dialog")
     batch = collate([mini.sample(case)], mini.config, length=len(dialog.input_ids), tile_count=len(dialog.tiles))
-    (total, metrics), tree = gradient_of(mini.params, mini.config, batch, *mini.pixels)
+    (total, metrics), tree = gradient_of(mini.params, mini.config, one_sample_a_row(batch), *mini.pixels)
     leaves = dict(unnest(jax.device_get(tree)))
     named = (leaf.parts(leaves[leaf.path]) for leaf in rules.expand(mini.config))
     return total, metrics, dict(itertools.chain.from_iterable(named))
@@ -101,7 +113,7 @@ def spread(flat: np.ndarray) -> np.ndarray:
 def test_loss_and_balance_losses_are_the_golden_ones_and_the_total_is_their_sum(name, case):
     golden = trained(name).expected(case)
     total, metrics, _ = gradient(name, case)
-    assert metrics.loss == pytest.approx(golden["loss"].item(), rel=1e-6)
+    assert mean_loss(metrics) == pytest.approx(golden["loss"].item(), rel=1e-6)
     balance = [golden[f"layer{i}.aux_loss"].item() for i in (1, 2)]
     np.testing.assert_allclose(metrics.balance_losses, balance, rtol=1e-5)
     assert total == pytest.approx(golden["loss"].item() + sum(balance), rel=1e-6)
@@ -140,11 +152,11 @@ def test_loss_of_a_batch_is_divided_by_the_supervised_tokens_of_all_rows():
     mini = trained("mini-tiny")
     cases = ("train_dialog", "train_text")
     batch = collate([mini.sample(case) for case in cases], mini.config)
-    _, metrics = loss_of(mini.params, mini.config, batch, *mini.pixels)
+    _, metrics = loss_of(mini.params, mini.config, one_sample_a_row(batch), *mini.pixels)
     tokens = (batch.labels[:, 1:] != IGNORED_LABEL).sum(1)
     losses = [mini.expected(case)["loss"].item() for case in cases]
     assert metrics.supervised_tokens == tokens.sum()
-    assert metrics.loss == pytest.approx(np.average(losses, weights=tokens), rel=1e-6)
+    assert mean_loss(metrics) == pytest.approx(np.average(losses, weights=tokens), rel=1e-6)
     balance = [[mini.expected(case)[f"layer{i}.aux_loss"].item() for i in (1, 2)] for case in cases]
     np.testing.assert_allclose(metrics.balance_losses, np.mean(balance, axis=0), rtol=1e-5)
 
@@ -165,13 +177,15 @@ def test_official_left_padded_batch_differs_by_its_bos_after_padding_alone(monke
             [np.pad(r[: length - p], (p, 0), constant_values=fill) for r, p in zip(rows, padding, strict=True)]
         )
 
-    def attend(queries, keys, values, query_positions, scale):
+    def attend(queries, keys, values, seen, scale):
         products = (
             jnp.einsum("bthd,bshd->bhts" if key.ndim == 4 else "bthd,bsd->bhts", query, key)
             for query, key in zip(queries, keys, strict=True)
         )
-        seen = np.tri(length, dtype=bool) & (np.arange(length) >= padding[:, None, None])
-        weights = jax.nn.softmax(jnp.where(seen[:, None], sum(products) * scale, jnp.finfo(jnp.float32).min), axis=-1)
+        visible = np.tri(length, dtype=bool) & (np.arange(length) >= padding[:, None, None])
+        weights = jax.nn.softmax(
+            jnp.where(visible[:, None], sum(products) * scale, jnp.finfo(jnp.float32).min), axis=-1
+        )
         return jnp.einsum("bhts,bshd->bthd", weights, values)
 
     monkeypatch.setattr(attention, "attend", attend)
@@ -182,10 +196,11 @@ def test_official_left_padded_batch_differs_by_its_bos_after_padding_alone(monke
     def left_padded_loss(params):
         features = model.adapt_tiles(params, config, batch.tiles, *mini.pixels)
         merged = model.merge(params, config, ids, index, features)
-        return cross_entropy(model.output_logits(params, config, model.forward(params, config, merged)[0]), labels)
+        hidden = model.forward(params, config, merged)[0]
+        wanted = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED_LABEL)
+        return cross_entropy(hidden, params["language"]["lm_head"]["kernel"], wanted, jnp.ones(wanted.shape), 128)[0]
 
-    loss, count = left_padded_loss(mini.params)
-    assert count == (batch.labels[:, 1:] != IGNORED_LABEL).sum() + 1
+    loss = left_padded_loss(mini.params) / ((batch.labels[:, 1:] != IGNORED_LABEL).sum() + 1)
     assert loss == pytest.approx(mini.expected("train_batch_leftpad")["loss"].item(), rel=1e-6)
 
 
@@ -193,29 +208,57 @@ def test_a_batch_without_tiles_has_the_loss_of_its_padded_twin():
     mini = trained("mini-tiny")
     batch = collate([mini.sample("train_text")], mini.config)
     assert batch.tiles.shape[0] == 0
-    total, metrics = loss_of(mini.params, mini.config, batch, *mini.pixels)
+    total, metrics = loss_of(mini.params, mini.config, one_sample_a_row(batch), *mini.pixels)
     padded_total, padded, _ = gradient("mini-tiny", "train_text")
     assert total == pytest.approx(padded_total.item(), rel=1e-6)
     np.testing.assert_allclose(metrics.balance_losses, padded.balance_losses, rtol=1e-5)
 
 
-def test_cross_entropy_is_shifted_and_ignores_masked_labels():
-    rng = np.random.default_rng(0)
-    logits = rng.normal(size=(2, 4, 7)).astype(np.float32)
-    labels = np.array([[5, 1, IGNORED_LABEL, 2], [3, IGNORED_LABEL, 6, 0]], np.int32)
-    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    terms = [log_p[0, 0, 1], log_p[0, 2, 2], log_p[1, 1, 6], log_p[1, 2, 0]]
-    (loss, count), _ = cross_entropy_of(logits, labels)
-    assert count == 4
-    assert loss == pytest.approx(-np.mean(terms), rel=1e-6)
+def head_inputs(rng: np.random.Generator):
+    hidden = rng.normal(size=(2, 5, 3)).astype(np.float32)
+    kernel = rng.normal(size=(3, 7)).astype(np.float32)
+    wanted = np.array([[1, IGNORED_LABEL, 2, 0, 6], [IGNORED_LABEL, 6, 0, IGNORED_LABEL, 3]], np.int32)
+    return hidden, kernel, wanted
+
+
+@pytest.mark.parametrize("chunk", [2, 5, 64])
+def test_chunked_cross_entropy_and_its_gradients_are_those_of_whole_logits(chunk):
+    hidden, kernel, wanted = head_inputs(np.random.default_rng(0))
+    weights = np.where(wanted >= 0, 0.1 + np.arange(10).reshape(2, 5), 0).astype(np.float32)
+
+    def plain(hidden, kernel):
+        log_p = jax.nn.log_softmax(hidden @ kernel)
+        return -3 * (jnp.take_along_axis(log_p, jnp.maximum(wanted, 0)[..., None], -1)[..., 0] * weights).sum()
+
+    def chunked(hidden, kernel):
+        return 3 * cross_entropy(hidden, kernel, wanted, weights, chunk)[0]
+
+    expected, expected_bars = jax.value_and_grad(plain, argnums=(0, 1))(hidden, kernel)
+    found, bars = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1)))(hidden, kernel)
+    assert found == pytest.approx(expected.item(), rel=1e-6)
+    for bar, want in zip(bars, expected_bars, strict=True):
+        np.testing.assert_allclose(bar, want, rtol=1e-5, atol=1e-6)
+    _, losses = cross_entropy(hidden, kernel, wanted, weights, chunk)
+    assert 3 * (losses * weights).sum() == pytest.approx(expected.item(), rel=1e-6)
+    assert not np.asarray(losses)[wanted < 0].any()
 
 
 def test_nothing_supervised_gives_no_loss_and_no_gradient():
-    (loss, count), by_logits = cross_entropy_of(
-        np.ones((2, 4, 7), np.float32), np.full((2, 4), IGNORED_LABEL, np.int32)
-    )
-    assert (loss, count) == (0.0, 0)
-    assert not np.any(by_logits)
+    hidden, kernel, wanted = head_inputs(np.random.default_rng(0))
+    wanted, weights = np.full_like(wanted, IGNORED_LABEL), np.zeros(wanted.shape, np.float32)
+    loss, bars = jax.value_and_grad(lambda h: cross_entropy(h, kernel, wanted, weights, 2)[0])(hidden)
+    assert loss == 0.0
+    assert not np.any(bars)
+
+
+def test_targets_are_shifted_and_never_cross_into_the_next_sample():
+    batch = one_sample_a_row(Batch(*(np.zeros((1, 6), np.int32),) * 3, np.array([6], np.int32), np.zeros((0, 1, 1, 3))))
+    labels = np.array([[[9, 5, IGNORED_LABEL, 7, 8, IGNORED_LABEL]]], np.int32)
+    positions, segments = np.array([[[0, 1, 2, 0, 1, 0]]], np.int32), np.array([[[1, 1, 1, 2, 2, 0]]], np.int32)
+    batch = dataclasses.replace(batch, labels=labels, positions=positions, segments=segments)
+    ignored = IGNORED_LABEL
+    assert targets(batch).tolist() == [[[5, ignored, ignored, 8, ignored, ignored]]]
+    assert [total.item() for total in step_totals(batch)] == [2.0, 2.0]
 
 
 def reference_balance(routing: Routing, lengths: list[int], config: LanguageConfig) -> float:
@@ -248,8 +291,8 @@ def test_balance_loss_excludes_padding_and_empty_rows(scoring, seq_aux):
     routing, lengths = Routing(experts, None, scores), [8, 5, 0]
     valid = np.arange(8) < np.array(lengths)[:, None]
     expected = reference_balance(routing, lengths, config)
-    found, by_scores = balance_of(scores, experts, valid, config)
-    assert found == pytest.approx(expected, rel=1e-6)
+    found, by_scores = balance_of(scores, experts, valid.astype(np.int32), 2, config)
+    assert found / 2 == pytest.approx(expected, rel=1e-6)  # of two segments
     assert np.any(by_scores)
     assert not np.asarray(by_scores)[~valid].any()
 
@@ -258,7 +301,7 @@ def test_balance_loss_of_even_experts_is_alpha():
     config = LanguageConfig(n_routed_experts=4, num_experts_per_tok=2, aux_loss_alpha=0.25)
     experts = np.array([[[0, 1], [2, 3]]], np.int32)
     routing = Routing(experts, None, np.full((1, 2, 4), 0.25, np.float32))
-    assert balance_loss(routing, np.ones((1, 2), bool), config) == pytest.approx(0.25)
+    assert balance_loss(routing, np.ones((1, 2), np.int32), 3, config) == pytest.approx(0.25)
 
 
 def test_collate_rebases_image_rows_to_the_tiles_of_the_batch():

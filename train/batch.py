@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import numpy as np
 from jax.typing import ArrayLike
+
+from dsvl2_jax.batch import Batch
+from dsvl2_jax.config import TEXT_POSITION
 
 
 @jax.tree_util.register_dataclass
@@ -25,6 +29,15 @@ class TrainBatch:
     with_images: ArrayLike  # bool[A, B, T], True on every token of a sample that has images
     tiles: ArrayLike  # u8[A, N, S, S, 3]; padding tiles are zero; N may be 0
 
-    def micro(self, index: ArrayLike) -> TrainBatch:
+    def micro(self, index: int) -> TrainBatch:
         """One accumulation step, without the leading axis."""
         return jax.tree.map(lambda x: x[index], self)
+
+
+def one_sample_a_row(batch: Batch) -> TrainBatch:
+    """A collated batch as a single accumulation step whose every row is one segment."""
+    slots = np.arange(batch.ids.shape[1], dtype=np.int32)
+    valid = slots < batch.lengths[:, None]
+    with_images = valid & (batch.image_index != TEXT_POSITION).any(1, keepdims=True)
+    rows = (batch.ids, batch.labels, batch.image_index, np.where(valid, slots, 0), valid.astype(np.int32), with_images)
+    return TrainBatch(*(a[None] for a in (*rows, batch.tiles)))

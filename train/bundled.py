@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from dsvl2_jax import model
-from dsvl2_jax.batch import Batch, collate
+from dsvl2_jax.batch import collate
 from dsvl2_jax.config import Config
 from dsvl2_jax.convert import rules
 from dsvl2_jax.convert.export import ShardWriter
@@ -34,7 +34,8 @@ from dsvl2_jax.grounding import format_boxes
 from dsvl2_jax.orbax_io import nest, unnest
 from dsvl2_jax.processor import ModelInputs, Processor, extended_candidate_resolutions
 from dsvl2_jax.tokenizer import DEFAULT_PAD_TOKEN, IMAGE_TOKEN, PROCESSOR_TOKENS, REF_END_TOKEN, REF_TOKEN
-from dsvl2_jax.train.loss import loss_fn
+from dsvl2_jax.train.batch import TrainBatch, one_sample_a_row
+from dsvl2_jax.train.loss import LossOptions, loss_fn, step_totals
 
 SEED, STEPS, PEAK_RATE = 0, 450, 3e-3
 RANDOM_SCENES, RANDOM_PER_STEP = 8, 2
@@ -226,17 +227,19 @@ def fit(params: model.Params, config: Config, steps: Iterator[list[ModelInputs]]
     half = np.full(3, 0.5, np.float32)  # image mean and deviation
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def update(params: model.Params, state: optax.OptState, batch: Batch):
-        (_, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params, config, batch, half, half)
+    def update(params: model.Params, state: optax.OptState, batch: TrainBatch):
+        loss = functools.partial(loss_fn, totals=step_totals(batch), mean=half, std=half, options=LossOptions(1))
+        (_, sums), gradient = jax.value_and_grad(loss, has_aux=True)(params, config, batch.micro(0))
         updates, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state, metrics
+        return optax.apply_updates(params, updates), state, sums
 
     state, started = optimizer.init(params), time.monotonic()
     length, tiles = 416, 7 + 7 + 3 * RANDOM_PER_STEP  # one shape, so that the step compiles once
     for number, step in zip(range(1, count + 1), steps, strict=False):
-        params, state, metrics = update(params, state, collate(step, config, length=length, tile_count=tiles))
+        batch = one_sample_a_row(collate(step, config, length=length, tile_count=tiles))
+        params, state, sums = update(params, state, batch)
         if number % 20 == 0 or number == count:
-            print(f"step {number}/{count}: loss {metrics.loss:.4f}, {time.monotonic() - started:.0f} s", flush=True)
+            print(f"step {number}/{count}: loss {sums.loss / sums.supervised_tokens:.4f}, {time.monotonic() - started:.0f} s", flush=True)
     return params
 
 

@@ -1,101 +1,221 @@
 """The training forward: cross-entropy on the supervised tokens, and the routers' balance loss.
 
-`loss_fn` maps parameters and a `Batch` to what is differentiated and what is reported. It is pure; under
-`jax.set_mesh` the sums run over the batch of all devices.
+`loss_fn` maps parameters and one accumulation step of a `TrainBatch` to what is differentiated and what is
+reported. It is pure; under `jax.set_mesh` its sums run over the batch of all devices. Both losses are divided by
+what the *whole* optimizer step holds (`step_totals`), so that accumulation steps simply add up (DESIGN §5).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
 from dsvl2_jax import model
-from dsvl2_jax.batch import IGNORED_LABEL, Batch
+from dsvl2_jax.batch import IGNORED_LABEL
 from dsvl2_jax.config import Config, LanguageConfig
+from dsvl2_jax.layers import precision
 from dsvl2_jax.model import Params
 from dsvl2_jax.moe import Routing
 from dsvl2_jax.sharding import constrain
+from dsvl2_jax.train import layers
+from dsvl2_jax.train.batch import TrainBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class LossOptions:
+    """What a loss program is compiled for. Hashable, a static argument."""
+
+    max_segments: int = 64  # of a row
+    chunk: int = 1024  # tokens of a row whose logits are held at a time
+    dtype: str | None = None  # in which the model computes; None: that of the embeddings
+    remat: str = "none"  # see `dsvl2_jax.train.layers.REMAT`
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Metrics:
-    """What a step reports. The balance loss is no part of `loss`, only of the gradient."""
+class Sums:
+    """What accumulation steps add up. Losses are in nats; L is the number of MoE layers."""
 
-    loss: jax.Array  # f32[], mean cross-entropy in nats over the supervised tokens
-    balance_losses: jax.Array  # f32[MoE layers], aux_loss_alpha included
+    loss: jax.Array  # f32[], cross-entropy summed over the supervised tokens
+    image_loss: jax.Array  # f32[], the part of it from samples with images
     supervised_tokens: jax.Array  # i32[]
+    image_supervised_tokens: jax.Array  # i32[]
+    tokens: jax.Array  # i32[], all but padding
+    balance_losses: jax.Array  # f32[L], aux_loss_alpha included, already divided by the step's segments
+    load: jax.Array  # f32[L, E], tokens that chose each expert
 
 
-def loss_fn(params: Params, config: Config, batch: Batch, mean: ArrayLike, std: ArrayLike) -> tuple[jax.Array, Metrics]:
-    """The loss of a batch, for ``jax.value_and_grad(..., has_aux=True)``.
+def targets(batch: TrainBatch) -> jax.Array:
+    """i32[..., T] the label that each position predicts: the next one's, within its own segment."""
+    following = jnp.where(batch.positions > 0, batch.labels, IGNORED_LABEL)[..., 1:]
+    return jnp.concatenate([following, jnp.full_like(following[..., :1], IGNORED_LABEL)], axis=-1)
+
+
+def step_totals(batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
+    """(supervised tokens, segments) of the whole step, f32[] each and at least 1: the losses' divisors."""
+    supervised = (targets(batch) >= 0).sum(dtype=jnp.float32)
+    segments = ((batch.segments > 0) & (batch.positions == 0)).sum(dtype=jnp.float32)
+    return jnp.maximum(supervised, 1.0), jnp.maximum(segments, 1.0)
+
+
+def loss_fn(
+    params: Params,
+    config: Config,
+    batch: TrainBatch,
+    totals: tuple[jax.Array, jax.Array],
+    mean: ArrayLike,
+    std: ArrayLike,
+    options: LossOptions,
+) -> tuple[jax.Array, Sums]:
+    """One accumulation step's part of the loss, for ``jax.value_and_grad(..., has_aux=True)``.
 
     Args:
-      batch: of `dsvl2_jax.batch.collate`.
+      params: nested, with layers separate or stacked (`dsvl2_jax.train.stack`).
+      batch: without the leading axis (`TrainBatch.micro`).
+      totals: of `step_totals` over the whole step.
       mean, std: f32[3], of the processor's configuration.
 
     Returns:
       f32[] to differentiate: the cross-entropy plus the balance losses (FACTS §4: the balance loss's gradient
-      enters with factor 1, aux_loss_alpha being inside); and the two apart.
+      enters with factor 1, aux_loss_alpha being inside); and what is reported.
     """
+    params, dtype = layers.compute_params(params, options.dtype)
     if batch.tiles.shape[0]:
-        features = model.adapt_tiles(params, config, batch.tiles, mean, std)
+        features = layers.adapt_tiles(params, config, batch.tiles, mean, std, dtype, options.remat)
     else:
         features = jnp.zeros((0, config.tokens_per_tile, config.language.hidden_size))
     embeddings = model.merge(params, config, batch.ids, batch.image_index, features)
-    valid = jnp.arange(embeddings.shape[1]) < batch.lengths[:, None]
-    hidden, routings = model.forward(params, config, embeddings, valid)
-    logits = constrain(model.output_logits(params, config, hidden), "batch", "length", "vocab")
-    loss, supervised = cross_entropy(logits, batch.labels)
-    terms = [balance_loss(routing, valid, config.language) for routing in routings if routing is not None]
-    balance = jnp.stack(terms) if terms else jnp.zeros(0)
-    return loss + balance.sum(), Metrics(loss, balance, supervised)
+
+    def layer_statistics(routing: Routing) -> tuple[jax.Array, jax.Array]:
+        balance = balance_loss(routing, batch.segments, options.max_segments, config.language)
+        chosen = jax.nn.one_hot(routing.experts, config.language.n_routed_experts)
+        load = jnp.einsum("btke,bt->e", chosen, (batch.segments > 0).astype(jnp.float32))
+        return balance / totals[1], lax.stop_gradient(load)
+
+    hidden, balance, load = layers.hidden_states(
+        params, config, embeddings, batch.positions, batch.segments > 0, layer_statistics, dtype, options.remat
+    )
+    wanted = targets(batch)
+    weights = jnp.where(wanted >= 0, 1.0 / totals[0], 0.0)
+    head = params["language"]["lm_head"]["kernel"]
+    loss, token_losses = cross_entropy(hidden, head, wanted, weights, options.chunk)
+    supervised, image = wanted >= 0, (wanted >= 0) & batch.with_images
+    sums = Sums(
+        token_losses.sum(),
+        jnp.where(image, token_losses, 0.0).sum(),
+        supervised.sum(dtype=jnp.int32),
+        image.sum(dtype=jnp.int32),
+        (batch.segments > 0).sum(dtype=jnp.int32),
+        balance,
+        load,
+    )
+    return loss + balance.sum(), sums
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Next-token cross-entropy.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def cross_entropy(
+    hidden: jax.Array, kernel: jax.Array, wanted: jax.Array, weights: jax.Array, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Weighted cross-entropy of the output head, for ``chunk`` tokens of each row at a time.
+
+    [B, T, V] logits are never held. Differentiating makes the gradients in the forward pass, where a chunk's logits
+    are at hand, so nothing is computed twice.
 
     Args:
-      logits: f32[B, T, V]; those at t are for the label at t + 1.
-      labels: i32[B, T], negative where there is no loss.
+      hidden: [B, T, D]. kernel: [D, V].
+      wanted: i32[B, T], the id that each position should predict; negative: none.
+      weights: f32[B, T], factor on each token's loss; taken as constant.
 
     Returns:
-      f32[] mean over the supervised tokens of the whole batch (0 when there is none), and i32[] their number.
+      f32[] the weighted sum, and f32[B, T] each token's loss in nats (not differentiable; 0 where none is wanted).
     """
-    targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED_LABEL)
-    supervised = targets >= 0
-    # A masked sum, not a gather: it stays local when the vocabulary is sharded, and so does its gradient.
-    of_target = jnp.where(jnp.arange(logits.shape[-1]) == targets[..., None], logits, 0.0).sum(-1)
-    losses = jnp.where(supervised, jax.nn.logsumexp(logits, axis=-1) - of_target, 0.0)
-    count = supervised.sum(dtype=jnp.int32)
-    return losses.sum() / jnp.maximum(count, 1), count
+    total, losses, _ = _head(hidden, kernel, wanted, weights, chunk, gradient=False)
+    return total, losses
 
 
-def balance_loss(routing: Routing, valid: jax.Array, config: LanguageConfig) -> jax.Array:
+def _head(
+    hidden: jax.Array, kernel: jax.Array, wanted: jax.Array, weights: jax.Array, chunk: int, *, gradient: bool
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
+    b, t, d = hidden.shape
+    chunk = min(chunk, t)
+    exact = precision(hidden.dtype)
+
+    def split(x: jax.Array, fill: float = 0) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, -t % chunk)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
+        return jnp.moveaxis(x.reshape(b, -1, chunk, *x.shape[2:]), 1, 0)
+
+    def join(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, 0, 1).reshape(b, -1, *x.shape[3:])[:, :t]
+
+    def body(kernel_bar, part):
+        h, target, weight = part  # [B, chunk, D], [B, chunk], [B, chunk]
+        logits = jnp.einsum("btd,dv->btv", h, kernel, precision=exact, preferred_element_type=jnp.float32)
+        logits = constrain(logits, "batch", "length", "vocab")
+        # A masked sum, not a gather: it stays local when the vocabulary is sharded.
+        is_target = jnp.arange(logits.shape[-1]) == target[..., None]
+        of_all = jax.nn.logsumexp(logits, axis=-1)
+        losses = jnp.where(target >= 0, of_all - jnp.where(is_target, logits, 0.0).sum(-1), 0.0)
+        if not gradient:
+            return None, (losses, None)
+        logits_bar = (jnp.exp(logits - of_all[..., None]) - is_target) * weight[..., None]
+        logits_bar = logits_bar.astype(h.dtype)
+        hidden_bar = jnp.einsum("btv,dv->btd", logits_bar, kernel, precision=exact)
+        kernel_bar += jnp.einsum("btd,btv->dv", h, logits_bar, precision=exact, preferred_element_type=jnp.float32)
+        return kernel_bar, (losses, hidden_bar)
+
+    start = jnp.zeros(kernel.shape, jnp.float32) if gradient else None
+    parts = (split(hidden), split(wanted, IGNORED_LABEL), split(weights))
+    kernel_bar, (losses, hidden_bar) = lax.scan(body, start, parts)
+    losses = join(losses)
+    total = (losses * weights).sum()
+    return total, losses, (join(hidden_bar), kernel_bar.astype(kernel.dtype)) if gradient else None
+
+
+def _forward(hidden, kernel, wanted, weights, chunk):
+    total, losses, gradients = _head(hidden, kernel, wanted, weights, chunk, gradient=True)
+    return (total, losses), gradients
+
+
+def _backward(chunk, gradients, cotangent):
+    del chunk
+    hidden_bar, kernel_bar = (g * cotangent[0].astype(g.dtype) for g in gradients)
+    return hidden_bar, kernel_bar, None, None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def balance_loss(routing: Routing, segments: jax.Array, max_segments: int, config: LanguageConfig) -> jax.Array:
     """What keeps experts equally busy: α · Σ_e load_e · share_e, α when both are even (DeepSeek-V2 §2.2, FACTS §4).
 
     load_e is expert e's count of chosen tokens over its even share of them, share_e its mean score. With
-    ``seq_aux`` they are taken per sequence and the loss is the mean over sequences, else over the whole batch.
-    Sigmoid scores are first divided by their sum, as in DeepSeek-V3 §2.1.2. The gradient reaches the scores only.
+    ``seq_aux`` they are taken per segment and added up; without, over all tokens given, times the number of
+    segments, so that dividing by that number gives the mean in both cases. Sigmoid scores are first divided by
+    their sum, as in DeepSeek-V3 §2.1.2. The gradient reaches the scores only.
 
     Args:
       routing: of one layer.
-      valid: bool[B, T], False for padding, which counts nowhere.
+      segments: i32[B, T] from 1 to ``max_segments``; 0 for padding, which counts nowhere.
 
     Returns:
       f32[].
     """
-    scores, counted = routing.scores, valid[..., None].astype(jnp.float32)
+    scores = routing.scores
     if config.scoring_func == "sigmoid":
         scores = scores / (scores.sum(-1, keepdims=True) + 1e-20)
     chosen = jax.nn.one_hot(routing.experts, config.n_routed_experts).sum(2)  # [B, T, E]
-    over = 1 if config.seq_aux else (0, 1)
-    tokens = counted.sum(over)  # [B, 1], or [1] for the whole batch
+    member = jax.nn.one_hot(segments - 1, max_segments)  # [B, T, M]; all zero for padding
+    per_segment = functools.partial(jnp.einsum, "btm,bte->bme", member, precision=lax.Precision.HIGHEST)
+    counts, shares, tokens = per_segment(chosen), per_segment(scores), member.sum(1)[..., None]  # tokens: [B, M, 1]
+    present = (tokens > 0).sum()
+    if not config.seq_aux:
+        counts, shares, tokens = (x.sum((0, 1)) for x in (counts, shares, tokens))
     some = jnp.maximum(tokens, 1.0)
-    load = (chosen * counted).sum(over) * config.n_routed_experts / (config.num_experts_per_tok * some)
-    share = (scores * counted).sum(over) / some
-    sequences = (tokens > 0).sum()
-    return config.aux_loss_alpha * (load * share).sum() / jnp.maximum(sequences, 1)
+    load = counts * config.n_routed_experts / (config.num_experts_per_tok * some)
+    loss = config.aux_loss_alpha * (load * shares / some).sum()
+    return loss if config.seq_aux else loss * present

@@ -1,0 +1,102 @@
+"""Layers as separate arrays (on disk, for inference) and stacked (for training); DESIGN §4.2.
+
+A run of two or more consecutive layers of the same kind becomes one entry, ``layers_1_to_11``, whose arrays have
+a leading axis of layers. Layers of a kind of their own (the dense first one) stay as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
+
+import jax
+
+from dsvl2_jax.config import Config
+from dsvl2_jax.orbax_io import LeafPath
+
+Leaf = TypeVar("Leaf")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRun:
+    """Consecutive layers ``first … last`` of one kind, under ``part`` (vision or language) of the parameters."""
+
+    part: str
+    prefix: str  # of the layers' names: layers_ or blocks_
+    first: int
+    last: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.prefix}{self.first}" + (f"_to_{self.last}" if self.stacked else "")
+
+    @property
+    def stacked(self) -> bool:
+        return self.last > self.first
+
+    def members(self) -> list[str]:
+        """The names of the separate layers."""
+        return [f"{self.prefix}{i}" for i in range(self.first, self.last + 1)]
+
+
+def layer_runs(config: Config, *, stack: bool = True) -> dict[str, list[LayerRun]]:
+    """The runs of the encoder ("vision") and the decoder ("language"), in order. Without ``stack``, of one layer each."""
+    language = config.language
+    moe = [language.is_moe_layer(i) for i in range(language.num_hidden_layers)]
+    kinds = {"language": ("layers_", moe), "vision": ("blocks_", [False] * config.vision.layers)}
+    runs: dict[str, list[LayerRun]] = {}
+    for part, (prefix, kind) in kinds.items():
+        runs[part] = []
+        first = 0
+        for i in range(len(kind)):
+            if not stack or i + 1 == len(kind) or kind[i + 1] != kind[i]:
+                runs[part].append(LayerRun(part, prefix, first, i))
+                first = i + 1
+    return runs
+
+
+def stacked_paths(config: Config, paths: Iterator[LeafPath] | list[LeafPath], *, stack: bool = True) -> dict:
+    """Stacked leaf path → the paths of the separate leaves that it holds, in order of layers."""
+    entry = {
+        (part, member): run.name
+        for part, runs in layer_runs(config, stack=stack).items()
+        for run in runs
+        for member in run.members()
+    }
+    out: dict[LeafPath, list[LeafPath]] = {}
+    for path in paths:
+        name = entry.get(path[:2])
+        out.setdefault(path if name is None else (path[0], name, *path[2:]), []).append(path)
+    order = {path: i for i, members in enumerate(entry) for path in [members]}
+    for members in out.values():
+        members.sort(key=lambda path: order.get(path[:2], 0))
+    return out
+
+
+def stack_layers(
+    leaves: Mapping[LeafPath, Leaf],
+    config: Config,
+    stack_leaf: Callable[[LeafPath, list[Leaf]], Leaf] = lambda path, parts: jax.numpy.stack(parts),
+    *,
+    stack: bool = True,
+) -> dict[LeafPath, Leaf]:
+    """Flat separate leaves → flat stacked leaves. ``stack_leaf`` joins the leaves of one run."""
+    groups = stacked_paths(config, list(leaves), stack=stack)
+    return {
+        path: leaves[members[0]] if path == members[0] else stack_leaf(path, [leaves[m] for m in members])
+        for path, members in groups.items()
+    }
+
+
+def unstack_layers(leaves: Mapping[LeafPath, jax.Array], config: Config, *, stack: bool = True) -> dict:
+    """The inverse of `stack_layers`."""
+    out: dict[LeafPath, jax.Array] = {}
+    runs = {(part, run.name): run for part, found in layer_runs(config, stack=stack).items() for run in found}
+    for path, leaf in leaves.items():
+        run = runs.get(path[:2])
+        if run is None or not run.stacked:
+            out[path] = leaf
+        else:
+            out |= {(path[0], member, *path[2:]): leaf[i] for i, member in enumerate(run.members())}
+    return out
