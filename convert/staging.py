@@ -44,7 +44,7 @@ def staged(destination: str | Path, need_bytes: int) -> Iterator[Path]:
     with locked(partial, f"{destination}: another run is writing it (into {partial}). Wait for it to finish."):
         try:
             _clear(partial)
-            check_space(destination.parent, need_bytes)
+            _check_space(destination.parent, need_bytes)
             yield partial
             sync_tree(partial)
             refuse_existing(destination)
@@ -127,7 +127,7 @@ def _clear(directory: Path) -> None:
             child.unlink()
 
 
-def check_space(directory: Path, need_bytes: int) -> None:
+def _check_space(directory: Path, need_bytes: int) -> None:
     """Raises CheckpointError when the disk of ``directory`` has not room for ``need_bytes`` and a margin."""
     free, needed = shutil.disk_usage(directory).free, need_bytes + _MARGIN
     if free < needed:

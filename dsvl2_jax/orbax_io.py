@@ -24,6 +24,7 @@ LeafPath = tuple[str, ...]
 CHUNK_BYTES = 64 << 20
 
 _DOCUMENT = "data"  # the JSON document among the named trees of a checkpoint
+_METADATA = "_CHECKPOINT_METADATA"  # the file in a checkpoint that Orbax writes last
 _UNFINISHED = ".orbax-checkpoint-tmp"  # added to a checkpoint's name while it is written
 
 
@@ -129,8 +130,8 @@ class _Document:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """True for a complete checkpoint."""
-    return path.is_dir() and ocp.is_orbax_checkpoint(path.absolute())
+    """True for a complete checkpoint (`ocp.is_orbax_checkpoint` takes an empty directory for one)."""
+    return _UNFINISHED not in path.name and (path / _METADATA).is_file()
 
 
 def unfinished(directory: Path) -> list[Path]:

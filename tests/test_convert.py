@@ -223,7 +223,7 @@ def test_too_small_a_disk_is_refused_before_writing(checkpoints, small_disk):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # from Orbax's own threads
 def test_a_disk_that_fills_up_while_writing_is_cleaned(checkpoints, small_disk, monkeypatch):
-    monkeypatch.setattr(staging, "check_space", lambda directory, need_bytes: None)
+    monkeypatch.setattr(staging, "_check_space", lambda directory, need_bytes: None)
     with pytest.raises(CheckpointError, match="the disk filled up"):
         convert(checkpoints / "mini-small-f32", small_disk / "out")
     assert not list(small_disk.iterdir())

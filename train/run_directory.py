@@ -1,0 +1,349 @@
+"""A training run on disk: what run it is, its checkpoints, and the lock that keeps a second process out.
+
+``run.json`` says which model, data and batch layout the run began with, ``config.toml`` with which settings, and
+``model/`` holds the model's files. A checkpoint is a directory ``checkpoints/STEP``, which appears under that name
+when it is complete: the parameters, the optimizer's state, and a JSON document with the place in the data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Set
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich import filesize
+
+from dsvl2_jax import orbax_io
+from dsvl2_jax.checkpoint import CHECKPOINTS_NAME, MODEL_NAME, PARAMS_NAME, RUN_NAME, run_steps
+from dsvl2_jax.convert import rules
+from dsvl2_jax.convert.convert import carry_files
+from dsvl2_jax.convert.staging import is_disk_full, locked
+from dsvl2_jax.errors import RunError
+from dsvl2_jax.train import settings as settings_module
+from dsvl2_jax.train.settings import Settings
+
+RUN_VERSION = 1
+CONFIG_NAME = "config.toml"
+
+_OPTIMIZER = "state"
+_REMOVING = ".removing"  # added to a checkpoint's name before it is deleted, which takes a while
+_MODEL_FILES = ("config.json", "processor_config.json", "*token*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """What a run began with, besides its settings."""
+
+    model: Mapping[str, str]  # file name → hash, of `model_identity`
+    data: Mapping[str, str]  # file → hash
+    layout: Mapping[str, int]  # processes, rows and accumulation steps of a process
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What a checkpoint holds besides the parameters."""
+
+    optimizer: Any
+    iterator: Mapping[str, Any]  # state of the data pipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """A checkpoint that has just become complete."""
+
+    step: int
+    seconds: float  # from the step to the complete checkpoint
+
+
+@contextlib.contextmanager
+def opened(directory: str | Path) -> Iterator[RunDirectory]:
+    """The run directory, made when needed and held by this process alone.
+
+    What a killed process left of unfinished checkpoints is removed. When the block is left, a checkpoint that is
+    being written is finished first, except on Ctrl-C.
+
+    Raises:
+      CheckpointError: another process is training in the directory, or it cannot be made.
+      RunError: it holds something else than a run.
+    """
+    path = Path(directory).absolute()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"run.directory {path}: cannot be made ({error.strerror}); choose another.") from error
+    busy = f"{path}: another process is training in this directory. Wait for it, or choose another run.directory."
+    with locked(path, busy) if _primary() else contextlib.nullcontext():
+        run = RunDirectory(path)
+        run.clean()
+        try:
+            yield run
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first error is the one to report
+                run.wait()
+            raise
+        run.wait()
+
+
+class RunDirectory:
+    """A run's directory; see `opened`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._saving: tuple[int, int, orbax_io.Saving] | None = None  # step, bytes, writing
+        self._losses: dict[int, float] = {}
+
+    @property
+    def started(self) -> bool:
+        """True when a run has begun in it."""
+        return (self.path / RUN_NAME).is_file()
+
+    @property
+    def model(self) -> Path:
+        """The directory of the model's configuration, processor and tokenizer files."""
+        return self.path / MODEL_NAME
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        return run_steps(self.path)
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / CHECKPOINTS_NAME / str(step)
+
+    def clean(self) -> None:
+        """Removes what a killed process left of unfinished and of half deleted checkpoints.
+
+        Raises:
+          RunError: the directory holds files, but no run.
+        """
+        known = {MODEL_NAME, CONFIG_NAME, CHECKPOINTS_NAME, RUN_NAME}
+        foreign = sorted(file.name for file in self.path.iterdir() if file.name.split(".new")[0] not in known)
+        if foreign and not self.started:
+            raise RunError(
+                f"run.directory {self.path}: not empty and no training run (it has {', '.join(foreign[:3])}"
+                f"{' …' if len(foreign) > 3 else ''}). Choose a new directory."
+            )
+        self._remove_unfinished()
+
+    def begin(self, settings: Settings, model_source: Path, identity: Identity) -> None:
+        """Writes what identifies the run. Nothing counts before ``run.json``, which comes last."""
+        if not _primary():
+            return
+        shutil.rmtree(self.model, ignore_errors=True)
+        self.model.mkdir()
+        carry_files(model_source, self.model)
+        self.write_settings(settings)
+        (self.path / CHECKPOINTS_NAME).mkdir(exist_ok=True)
+        content = {"version": RUN_VERSION, **dataclasses.asdict(identity)}
+        _write(self.path / RUN_NAME, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+    def write_settings(self, settings: Settings) -> None:
+        """Keeps the settings that are in force now."""
+        if _primary():
+            _write(self.path / CONFIG_NAME, settings_module.to_toml(settings))
+
+    def check(self, settings: Settings, identity: Identity) -> None:
+        """Refuses to go on with another run than the one that began here.
+
+        Raises:
+          RunError: settings, model, data files or batch layout are not those of the start; all of them are listed.
+        """
+        before = self._identity()
+        other = [
+            *settings_module.differences(settings_module.load(self.path / CONFIG_NAME), settings),
+            *_changes(before.model, identity.model, "model: "),
+            *(
+                f"{name} of the batch: {before.layout[name]} at the start of the run, now {identity.layout[name]}"
+                for name in before.layout
+                if before.layout[name] != identity.layout.get(name)
+            ),
+        ]
+        if other:
+            raise RunError(
+                f"{self.path}: holds another run than the one asked for:\n{rules.listed(other)}\n"
+                f"To go on with it, use its settings ({CONFIG_NAME} in it has them all); for a new run choose another "
+                "run.directory."
+            )
+        if changed := list(_changes(before.data, identity.data, "")):
+            raise RunError(
+                f"{self.path}: the data is not that of the run's start, so it cannot go on as it would have:\n"
+                f"{rules.listed(changed)}\n"
+                "Put the files back to go on; or start a new run from its newest checkpoint: another run.directory, "
+                f"with model.checkpoint={self.path}."
+            )
+
+    def _identity(self) -> Identity:
+        path = self.path / RUN_NAME
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            version = content.pop("version")
+            if version == RUN_VERSION:
+                return Identity(**content)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunError(f"{path}: cannot be read ({error}). Choose another run.directory.") from None
+        raise RunError(
+            f"{path}: written in version {version!r} of the layout, this program reads {RUN_VERSION}. Choose another "
+            "run.directory."
+        )
+
+    def save(
+        self,
+        step: int,
+        params: Mapping[str, Any],
+        optimizer: Any,
+        iterator: Mapping[str, Any],
+        *,
+        validation_loss: float | None = None,
+        stacked: Set[orbax_io.LeafPath] = frozenset(),
+    ) -> None:
+        """Begins to write the checkpoint of ``step``, after the one before is complete.
+
+        Args:
+          step: updates done.
+          params: nested, layers separate, as a converted directory holds them. All arrays may be donated afterwards.
+          optimizer: its state, any pytree of arrays.
+          iterator: the data pipeline's state, JSON.
+          validation_loss: measured at this step, to know the best checkpoint.
+          stacked: of `orbax_io.ParamWriter`.
+
+        Raises:
+          RunError: the disk has not room enough, or the checkpoint before could not be written.
+        """
+        self.wait()
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves((params, optimizer)))
+        if shutil.disk_usage(self.path).free < size:
+            raise self._disk_full(step, size)
+        document = {"step": step, "iterator": iterator, "validation_loss": validation_loss}
+        try:
+            writing = orbax_io.Saving(
+                self.checkpoint(step), {PARAMS_NAME: params, _OPTIMIZER: optimizer}, document, stacked
+            )
+        except Exception as error:
+            raise self._failed(step, size, error) from error
+        self._saving = step, size, writing
+
+    def poll(self) -> Saved | None:
+        """The checkpoint that has become complete since the last call. Raises RunError when it could not be written."""
+        return self._finished(wait=False)
+
+    def wait(self) -> Saved | None:
+        """As `poll`, after waiting for the checkpoint that is being written."""
+        return self._finished(wait=True)
+
+    def _finished(self, *, wait: bool) -> Saved | None:
+        if self._saving is None:
+            return None
+        step, size, writing = self._saving
+        try:
+            if wait:
+                writing.wait()
+            elif not writing.done():
+                return None
+        except Exception as error:
+            self._saving = None
+            raise self._failed(step, size, error) from error
+        self._saving = None
+        return Saved(step, writing.seconds)
+
+    def prune(self, keep_last: int) -> None:
+        """Deletes all checkpoints but the newest ``keep_last`` and the one of least validation loss."""
+        steps = self.steps()
+        losses = {step: self._validation_loss(step) for step in steps}
+        best = min(losses, key=lambda step: (losses[step], -step), default=0)
+        for step in steps[:-keep_last]:
+            if _primary() and (step != best or math.isinf(losses[step])):
+                doomed = self.checkpoint(step).with_name(f"{step}{_REMOVING}")
+                self.checkpoint(step).rename(doomed)
+                shutil.rmtree(doomed)
+
+    def _validation_loss(self, step: int) -> float:
+        if step not in self._losses:
+            loss = orbax_io.read_document(self.checkpoint(step))["validation_loss"]
+            self._losses[step] = math.inf if loss is None or math.isnan(loss) else loss
+        return self._losses[step]
+
+    def restore(self, step: int, optimizer: Any) -> Restored:
+        """Optimizer and place in the data of a checkpoint; `dsvl2_jax.checkpoint.load_params` reads its parameters.
+
+        Args:
+          optimizer: tree of `jax.ShapeDtypeStruct` with shardings.
+
+        Raises:
+          RunError: the checkpoint is damaged or of another layout.
+        """
+        path = self.checkpoint(step)
+        try:
+            document = orbax_io.read_document(path)
+            return Restored(orbax_io.read_tree(path, _OPTIMIZER, optimizer), document["iterator"])
+        except Exception as error:  # Orbax and tensorstore raise ValueError, KeyError, OSError, XlaRuntimeError …
+            reason = str(error).strip().split("\n")[0]
+            raise RunError(
+                f"{path}: cannot be read ({reason}). Remove this directory to go on from the checkpoint before it."
+            ) from error
+
+    def _failed(self, step: int, size: int, error: BaseException) -> RunError:
+        self._remove_unfinished()
+        if is_disk_full(error):
+            return self._disk_full(step, size)
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        return RunError(f"{self.checkpoint(step)}: cannot be written ({reason}). {self._what_is_left()}")
+
+    def _disk_full(self, step: int, size: int) -> RunError:
+        free = shutil.disk_usage(self.path).free
+        return RunError(
+            f"{self.checkpoint(step)}: the disk is too full for this checkpoint: {filesize.decimal(size)} are needed, "
+            f"{filesize.decimal(free)} are free. {self._what_is_left()}"
+        )
+
+    def _what_is_left(self) -> str:
+        if steps := self.steps():
+            return (
+                f"The last complete checkpoint, of step {steps[-1]}, is untouched; mend the cause and start the same "
+                "command again: it goes on from there."
+            )
+        return "There is no earlier checkpoint; mend the cause and start the same command again."
+
+    def _remove_unfinished(self) -> None:
+        directory = self.path / CHECKPOINTS_NAME
+        if _primary() and directory.is_dir():
+            for path in (*orbax_io.unfinished(directory), *directory.glob(f"*{_REMOVING}")):
+                shutil.rmtree(path, ignore_errors=True)
+                if path.exists():
+                    print(f"{path}: unfinished, and cannot be removed", file=sys.stderr)
+
+
+def model_identity(directory: Path) -> dict[str, str]:
+    """File name → hash of the files that say what the model is, its weights apart."""
+    files = sorted({file for pattern in _MODEL_FILES for file in directory.glob(pattern) if file.is_file()})
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def _changes(before: Mapping[str, str], now: Mapping[str, str], prefix: str) -> Iterator[str]:
+    for name in dict.fromkeys([*before, *now]):
+        if before.get(name) != now.get(name):
+            what = "is new" if name not in before else "is gone" if name not in now else "has changed"
+            yield f"{prefix}{name} {what}"
+
+
+def _primary() -> bool:
+    return jax.process_index() == 0
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file that is there either whole or not at all."""
+    new = path.with_name(f"{path.name}.new")
+    with new.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
