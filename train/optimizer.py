@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -24,7 +26,7 @@ def make_optimizer(settings: Settings, groups: Mapping[str, ParameterRule]) -> o
       groups: {path: rule} of the trained parameters. Gradients and parameters are flat dicts f32 with the same keys.
 
     Raises:
-      ValueError: a rule in ``groups`` does not train; or, at init, the parameters' paths are not those of ``groups``.
+      ValueError: a rule in ``groups`` does not train.
     """
     frozen = sorted(path for path, rule in groups.items() if not rule.train)
     if frozen:
@@ -32,7 +34,6 @@ def make_optimizer(settings: Settings, groups: Mapping[str, ParameterRule]) -> o
     cfg = settings.optimizer
     adam = optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.epsilon)
     return optax.chain(
-        _same_paths(groups),
         optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
         keep_state_in(adam, jnp.bfloat16) if cfg.state_dtype == "bfloat16" else adam,
         _decay_and_rate(cfg.weight_decay, groups),
@@ -46,29 +47,31 @@ def learning_rate(settings: OptimizerSettings, steps: int) -> optax.Schedule:
     Warm-up is linear and reaches the full rate with update number ``warmup_steps``. Then ``constant`` stays;
     ``step`` is divided by √10 from 50 % of ``steps`` on and once more from 75 % on; ``cosine`` falls from the end of
     the warm-up to ``final_rate`` · ``learning_rate`` at ``steps``. (The paper states neither warm-up nor final rate.)
+    A plain number gives a numpy float, so that asking for the rate does not wait for the device.
 
     Raises:
       ValueError: the schedule's name is unknown.
     """
     warmup = settings.warmup_steps
 
-    def step(count: ArrayLike) -> jax.Array:
-        drops = (2 * count >= steps).astype(jnp.float32) + (4 * count >= 3 * steps).astype(jnp.float32)
+    def step(count: ArrayLike, xp: Any) -> ArrayLike:
+        drops = (2 * count >= steps).astype(xp.float32) + (4 * count >= 3 * steps).astype(xp.float32)
         return math.sqrt(10) ** -drops
 
-    def cosine(count: ArrayLike) -> jax.Array:
-        done = jnp.clip((count - warmup) / max(steps - warmup, 1), 0.0, 1.0)
-        return settings.final_rate + (1 - settings.final_rate) * 0.5 * (1 + jnp.cos(jnp.pi * done))
+    def cosine(count: ArrayLike, xp: Any) -> ArrayLike:
+        done = xp.clip((count - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+        return settings.final_rate + (1 - settings.final_rate) * 0.5 * (1 + xp.cos(xp.pi * done))
 
-    shapes = {"constant": lambda count: jnp.float32(1.0), "step": step, "cosine": cosine}
+    shapes = {"constant": lambda count, xp: xp.float32(1.0), "step": step, "cosine": cosine}
     if settings.schedule not in shapes:
         raise ValueError(f"schedule {settings.schedule!r} is unknown; expected one of {', '.join(shapes)}")
     shape = shapes[settings.schedule]
 
-    def schedule(count: ArrayLike) -> jax.Array:
-        count = jnp.asarray(count, jnp.int32)
-        rise = jnp.minimum((count + 1) / max(warmup, 1), 1.0)
-        return settings.learning_rate * rise * shape(count)
+    def schedule(count: ArrayLike) -> ArrayLike:
+        xp = jnp if isinstance(count, jax.Array) else np
+        count = xp.asarray(count, xp.int32)
+        rise = xp.minimum((count + 1) / max(warmup, 1), 1.0)
+        return settings.learning_rate * rise * shape(count, xp)
 
     return schedule
 
@@ -101,13 +104,3 @@ def _decay_and_rate(weight_decay: float, groups: Mapping[str, ParameterRule]) ->
         return {path: one(path) for path in updates}
 
     return optax.stateless(update)
-
-
-def _same_paths(groups: Mapping[str, ParameterRule]) -> optax.GradientTransformation:
-    def init(params: optax.Params) -> optax.EmptyState:
-        different = sorted(set(params) ^ set(groups))
-        if different:
-            raise ValueError(f"these paths are not in both parameters and rules: {', '.join(different)}")
-        return optax.EmptyState()
-
-    return optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))

@@ -50,7 +50,7 @@ class DataSettings:
     tiles_per_sequence: int = 20  # room for image tiles, per row
     max_segments: int = 64  # most samples packed into a row
     packing: bool = True  # False: one sample a row
-    packing_bins: int = 16  # rows that are filled at the same time; more waste less
+    packing_bins: int = 64  # rows that are filled at the same time; more waste less and hold more tiles in memory
     too_long: str = "skip"  # skip or truncate: samples longer than a row
     mask_prompt: bool = False  # True: loss on answers alone (stage 3); False: on all text
     shuffle: bool = True
@@ -149,6 +149,7 @@ COMMAND_LINE = "command line"
 _MAY_CHANGE = (
     "data.validation",
     "data.max_broken_share",
+    "data.workers",
     "run.directory",
     "run.checkpoint_every",
     "run.keep_last",
@@ -238,8 +239,8 @@ def to_toml(settings: Settings) -> str:
 def differences(start: Settings, now: Settings) -> list[str]:
     """What keeps a run that began with ``start`` from going on with ``now`` exactly as it would have.
 
-    Cadence of checkpoints, validation and logs, validation data and the directory may change; ``run.steps`` only
-    where no schedule depends on it (constant). Everything else reaches the losses, if only by rounding.
+    Cadence of checkpoints, validation and logs, validation data, workers and the directory may change; ``run.steps``
+    only where no schedule depends on it (constant). Everything else reaches the losses, if only by rounding.
 
     Returns:
       One line for each such field; empty when the run may go on.

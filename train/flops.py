@@ -1,0 +1,119 @@
+"""Model FLOPs of a training step, and what a device could do: the two sides of MFU.
+
+Counted are the matrix products that the model needs (2 FLOPs for a multiplication and an addition), not what a
+program happens to run: recomputation, padding and masked-out attention scores are no useful work. Forward is 1;
+backward adds 1 for the gradient of the input, where anything before it is trained, and 1 for that of the weight,
+where it is trained: 3 in all for a part that is wholly trained. A token counts the experts that it visits. Norms,
+activations, softmax and embedding look-ups are left out, as is usual.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+
+import jax
+
+from dsvl2_jax.config import Config
+from dsvl2_jax.train.settings import ParameterRule
+
+# Dense bf16 TFLOP/s of one jax device (FACTS §8), by a pattern for `jax.Device.device_kind`.
+_PEAKS = (
+    (r"TPU (v5 lite|v5e)", 197.0),
+    (r"TPU (v5|v5p)", 459.0),
+    (r"TPU (v6 lite|v6e)", 918.0),
+    (r"TPU ?(7x|v7x)", 2307.0 / 2),  # two devices a chip
+    (r"NVIDIA H100 80GB HBM3", 989.0),  # the SXM module; PCIe cards are slower and are named otherwise
+    (r"NVIDIA H200", 989.0),
+)
+
+# Parameters that multiply activations; the others add, scale or are looked up.
+_MATRIX = re.compile(r"/kernel$|/kv_b_proj$|/mlp/experts/")
+_LAYER = re.compile(r"/(?:blocks|layers)_(\d+)/")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFlops:
+    """FLOPs per unit of a step's work, forward and backward."""
+
+    per_token: float  # language model, attention scores left out
+    per_pair: float  # a query and a key that it sees, all layers and heads
+    per_tile: float  # vision encoder and adaptor
+
+    def step(self, tokens: float, samples: float, tiles: float) -> float:
+        """FLOPs of a step of ``tokens`` in ``samples`` samples with ``tiles`` tiles, none of them padding.
+
+        A token sees itself and those before it in its sample. Samples are taken as equally long, which is the least
+        that attention can cost: a step of unequal ones takes more.
+        """
+        mean_length = tokens / max(samples, 1)
+        return self.per_token * tokens + self.per_pair * tokens * (mean_length + 1) / 2 + self.per_tile * tiles
+
+
+def step_flops(config: Config, rules: Mapping[str, ParameterRule]) -> StepFlops:
+    """The counts of a model in a stage.
+
+    Args:
+      rules: path of every parameter, layers apart → its rule (`dsvl2_jax.train.stages.assign`).
+    """
+    from dsvl2_jax.model import abstract_leaves
+
+    language, vision = config.language, config.vision
+    trained_places = [_place(path) for path, rule in rules.items() if rule.train]
+    first_trained = min(trained_places, default=(math.inf,))
+    trained_in = set(trained_places)
+
+    def passes(place: tuple[float, ...], *, weight: bool = False) -> int:
+        return 1 + (first_trained < place) + weight
+
+    per_token = per_patch = per_feature = 0.0
+    for keys, (shape, _) in abstract_leaves(config).items():
+        path = "/".join(keys)
+        if not _MATRIX.search(path) or path.startswith("vision/attn_pool/"):
+            continue
+        flops = 2.0 * math.prod(shape) * passes(_place(path), weight=rules[path].train)
+        if path.startswith("vision/"):
+            per_patch += flops
+        elif path.startswith("projector/"):
+            per_feature += flops
+        elif "/experts/" in path:
+            per_token += flops * language.num_experts_per_tok / language.n_routed_experts
+        else:
+            per_token += flops
+
+    def attention_passes(part: float, layers: int) -> int:
+        """Summed over the layers; scores and values have two inputs, whose gradients cost the forward's each."""
+        places = [(part, 1.0, float(i)) for i in range(layers)]
+        return sum(3 if first_trained < place or place in trained_in else 1 for place in places)
+
+    heads = language.num_attention_heads
+    if language.use_mla:
+        widths = language.qk_nope_head_dim + language.qk_rope_head_dim + language.v_head_dim
+    else:
+        widths = 2 * language.head_dim
+    per_pair = 2.0 * heads * widths * attention_passes(2.0, language.num_hidden_layers)
+    vision_pair = 2.0 * 2 * vision.width * attention_passes(0.0, vision.layers)
+    per_tile = per_patch * vision.patches + vision_pair * vision.patches**2 + per_feature * config.tokens_per_tile
+    return StepFlops(per_token, per_pair, per_tile)
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """bf16 FLOP/s that a device can reach at most; None for kinds that FACTS §8 does not list, such as a CPU."""
+    for pattern, tera in _PEAKS:
+        if re.fullmatch(pattern, device.device_kind):
+            return tera * 1e12
+    return None
+
+
+def _place(path: str) -> tuple[float, ...]:
+    """Where a parameter enters the forward pass; a gradient flows from later places to earlier trained ones."""
+    if path in ("image_newline", "view_seperator"):
+        return (2.0, 0.0)
+    part = {"vision": 0.0, "projector": 1.0, "language": 2.0}[path.split("/")[0]]
+    layer = _LAYER.search(path)
+    if layer:
+        return (part, 1.0, float(layer[1]))
+    before = ("/patch_embed/", "/pos_embed", "/embed_tokens")
+    return (part, 0.0) if any(name in path + "/" for name in before) else (part, 2.0)
