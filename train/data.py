@@ -19,7 +19,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import absl.flags
+import grain
 import numpy as np
+from grain.experimental import DatasetOptions, ThreadPrefetchDatasetIterator, WithOptionsIterDataset
 
 from dsvl2_jax.config import Config
 from dsvl2_jax.errors import DataError
@@ -31,13 +34,6 @@ from dsvl2_jax.train.samples import Unusable, fingerprint, open_sources
 from dsvl2_jax.train.settings import DataSettings, Settings
 
 __all__ = ["DataStats", "Pipeline", "StepData", "Validation", "fingerprint", "open_training", "open_validation"]
-
-try:
-    import absl.flags
-    import grain
-    from grain.experimental import DatasetOptions, ThreadPrefetchDatasetIterator, WithOptionsIterDataset
-except ModuleNotFoundError as error:
-    raise DataError(f"training data needs {error.name}: pip install -e '.[train]'") from None
 
 _LOG = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Samples of any lengths into rows of one length: fitting, joint packing of tokens and tiles, and the step's batch.
 
-grain's first-fit packer decides which samples share a row; a sample goes in where both its tokens and its tiles have
+grain's best-fit packer decides which samples share a row; a sample goes in where both its tokens and its tiles have
 room. The packer numbers tiles within a row, the model within an accumulation step, so `assemble` rebases the merge
 index. Tiles themselves stay out of the packer's buffers: they are copied once, into the batch.
 """
@@ -109,9 +109,9 @@ def pack(samples: grain.IterDataset, shape: RowShape, bins: int, seed: int | Non
       bins: rows that are filled at the same time.
       seed: of the order in which rows filled together come out; None: as they were begun.
     """
-    from grain.experimental import FirstFitPackIterDataset
+    from grain.experimental import BestFitPackIterDataset
 
-    return FirstFitPackIterDataset(
+    return BestFitPackIterDataset(
         samples,
         length_struct={"tokens": shape.tokens, "tile_slots": shape.tiles},
         num_packing_bins=bins,
