@@ -37,8 +37,8 @@ __all__ = ["DataStats", "Pipeline", "StepData", "Validation", "fingerprint", "op
 
 _LOG = logging.getLogger(__name__)
 
-# Before this many samples (or the whole set, if smaller) a share of broken ones says little.
-_LEAST_READ = 100
+# The share of broken samples is that of whole spans of this many (or of the set, if smaller): of fewer it says little.
+_SPAN = 1000
 # A run of this many samples (or twice the set) without a usable one will not get better.
 _MOST_USELESS = 10_000
 _LAST_PROBLEMS = 5  # shown when the run stops
@@ -197,6 +197,7 @@ class _Usable(grain.IterDataset):
 
     def __init__(self, samples: grain.MapDataset, data: DataSettings, total: int, workers: int):
         super().__init__()
+        _set_up_grain()
         self.samples, self.data, self.total, self.workers = samples, data, total, workers
         self.left_over: list[str] = []  # reasons of unusable samples after the last usable one, once that is known
 
@@ -207,9 +208,6 @@ class _Usable(grain.IterDataset):
         rest = (self.samples[start:] if start else self.samples).to_iter_dataset(grain.ReadOptions(0, 0))
         if not self.workers:
             return iter(rest)
-        flags = absl.flags.FLAGS
-        if not flags.is_parsed():  # grain's workers read flags, and only absl applications parse them
-            flags.mark_as_parsed()
         rest = WithOptionsIterDataset(rest, DatasetOptions(min_shm_size=_SHARED_MEMORY_FROM))
         options = grain.MultiprocessingOptions(self.workers, _WORKER_BUFFER)
         return iter(rest.mp_prefetch(options, worker_init_fn=_start_worker))
@@ -236,26 +234,32 @@ class _UsableIterator(grain.DatasetIterator):
                 self._dataset.left_over = skipped
                 raise
             self._state["read"] += 1
+            if isinstance(item, Unusable):
+                skipped.append(item.reason)
+                self._leave_out(item)
+            self._check()
             if not isinstance(item, Unusable):
                 self._state["useless"] = 0
                 if type(item["tiles"]) is not np.ndarray:
                     # Shared memory is given back at once: a packer's worth of tiles would fill a container's.
                     item["tiles"] = np.array(item["tiles"], subok=False)
                 return item | {"skipped": skipped}
-            skipped.append(item.reason)
-            self._leave_out(item)
 
     def _leave_out(self, item: Unusable) -> None:
         _LOG.warning("%s: left out (%s): %s", item.name, item.reason, item.message)
         self._problems = [*self._problems[1 - _LAST_PROBLEMS :], f"{item.name}: {item.message}"]
+        self._state["useless"] += 1
+        self._state["broken"] += item.reason not in TOO_LONG
+
+    def _check(self) -> None:
+        """Raises DataError once too many samples are broken, or none fits."""
         state, data, total = self._state, self._dataset.data, self._dataset.total
-        state["useless"] += 1
-        state["broken"] += item.reason not in TOO_LONG
         shown = "\n  ".join(self._problems)
-        if state["read"] >= min(_LEAST_READ, total) and state["broken"] > data.max_broken_share * state["read"]:
+        span = min(_SPAN, total)
+        if state["broken"] > data.max_broken_share * span * -(-state["read"] // span):
             raise DataError(
-                f"{state['broken']} of {state['read']} samples are broken, more than data.max_broken_share = "
-                f"{data.max_broken_share} allows. `dsvl2 data check FILE` lists them all; the last ones:\n  {shown}"
+                f"{state['broken']} of the first {state['read']} samples are broken, more than data.max_broken_share = "
+                f"{data.max_broken_share} allows in {span}. `dsvl2 data check FILE` lists them all; the last ones:\n  {shown}"
             )
         if state["useless"] >= min(2 * total, _MOST_USELESS):
             raise DataError(
@@ -278,6 +282,13 @@ class _UsableIterator(grain.DatasetIterator):
         if self._inner is not None:
             self._inner.close()
             self._inner = None
+
+
+def _set_up_grain() -> None:
+    """Errors of ours pass through grain as they are; its workers read flags, which only absl programs parse."""
+    grain.config.update("py_traceback_filtering", "off")
+    if not absl.flags.FLAGS.is_parsed():
+        absl.flags.FLAGS.mark_as_parsed()
 
 
 def _start_worker(index: int, count: int) -> None:

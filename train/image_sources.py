@@ -224,8 +224,8 @@ def resolve(reference: Any, store: ImageStore) -> ImageSource:
     """The image that a data file refers to.
 
     Args:
-      reference: a name; a ``data:`` URI or plain base64 of an image file; or an object that has one of these under
-        ``path``, ``url``, ``base64`` or ``bytes``.
+      reference: a name; a ``data:`` URI or plain base64 of an image file; an object that has one of these under
+        ``path``, ``url``, ``base64`` or ``bytes``; or a file's bytes already.
       store: where names are looked up.
 
     Returns:
@@ -234,6 +234,8 @@ def resolve(reference: Any, store: ImageStore) -> ImageSource:
     Raises:
       SampleError: it is none of these, is a web address, is broken base64, or names no image.
     """
+    if isinstance(reference, bytes):
+        return reference
     if isinstance(reference, Mapping):
         for key in ("base64", "bytes", "url", "path"):
             if reference.get(key):
