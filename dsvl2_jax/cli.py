@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -155,6 +157,31 @@ def chat(
     chat_module.chat(model, system, max_new_tokens, sampling)
 
 
+def plot(runs: Positional[tuple[Path, ...]], *, out: Path = Path("plot.png")) -> None:
+    """Draw loss, expert balance and throughput of one or several training runs.
+
+    Args:
+        runs: directories of runs (run.directory).
+        out: PNG to write.
+    """
+    with _training_extra():
+        from dsvl2_jax.train.plot import plot as run
+
+        run(runs, out)
+        print(out)
+
+
+@contextlib.contextmanager
+def _training_extra() -> Iterator[None]:
+    """Names the extra to install when a module of it is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in ("grain", "matplotlib", "optax", "tensorboardX"):
+            raise
+        raise UsageError(f"training needs {error.name}, which is not installed: pip install -e '.[train]'") from error
+
+
 def bench(
     job: Positional[Literal["convert", "generate"]],
     ckpt: Checkpoint = None,
@@ -195,6 +222,7 @@ COMMANDS = {
     "export": export,
     "generate": generate,
     "chat": chat,
+    "plot": plot,
     "bench": bench,
     "doctor": doctor,
 }
