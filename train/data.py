@@ -258,13 +258,15 @@ class _UsableIterator(grain.DatasetIterator):
         span = min(_SPAN, total)
         if state["broken"] > data.max_broken_share * span * -(-state["read"] // span):
             raise DataError(
-                f"{state['broken']} of the first {state['read']} samples are broken, more than data.max_broken_share = "
-                f"{data.max_broken_share} allows in {span}. `dsvl2 data check FILE` lists them all; the last ones:\n  {shown}"
+                f"{state['broken']} of the first {state['read']} samples are broken, more than data.max_broken_share "
+                f"({data.max_broken_share} of every {span}) allows. `dsvl2 data check FILE` lists all; the last ones:"
+                f"\n  {shown}"
             )
         if state["useless"] >= min(2 * total, _MOST_USELESS):
             raise DataError(
-                f"none of the last {state['useless']} samples can be used. Make data.sequence_length or "
-                f"data.tiles_per_sequence larger, or set data.too_long to truncate; the last ones:\n  {shown}"
+                f"none of the last {state['useless']} samples can be used. If they are too long, make "
+                "data.sequence_length or data.tiles_per_sequence larger, or set data.too_long to truncate. "
+                f"The last ones:\n  {shown}"
             )
 
     def get_state(self) -> dict[str, int]:

@@ -172,7 +172,7 @@ def draw(summary: Summary, path: Path) -> None:
     edges = np.linspace(0, max(int(summary.tokens.max(initial=1)), 1), 41)
     split = [summary.tokens[text_only], summary.tokens[~text_only]]
     tokens.hist(split, bins=edges, stacked=True, label=["text only", "with images"])
-    tokens.axvline(summary.sequence_length, color="black", linestyle="--", linewidth=1, label="row")
+    tokens.axvline(summary.sequence_length, color="black", linestyle="--", linewidth=1, label="a row")
     tokens.set_xlim(0, edges[-1] * 1.02)
     tokens.set(xlabel="tokens of a sample", ylabel="samples")
     tokens.legend()
