@@ -161,8 +161,9 @@ class Report:
         if self._flops and self._peak and own and seconds > 0:
             mfu = self._flops.step(tokens, samples, tiles) / (seconds * self._devices * self._peak)
         load = np.asarray(metrics.load, np.float64)
-        mean = load.mean(-1)
-        balance = np.divide(load.max(-1, initial=0.0), mean, out=np.full_like(mean, np.nan), where=mean > 0)
+        mean = load.mean(-1) if load.size else np.zeros(0)
+        busiest = load.max(-1) if load.size else mean
+        balance = np.divide(busiest, mean, out=np.full_like(mean, np.nan), where=mean > 0)
         return {
             "kind": "step",
             "step": step,
