@@ -15,6 +15,7 @@ from dsvl2_jax.errors import DSVL2Error, UsageError
 
 Checkpoint = Positional[str | None]
 Dtype = Literal["float32", "bfloat16"]
+Overrides = Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="[KEY=VALUE ...]")]]
 Images = Annotated[tuple[tuple[Path, ...], ...], UseAppendAction]
 
 
@@ -35,23 +36,24 @@ def convert(
     run(src, dst, dtype=dtype, max_memory=parse_bytes(max_memory))
 
 
-def export(ckpt: Positional[str], dst: Positional[Path]) -> None:
+def export(ckpt: Positional[str], dst: Positional[Path], *, dtype: Dtype | None = None) -> None:
     """Write a converted or trained checkpoint back to the released layout (safetensors with index).
 
     Args:
-        ckpt: converted directory.
+        ckpt: converted directory, training run (its newest checkpoint) or one of its checkpoints.
         dst: directory to make; it must not exist.
+        dtype: cast all tensors but the router's; without it each is as stored, which is float32 for trained ones.
     """
     from dsvl2_jax.convert.export import export as run
 
-    run(ckpt, dst)
+    run(ckpt, dst, dtype=dtype)
 
 
 def doctor(ckpt: Checkpoint = None, *, json: bool = False) -> int:
     """Check a checkpoint in either layout; exit status 1 when it is unusable.
 
     Args:
-        ckpt: checkpoint; without it, the bundled one.
+        ckpt: checkpoint or training run; without it, the bundled one.
         json: print the report as JSON.
     """
     from dsvl2_jax.convert.doctor import doctor as run
@@ -83,7 +85,7 @@ def generate(
     """Answer one prompt about any number of images.
 
     Args:
-        ckpt: converted directory, released-layout directory or hub id; without it, the bundled model.
+        ckpt: converted directory, released-layout directory, training run or hub id; without it, the bundled model.
         prompt: the user's text. <image> marks where each image goes; without it the images come first.
         image: image files, in order; may be given several times.
         system: a system message.
@@ -136,7 +138,7 @@ def chat(
     """Talk with the model in the terminal; /help lists what a line can do besides.
 
     Args:
-        ckpt: converted directory, released-layout directory or hub id; without it, the bundled model.
+        ckpt: converted directory, released-layout directory, training run or hub id; without it, the bundled model.
         system: a system message.
         max_new_tokens: most tokens of an answer.
         temperature: 0 is greedy.
@@ -155,6 +157,78 @@ def chat(
     model = commands.load(ckpt, commands.LoadOptions(dtype, mesh, exif, strict_special_tokens))
     sampling = commands.SamplingParams(temperature, top_p, top_k, repetition_penalty, seed)
     chat_module.chat(model, system, max_new_tokens, sampling)
+
+
+def train(
+    config: Positional[str],
+    settings: Overrides = (),
+    *,
+    profile: str | None = None,
+    tensorboard: bool = False,
+) -> None:
+    """Train as a CONFIG.toml says, or go on with the run in its directory after it was stopped or killed.
+
+    Checkpoints, log and settings are in run.directory, which `generate`, `export` and `doctor` take as a checkpoint.
+    Ctrl-C or SIGTERM finish the step and write a checkpoint; a second Ctrl-C stops at once.
+
+    Args:
+        config: a TOML file, or the name of a preset: {tiny,small,base}-{align,pretrain,sft}.
+        settings: single settings instead of the file's, e.g. run.steps=100 optimizer.learning_rate=1e-5.
+        profile: FIRST:LAST, the steps to trace into the run's directory (sets run.profile).
+        tensorboard: write TensorBoard files as well (sets run.tensorboard).
+    """
+    with _training_extra():
+        from dsvl2_jax.train.run import train as run
+
+        overrides = list(settings)
+        if profile is not None:
+            overrides.append(f"run.profile={profile}")
+        if tensorboard:
+            overrides.append("run.tensorboard=true")
+        run(config, overrides)
+
+
+def data(
+    job: Positional[Literal["check"]],
+    file: Positional[str],
+    *,
+    ckpt: str | None = None,
+    images: str = "",
+    sequence_length: int = 4096,
+    tiles_per_sequence: int = 20,
+    mask_prompt: bool = False,
+    problems: int = 20,
+    histogram: Path | None = None,
+    json: bool = False,
+) -> int:
+    """Check a training data set: what is in it, and what is wrong with it; exit status 1 when a sample is broken.
+
+    Args:
+        job: what to do with it.
+        file: JSON Lines, a JSON array, .txt or .tar; a glob pattern may name several.
+        ckpt: checkpoint whose tokenizer and tiling count; without it, the bundled model's.
+        images: folder, or tar shards (a glob ending in .tar), of the images; without it, the file's folder.
+        sequence_length: tokens of a training row.
+        tiles_per_sequence: image tiles of a training row.
+        mask_prompt: count answers alone as learnt, as in fine-tuning.
+        problems: how many broken samples to list; all are counted.
+        histogram: PNG to draw token and tile counts to.
+        json: print one JSON object.
+    """
+    with _training_extra():
+        from dsvl2_jax.train.data_check import check
+
+        return check(
+            file,
+            checkpoint=ckpt,
+            images=images,
+            sequence_length=sequence_length,
+            tiles_per_sequence=tiles_per_sequence,
+            mask_prompt=mask_prompt,
+            most_problems=problems,
+            histogram=histogram,
+            as_json=json,
+        )
 
 
 def plot(runs: Positional[tuple[Path, ...]], *, out: Path = Path("plot.png")) -> None:
@@ -183,7 +257,7 @@ def _training_extra() -> Iterator[None]:
 
 
 def bench(
-    job: Positional[Literal["convert", "generate"]],
+    job: Positional[Literal["convert", "generate", "train"]],
     ckpt: Checkpoint = None,
     *,
     size: Literal["tiny", "small", "base"] = "tiny",
@@ -193,8 +267,12 @@ def bench(
     dtype: Dtype = "float32",
     mesh: str | None = None,
     new_tokens: int = 32,
+    rows: int = 2,
+    length: int = 1024,
+    steps: int = 3,
+    rounds: int = 3,
 ) -> None:
-    """Measure conversion (speed against cp, peak memory) or generation (load time, tokens per second).
+    """Measure conversion (against cp), generation (tokens per second) or a training step (against PyTorch).
 
     Args:
         job: what to measure.
@@ -206,11 +284,20 @@ def bench(
         dtype: for generate.
         mesh: for generate.
         new_tokens: for generate.
+        rows: for train, sequences of a step.
+        length: for train, tokens of a sequence.
+        steps: for train, steps of a side before it is the other one's turn.
+        rounds: for train, turns of each side.
     """
     if job == "convert":
         from dsvl2_jax.convert.bench import bench_convert
 
         bench_convert(size=size, directory=directory, keep=keep, repeats=repeats)
+    elif job == "train":
+        with _training_extra():
+            from dsvl2_jax.train.bench import bench_train
+
+            bench_train(rows=rows, length=length, steps=steps, rounds=rounds)
     else:
         from dsvl2_jax.infer.bench import bench_generate
 
@@ -222,6 +309,8 @@ COMMANDS = {
     "export": export,
     "generate": generate,
     "chat": chat,
+    "train": train,
+    "data": data,
     "plot": plot,
     "bench": bench,
     "doctor": doctor,

@@ -90,7 +90,8 @@ def test_a_checkpoint_comes_back_bit_for_bit_though_its_arrays_are_donated(begun
         assert saved.seconds > 0
         assert run.poll() is None
         assert run.steps() == [7]
-        restored = run.restore(7, jax.eval_shape(lambda: optimizer))
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), optimizer)
+        restored = run.restore(7, abstract)
     assert restored.iterator == iterator
     assert jax.tree.structure(restored.optimizer) == jax.tree.structure(optimizer)
     directory = checkpoint.resolve(run.path)

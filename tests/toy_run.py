@@ -12,6 +12,8 @@ from PIL import Image
 
 from dsvl2_jax import configs
 
+Tables = dict[str, dict[str, Any]]
+
 MICRO = Path(configs.__file__).parent / "micro"
 
 
@@ -52,9 +54,9 @@ def make_data(directory: Path, name: str = "train.jsonl", samples: int = 24, see
     return directory / name
 
 
-def write_config(path: Path, model: Path, data: Path, run: Path, **tables: dict[str, Any]) -> Path:
+def write_config(path: Path, model: Path, data: Path, run: Path, tables: Tables | None = None) -> Path:
     """A CONFIG.toml for them; ``tables`` add to or replace the values of a table."""
-    content: dict[str, dict[str, Any]] = {
+    content: Tables = {
         "model": {"checkpoint": str(model), "random_init": True},
         "data": {"sequence_length": 128, "tiles_per_sequence": 2, "max_segments": 8, "packing_bins": 2},
         "data.train.toy": {"path": str(data)},
@@ -64,7 +66,7 @@ def write_config(path: Path, model: Path, data: Path, run: Path, **tables: dict[
         "compute": {"dtype": "float32", "loss_chunk": 128, "mesh": ""},
         "run": {"directory": str(run), "steps": 12, "checkpoint_every": 4, "validate_every": 4, "keep_last": 2},
     }
-    for name, table in tables.items():
+    for name, table in (tables or {}).items():
         content[name] = content.get(name, {}) | table
     lines = []
     for name, table in content.items():

@@ -1,0 +1,351 @@
+"""`dsvl2 train`: runs that are killed, stopped, refused and gone on with, as real processes where that matters."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import released
+import toy_run
+
+import dsvl2_jax
+from dsvl2_jax import checkpoint, cli, orbax_io
+from dsvl2_jax.config import Config
+from dsvl2_jax.convert import rules
+from dsvl2_jax.convert.export import export
+from dsvl2_jax.errors import CheckpointError, DSVL2Error, RunError, SettingsError
+from dsvl2_jax.train import run as run_module
+from dsvl2_jax.train.run import train
+from dsvl2_jax.train.step import Trainer
+
+STEPS = 30
+TIMING = ("time", "tokens_per_second", "step_seconds", "mfu")
+PATIENCE = 240  # seconds until a process is taken to hang
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A directory with ``model``, ``train.jsonl`` and ``held.jsonl``."""
+    directory = tmp_path_factory.mktemp("toy")
+    toy_run.make_model(directory / "model")
+    toy_run.make_data(directory)
+    toy_run.make_data(directory, "held.jsonl", samples=5, seed=1)
+    return directory
+
+
+def write_config(toy, run, tables):
+    """The configuration of a run that validates on ``held.jsonl``, in a file beside the run's directory."""
+    held = {"data.validation.held": {"path": str(toy / "held.jsonl")}}
+    return toy_run.write_config(run.parent / "config.toml", toy / "model", toy / "train.jsonl", run, held | tables)
+
+
+def lines(run, kind="step"):
+    """The log's lines of a kind, without what the clock says."""
+    found = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in found if line["kind"] == kind]
+
+
+def stems(run):
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+# Real processes: one device each, and a compilation cache that they share.
+
+
+class Process:
+    """A ``dsvl2 train`` of its own."""
+
+    def __init__(self, config, *overrides):
+        environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+        self.output = config.parent / "output"
+        with self.output.open("ab") as output:
+            arguments = [sys.executable, "-m", "dsvl2_jax", "train", str(config), *overrides]
+            self.popen = subprocess.Popen(arguments, env=environment, stdout=output, stderr=output)
+
+    def wait_for(self, condition):
+        """Until ``condition()``; fails if the process ends first."""
+        end = time.monotonic() + PATIENCE
+        while not condition():
+            assert self.popen.poll() is None, self.output.read_text()
+            assert time.monotonic() < end, self.output.read_text()
+            time.sleep(0.002)
+
+    def finish(self, send=None):
+        if send is not None:
+            self.popen.send_signal(send)
+        return self.popen.wait(PATIENCE)
+
+
+def last_step(run):
+    try:
+        return max((line["step"] for line in lines(run)), default=0)
+    except (OSError, ValueError):  # not there yet, or a line half written
+        return 0
+
+
+def process_config(toy, run):
+    cadence = {"steps": STEPS, "checkpoint_every": 3, "validate_every": 6, "keep_last": 2}
+    return write_config(toy, run, {"run": {"directory": str(run)} | cadence})
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(toy, tmp_path_factory):
+    """The directory of a run that nothing happened to."""
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
+    process = Process(process_config(toy, run))
+    assert process.finish() == 0, process.output.read_text()
+    return run
+
+
+def test_a_run_killed_twice_and_stopped_once_has_the_losses_of_one_left_alone(toy, tmp_path, uninterrupted):
+    run = tmp_path / "run"
+    config = process_config(toy, run)
+    moment = random.Random()
+    # At any moment, once there is something to go on from.
+    process, at = Process(config), moment.randint(4, 10)
+    process.wait_for(lambda: last_step(run) >= at)
+    time.sleep(moment.uniform(0, 0.1))
+    assert process.finish(signal.SIGKILL) == -signal.SIGKILL
+    first = max(map(int, (d for d in stems(run) if d.isdecimal())))
+    # During a save.
+    process = Process(config)
+    process.wait_for(lambda: last_step(run) > first + 3 and any("tmp" in name for name in stems(run)))
+    assert process.finish(signal.SIGKILL) == -signal.SIGKILL
+    left = stems(run)
+    assert any("tmp" in name for name in left)
+    second = max(map(int, (d for d in left if d.isdecimal())))
+    # By SIGTERM: what is computed is saved.
+    process = Process(config)
+    process.wait_for(lambda: last_step(run) > second + 1)
+    assert process.finish(signal.SIGTERM) == 0, process.output.read_text()
+    stop = lines(run, "stop")[-1]
+    assert stop["reason"] == "SIGTERM"
+    assert stop["step"] == last_step(run) == max(map(int, stems(run)))
+    assert f"a checkpoint of step {stop['step']} is written" in process.output.read_text()
+    process = Process(config)
+    assert process.finish() == 0, process.output.read_text()
+    assert [line["step"] for line in lines(run)] == list(range(1, STEPS + 1))
+    assert lines(run) == lines(uninterrupted)  # bit by bit: JSON keeps every digit
+    assert {line["step"]: line for line in lines(run, "validation")} == {
+        line["step"]: line for line in lines(uninterrupted, "validation")
+    }
+    # The last two, and the best by validation loss.
+    losses = {line["step"]: line["loss"] for line in lines(uninterrupted, "validation")}
+    best = min(losses, key=losses.get)
+    expected = {str(best), str(STEPS - 3), str(STEPS)}
+    assert set(stems(run)) == set(stems(uninterrupted)) == expected
+    for name in expected:
+        same(checkpoint.load_params(run / "checkpoints" / name, config_of(run)), uninterrupted / "checkpoints" / name)
+    state = [orbax_io.read_document(path / "checkpoints" / str(STEPS)) for path in (run, uninterrupted)]
+    assert state[0] == state[1]
+
+
+def config_of(run):
+    return Config.from_file(run / "model")
+
+
+def same(params, directory):
+    for found, expected in zip(
+        jax.tree.leaves(params),
+        jax.tree.leaves(checkpoint.load_params(directory, config_of(directory.parents[1]))),
+        strict=True,
+    ):
+        assert np.asarray(found).tobytes() == np.asarray(expected).tobytes()
+
+
+def test_the_router_bias_and_the_loss_move(uninterrupted):
+    losses = [line["loss"] for line in lines(uninterrupted)]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 1
+    params = checkpoint.load_params(checkpoint.resolve(uninterrupted), config_of(uninterrupted))
+    for layer in (1, 2):
+        bias = np.asarray(params["language"][f"layers_{layer}"]["mlp"]["router"]["correction_bias"])
+        assert np.abs(bias).max() > 0
+    assert all(math.isfinite(line["loss"]) for line in lines(uninterrupted, "validation"))
+
+
+# In this process: eight devices, so the state is sharded when it is saved and restored.
+
+
+@pytest.fixture
+def sharded(toy, tmp_path):
+    """sharded(**run): config and run directory of a run on data=4, expert=2."""
+
+    def make(**run):
+        tables = {
+            "batch": {"sequences": 8, "micro_sequences": 1},
+            "compute": {"dtype": "float32", "loss_chunk": 128, "mesh": "data=4,expert=2"},
+            "run": {"directory": str(tmp_path / "run"), "steps": 4, "checkpoint_every": 2, "validate_every": 99} | run,
+        }
+        return write_config(toy, tmp_path / "run", tables), tmp_path / "run"
+
+    return make
+
+
+def test_a_run_is_trained_answered_from_exported_and_refuses_what_is_not_its_own(toy, sharded, capfd, monkeypatch):
+    config, run = sharded(steps=4, profile="2:2", tensorboard=True)
+    # Cut short after step 3; the sharded state of step 2 comes back to the same losses.
+    step, calls = Trainer.step, []
+
+    def cut_short(self, *args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise DSVL2Error("cut short")
+        return step(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", cut_short)
+        with pytest.raises(DSVL2Error, match="cut short"):
+            train(config)
+    assert lines(run, "stop")[-1]["reason"] == "cut short"
+    before = {line["step"]: line["loss"] for line in lines(run)}
+    assert cli.main(["train", str(config)]) == 0
+    assert f"{run}: done: 4 steps" in capfd.readouterr().err
+    after = {line["step"]: line["loss"] for line in lines(run)}
+    assert list(after) == [1, 2, 3, 4]
+    assert all(before[i] == after[i] for i in before)
+    assert list((run / "profile").rglob("*.xplane.pb"))
+    assert list((run / "tensorboard").iterdir())
+    assert cli.main(["train", str(config)]) == 0  # nothing left to do
+    assert "done: 4 steps" in capfd.readouterr().err
+    assert {line["step"]: line["loss"] for line in lines(run)} == after
+
+    # It answers, is sound, and exports under the released names and shapes.
+    assert cli.main(["generate", str(run), "--prompt", "red", "--max-new-tokens", "4", "--json"]) == 0
+    answer = json.loads(capfd.readouterr().out)
+    assert 1 <= len(answer["token_ids"]) <= 4
+    assert cli.main(["doctor", str(run / "checkpoints" / "2")]) == 0
+    assert "of a training run" in capfd.readouterr().out
+    out = run.parent / "out"
+    assert cli.main(["export", str(run), str(out)]) == 0
+    tensors = released.tensors(out)
+    expected = {name: shape for leaf in rules.expand(config_of(run)) for name, shape in shapes(leaf)}
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == expected
+    trained, exported = dsvl2_jax.load(run), dsvl2_jax.load(out)
+    inputs = trained.processor(
+        [{"role": "user", "content": "<image>\nred", "images": [str(toy / "train-0.png")]}], inference=True
+    )
+    np.testing.assert_array_equal(trained.logits(inputs), exported.logits(inputs))
+    export(run, run.parent / "half", dtype="bfloat16")
+    for name, tensor in released.tensors(run.parent / "half").items():
+        assert str(tensor.dtype) == ("torch.float32" if ".mlp.gate." in name else "torch.bfloat16"), name
+
+    # Another configuration, other data and another model are told apart.
+    with pytest.raises(RunError, match=r"optimizer\.learning_rate: 0\.003 at the start of the run, now 0\.1"):
+        train(config, ["optimizer.learning_rate=0.1"])
+    content = (toy / "train.jsonl").read_text()
+    try:
+        (toy / "train.jsonl").write_text(content + content.splitlines()[0] + "\n")
+        with pytest.raises(RunError, match=r"train\.jsonl has changed"):
+            train(config)
+    finally:
+        (toy / "train.jsonl").write_text(content)
+    tokenizer = run / "model" / "tokenizer_config.json"
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    with pytest.raises(RunError, match=r"model: tokenizer_config\.json has changed"):
+        train(config)
+    assert stems(run) == ["2", "4"]
+
+
+def shapes(leaf):
+    return [(name, tuple(leaf.layout.source_shape)) for name in leaf.sources]
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_its_samples_and_keeps_the_last_checkpoint(
+    sharded, monkeypatch, capfd
+):
+    config, run = sharded(steps=9)
+    step, calls = Trainer.step, []
+
+    def poisoned(self, state, batch):
+        calls.append(1)
+        if len(calls) == 4:
+            state.trained["image_newline"] = state.trained["image_newline"] * jnp.nan
+            state.trained["language/embed_tokens"] = state.trained["language/embed_tokens"] * jnp.nan
+        return step(self, state, batch)
+
+    monkeypatch.setattr(Trainer, "step", poisoned)
+    assert cli.main(["train", str(config)]) == 1
+    error = capfd.readouterr().err
+    assert "step 4: the loss is nan" in error
+    assert "The last checkpoint, of step 2," in error
+    named = [line.strip() for line in error.splitlines() if "train.jsonl:" in line]
+    assert len(named) >= 8  # eight rows of one sample or more
+    assert stems(run) == ["2"]
+    assert lines(run, "stop")[-1]["step"] == 4
+
+
+def test_a_full_disk_stops_the_run_and_the_last_checkpoint_goes_on(sharded, monkeypatch, capfd):
+    config, run = sharded(steps=4)
+    write, calls = orbax_io._Document._file, []
+
+    def full(directory):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(directory)
+
+    monkeypatch.setattr(orbax_io._Document, "_file", staticmethod(full))
+    assert cli.main(["train", str(config)]) == 1
+    error = capfd.readouterr().err
+    assert "the disk is too full for this checkpoint" in error
+    assert "step 2, is untouched" in error
+    assert stems(run) == ["2"]
+    assert "too full" in lines(run, "stop")[-1]["reason"]
+    assert cli.main(["train", str(config)]) == 0
+    assert stems(run) == ["2", "4"]
+
+
+# Refused before anything is computed.
+
+
+def test_a_checkpoint_of_another_size_is_refused_naming_both(sharded):
+    config, run = sharded()
+    with pytest.raises(SettingsError, match=r"model\.size = base, but model\.checkpoint = .*model is of no released"):
+        train(config, ["model.size=base"])
+    assert not (run / "run.json").exists()
+
+
+def test_what_does_not_fit_the_devices_is_refused(sharded):
+    config, _ = sharded()
+    with pytest.raises(SettingsError, match=r"compute\.mesh = 'data=3' makes 3 devices, but there are 8"):
+        train(config, ["compute.mesh=data=3", "batch.sequences=3"])
+    with pytest.raises(SettingsError, match=r"batch\.sequences = 12 does not divide .* × 8 data shards = 8"):
+        train(config, ["compute.mesh=", "batch.sequences=12"])
+
+
+def test_weights_are_needed_unless_they_are_random(sharded):
+    config, _ = sharded()
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        train(config, ["model.random_init=false"])
+    with pytest.raises(CheckpointError, match="no such directory"):
+        train(config, ["model.checkpoint=/nowhere"])
+
+
+def test_a_missing_extra_is_named(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optax", None)
+    for name in [name for name in sys.modules if name.startswith("dsvl2_jax.train")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert cli.main(["train", "tiny-sft"]) == 2
+    assert "training needs optax, which is not installed: pip install -e '.[train]'" in capsys.readouterr().err
+
+
+def test_the_second_interrupt_stops_at_once(capfd):
+    with run_module._Signals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == "SIGINT"
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert "SIGINT: finishing the step, then writing a checkpoint" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

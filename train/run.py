@@ -1,0 +1,374 @@
+"""`train`: a run from its settings to its last checkpoint, or from its newest checkpoint on.
+
+The device is always one step ahead of the host: while it computes a step, the host looks at the metrics of the
+one before and makes the next batch. Whatever must not go wrong unseen, a checkpoint above all, waits until the
+metrics of its own step have been looked at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dsvl2_jax import checkpoint
+from dsvl2_jax.config import Config
+from dsvl2_jax.convert import rules
+from dsvl2_jax.convert.sizes import variant
+from dsvl2_jax.errors import DSVL2Error, RunError, SettingsError
+from dsvl2_jax.infer.engine import enable_compilation_cache
+from dsvl2_jax.model import abstract_leaves, init_params
+from dsvl2_jax.processor import Processor
+from dsvl2_jax.sharding import make_mesh, parse_mesh
+from dsvl2_jax.train import data
+from dsvl2_jax.train.data import StepData
+from dsvl2_jax.train.flops import step_flops
+from dsvl2_jax.train.report import Report
+from dsvl2_jax.train.run_directory import Identity, RunDirectory, Saved, model_identity, opened
+from dsvl2_jax.train.settings import Settings, load
+from dsvl2_jax.train.stages import assign
+from dsvl2_jax.train.step import StepMetrics, Trainer, TrainState, data_shards
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a step's sequences are split."""
+
+    shard: tuple[int, int]  # index and number of the processes that load data
+    rows: int  # of an accumulation step, in this process
+    accumulation: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """A step that has been given to the device."""
+
+    step: int
+    metrics: StepMetrics
+    data: StepData
+
+
+def train(config: str | Path, overrides: Sequence[str] = ()) -> None:
+    """Trains as a CONFIG.toml says; goes on with the run when its directory holds one.
+
+    SIGTERM or Ctrl-C finish the step, write a checkpoint and return; a second Ctrl-C interrupts at once.
+
+    Args:
+      config: path, or the name of a preset.
+      overrides: ``table.key=value``.
+
+    Raises:
+      SettingsError: the settings make no sense, or do not fit the model or the devices.
+      DataError: data files are missing, empty or too often broken.
+      CheckpointError, ConfigError, TokenizerError: the model to start from cannot be used.
+      RunError: the directory holds another run, the data has changed since, a loss is not finite, or a checkpoint
+        cannot be written. The last complete checkpoint stays.
+    """
+    settings = load(config, overrides)
+    enable_compilation_cache()
+    mesh = training_mesh(settings)
+    layout = batch_layout(settings, mesh)
+    with _Signals() as signals, opened(settings.run.directory) as run:
+        steps = run.steps()
+        # A run that has a checkpoint of its own no longer needs the one that it started from.
+        source = run.model if steps else checkpoint.resolve(settings.model.checkpoint)
+        model, processor = _open_model(settings, source)
+        training_data = dataclasses.replace(settings, data=dataclasses.replace(settings.data, validation={}))
+        identity = Identity(
+            model_identity(checkpoint.model_files(source)),
+            data.fingerprint(training_data),
+            {"processes": layout.shard[1], "rows": layout.rows, "accumulation steps": layout.accumulation},
+        )
+        if run.started:
+            run.check(settings, identity)
+            run.write_settings(settings)
+        else:
+            run.begin(settings, checkpoint.model_files(source), identity)
+        trainer = Trainer(model, settings, processor.config.image_mean, processor.config.image_std, mesh)
+        options: dict[str, Any] = dataclasses.asdict(layout)
+        pipeline = data.open_training(settings, processor, model, **options)
+        with contextlib.closing(pipeline):
+            validation = data.open_validation(settings, processor, model, **options)
+            state = _start(settings, trainer, run, source, mesh)
+            if steps:
+                state = _restore(state, trainer, run, pipeline)
+            flops = step_flops(model, assign(map("/".join, abstract_leaves(model)), settings.stage.parameters))
+            with Report(run.path, settings, devices=jax.device_count(), flops=flops) as report:
+                _Loop(settings, run, trainer, pipeline, validation, report, signals).run(state)
+
+
+def training_mesh(settings: Settings) -> Mesh | None:
+    """The mesh of ``compute.mesh``, all devices along ``data`` when that is empty; None for a single device.
+
+    Raises:
+      SettingsError: it does not fit the devices there are.
+    """
+    text, devices = settings.compute.mesh, jax.device_count()
+    sizes = parse_mesh(text) if text else {"data": devices}
+    if math.prod(sizes.values()) != devices:
+        raise SettingsError(
+            f"compute.mesh = {text!r} makes {math.prod(sizes.values())} devices, but there are {devices}; choose sizes "
+            "whose product is the number of devices, or leave it empty for all of them along data."
+        )
+    return None if devices == 1 else make_mesh(**sizes)
+
+
+def batch_layout(settings: Settings, mesh: Mesh | None) -> Layout:
+    """Rows and accumulation steps of this process.
+
+    Raises:
+      SettingsError: the batch does not divide.
+    """
+    own, shards = data_shards(mesh)
+    batch = settings.batch
+    at_once = batch.micro_sequences * shards
+    if batch.sequences % at_once:
+        raise SettingsError(
+            f"batch.sequences = {batch.sequences} does not divide by batch.micro_sequences = {batch.micro_sequences} × "
+            f"{shards} data shards = {at_once}. Choose a multiple of {at_once}, or another compute.mesh."
+        )
+    shard = (jax.process_index(), jax.process_count())
+    return Layout(shard, batch.micro_sequences * own, batch.sequences // at_once)
+
+
+def _open_model(settings: Settings, source: Path) -> tuple[Config, Processor]:
+    config, processor = checkpoint.open_model(source)
+    wanted, found = settings.model.size, variant(config)
+    if wanted not in ("any", found):
+        what = f"has the shapes of the released {found} model" if found != "other" else "is of no released size"
+        raise SettingsError(
+            f"model.size = {wanted}, but model.checkpoint = {settings.model.checkpoint} {what}. Give a checkpoint of "
+            f"{wanted}, or the configuration for {found if found != 'other' else 'it, or model.size=any'}."
+        )
+    return config, processor
+
+
+def _start(settings: Settings, trainer: Trainer, run: RunDirectory, source: Path, mesh: Mesh | None) -> TrainState:
+    """The state with the parameters to go on from: the run's own, the checkpoint's, or random ones."""
+    if steps := run.steps():
+        params = checkpoint.load_params(run.checkpoint(steps[-1]), trainer.config, mesh=mesh)
+    elif settings.model.random_init:
+        params = init_params(trainer.config, jax.random.key(settings.run.seed))
+    else:
+        params = checkpoint.load_params(source, trainer.config, mesh=mesh)
+    return trainer.init(params)
+
+
+def _restore(state: TrainState, trainer: Trainer, run: RunDirectory, pipeline: data.Pipeline) -> TrainState:
+    """Optimizer, step and place in the data of the run's newest checkpoint."""
+    step = run.steps()[-1]
+    state = dataclasses.replace(state, optimizer=None)  # frees the fresh one before the other is read
+    abstract = trainer.abstract_state()
+    restored = run.restore(step, abstract.optimizer)
+    pipeline.set_state(restored.iterator)
+    count = jax.device_put(np.int32(step), abstract.step.sharding)
+    return dataclasses.replace(state, optimizer=restored.optimizer, step=count)
+
+
+class _Loop:
+    """The steps of a run, with what happens between them."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        run: RunDirectory,
+        trainer: Trainer,
+        pipeline: data.Pipeline,
+        validation: data.Validation | None,
+        report: Report,
+        signals: _Signals,
+    ):
+        self.settings = settings.run
+        self.directory = run
+        self.trainer = trainer
+        self.pipeline = pipeline
+        self.validation = validation
+        self.report = report
+        self.signals = signals
+        self.step = 0  # the last one given to the device
+        self._settled = 0  # the last one whose metrics have been seen
+        self._stacked = frozenset(leaf.path for leaf in rules.expand(trainer.config) if leaf.stacked)
+        self._clock = time.monotonic()
+
+    def run(self, state: TrainState) -> None:
+        """Steps until the last one, or a signal. Raises what stops the run before."""
+        self.step = self._settled = int(state.step)
+        self.report.event("resume" if self.step else "start", self.step)
+        try:
+            self._finish(self._steps(state))
+        except DSVL2Error as error:
+            self.report.event("stop", self._settled, reason=str(error).partition("\n")[0])
+            raise
+
+    def _steps(self, state: TrainState) -> TrainState:
+        settings = self.settings
+        pending: _Pending | None = None
+        self._clock = time.monotonic()
+        with _Profile(settings.profile, self.directory.path / "profile") as profile:
+            while self.step < settings.steps and not self.signals.received:
+                samples = next(self.pipeline)
+                self.step += 1
+                profile.before(self.step)
+                state, metrics = self.trainer.step(state, samples.batch)
+                profile.after(self.step, metrics)
+                self._settle(pending)
+                pending = _Pending(self.step, metrics, samples)
+                validate = self.validation is not None and self.step % settings.validate_every == 0
+                save = self.step % settings.checkpoint_every == 0
+                if validate or save:
+                    self._settle(pending)
+                    pending = None
+                    loss = self._validate(state) if validate else None
+                    if save:
+                        self._save(state, loss)
+                    self._clock = time.monotonic()
+                self._note(self.directory.poll())
+        self._settle(pending)
+        return state
+
+    def _settle(self, pending: _Pending | None) -> None:
+        """Waits for a step's metrics, and reports them.
+
+        Raises:
+          RunError: loss or gradient is not finite.
+        """
+        if pending is None:
+            return
+        metrics = jax.device_get(pending.metrics)
+        now = time.monotonic()
+        seconds, self._clock = now - self._clock, now
+        finite = np.isfinite(metrics.gradient_norm) and (np.isfinite(metrics.loss) or not metrics.supervised_tokens)
+        self.report.step(pending.step, metrics, pending.data.stats, seconds)
+        self._settled = pending.step
+        if not finite:
+            steps = self.directory.steps()
+            left = (
+                f"The last checkpoint, of step {steps[-1]}, is from before it."
+                if steps
+                else "There is no checkpoint from before it."
+            )
+            raise RunError(
+                f"step {pending.step}: the loss is {metrics.loss} and the gradient norm {metrics.gradient_norm}, so "
+                f"training stops. {left} Look at this step's samples, or lower optimizer.learning_rate:\n"
+                + rules.listed(pending.data.sources, limit=64)
+            )
+
+    def _validate(self, state: TrainState) -> float:
+        """The loss of the held-out samples, per supervised token."""
+        batches = zip(range(self.settings.validation_steps), self.validation, strict=False)
+        parts = [self.trainer.evaluate(state, samples.batch) for _, samples in batches]
+        totals = np.zeros((3, 2))  # all, text, image: sum of losses, supervised tokens
+        for part in jax.device_get(parts):
+            image = int(part.image_supervised_tokens)
+            counts = (int(part.supervised_tokens), int(part.supervised_tokens) - image, image)
+            for total, loss, count in zip(totals, (part.loss, part.text_loss, part.image_loss), counts, strict=True):
+                if count:
+                    total += float(loss) * count, count
+        loss, text_loss, image_loss = (float(total / count) if count else math.nan for total, count in totals)
+        self.report.validation(
+            self.step, loss=loss, text_loss=text_loss, image_loss=image_loss, tokens=int(totals[0, 1])
+        )
+        return loss
+
+    def _save(self, state: TrainState, validation_loss: float | None) -> None:
+        self._note(self.directory.wait())
+        self.directory.save(
+            self.step,
+            self.trainer.params(state),
+            state.optimizer,
+            self.pipeline.get_state(),
+            validation_loss=validation_loss,
+            stacked=self._stacked,
+        )
+
+    def _note(self, saved: Saved | None) -> None:
+        """Reports a checkpoint that has become complete, and deletes the ones that it makes superfluous."""
+        if saved is not None:
+            self.report.event("checkpoint", saved.step, seconds=saved.seconds)
+            self.directory.prune(self.settings.keep_last)
+
+    def _finish(self, state: TrainState) -> None:
+        """The last checkpoint, and what the user can do next."""
+        step = self.step
+        self._note(self.directory.wait())
+        received = self.signals.received
+        if step and step not in self.directory.steps():
+            validate = self.validation is not None and not received and step % self.settings.validate_every
+            self._save(state, self._validate(state) if validate else None)
+            self._note(self.directory.wait())
+        done = step >= self.settings.steps
+        self.report.event("stop", step, reason="done" if done else received)
+        path = self.directory.path
+        if done:
+            text = (
+                f"done: {step} steps. `dsvl2 generate {path}` and `dsvl2 export {path} OUT` use the newest checkpoint; "
+                "the next stage starts from it with model.checkpoint, and a higher run.steps continues this one."
+            )
+        else:
+            kept = f"a checkpoint of step {step} is written" if step else "there is nothing to save yet"
+            text = f"stopped by {received}: {kept}. The same command goes on from there."
+        print(f"{path}: {text}", file=sys.stderr)
+
+
+class _Signals(contextlib.AbstractContextManager):
+    """Remembers SIGTERM and the first Ctrl-C, while the block lasts; a second Ctrl-C raises KeyboardInterrupt."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+        # Not print: the main thread may be inside it.
+        os.write(2, f"\n{self.received}: finishing the step, then writing a checkpoint.\n".encode())
+
+
+class _Profile(contextlib.AbstractContextManager):
+    """A trace of some steps, FIRST to LAST, written when the last of them has been computed."""
+
+    def __init__(self, steps: str, directory: Path):
+        self._first, self._last = map(int, steps.split(":")) if steps else (0, 0)
+        self._directory = directory
+        self._running = False
+
+    def before(self, step: int) -> None:
+        if self._first <= step <= self._last and not self._running:
+            jax.profiler.start_trace(self._directory)
+            self._running = True
+
+    def after(self, step: int, metrics: Any) -> None:
+        if self._running and step >= self._last:
+            jax.block_until_ready(metrics)
+            self._stop()
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._running:
+            self._stop()
+
+    def _stop(self) -> None:
+        self._running = False
+        jax.profiler.stop_trace()
+        print(f"{self._directory}: the trace of steps {self._first} to {self._last}", file=sys.stderr)
