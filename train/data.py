@@ -114,7 +114,7 @@ def open_training(
     total = -(-sum(map(len, opened)) // shard[1])
     usable = _Usable(mixed, data, total, data.workers)
     seed = settings.run.seed if data.shuffle else None
-    steps = _Steps(usable, opened[0].shape, seed, processor, config, rows=rows, accumulation=accumulation)
+    steps = _Steps(usable, opened[0].shape, seed, processor, config, rows=rows, accumulation=accumulation, ahead=True)
     return Pipeline(steps, shard)
 
 
@@ -145,7 +145,8 @@ def open_validation(
 class Pipeline(Iterator[StepData]):
     """An endless iterator of `StepData` whose state, taken between two steps, continues bit-identically.
 
-    One step is made ahead, in a thread. Raises DataError from ``next`` when too many samples are broken.
+    Threads pack the next rows and make the next step meanwhile. Raises DataError from ``next`` when too many samples
+    are broken.
     """
 
     def __init__(self, steps: _Steps, shard: tuple[int, int]):
@@ -169,7 +170,8 @@ class Pipeline(Iterator[StepData]):
         self._ahead.set_state({key: copy.deepcopy(state[key]) for key in ("rows", "stats")})
 
     def close(self) -> None:
-        """Ends the thread and the worker processes."""
+        """Ends the threads and the worker processes."""
+        self._steps.interrupt()
         self._ahead.close()
         self._steps.close()
 
@@ -199,6 +201,7 @@ class _Usable(grain.IterDataset):
         super().__init__()
         _set_up_grain()
         self.samples, self.data, self.total, self.workers = samples, data, total, workers
+        self.interrupted = False  # set to end reading soon, from another thread
         self.left_over: list[str] = []  # reasons of unusable samples after the last usable one, once that is known
 
     def __iter__(self) -> _UsableIterator:
@@ -227,7 +230,7 @@ class _UsableIterator(grain.DatasetIterator):
         if self._inner is None:
             self._inner = self._dataset.read_from(self._state["read"])
         skipped: list[str] = []
-        while True:
+        while not self._dataset.interrupted:
             try:
                 item = next(self._inner)
             except StopIteration:
@@ -244,6 +247,7 @@ class _UsableIterator(grain.DatasetIterator):
                     # Shared memory is given back at once: a packer's worth of tiles would fill a container's.
                     item["tiles"] = np.array(item["tiles"], subok=False)
                 return item | {"skipped": skipped}
+        raise StopIteration
 
     def _leave_out(self, item: Unusable) -> None:
         _LOG.warning("%s: left out (%s): %s", item.name, item.reason, item.message)
@@ -320,10 +324,14 @@ class _Steps(Iterator[StepData]):
         rows: int,
         accumulation: int,
         shard: tuple[int, int] = (0, 1),
+        ahead: bool = False,
     ):
         bins = samples.data.packing_bins if samples.data.packing else 1
         self._samples = samples
         self._packed = iter(packing.pack(samples, shape, bins, seed))
+        if ahead:
+            # The packer gives out its bins all at once: the next ones are filled while these are trained on.
+            self._packed = ThreadPrefetchDatasetIterator(self._packed, bins)
         self._shape, self._shard = shape, shard
         self._rows, self._accumulation = rows, accumulation
         self._tile_size, self._tokens_per_tile = processor.config.tile_size, config.tokens_per_tile
@@ -378,6 +386,9 @@ class _Steps(Iterator[StepData]):
     def set_state(self, state: Mapping[str, Any]) -> None:
         self._packed.set_state(state["rows"])
         self._stats = DataStats(**state["stats"])
+
+    def interrupt(self) -> None:
+        self._samples.interrupted = True
 
     def close(self) -> None:
         self._packed.close()

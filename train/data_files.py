@@ -23,6 +23,10 @@ from dsvl2_jax.train.records import BAD_RECORD
 _IMAGE_KEY = b'"image'  # "image", "images", "image_url": without it no line of a file has images
 
 
+_BLOCK = 1 << 24  # bytes read at a time
+_SPACES = np.frombuffer(b" \t\r\n\v\f", np.uint8)
+
+
 class DataFile(Protocol):
     """A file of samples. Pickles into worker processes, without open handles."""
 
@@ -164,40 +168,34 @@ def _open(path: str, suffix: str, size: int, mtime: int) -> DataFile:
         return _group(index_tar(path))
     if suffix == ".txt":
         with open(path, "rb") as file:
-            return TextFile(path, hashlib.file_digest(file, _new_hash).hexdigest(), size)
+            return TextFile(path, hashlib.file_digest(file, "sha256").hexdigest(), size)
     with open(path, "rb") as file:
         start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
-    return _index_array(path) if start.startswith(b"[") else _index_lines(path)
+    return _index_array(path) if start.startswith(b"[") else _index_lines(path, size)
 
 
-def _new_hash() -> Any:
-    return hashlib.blake2b(digest_size=16)
-
-
-def _index_lines(path: str) -> JsonFile:
-    digest, images, blank = _new_hash(), False, False
-    starts, sizes, lines = [], [], []
-    position = 0
-    with open(path, "rb", buffering=1 << 20) as file:
-        for number, line in enumerate(file, 1):
-            digest.update(line)
-            if line.isspace():
-                blank = True
-            else:
-                images = images or _IMAGE_KEY in line
-                starts.append(position)
-                sizes.append(len(line))
-                lines.append(number)
-            position += len(line)
-    columns = [np.array(column, np.int64) for column in (starts, sizes, lines)]
-    return JsonFile(path, digest.hexdigest(), images, *columns[:2], columns[2] if blank else None)
+def _index_lines(path: str, size: int) -> JsonFile:
+    data = np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
+    digest, images, ends = hashlib.sha256(), False, []
+    for start in range(0, size, _BLOCK):
+        block = data[start : start + _BLOCK]
+        digest.update(block)
+        ends.append(np.flatnonzero(block == ord("\n")) + start + 1)
+        # A key may lie across the edge of two blocks.
+        images = images or _IMAGE_KEY in data[start : start + _BLOCK + len(_IMAGE_KEY)].tobytes()
+    ends.append(np.array([size]))
+    bounds = np.unique(np.concatenate(ends))  # the last line may end without a newline
+    starts = np.concatenate([[0], bounds[:-1]]).astype(np.int64)[: len(bounds) if size else 0]
+    sizes = bounds[: len(starts)] - starts
+    doubtful = np.flatnonzero(np.isin(data[starts], _SPACES))
+    blank = [line for line in doubtful if data[starts[line] : starts[line] + sizes[line]].tobytes().isspace()]
+    lines = np.delete(np.arange(1, len(starts) + 1), blank) if blank else None
+    return JsonFile(path, digest.hexdigest(), images, np.delete(starts, blank), np.delete(sizes, blank), lines)
 
 
 def _index_array(path: str) -> JsonFile:
     with open(path, "rb") as file:
         data = file.read()
-    digest = _new_hash()
-    digest.update(data)
     decoder, starts, sizes, lines = json.JSONDecoder(), [], [], []
     try:
         text = data.decode("utf-8-sig")
@@ -228,7 +226,7 @@ def _index_array(path: str) -> JsonFile:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: begins with [ but is no JSON array of records ({error}). Repair the file.") from None
     columns = [np.array(column, np.int64) for column in (starts, sizes, lines)]
-    return JsonFile(path, digest.hexdigest(), _IMAGE_KEY in data, *columns)
+    return JsonFile(path, hashlib.sha256(data).hexdigest(), _IMAGE_KEY in data, *columns)
 
 
 def _split_key(name: str) -> tuple[str, str]:

@@ -128,7 +128,7 @@ def _index_tar(path: str, size: int, mtime: int) -> TarIndex:
             "(gunzip) and copy a damaged one again."
         ) from None
     columns = [np.array(column, np.int64) for column in (ends, offsets, sizes)]
-    digest = hashlib.blake2b(bytes(names), digest_size=16)
+    digest = hashlib.sha256(bytes(names))
     for column in columns:
         digest.update(column.tobytes())
     return TarIndex(path, bytes(names), *columns, digest.hexdigest())
