@@ -9,12 +9,14 @@ hold several samples one after the other, each with positions from 0: a token se
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from dsvl2_jax.config import LanguageConfig
@@ -23,8 +25,13 @@ from dsvl2_jax.sharding import constrain
 
 LayerCache = dict[str, jax.Array]
 
+ATTENTION_OUTPUT = "attention_output"  # its name for rematerialisation policies
+
 # Scores are held for this many queries at a time: [B, H, 512, S] instead of [B, H, T, S].
 QUERY_BLOCK = 512
+
+# Shorter rows are attended to whole.
+MIN_QUARTERED = 1024
 
 
 def write_cache(cache: LayerCache, new: LayerCache, positions: jax.Array) -> LayerCache:
@@ -65,13 +72,22 @@ def attend(
         def split(x: jax.Array) -> jax.Array:
             return jnp.moveaxis(x.reshape(x.shape[0], blocks, QUERY_BLOCK, *x.shape[2:]), 1, 0)
 
-        # Recomputed in the backward pass, so that training too holds one block's scores at a time.
         out = lax.map(
-            jax.checkpoint(lambda block: attend(block[0], keys, values, block[1], scale)),
+            lambda block: _attend_block(block[0], keys, values, block[1], scale),
             ([split(q) for q in queries], jax.tree.map(split, seen)),
         )
         return jnp.moveaxis(out, 0, 1).reshape(out.shape[1], length, *out.shape[3:])
+    return _attend_block(queries, keys, values, seen, scale)
 
+
+@functools.partial(jax.checkpoint, static_argnums=4)  # training too holds one block's scores at a time
+def _attend_block(
+    queries: Sequence[jax.Array],
+    keys: Sequence[jax.Array],
+    values: jax.Array,
+    seen: tuple[jax.Array | None, jax.Array],
+    scale: float,
+) -> jax.Array:
     scores = sum(
         jnp.einsum(
             "bthd,bshd->bhts" if key.ndim == 4 else "bthd,bsd->bhts",
@@ -93,12 +109,26 @@ def attend(
     return jnp.einsum(spec, weights, values, precision=precision(values.dtype))
 
 
-def seen_slots(positions: jax.Array, read_cache: bool) -> tuple[jax.Array | None, jax.Array]:
-    """The (first, last) slots that tokens at ``positions``, i32[B, T], see: of the cache, or of the row itself."""
-    if read_cache:
-        return None, positions
-    own = jnp.broadcast_to(jnp.arange(positions.shape[1]), positions.shape)
-    return own - positions, own
+def attend_to_row(
+    queries: Sequence[jax.Array], keys: Sequence[jax.Array], values: jax.Array, positions: jax.Array, scale: float
+) -> jax.Array:
+    """`attend` of rows to themselves, each token to those before it in its own sample; ``positions``: i32[B, T].
+
+    A quarter of the queries at a time, which needs no keys after it: 5/8 of the work of all pairs.
+    """
+    length = positions.shape[1]
+    own = jnp.broadcast_to(jnp.arange(length), positions.shape)
+    seen = own - positions, own
+    if length < MIN_QUARTERED or length % 4:
+        return attend(queries, keys, values, seen, scale)
+
+    outs = []
+    for i in range(4):
+        start, stop = i * length // 4, (i + 1) * length // 4
+        own_queries, own_seen = jax.tree.map(lambda x: x[:, start:stop], (list(queries), seen))  # noqa: B023
+        before, values_before = jax.tree.map(lambda x: x[:, :stop], (list(keys), values))  # noqa: B023
+        outs.append(attend(own_queries, before, values_before, own_seen, scale))
+    return jnp.concatenate(outs, axis=1)
 
 
 class MultiHeadAttention(nn.Module):
@@ -132,8 +162,12 @@ class MultiHeadAttention(nn.Module):
             cache = write_cache(cache, new, positions)
         source = cache if read_cache else new
         key, value = (jnp.repeat(source[n], heads // kv_heads, axis=2) for n in ("key", "value"))
-        out = attend([query], [key], value.astype(self.dtype), seen_slots(positions, read_cache), width**-0.5)
-        out = constrain(out, "batch", "length", "heads", "head_dim")
+        value = value.astype(self.dtype)
+        if read_cache:
+            out = attend([query], [key], value, (None, positions), width**-0.5)
+        else:
+            out = attend_to_row([query], [key], value, positions, width**-0.5)
+        out = checkpoint_name(constrain(out, "batch", "length", "heads", "head_dim"), ATTENTION_OUTPUT)
         axes = ("heads", "head_dim", "embed")
         out = linear(
             x_btd.shape[-1],
@@ -202,7 +236,6 @@ class LatentAttention(nn.Module):
             cache = write_cache(cache, new, positions)
         source = cache if read_cache else new
         latent, rope_key = (source[n].astype(self.dtype) for n in ("latent", "rope_key"))
-        seen = seen_slots(positions, read_cache)
 
         # Rows of a head: first the keys' part W_uk, then the values' part W_uv. Heads lead, so that neither form
         # transposes the weight.
@@ -217,14 +250,20 @@ class LatentAttention(nn.Module):
         if x_btd.shape[1] == 1 and read_cache:
             q_latent = jnp.einsum("bthn,hnr->bthr", q_nope, key_up, precision=exact)
             q_latent = constrain(q_latent, "batch", "length", "heads", "latent")
-            out = attend([q_latent, q_rope], [latent, rope_key], latent, seen, scale)  # [B, 1, H, R]
+            out = attend([q_latent, q_rope], [latent, rope_key], latent, (None, positions), scale)  # [B, 1, H, R]
             out = jnp.einsum("bthr,hvr->bthv", out, value_up, precision=exact)
         else:
             key = jnp.einsum("bsr,hnr->bshn", latent, key_up, precision=exact)
             value = jnp.einsum("bsr,hvr->bshv", latent, value_up, precision=exact)
             key, value = (constrain(a, "batch", "length", "heads", "head_dim") for a in (key, value))
-            out = attend([q_nope, q_rope], [key, rope_key], value, seen, scale)
-        out = constrain(out, "batch", "length", "heads", "head_dim")
+            if read_cache:
+                out = attend([q_nope, q_rope], [key, rope_key], value, (None, positions), scale)
+            else:  # one product of the joined parts instead of two whose results are added
+                rope_keys = jnp.broadcast_to(rope_key[:, :, None], (*key.shape[:3], rope))
+                parts = (q_nope, q_rope), (key, rope_keys)
+                query, key = (jnp.concatenate(part, axis=-1) for part in parts)
+                out = attend_to_row([query], [key], value, positions, scale)
+        out = checkpoint_name(constrain(out, "batch", "length", "heads", "head_dim"), ATTENTION_OUTPUT)
         axes = ("heads", "head_dim", "embed")
         out = linear(x_btd.shape[-1], axes, dtype=self.dtype, std=std, contract=2, bias=bias, name="o_proj")(out)
         return out, cache

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
@@ -18,6 +19,8 @@ from dsvl2_jax.config import LanguageConfig
 from dsvl2_jax.grouped_matmul import grouped_matmul
 from dsvl2_jax.layers import GatedMLP, partitioned
 from dsvl2_jax.sharding import ACTIVATION_RULES, PARAM_RULES, ambient_mesh_shape, partition_spec
+
+EXPERT_PRODUCT = "expert_product"  # the name of the experts' matrix products for rematerialisation policies
 
 
 @jax.tree_util.register_dataclass
@@ -159,8 +162,11 @@ def run_experts(
     group_sizes = (local[:, None] == jnp.arange(count)).sum(0, dtype=jnp.int32)
 
     rows = x_btd.reshape(b * t, d)[order // top_k]  # [B·T·K, D]
-    hidden = nn.silu(grouped_matmul(rows, gate, group_sizes)) * grouped_matmul(rows, up, group_sizes)
-    out = grouped_matmul(hidden, down, group_sizes)
+
+    def product(rows: jax.Array, weights: jax.Array) -> jax.Array:
+        return checkpoint_name(grouped_matmul(rows, weights, group_sizes), EXPERT_PRODUCT)
+
+    out = product(nn.silu(product(rows, gate)) * product(rows, up), down)
 
     restored = out[jnp.argsort(order)].reshape(b, t, top_k, d)
     mixed = jnp.einsum("btkd,btk->btd", restored.astype(jnp.float32), weights_btk, precision=lax.Precision.HIGHEST)

@@ -239,7 +239,8 @@ def fit(params: model.Params, config: Config, steps: Iterator[list[ModelInputs]]
         batch = one_sample_a_row(collate(step, config, length=length, tile_count=tiles))
         params, state, sums = update(params, state, batch)
         if number % 20 == 0 or number == count:
-            print(f"step {number}/{count}: loss {sums.loss / sums.supervised_tokens:.4f}, {time.monotonic() - started:.0f} s", flush=True)
+            loss = sums.loss / sums.supervised_tokens
+            print(f"step {number}/{count}: loss {loss:.4f}, {time.monotonic() - started:.0f} s", flush=True)
     return params
 
 

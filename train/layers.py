@@ -12,22 +12,28 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from dsvl2_jax import model
+from dsvl2_jax.attention import ATTENTION_OUTPUT
 from dsvl2_jax.checkpoint import stays_float32
 from dsvl2_jax.config import Config
 from dsvl2_jax.decoder import DecoderLayer
 from dsvl2_jax.layers import RMSNorm
 from dsvl2_jax.model import Params
-from dsvl2_jax.moe import Routing
+from dsvl2_jax.moe import EXPERT_PRODUCT, Routing
 from dsvl2_jax.sharding import PARAM_RULES, ambient_mesh_shape, partition_spec
 from dsvl2_jax.train.stack import LayerRun, layer_runs
 from dsvl2_jax.vision import VisionBlock
 
 Statistics = Callable[[Routing], tuple[jax.Array, jax.Array]]
 
-# What the backward pass finds kept of a layer: everything; the results of matrix products with weights; its input.
+_KEEP_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT, EXPERT_PRODUCT),
+)
+
+# What the backward pass finds kept of a layer: everything; the products with weights and the attention; its input.
 REMAT: dict[str, Callable[[Callable], Callable]] = {
     "none": lambda layer: layer,
-    "dots": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "dots": functools.partial(jax.checkpoint, policy=_KEEP_PRODUCTS),
     "full": jax.checkpoint,
 }
 

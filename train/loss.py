@@ -141,7 +141,7 @@ def cross_entropy(
 def _head(
     hidden: jax.Array, kernel: jax.Array, wanted: jax.Array, weights: jax.Array, chunk: int, *, gradient: bool
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
-    b, t, d = hidden.shape
+    b, t, _ = hidden.shape
     chunk = min(chunk, t)
     exact = precision(hidden.dtype)
 

@@ -41,7 +41,7 @@ class LayerRun:
 
 
 def layer_runs(config: Config, *, stack: bool = True) -> dict[str, list[LayerRun]]:
-    """The runs of the encoder ("vision") and the decoder ("language"), in order. Without ``stack``, of one layer each."""
+    """The runs of the encoder ("vision") and the decoder ("language"); without ``stack``, of one layer each."""
     language = config.language
     moe = [language.is_moe_layer(i) for i in range(language.num_hidden_layers)]
     kinds = {"language": ("layers_", moe), "vision": ("blocks_", [False] * config.vision.layers)}

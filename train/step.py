@@ -24,7 +24,7 @@ from jax.typing import ArrayLike
 from dsvl2_jax.config import Config
 from dsvl2_jax.errors import SettingsError
 from dsvl2_jax.model import Params, abstract_leaves
-from dsvl2_jax.orbax_io import LeafPath, nest, unnest
+from dsvl2_jax.orbax_io import LeafPath, nest
 from dsvl2_jax.sharding import PARAM_RULES, partition_spec, split_over_data
 from dsvl2_jax.train.batch import TrainBatch
 from dsvl2_jax.train.loss import LossOptions, Sums, loss_fn, step_totals
