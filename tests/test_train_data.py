@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from packed import sources, unpack
 from PIL import Image
 
 from dsvl2_jax.config import Config
@@ -24,6 +25,7 @@ from dsvl2_jax.train.batch import TrainBatch
 from dsvl2_jax.train.data import DataStats, Pipeline, StepData, fingerprint, open_training, open_validation
 from dsvl2_jax.train.data_files import open_data_file
 from dsvl2_jax.train.image_sources import FilePool
+from dsvl2_jax.train.samples import Unusable, open_sources
 from dsvl2_jax.train.settings import DataSettings, RunSettings, Settings, SourceSettings
 
 MICRO = Path(__file__).parents[1] / "configs" / "micro"
@@ -131,6 +133,20 @@ def test_shapes_dtypes_and_counts(reference):
         assert stats.tiles + stats.padding_tiles == STEPS * 2 * 40 and stats.tiles > 0
         assert set(stats.skipped) == {"image missing"} and stats.skipped_samples > 0
         assert (max(int(step.batch.segments.max()) for step in steps) == 1) is not packing
+
+
+def test_a_packed_batch_is_its_samples(reference, root, processor, config):
+    settings = make_settings(root / "mixed.jsonl", root / "text.jsonl")
+    samples = {}
+    for source in open_sources("data.train", settings.data.train, processor, settings.data):
+        for index in range(len(source)):
+            item = source[index]
+            if not isinstance(item, Unusable):
+                ids, labels, merge = item["tokens"].T
+                made_of = sources(merge, item["tiles"], config.tokens_per_tile)
+                samples[item["name"]] = ids.tolist(), labels.tolist(), made_of, len(item["tiles"]) > 0
+    for step in reference[True][0]:
+        assert unpack(step.batch, config.tokens_per_tile) == [samples[name] for name in step.sources]
 
 
 @pytest.mark.parametrize("packing", [True, False])

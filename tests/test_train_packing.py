@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed import sources, unpack
 
 from dsvl2_jax.batch import IGNORED_LABEL
 from dsvl2_jax.config import TEXT_POSITION
 from dsvl2_jax.errors import SampleError
 from dsvl2_jax.processor import ModelInputs, image_positions
-from dsvl2_jax.train.batch import TrainBatch
 from dsvl2_jax.train.packing import Row, RowShape, assemble, element, fit, pack
 
 SIDE, TILE = 2, 3  # adaptor tokens a side, pixels a side
@@ -50,37 +50,6 @@ def packed_rows(samples: list[ModelInputs], shape: RowShape, bins: int, seed: in
     return list(pack(source, shape, bins, seed))
 
 
-def sources(index: np.ndarray, tiles: np.ndarray, per_tile: int) -> list:
-    """What each position is made of: a code, or a tile's pixels and the place within the tile."""
-    return [int(i) if i < 0 else (tiles[i // per_tile].tobytes(), int(i % per_tile)) for i in index]
-
-
-def unpack(batch: TrainBatch, per_tile: int = PER_TILE) -> list[tuple[list, list, list, bool]]:
-    """(ids, labels, sources, with images) of every segment, from the batch alone."""
-    found = []
-    for a in range(batch.ids.shape[0]):
-        for b in range(batch.ids.shape[1]):
-            row = batch.segments[a, b]
-            used = int((row > 0).sum())
-            assert (row[:used] > 0).all() and not row[used:].any()
-            assert (np.diff(row[:used]) >= 0).all() and set(row[:used]) == set(range(1, row.max(initial=0) + 1))
-            padding = (a, b, slice(used, None))
-            assert not batch.positions[padding].any() and not batch.with_images[padding].any()
-            assert (batch.labels[padding] == IGNORED_LABEL).all() and (
-                batch.image_index[padding] == TEXT_POSITION
-            ).all()
-            for segment in range(1, row.max(initial=0) + 1):
-                at = (a, b, row == segment)
-                assert batch.positions[at].tolist() == list(range(len(batch.positions[at])))
-                (with_images,) = set(batch.with_images[at].tolist())
-                own_tiles = batch.image_index[at][batch.image_index[at] >= 0] // per_tile
-                per_row = batch.tiles.shape[1] // batch.ids.shape[1]
-                assert not len(own_tiles) or (own_tiles.min() >= b * per_row and own_tiles.max() < (b + 1) * per_row)
-                merge = sources(batch.image_index[at], batch.tiles[a], per_tile)
-                found.append((batch.ids[at].tolist(), batch.labels[at].tolist(), merge, with_images))
-    return found
-
-
 def expected(sample: ModelInputs) -> tuple[list, list, list, bool]:
     merge = sources(sample.image_index, sample.tiles, PER_TILE)
     return sample.input_ids.tolist(), sample.labels.tolist(), merge, len(sample.tiles) > 0
@@ -110,7 +79,7 @@ def test_every_sample_comes_out_whole_in_one_place(samples, bins, segments, accu
     assert batch.ids.shape == batch.with_images.shape == (*lead, 128)
     assert batch.tiles.shape == (lead[0], lead[1] * 12, TILE, TILE, 3) and batch.tiles.dtype == np.uint8
     assert batch.segments.max() <= segments
-    assert sorted(unpack(batch), key=repr) == sorted(map(expected, samples), key=repr)
+    assert sorted(unpack(batch, PER_TILE), key=repr) == sorted(map(expected, samples), key=repr)
     real_tiles = batch.tiles.reshape(-1, TILE * TILE * 3).any(axis=1).sum()
     assert real_tiles == sum(len(sample.tiles) for sample in samples)
 
@@ -121,7 +90,7 @@ def test_rows_without_tiles_have_none():
     rows = packed_rows(samples, shape, bins=2)
     batch = assemble(rows, shape, accumulation=1, tile_size=TILE, tokens_per_tile=PER_TILE)
     assert batch.tiles.shape == (1, 0, TILE, TILE, 3) and not batch.with_images.any()
-    assert unpack(batch) == [expected(sample) for sample in samples]
+    assert unpack(batch, PER_TILE) == [expected(sample) for sample in samples]
 
 
 def mixed_lengths(count: int) -> list[tuple[int, int]]:

@@ -231,12 +231,14 @@ def test_a_bad_record_says_what_was_expected(processor, folder, record, reason, 
     assert error.value.reason == reason
 
 
-def test_a_sample_error_and_a_file_pool_survive_pickling(folder):
+def test_errors_and_stores_survive_pickling_into_workers(folder):
     error = pickle.loads(pickle.dumps(SampleError("record", "what")))
     assert (error.reason, str(error)) == ("record", "what")
     pool = FilePool()
     path = str(folder / "a.png")
     assert pool.read(path, 1, 3) == pickle.loads(pickle.dumps(pool)).read(path, 1, 3) == b"PNG"
+    store = open_images(str(folder / "x-*.tar"), "a.jsonl")
+    assert pickle.loads(pickle.dumps(store)).find("a.png") == store.find("a.png") == png(1)
     with pytest.raises(OSError, match="shorter"):
         pool.read(path, 0, 1 << 20)
 

@@ -66,11 +66,6 @@ class SampleSource:
     def may_have_images(self) -> bool:
         return any(file.may_have_images for file in self.files)
 
-    def digests(self) -> dict[str, str]:
-        """The data files and the image shards, path → hash."""
-        shards = [shard for store in self._stores.values() for shard in getattr(store, "shards", ())]
-        return {file.path: file.digest for file in [*self.files, *shards]}
-
     def __getitem__(self, index: int) -> dict[str, Any] | Unusable:
         """`packing.element`, or why there is none. Raises nothing: a bad sample must not end a worker."""
         file, place = self._locate(int(index))
@@ -129,6 +124,8 @@ def fingerprint(settings: Settings) -> dict[str, str]:
     digests: dict[str, str] = {}
     for label, sources in (("data.train", settings.data.train), ("data.validation", settings.data.validation)):
         for name, source in sources.items():
+            if label == "data.train" and source.weight <= 0:
+                continue
             for path in expand(source.path, f"{label}.{name}"):
                 digests[path] = open_data_file(path).digest
             if source.images.endswith(".tar"):
