@@ -89,6 +89,8 @@ class Trainer:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
         self._step = jax.jit(self._update, donate_argnums=0, out_shardings=(shardings, None))
         self._evaluate = jax.jit(self._measure)
+        separate = {path: self._sharding(*leaf, False) for path, leaf in abstract_leaves(config).items()}
+        self._separate = jax.jit(self._unstacked, out_shardings=separate)
 
     def _rules(self) -> dict[str, ParameterRule]:
         """Stacked path → rule."""
@@ -149,14 +151,7 @@ class Trainer:
 
     def params(self, state: TrainState) -> Params:
         """The parameters as a checkpoint holds them: nested, layers separate. They share no memory with the state."""
-        out: dict[LeafPath, jax.Array] = {}
-        for path, leaf in {**state.trained, **state.biases, **state.frozen}.items():
-            stacked = {tuple(path.split("/")): leaf}
-            unstack = functools.partial(_unstack, config=self.config, stack=self.settings.compute.scan_layers)
-            members = self._members[tuple(path.split("/"))]
-            shape, axes = abstract_leaves(self.config)[members[0]]
-            out |= jax.jit(unstack, out_shardings=dict.fromkeys(members, self._sharding(shape, axes, False)))(stacked)
-        return nest(out)
+        return nest(self._separate({**state.trained, **state.biases, **state.frozen}))
 
     def step(self, state: TrainState, batch: TrainBatch) -> tuple[TrainState, StepMetrics]:
         """One optimizer step; the state given is consumed. ``batch``: numpy, the rows of this process."""
@@ -256,6 +251,12 @@ class Trainer:
         tiles = put(tiles.reshape(a, -1, *tiles.shape[3:]), even, PartitionSpec(None, TILE_AXES))
         return dataclasses.replace(placed, tiles=tiles)
 
+    def _unstacked(self, leaves: Arrays) -> dict[LeafPath, jax.Array]:
+        separate = {tuple(path.split("/")): leaf for path, leaf in leaves.items()}
+        separate = unstack_layers(separate, self.config, stack=self.settings.compute.scan_layers)
+        # A jitted function returns an argument that it does not change as it is, hence the copy.
+        return {path: jnp.copy(leaf) for path, leaf in separate.items()}
+
     def _part(self, name: str) -> str:
         return "trained" if self.rules[name].train else "biases" if name.endswith("/correction_bias") else "frozen"
 
@@ -310,8 +311,3 @@ def _take(tree: dict[str, Any], path: LeafPath) -> jax.Array:
 def _join(leaves: list[jax.Array], *, stacked: bool, dtype: Any) -> jax.Array:
     leaves = [leaf.astype(dtype) for leaf in leaves]
     return jnp.stack(leaves) if stacked else leaves[0]
-
-
-def _unstack(leaves: dict[LeafPath, jax.Array], *, config: Config, stack: bool) -> dict[LeafPath, jax.Array]:
-    # A jitted function returns an argument that it does not change as it is, hence the copy.
-    return {path: jnp.copy(leaf) for path, leaf in unstack_layers(leaves, config, stack=stack).items()}
