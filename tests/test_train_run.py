@@ -87,6 +87,10 @@ class Process:
         return self.popen.wait(PATIENCE)
 
 
+def newest(run):
+    return max((int(name) for name in stems(run) if name.isdecimal()), default=0)
+
+
 def last_step(run):
     try:
         return max((line["step"] for line in lines(run)), default=0)
@@ -112,26 +116,26 @@ def test_a_run_killed_twice_and_stopped_once_has_the_losses_of_one_left_alone(to
     run = tmp_path / "run"
     config = process_config(toy, run)
     moment = random.Random()
-    # At any moment, once there is something to go on from.
+    # At any moment, perhaps before there is anything to go on from.
     process, at = Process(config), moment.randint(4, 10)
     process.wait_for(lambda: last_step(run) >= at)
     time.sleep(moment.uniform(0, 0.1))
     assert process.finish(signal.SIGKILL) == -signal.SIGKILL
-    first = max(map(int, (d for d in stems(run) if d.isdecimal())))
+    first = newest(run)
     # During a save.
     process = Process(config)
     process.wait_for(lambda: last_step(run) > first + 3 and any("tmp" in name for name in stems(run)))
     assert process.finish(signal.SIGKILL) == -signal.SIGKILL
     left = stems(run)
     assert any("tmp" in name for name in left)
-    second = max(map(int, (d for d in left if d.isdecimal())))
+    second = newest(run)
     # By SIGTERM: what is computed is saved.
     process = Process(config)
     process.wait_for(lambda: last_step(run) > second + 1)
     assert process.finish(signal.SIGTERM) == 0, process.output.read_text()
     stop = lines(run, "stop")[-1]
     assert stop["reason"] == "SIGTERM"
-    assert stop["step"] == last_step(run) == max(map(int, stems(run)))
+    assert stop["step"] == last_step(run) == newest(run)
     assert f"a checkpoint of step {stop['step']} is written" in process.output.read_text()
     process = Process(config)
     assert process.finish() == 0, process.output.read_text()
@@ -184,7 +188,7 @@ def sharded(toy, tmp_path):
     def make(**run):
         tables = {
             "batch": {"sequences": 8, "micro_sequences": 1},
-            "compute": {"dtype": "float32", "loss_chunk": 128, "mesh": "data=4,expert=2"},
+            "compute": toy_run.COMPUTE | {"mesh": "data=4,expert=2"},
             "run": {"directory": str(tmp_path / "run"), "steps": 4, "checkpoint_every": 2, "validate_every": 99} | run,
         }
         return write_config(toy, tmp_path / "run", tables), tmp_path / "run"
@@ -287,16 +291,16 @@ def test_a_loss_that_is_not_finite_names_the_step_and_its_samples_and_keeps_the_
 
 def test_a_full_disk_stops_the_run_and_the_last_checkpoint_goes_on(sharded, monkeypatch, capfd):
     config, run = sharded(steps=4)
-    write, calls = orbax_io._Document._file, []
+    place = orbax_io._Document._file
 
     def full(directory):
-        calls.append(1)
-        if len(calls) == 2:
+        if "/4." in str(directory):
             raise OSError(errno.ENOSPC, "No space left on device")
-        return write(directory)
+        return place(directory)
 
-    monkeypatch.setattr(orbax_io._Document, "_file", staticmethod(full))
-    assert cli.main(["train", str(config)]) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(orbax_io._Document, "_file", staticmethod(full))
+        assert cli.main(["train", str(config)]) == 1
     error = capfd.readouterr().err
     assert "the disk is too full for this checkpoint" in error
     assert "step 2, is untouched" in error

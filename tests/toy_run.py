@@ -16,6 +16,8 @@ Tables = dict[str, dict[str, Any]]
 
 MICRO = Path(configs.__file__).parent / "micro"
 
+COMPUTE = {"dtype": "float32", "loss_chunk": 128, "remat": "none"}  # what compiles quickly
+
 
 def make_model(directory: Path) -> Path:
     """Configuration and tokenizer of the micro model with fewer and narrower layers, without weights."""
@@ -63,7 +65,7 @@ def write_config(path: Path, model: Path, data: Path, run: Path, tables: Tables 
         "batch": {"sequences": 2, "micro_sequences": 1},
         "stage": {"bias_update_speed": 0.01},
         "optimizer": {"learning_rate": 0.003, "schedule": "cosine", "warmup_steps": 2},
-        "compute": {"dtype": "float32", "loss_chunk": 128, "mesh": ""},
+        "compute": COMPUTE,
         "run": {"directory": str(run), "steps": 12, "checkpoint_every": 4, "validate_every": 4, "keep_last": 2},
     }
     for name, table in (tables or {}).items():

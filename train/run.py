@@ -253,6 +253,8 @@ class _Loop:
         self.report.step(pending.step, metrics, pending.data.stats, seconds)
         self._settled = pending.step
         if not finite:
+            with contextlib.suppress(RunError):  # a checkpoint from before may still be on its way
+                self._note(self.directory.wait())
             steps = self.directory.steps()
             left = (
                 f"The last checkpoint, of step {steps[-1]}, is from before it."

@@ -267,8 +267,11 @@ class RunDirectory:
                 shutil.rmtree(doomed)
 
     def _validation_loss(self, step: int) -> float:
+        """Infinite for a checkpoint that has none; one that cannot be read is not worth keeping either."""
         if step not in self._losses:
-            loss = orbax_io.read_document(self.checkpoint(step))["validation_loss"]
+            loss = None
+            with contextlib.suppress(Exception):
+                loss = orbax_io.read_document(self.checkpoint(step))["validation_loss"]
             self._losses[step] = math.inf if loss is None or math.isnan(loss) else loss
         return self._losses[step]
 
