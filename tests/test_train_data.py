@@ -311,6 +311,10 @@ def test_validation_is_read_once_in_order_and_its_last_step_padded(root, process
     assert last.ids.shape == steps[0].batch.ids.shape and last.tiles.shape == steps[0].batch.tiles.shape
     for one, other in zip(held_out, steps, strict=True):  # a second pass is the same
         assert_same(one, other)
+    threaded = dataclasses.replace(settings, data=dataclasses.replace(settings.data, workers=3))
+    threaded_steps = list(open_validation(threaded, processor, config, shard=(0, 1), **sizes))
+    for one, other in zip(threaded_steps, steps, strict=True):
+        assert_same(one, other)
     assert open_validation(make_settings(root / "text.jsonl"), processor, config, shard=(0, 1), **sizes) is None
 
 

@@ -42,7 +42,7 @@ _SPAN = 1000
 # A run of this many samples (or twice the set) without a usable one will not get better.
 _MOST_USELESS = 10_000
 _LAST_PROBLEMS = 5  # shown when the run stops
-_WORKER_BUFFER = 4  # samples that a worker holds ready
+_BUFFER = 4  # samples that a worker or thread holds ready
 _SHARED_MEMORY_FROM = 1 << 16  # bytes; smaller arrays are cheaper to copy through the pipe
 
 
@@ -112,7 +112,7 @@ def open_training(
         epochs.append(samples.repeat()[shard[0] :: shard[1]])
     mixed = grain.MapDataset.mix(epochs, weights=[source.weight for source in sources.values()])
     total = -(-sum(map(len, opened)) // shard[1])
-    usable = _Usable(mixed, data, total, data.workers)
+    usable = _Usable(mixed, data, total, workers=data.workers)
     seed = settings.run.seed if data.shuffle else None
     steps = _Steps(usable, opened[0].shape, seed, processor, config, rows=rows, accumulation=accumulation, ahead=True)
     return Pipeline(steps, shard)
@@ -137,7 +137,7 @@ def open_validation(
     data = settings.data
     opened = open_sources("data.validation", data.validation, processor, data)
     samples = grain.MapDataset.concatenate([grain.MapDataset.source(source) for source in opened])
-    usable = _Usable(samples, data, len(samples), workers=0)
+    usable = _Usable(samples, data, len(samples), threads=data.workers)
     sizes = {"rows": rows, "accumulation": accumulation, "shard": shard}
     return Validation(lambda: _Steps(usable, opened[0].shape, None, processor, config, **sizes))
 
@@ -197,23 +197,26 @@ class _Usable(grain.IterDataset):
     them in the same step. `total` is the number of samples of an epoch.
     """
 
-    def __init__(self, samples: grain.MapDataset, data: DataSettings, total: int, workers: int):
+    def __init__(self, samples: grain.MapDataset, data: DataSettings, total: int, workers: int = 0, threads: int = 0):
         super().__init__()
         _set_up_grain()
-        self.samples, self.data, self.total, self.workers = samples, data, total, workers
+        self.samples, self.data, self.total = samples, data, total
+        self.workers, self.threads = workers, threads
         self.interrupted = False  # set to end reading soon, from another thread
         self.left_over: list[str] = []  # reasons of unusable samples after the last usable one, once that is known
 
     def __iter__(self) -> _UsableIterator:
+        self.left_over = []
         return _UsableIterator(self)
 
     def read_from(self, start: int) -> grain.DatasetIterator:
-        rest = (self.samples[start:] if start else self.samples).to_iter_dataset(grain.ReadOptions(0, 0))
+        options = grain.ReadOptions(self.threads, self.threads * _BUFFER)
+        rest = (self.samples[start:] if start else self.samples).to_iter_dataset(options)
         if not self.workers:
             return iter(rest)
         rest = WithOptionsIterDataset(rest, DatasetOptions(min_shm_size=_SHARED_MEMORY_FROM))
-        options = grain.MultiprocessingOptions(self.workers, _WORKER_BUFFER)
-        return iter(rest.mp_prefetch(options, worker_init_fn=_start_worker))
+        workers = grain.MultiprocessingOptions(self.workers, _BUFFER)
+        return iter(rest.mp_prefetch(workers, worker_init_fn=_start_worker))
 
 
 class _UsableIterator(grain.DatasetIterator):
