@@ -94,9 +94,10 @@ def _init(config: Config, rng: jax.Array) -> Any:
     return DeepSeekVL2(config, jnp.float32).init(rng, ids, tiles)["params"]
 
 
-def init_params(config: Config, rng: jax.Array) -> Params:
-    """Random float32 parameters, as a plain nested dict."""
-    return nn.unbox(jax.jit(_init, static_argnums=0)(config, rng))
+def init_params(config: Config, rng: jax.Array, mesh: Mesh | None = None) -> Params:
+    """Random float32 parameters, as a plain nested dict; on a mesh split as training splits them."""
+    shardings = None if mesh is None else param_shardings(config, mesh, fsdp=True)
+    return jax.jit(lambda rng: nn.unbox(_init(config, rng)), out_shardings=shardings)(rng)
 
 
 def abstract_params(config: Config) -> tuple[Params, Params]:

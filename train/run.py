@@ -158,11 +158,11 @@ def _open_model(settings: Settings, source: Path) -> tuple[Config, Processor]:
 def _start(settings: Settings, trainer: Trainer, run: RunDirectory, source: Path, mesh: Mesh | None) -> TrainState:
     """The state with the parameters to go on from: the run's own, the checkpoint's, or random ones."""
     if steps := run.steps():
-        params = checkpoint.load_params(run.checkpoint(steps[-1]), trainer.config, mesh=mesh)
+        params = checkpoint.load_params(run.checkpoint(steps[-1]), trainer.config, mesh=mesh, fsdp=True)
     elif settings.model.random_init:
-        params = init_params(trainer.config, jax.random.key(settings.run.seed))
+        params = init_params(trainer.config, jax.random.key(settings.run.seed), mesh)
     else:
-        params = checkpoint.load_params(source, trainer.config, mesh=mesh)
+        params = checkpoint.load_params(source, trainer.config, mesh=mesh, fsdp=True)
     return trainer.init(params)
 
 
@@ -316,7 +316,7 @@ class _Loop:
         if done:
             text = (
                 f"done: {step} steps. `dsvl2 generate {path}` and `dsvl2 export {path} OUT` use the newest checkpoint; "
-                "the next stage starts from it with model.checkpoint, and a higher run.steps continues this one."
+                "the next stage starts from it with model.checkpoint."
             )
         else:
             kept = f"a checkpoint of step {step} is written" if step else "there is nothing to save yet"
