@@ -8,6 +8,7 @@ document, written asynchronously from arrays on devices (a training run). Leaves
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Awaitable, Iterator, Mapping, Set
 from pathlib import Path
@@ -79,6 +80,7 @@ class Saving:
           document: anything JSON can hold; each process keeps its own.
           stacked: as for `ParamWriter`, of the leaves of every tree.
         """
+        logging.getLogger("absl").addFilter(_is_not_raised_too)
         self._started = time.monotonic()
         self.seconds: float | None = None  # from the call to the end of writing, when `done` has seen it
         with _saving_context(stacked):
@@ -102,6 +104,11 @@ class Saving:
                 return False
             self.seconds = time.monotonic() - self._started
         return True
+
+
+def _is_not_raised_too(record: logging.LogRecord) -> bool:
+    """False for what Orbax's threads log, with a traceback each, and raise where we wait for them."""
+    return record.levelno != logging.ERROR or "orbax" not in record.pathname
 
 
 class _Document:

@@ -62,7 +62,7 @@ def write_config(path: Path, model: Path, data: Path, run: Path, tables: Tables 
         "model": {"checkpoint": str(model), "random_init": True},
         "data": {"sequence_length": 128, "tiles_per_sequence": 2, "max_segments": 8, "packing_bins": 2},
         "data.train.toy": {"path": str(data)},
-        "batch": {"sequences": 2, "micro_sequences": 1},
+        "batch": {"sequences": 2, "micro_sequences": 2},
         "stage": {"bias_update_speed": 0.01},
         "optimizer": {"learning_rate": 0.003, "schedule": "cosine", "warmup_steps": 2},
         "compute": COMPUTE,
