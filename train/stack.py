@@ -7,15 +7,13 @@ a leading axis of layers. Layers of a kind of their own (the dense first one) st
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from collections.abc import Iterable, Mapping
 
 import jax
+import jax.numpy as jnp
 
 from dsvl2_jax.config import Config
 from dsvl2_jax.orbax_io import LeafPath
-
-Leaf = TypeVar("Leaf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,43 +54,34 @@ def layer_runs(config: Config, *, stack: bool = True) -> dict[str, list[LayerRun
     return runs
 
 
-def stacked_paths(config: Config, paths: Iterator[LeafPath] | list[LeafPath], *, stack: bool = True) -> dict:
+def stacked_paths(config: Config, paths: Iterable[LeafPath], *, stack: bool = True) -> dict[LeafPath, list[LeafPath]]:
     """Stacked leaf path → the paths of the separate leaves that it holds, in order of layers."""
-    entry = {
-        (part, member): run.name
+    run_of = {
+        (part, member): (run.name, place)
         for part, runs in layer_runs(config, stack=stack).items()
         for run in runs
-        for member in run.members()
+        for place, member in enumerate(run.members())
     }
     out: dict[LeafPath, list[LeafPath]] = {}
-    for path in paths:
-        name = entry.get(path[:2])
+    for path in sorted(paths, key=lambda path: run_of.get(path[:2], ("", 0))[1]):
+        name, _ = run_of.get(path[:2], (None, 0))
         out.setdefault(path if name is None else (path[0], name, *path[2:]), []).append(path)
-    order = {path: i for i, members in enumerate(entry) for path in [members]}
-    for members in out.values():
-        members.sort(key=lambda path: order.get(path[:2], 0))
     return out
 
 
-def stack_layers(
-    leaves: Mapping[LeafPath, Leaf],
-    config: Config,
-    stack_leaf: Callable[[LeafPath, list[Leaf]], Leaf] = lambda path, parts: jax.numpy.stack(parts),
-    *,
-    stack: bool = True,
-) -> dict[LeafPath, Leaf]:
-    """Flat separate leaves → flat stacked leaves. ``stack_leaf`` joins the leaves of one run."""
-    groups = stacked_paths(config, list(leaves), stack=stack)
+def stack_layers(leaves: Mapping[LeafPath, jax.Array], config: Config, *, stack: bool = True) -> dict:
+    """Flat separate leaves → flat stacked ones. Of a run, either all layers of a leaf are given or none."""
+    groups = stacked_paths(config, leaves, stack=stack)
     return {
-        path: leaves[members[0]] if path == members[0] else stack_leaf(path, [leaves[m] for m in members])
+        path: leaves[path] if members == [path] else jnp.stack([leaves[member] for member in members])
         for path, members in groups.items()
     }
 
 
 def unstack_layers(leaves: Mapping[LeafPath, jax.Array], config: Config, *, stack: bool = True) -> dict:
     """The inverse of `stack_layers`."""
-    out: dict[LeafPath, jax.Array] = {}
     runs = {(part, run.name): run for part, found in layer_runs(config, stack=stack).items() for run in found}
+    out: dict[LeafPath, jax.Array] = {}
     for path, leaf in leaves.items():
         run = runs.get(path[:2])
         if run is None or not run.stacked:

@@ -30,7 +30,7 @@ from dsvl2_jax.train.batch import TrainBatch
 from dsvl2_jax.train.loss import LossOptions, Sums, loss_fn, step_totals
 from dsvl2_jax.train.optimizer import make_optimizer
 from dsvl2_jax.train.settings import ParameterRule, Settings
-from dsvl2_jax.train.stack import stacked_paths, unstack_layers
+from dsvl2_jax.train.stack import stack_layers, stacked_paths, unstack_layers
 from dsvl2_jax.train.stages import assign
 
 Arrays = dict[str, jax.Array]
@@ -119,10 +119,10 @@ class Trainer:
             name = "/".join(path)
             part = self._part(name)
             target = getattr(abstract, part)[name]
-            leaves = [_take(params, member) for member in members]
-            dtype = leaves[0].dtype if part == "frozen" else target.dtype
-            place = functools.partial(_join, stacked=path != members[0], dtype=dtype)
-            parts[part][name] = jax.jit(place, out_shardings=target.sharding)(leaves)
+            leaves = {member: _take(params, member) for member in members}
+            dtype = leaves[members[0]].dtype if part == "frozen" else target.dtype
+            place = jax.jit(functools.partial(self._stacked, dtype=dtype), out_shardings={path: target.sharding})
+            parts[part][name] = place(leaves)[path]
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.optimizer)
         optimizer = jax.jit(self._optimizer.init, out_shardings=shardings)(parts["trained"])
         step = jax.device_put(np.int32(0), abstract.step.sharding)
@@ -185,7 +185,7 @@ class Trainer:
         trained = optax.apply_updates(state.trained, updates)
         biases = self._moved_biases(state.biases, sums.load)
         state = TrainState(state.step + 1, trained, biases, state.frozen, optimizer)
-        return state, _metrics(sums, optax.global_norm(gradient))
+        return state, _metrics(sums, optax.tree.norm(gradient))
 
     def _measure(self, state: TrainState, batch: TrainBatch) -> StepMetrics:
         params = {**state.trained, **state.biases, **state.frozen}
@@ -251,6 +251,10 @@ class Trainer:
         tiles = put(tiles.reshape(a, -1, *tiles.shape[3:]), even, PartitionSpec(None, TILE_AXES))
         return dataclasses.replace(placed, tiles=tiles)
 
+    def _stacked(self, leaves: dict[LeafPath, jax.Array], dtype: Any) -> dict[LeafPath, jax.Array]:
+        stacked = stack_layers(leaves, self.config, stack=self.settings.compute.scan_layers)
+        return {path: leaf.astype(dtype) for path, leaf in stacked.items()}
+
     def _unstacked(self, leaves: Arrays) -> dict[LeafPath, jax.Array]:
         separate = {tuple(path.split("/")): leaf for path, leaf in leaves.items()}
         separate = unstack_layers(separate, self.config, stack=self.settings.compute.scan_layers)
@@ -306,8 +310,3 @@ def _take(tree: dict[str, Any], path: LeafPath) -> jax.Array:
     for key in path[:-1]:
         tree = tree[key]
     return tree.pop(path[-1])
-
-
-def _join(leaves: list[jax.Array], *, stacked: bool, dtype: Any) -> jax.Array:
-    leaves = [leaf.astype(dtype) for leaf in leaves]
-    return jnp.stack(leaves) if stacked else leaves[0]
