@@ -101,9 +101,7 @@ def train(config: str | Path, overrides: Sequence[str] = ()) -> None:
         pipeline = data.open_training(settings, processor, model, **options)
         with contextlib.closing(pipeline):
             validation = data.open_validation(settings, processor, model, **options)
-            state = _start(settings, trainer, run, source, mesh)
-            if steps:
-                state = _restore(state, trainer, run, pipeline)
+            state = _start(settings, trainer, run, source, mesh, pipeline)
             flops = step_flops(model, assign(map("/".join, abstract_leaves(model)), settings.stage.parameters))
             with Report(run.path, settings, devices=jax.device_count(), flops=flops) as report:
                 _Loop(settings, run, trainer, pipeline, validation, report, signals).run(state)
@@ -155,26 +153,24 @@ def _open_model(settings: Settings, source: Path) -> tuple[Config, Processor]:
     return config, processor
 
 
-def _start(settings: Settings, trainer: Trainer, run: RunDirectory, source: Path, mesh: Mesh | None) -> TrainState:
-    """The state with the parameters to go on from: the run's own, the checkpoint's, or random ones."""
+def _start(
+    settings: Settings, trainer: Trainer, run: RunDirectory, source: Path, mesh: Mesh | None, pipeline: data.Pipeline
+) -> TrainState:
+    """The state and the place in the data to go on from: the run's newest checkpoint, or its beginning."""
     if steps := run.steps():
         params = checkpoint.load_params(run.checkpoint(steps[-1]), trainer.config, mesh=mesh, fsdp=True)
-    elif settings.model.random_init:
+        # The fresh optimizer state is let go of before the other is read.
+        state = dataclasses.replace(trainer.init(params), optimizer=None)
+        abstract = trainer.abstract_state()
+        restored = run.restore(steps[-1], abstract.optimizer)
+        pipeline.set_state(restored.iterator)
+        step = jax.device_put(np.int32(steps[-1]), abstract.step.sharding)
+        return dataclasses.replace(state, optimizer=restored.optimizer, step=step)
+    if settings.model.random_init:
         params = init_params(trainer.config, jax.random.key(settings.run.seed), mesh)
     else:
         params = checkpoint.load_params(source, trainer.config, mesh=mesh, fsdp=True)
     return trainer.init(params)
-
-
-def _restore(state: TrainState, trainer: Trainer, run: RunDirectory, pipeline: data.Pipeline) -> TrainState:
-    """Optimizer, step and place in the data of the run's newest checkpoint."""
-    step = run.steps()[-1]
-    state = dataclasses.replace(state, optimizer=None)  # frees the fresh one before the other is read
-    abstract = trainer.abstract_state()
-    restored = run.restore(step, abstract.optimizer)
-    pipeline.set_state(restored.iterator)
-    count = jax.device_put(np.int32(step), abstract.step.sharding)
-    return dataclasses.replace(state, optimizer=restored.optimizer, step=count)
 
 
 class _Loop:
