@@ -74,17 +74,17 @@ def names(run):
 
 def test_a_checkpoint_comes_back_bit_for_bit_though_its_arrays_are_donated(begun, model):
     config, params = model
-    leaves = {"/".join(path): leaf for path, leaf in orbax_io.unnest(params)}
+    some = {"/".join(path): leaf for path, leaf in list(orbax_io.unnest(params))[:3]}
     transform = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(mu_dtype=jnp.bfloat16))
-    _, optimizer = jax.jit(lambda x: transform.update(x, transform.init(x)))(leaves)
+    _, optimizer = jax.jit(lambda x: transform.update(x, transform.init(x)))(some)
     stacked = frozenset(leaf.path for leaf in rules.expand(config) if leaf.stacked)
-    overwrite = jax.jit(lambda tree: jax.tree.map(jnp.zeros_like, tree), donate_argnums=0)
     iterator = {"rows": {"next": 3, "names": ["a", None]}, "share": 0.1}
     kept = jax.tree.map(np.array, (params, optimizer))
     given = jax.device_put(kept)
     with begun() as run:
         run.save(7, *given, iterator, stacked=stacked)
-        jax.block_until_ready(overwrite(given))
+        for leaf in jax.tree.leaves(given):
+            leaf.delete()
         saved = run.wait()
         assert saved.step == 7
         assert saved.seconds > 0
