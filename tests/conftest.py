@@ -48,7 +48,20 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 # Quick files run first, so that a broken basis shows at once; the rest follows in this order.
-SLOW_FILES = ("test_transformers", "test_convert", "test_cli", "test_engine", "test_golden", "test_mesh")
+SLOW_FILES = (
+    "test_transformers",
+    "test_train_transformers",
+    "test_convert",
+    "test_cli",
+    "test_engine",
+    "test_train_step",
+    "test_train_run",
+    "test_train_overfit",
+    "test_golden",
+    "test_mesh",
+)
+# Files whose tests are split between workers by checkpoint or size.
+SPLIT_FILES = {"test_golden": "mini-", "test_mesh": "mini-", "test_train_overfit": ""}
 
 
 @pytest.hookimpl(wrapper=True)  # before xdist reads the groups
@@ -61,7 +74,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
     items.sort(key=place)
     for item in items:
         parameters = getattr(item, "callspec", None)
-        names = [v for v in parameters.params.values() if str(v).startswith("mini-")] if parameters else []
-        split = item.path.stem in ("test_golden", "test_mesh")
-        item.add_marker(pytest.mark.xdist_group("-".join([item.path.stem, *(names if split else [])])))
+        prefix, values = SPLIT_FILES.get(item.path.stem), list(parameters.params.values()) if parameters else []
+        names = [v for v in values if str(v).startswith(prefix)] if prefix is not None else []
+        item.add_marker(pytest.mark.xdist_group("-".join([item.path.stem, *names])))
     return (yield)

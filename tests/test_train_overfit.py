@@ -1,6 +1,6 @@
 """The stages of the presets on mini models of each variant: they learn what they should, and nothing else moves."""
 
-import functools
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 from dsvl2_jax import configs, model
 from dsvl2_jax.batch import collate
-from dsvl2_jax.config import Config
+from dsvl2_jax.config import TEXT_POSITION, Config
 from dsvl2_jax.orbax_io import unnest
 from dsvl2_jax.processor import Processor
 from dsvl2_jax.train import settings as tables
@@ -41,11 +41,11 @@ RATE = 3e-3
 def config(size: str) -> Config:
     raw = json.loads((MICRO / "config.json").read_text())
     raw["language_config"] |= VARIANTS[size] | {"num_hidden_layers": 3}
-    raw["vision_config"] |= {"layers": 2}
+    raw["vision_config"] |= {"layers": 1}
     return Config.from_dict(raw)
 
 
-def settings(size: str, stage: str) -> tables.Settings:
+def settings(size: str, stage: str, *more: str) -> tables.Settings:
     """The preset's rules, balance weight and optimizer, at a rate that suits few small steps, in float32."""
     overrides = ["model.checkpoint=unused", "data.train.vl.path=unused", "run.directory=unused"]
     if stage != "align":
@@ -53,10 +53,9 @@ def settings(size: str, stage: str) -> tables.Settings:
     overrides += [f"optimizer.learning_rate={RATE}", "optimizer.schedule=constant", "optimizer.warmup_steps=0"]
     overrides += ["batch.sequences=8", "batch.micro_sequences=8", "data.max_segments=1"]
     overrides += ["compute.dtype=float32", "compute.remat=none"]
-    return tables.load(f"{size}-{stage}", overrides)
+    return tables.load(f"{size}-{stage}", [*overrides, *more])
 
 
-@functools.cache
 def samples(*, mask_prompt: bool) -> TrainBatch:
     """Eight pictures of one colour each, and what colour it is."""
     processor = Processor.from_dir(MICRO)
@@ -106,3 +105,27 @@ def test_alignment_learns_without_moving_the_language_model(size):
     assert not {path for path in moved if path[0] == "language" or path[:2] == ("vision", "attn_pool")}
     expected = {path for path in before if path[0] != "language" and path[:2] != ("vision", "attn_pool")}
     assert moved == expected
+
+
+def random_text(rng: np.random.Generator) -> TrainBatch:
+    ids = rng.integers(8, 512, (1, 8, 128)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(128, dtype=np.int32), ids.shape)
+    tiles = np.zeros((1, 0, 126, 126, 3), np.uint8)
+    return TrainBatch(
+        ids, ids, np.full_like(ids, TEXT_POSITION), positions, np.ones_like(ids), np.zeros(ids.shape, bool), tiles
+    )
+
+
+def test_the_bias_update_balances_experts_from_an_unbalanced_start():
+    chosen = settings("base", "pretrain", "optimizer.learning_rate=1e-4", "stage.bias_update_speed=5e-3")
+    trainer = Trainer(config("base"), chosen, HALF, HALF, None)
+    state = trainer.init(model.init_params(config("base"), jax.random.key(0)))
+    steep = np.linspace(-0.25, 0.25, config("base").language.n_routed_experts, dtype=np.float32)
+    state = dataclasses.replace(state, biases={path: 0 * bias + steep for path, bias in state.biases.items()})
+    rng, balance = np.random.default_rng(0), []
+    for _ in range(120):
+        state, metrics = trainer.step(state, random_text(rng))
+        load = np.asarray(metrics.load)
+        balance.append(load.max(-1) / load.mean(-1))  # of both MoE layers
+    assert (balance[0] > 2.0).all()
+    assert (np.array(balance[-10:]) < 1.5).all()

@@ -1,8 +1,9 @@
 """`dsvl2 bench train`: a training step of a mid-size language model against the same model in PyTorch.
 
 Each side runs in a process of its own, with the same threads, batch and dtype. PyTorch is the DeepseekV3 of
-`transformers`, in the settings that can win: eager or compiled, with each way to run the experts, and with malloc as
-it is or keeping what it has. A short trial of each chooses the quickest; then both sides step in turns.
+`transformers`, in the settings that can win: with each way to run the experts, with malloc as it is or keeping what it
+has, eager or compiled. Ours keeps matrix products or all of a layer for the backward pass, with either malloc. Short
+trials choose each side's quickest setting; then the sides step in turns.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ LANGUAGE = {
 }
 THREADS = 2
 WARM_UP = 2  # steps; the first compiles
+TRIAL_STEPS = 2
 LEARNING_RATE = 1e-4
 GIB = 2**20  # of the kernel's kB
 
@@ -60,25 +62,25 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": s
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """How one side runs. ``experts`` names a way of transformers to run the routed experts."""
+    """How one side runs."""
 
     side: str  # ours or torch
-    experts: str = ""
-    compiled: bool = False
+    experts: str = ""  # PyTorch: which of transformers' ways to run the routed experts
+    compiled: bool = False  # PyTorch
+    remat: str = ""  # ours: compute.remat
     keep_memory: bool = False
 
     def __str__(self) -> str:
-        parts = ["compiled" if self.compiled else "eager", f"experts {self.experts}"]
-        return ", ".join([*parts, *["malloc keeps memory"] * self.keep_memory]) if self.experts else "jitted"
+        how = f"remat {self.remat}" if self.remat else "compiled" if self.compiled else "eager"
+        experts = [f"experts {self.experts}"] * bool(self.experts)
+        return ", ".join([self.side, how, *experts, *["malloc keeps memory"] * self.keep_memory])
 
 
 # batched_mm is left out: it copies its expert's weights for every token, 13 GB a layer at this size.
-TORCH_SETTINGS = [
-    Setting("torch", experts, compiled, keep)
-    for compiled in (False, True)
-    for experts in ("eager", "grouped_mm")
-    for keep in (False, True)
+TORCH_EAGER = [
+    Setting("torch", experts, keep_memory=keep) for experts in ("eager", "grouped_mm") for keep in (False, True)
 ]
+OURS = [Setting("ours", remat=remat, keep_memory=keep) for remat in ("dots", "none") for keep in (False, True)]
 
 
 @dataclasses.dataclass
@@ -125,7 +127,7 @@ def bench_train(*, rows: int = 2, length: int = 1024, steps: int = 3, rounds: in
     Args:
       rows: sequences of the batch.
       length: tokens of a sequence.
-      steps: counted steps of a side in a round, and of a trial.
+      steps: counted steps of a side in a round.
       rounds: how often the sides take turns.
 
     Raises:
@@ -141,14 +143,20 @@ def bench_train(*, rows: int = 2, length: int = 1024, steps: int = 3, rounds: in
             f"bench train compares with PyTorch, and {' and '.join(missing)} cannot be imported. Install them for this "
             "measurement (pip install torch transformers); nothing else needs them."
         )
-    print(f"{rows} × {length} tokens, float32, {THREADS} threads; trials of PyTorch:", flush=True)
-    trials = {setting: _trial(setting, rows, length, steps) for setting in TORCH_SETTINGS}
-    done = [trial for trial in trials.values() if isinstance(trial, Measured)]
-    if not done:
-        raise DSVL2Error("no PyTorch setting runs; the reasons are above.")
-    best = min(done, key=lambda trial: trial.step).setting
+    print(f"{rows} × {length} tokens, float32, {THREADS} threads; trials:", flush=True)
+    trials: dict[Setting, Measured | str] = {}
 
-    with _Worker(best, rows, length) as theirs, _Worker(Setting("ours"), rows, length) as ours:
+    def quickest(settings: list[Setting]) -> Setting:
+        trials.update((setting, _trial(setting, rows, length, TRIAL_STEPS)) for setting in settings)
+        done = [trial for trial in trials.values() if isinstance(trial, Measured)]
+        done = [trial for trial in done if trial.setting.side == settings[0].side]
+        if not done:
+            raise DSVL2Error(f"no setting of {settings[0].side} runs; the reasons are above.")
+        return min(done, key=lambda trial: trial.step).setting
+
+    best = quickest([dataclasses.replace(quickest(TORCH_EAGER), compiled=True)])
+    own = quickest(OURS)
+    with _Worker(best, rows, length) as theirs, _Worker(own, rows, length) as ours:
         for turn in range(rounds):
             for worker in (theirs, ours):
                 worker.run(steps)
@@ -163,18 +171,17 @@ def _trial(setting: Setting, rows: int, length: int, steps: int) -> Measured | s
         with _Worker(setting, rows, length) as worker:
             worker.run(steps)
     except DSVL2Error as error:
-        print(f"  {setting!s:46} fails: {error}", flush=True)
+        print(f"  {setting!s:52} fails: {error}", flush=True)
         return str(error)
     found = worker.measured
-    print(f"  {setting!s:46} {found.step:6.2f} s a step, peak {found.model_peak:.2f} GiB", flush=True)
+    print(f"  {setting!s:52} {found.step:6.2f} s a step, peak {found.model_peak:.2f} GiB", flush=True)
     return found
 
 
 def _print(result: TrainBench) -> None:
     ours, theirs = result.ours, result.torch
-    print(
-        f"PyTorch is {theirs.setting}; {theirs.parameters / 1e6:.1f} M parameters, ours {ours.parameters / 1e6:.1f} M"
-    )
+    for side in (theirs, ours):
+        print(f"{side.setting}; {side.parameters / 1e6:.1f} M parameters")
     print(f"{'':28}{'PyTorch':>10}{'ours':>10}{'ratio':>10}")
     table = [
         ("step, s", theirs.step, ours.step, theirs.step / ours.step),
@@ -329,7 +336,7 @@ def _ours(ids: np.ndarray, setting: Setting) -> tuple[Callable[[], float], int, 
         batch=tables.BatchSettings(sequences=rows, micro_sequences=rows),
         stage=tables.StageSettings(rules, balance_loss_weight=0.0),
         optimizer=tables.OptimizerSettings(learning_rate=LEARNING_RATE),
-        compute=tables.ComputeSettings(dtype="float32", remat="none"),
+        compute=tables.ComputeSettings(dtype="float32", remat=setting.remat, loss_chunk=256),
     )
     batch = TrainBatch(
         ids=ids[None],
