@@ -61,7 +61,7 @@ SLOW_FILES = (
     "test_mesh",
 )
 # Files whose tests are split between workers by checkpoint or size.
-SPLIT_FILES = {"test_golden": "mini-", "test_mesh": "mini-", "test_train_overfit": ""}
+SPLIT_FILES = {"test_golden": "mini-", "test_mesh": "mini-", "test_train_overfit": ("tiny", "small", "base")}
 
 
 @pytest.hookimpl(wrapper=True)  # before xdist reads the groups
