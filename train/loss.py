@@ -93,9 +93,8 @@ def loss_fn(
 
     def layer_statistics(routing: Routing) -> tuple[jax.Array, jax.Array]:
         balance = balance_loss(routing, batch.segments, options.max_segments, config.language)
-        chosen = jax.nn.one_hot(routing.experts, config.language.n_routed_experts)
-        load = jnp.einsum("btke,bt->e", chosen, (batch.segments > 0).astype(jnp.float32))
-        return balance / totals[1], lax.stop_gradient(load)
+        load = jnp.einsum("bte,bt->e", chosen_experts(routing), (batch.segments > 0).astype(jnp.float32))
+        return balance / totals[1], load
 
     hidden, balance, load = layers.hidden_states(
         params, config, embeddings, batch.positions, batch.segments > 0, layer_statistics, dtype, options.remat
@@ -190,6 +189,11 @@ def _backward(chunk, gradients, cotangent):
 cross_entropy.defvjp(_forward, _backward)
 
 
+def chosen_experts(routing: Routing) -> jax.Array:
+    """f32[B, T, E], 1 where a token has chosen an expert. Without a gradient."""
+    return jax.nn.one_hot(routing.experts, routing.scores.shape[-1]).sum(2)
+
+
 def balance_loss(routing: Routing, segments: jax.Array, max_segments: int, config: LanguageConfig) -> jax.Array:
     """What keeps experts equally busy: α · Σ_e load_e · share_e, α when both are even (DeepSeek-V2 §2.2, FACTS §4).
 
@@ -208,10 +212,10 @@ def balance_loss(routing: Routing, segments: jax.Array, max_segments: int, confi
     scores = routing.scores
     if config.scoring_func == "sigmoid":
         scores = scores / (scores.sum(-1, keepdims=True) + 1e-20)
-    chosen = jax.nn.one_hot(routing.experts, config.n_routed_experts).sum(2)  # [B, T, E]
     member = jax.nn.one_hot(segments - 1, max_segments)  # [B, T, M]; all zero for padding
     per_segment = functools.partial(jnp.einsum, "btm,bte->bme", member, precision=lax.Precision.HIGHEST)
-    counts, shares, tokens = per_segment(chosen), per_segment(scores), member.sum(1)[..., None]  # tokens: [B, M, 1]
+    counts, shares = per_segment(chosen_experts(routing)), per_segment(scores)
+    tokens = member.sum(1)[..., None]  # [B, M, 1]
     present = (tokens > 0).sum()
     if not config.seq_aux:
         counts, shares, tokens = (x.sum((0, 1)) for x in (counts, shares, tokens))

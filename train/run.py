@@ -29,7 +29,7 @@ from dsvl2_jax.convert import rules
 from dsvl2_jax.convert.sizes import variant
 from dsvl2_jax.errors import DSVL2Error, RunError, SettingsError
 from dsvl2_jax.infer.engine import enable_compilation_cache
-from dsvl2_jax.model import abstract_leaves, init_params
+from dsvl2_jax.model import init_params
 from dsvl2_jax.processor import Processor
 from dsvl2_jax.sharding import make_mesh, parse_mesh
 from dsvl2_jax.train import data
@@ -38,7 +38,6 @@ from dsvl2_jax.train.flops import step_flops
 from dsvl2_jax.train.report import Report
 from dsvl2_jax.train.run_directory import Identity, RunDirectory, Saved, model_identity, opened
 from dsvl2_jax.train.settings import Settings, load
-from dsvl2_jax.train.stages import assign
 from dsvl2_jax.train.step import StepMetrics, Trainer, TrainState, data_shards
 
 
@@ -102,7 +101,7 @@ def train(config: str | Path, overrides: Sequence[str] = ()) -> None:
         with contextlib.closing(pipeline):
             validation = data.open_validation(settings, processor, model, **options)
             state = _start(settings, trainer, run, source, mesh, pipeline)
-            flops = step_flops(model, assign(map("/".join, abstract_leaves(model)), settings.stage.parameters))
+            flops = step_flops(model, trainer.parameter_rules)
             with Report(run.path, settings, devices=jax.device_count(), flops=flops) as report:
                 _Loop(settings, run, trainer, pipeline, validation, report, signals).run(state)
 

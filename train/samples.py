@@ -13,7 +13,7 @@ from dsvl2_jax.errors import DataError, SampleError
 from dsvl2_jax.processor import Processor
 from dsvl2_jax.train import packing
 from dsvl2_jax.train.data_files import DataFile, open_data_file
-from dsvl2_jax.train.image_sources import FilePool, ImageStore, expand, open_images
+from dsvl2_jax.train.image_sources import FilePool, ImageStore, expand, index_tar, open_images
 from dsvl2_jax.train.packing import RowShape
 from dsvl2_jax.train.records import parse_record, process
 from dsvl2_jax.train.settings import DataSettings, Settings, SourceSettings
@@ -129,5 +129,5 @@ def fingerprint(settings: Settings) -> dict[str, str]:
             for path in expand(source.path, f"{label}.{name}"):
                 digests[path] = open_data_file(path).digest
             if source.images.endswith(".tar"):
-                digests |= {path: open_data_file(path).digest for path in expand(source.images, "image shards")}
+                digests |= {path: index_tar(path).digest for path in expand(source.images, "image shards")}
     return digests

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from dsvl2_jax.convert.rules import listed
 from dsvl2_jax.errors import SettingsError
 from dsvl2_jax.train.settings import ParameterRule
 
@@ -51,7 +52,7 @@ def assign(paths: Iterable[str], rules: Sequence[ParameterRule]) -> dict[str, Pa
     problems = []
     if uncovered:
         count = f"these {len(uncovered)} parameters"
-        problems.append(f"no rule covers {count}; add one with train = true or false:\n{_listed(uncovered)}")
+        problems.append(f"no rule covers {count}; add one with train = true or false:\n{listed(uncovered, _SHOWN)}")
     for i, rule in enumerate(rules):
         where = f"rule {i + 1} (match = '{rule.match}')"
         if i not in matched:
@@ -61,15 +62,8 @@ def assign(paths: Iterable[str], rules: Sequence[ParameterRule]) -> dict[str, Pa
     for i, found in trained_free.items():
         problems.append(
             f"rule {i + 1} (match = '{rules[i].match}') trains parameters that get no gradient; put a rule with "
-            f"train = false for them before it:\n{_listed(found)}"
+            f"train = false for them before it:\n{listed(found, _SHOWN)}"
         )
     if problems:
         raise SettingsError("stage.parameters: " + "\nstage.parameters: ".join(problems))
     return assigned
-
-
-def _listed(paths: Sequence[str]) -> str:
-    lines = [f"  {path}" for path in paths[:_SHOWN]]
-    if len(paths) > _SHOWN:
-        lines.append(f"  … and {len(paths) - _SHOWN} more")
-    return "\n".join(lines)

@@ -25,7 +25,7 @@ from dsvl2_jax.config import Config
 from dsvl2_jax.errors import SettingsError
 from dsvl2_jax.model import Params, abstract_leaves
 from dsvl2_jax.orbax_io import LeafPath, nest
-from dsvl2_jax.sharding import PARAM_RULES, partition_spec, split_over_data
+from dsvl2_jax.sharding import ACTIVATION_RULES, PARAM_RULES, partition_spec, split_over_data
 from dsvl2_jax.train.batch import TrainBatch
 from dsvl2_jax.train.loss import LossOptions, Sums, loss_fn, step_totals
 from dsvl2_jax.train.optimizer import make_optimizer
@@ -34,8 +34,6 @@ from dsvl2_jax.train.stack import stack_layers, stacked_paths, unstack_layers
 from dsvl2_jax.train.stages import assign
 
 Arrays = dict[str, jax.Array]
-
-TILE_AXES = ("data", "tensor", "expert")
 
 
 @jax.tree_util.register_dataclass
@@ -81,7 +79,9 @@ class Trainer:
         self.mesh = mesh
         self._pixels = np.asarray(mean, np.float32), np.asarray(std, np.float32)
         self._members = stacked_paths(config, list(abstract_leaves(config)), stack=settings.compute.scan_layers)
-        self.rules = self._rules()
+        paths = ("/".join(path) for path in abstract_leaves(config))
+        self.parameter_rules = assign(paths, settings.stage.parameters)  # by the paths of layers apart
+        self.rules = self._stacked_rules()
         self._optimizer = make_optimizer(settings, {path: rule for path, rule in self.rules.items() if rule.train})
         self._options = LossOptions(
             settings.data.max_segments, settings.compute.loss_chunk, settings.compute.dtype, settings.compute.remat
@@ -92,12 +92,11 @@ class Trainer:
         separate = {path: self._sharding(*leaf, False) for path, leaf in abstract_leaves(config).items()}
         self._separate = jax.jit(self._unstacked, out_shardings=separate)
 
-    def _rules(self) -> dict[str, ParameterRule]:
+    def _stacked_rules(self) -> dict[str, ParameterRule]:
         """Stacked path → rule."""
-        assigned = assign(("/".join(path) for path in abstract_leaves(self.config)), self.settings.stage.parameters)
         rules = {}
         for path, members in self._members.items():
-            found = {assigned["/".join(member)] for member in members}
+            found = {self.parameter_rules["/".join(member)] for member in members}
             if len(found) > 1:
                 raise SettingsError(
                     f"stage.parameters: {'/'.join(members[0])} … {'/'.join(members[-1])} follow different rules, but "
@@ -226,7 +225,8 @@ class Trainer:
         given = count // len(own)  # tiles of a data shard
         even = -(-given // (sizes["tensor"] * sizes["expert"])) * (sizes["tensor"] * sizes["expert"])
         tiles = batch.tiles.reshape(a, len(own), given, *batch.tiles.shape[2:])
-        tiles = np.pad(tiles, ((0, 0), (0, 0), (0, even - given), (0, 0), (0, 0), (0, 0)))
+        if even > given:
+            tiles = np.pad(tiles, ((0, 0), (0, 0), (0, even - given), (0, 0), (0, 0), (0, 0)))
         index = batch.image_index
         if count:
             tile = np.maximum(index, 0) // per_row
@@ -248,7 +248,7 @@ class Trainer:
 
         batch = dataclasses.replace(batch, image_index=index, tiles=None)
         placed = jax.tree.map(lambda x: put(x, rows, PartitionSpec(None, "data")), batch)
-        tiles = put(tiles.reshape(a, -1, *tiles.shape[3:]), even, PartitionSpec(None, TILE_AXES))
+        tiles = put(tiles.reshape(a, -1, *tiles.shape[3:]), even, PartitionSpec(None, ACTIVATION_RULES["tiles"]))
         return dataclasses.replace(placed, tiles=tiles)
 
     def _stacked(self, leaves: dict[LeafPath, jax.Array], dtype: Any) -> dict[LeafPath, jax.Array]:
