@@ -85,12 +85,17 @@ def tile_image(
     tiles of the image padded to the best candidate, row by row. Without `crop` the only local tile equals the
     global view. Each view is resized (bicubic) from the original and centred on `pad_colour`.
     """
-    square = (tile_size, tile_size)
-    canvas = select_best_resolution(image.size, candidates) if crop else square
+    canvas = select_best_resolution(image.size, candidates) if crop else (tile_size, tile_size)
     cols, rows = canvas[0] // tile_size, canvas[1] // tile_size
-    global_view, local_view = (np.asarray(ImageOps.pad(image, view, color=pad_colour)) for view in (square, canvas))
+    global_view = pad_image(image, (tile_size, tile_size), pad_colour)
+    local_view = pad_image(image, canvas, pad_colour)
     local = local_view.reshape(rows, tile_size, cols, tile_size, 3).swapaxes(1, 2)
     return np.concatenate([global_view[None], local.reshape(-1, tile_size, tile_size, 3)]), (cols, rows)
+
+
+def pad_image(image: Image.Image, size: tuple[int, int], pad_colour: tuple[int, int, int]) -> np.ndarray:
+    """An RGB image resized (bicubic) to fit into (width, height) and centred on `pad_colour`: u8[height, width, 3]."""
+    return np.asarray(ImageOps.pad(image, size, color=pad_colour))
 
 
 def _to_rgb(image: Image.Image, name: str, exif_orientation: bool, rescale_16bit: bool, max_pixels: int) -> Image.Image:

@@ -54,6 +54,9 @@ class DeepSeekVL2(nn.Module):
     def adapt_patches(self, x_npw: jax.Array) -> jax.Array:
         return self.projector(self.vision.final_norm(x_npw))
 
+    def pool_patches(self, x_npw: jax.Array) -> jax.Array:
+        return self.vision.pool(self.vision.final_norm(x_npw))
+
     def merge(self, ids: jax.Array, image_index: jax.Array, features: jax.Array) -> jax.Array:
         """Text embeddings and image rows by one gather (DESIGN §4.7); see the function `merge`."""
         text = self.language.embed(ids)
@@ -148,6 +151,11 @@ def embed_patches(params: Params, config: Config, tiles: jax.Array, mean: ArrayL
 def adapt_patches(params: Params, config: Config, x_npw: jax.Array) -> jax.Array:
     """[N, P, W] of the encoder's last block → [N, tokens per tile, D], through its final norm and the adaptor."""
     return _apply(params, config, "adapt_patches", x_npw)
+
+
+def pool_patches(params: Params, config: Config, x_npw: jax.Array) -> jax.Array:
+    """[N, P, W] of the encoder's last block → [N, W], through its final norm and SigLIP's pooling head."""
+    return _apply(params, config, "pool_patches", x_npw)
 
 
 def merge(params: Params, config: Config, ids: jax.Array, image_index: jax.Array, features: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from dsvl2_jax.config import NEWLINE_POSITION, SEPARATOR_POSITION, TEXT_POSITION, read_json_object
 from dsvl2_jax.errors import ConfigError, ConversationError, UsageError
-from dsvl2_jax.images import ImageSource, load_image, tile_image
+from dsvl2_jax.images import ImageSource, load_image, pad_image, tile_image
 from dsvl2_jax.tokenizer import ASSISTANT_TOKEN, IMAGE_TOKEN, USER_TOKEN, Tokenizer
 
 # With more images than this in a conversation, none is cut into local tiles.
@@ -235,6 +235,15 @@ class Processor:
             image_sizes=sizes,
             prompt="".join(piece.text for piece in pieces),
         )
+
+    def global_view(self, source: ImageSource) -> np.ndarray:
+        """u8[S, S, 3], the whole image in one tile: the first that `__call__` makes of it, without the others.
+
+        Raises ImageError for an image that cannot be read.
+        """
+        config, side = self.config, self.config.tile_size
+        image = load_image(source, self.apply_exif_orientation, rescale_16bit=self.rescale_16bit)
+        return pad_image(image, (side, side), config.pad_colour)
 
     def _tile(self, sources: Sequence[ImageSource]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(tiles u8[N,S,S,3], grid i32[images,2], sizes i32[images,2])."""

@@ -12,11 +12,12 @@ from dsvl2_jax.layers import linear, partitioned, precision
 from dsvl2_jax.sharding import constrain
 
 INIT_STD = 0.02
+EPSILON = 1e-6  # of the layer norms
 
 
 def layer_norm(dtype: DTypeLike, name: str | None = None) -> nn.LayerNorm:
     return nn.LayerNorm(
-        epsilon=1e-6,
+        epsilon=EPSILON,
         dtype=dtype,
         use_fast_variance=False,
         scale_init=partitioned(nn.initializers.ones, ("vision_embed",)),
@@ -26,20 +27,26 @@ def layer_norm(dtype: DTypeLike, name: str | None = None) -> nn.LayerNorm:
 
 
 class VisionAttention(nn.Module):
-    """Full attention over the patches of one tile; one product makes q, k and v."""
+    """Full attention over the patches of one tile; one product makes q, k and v.
+
+    ``seen_np``: bool[N, P], False where nothing looks; None: all are looked at. One of each row must be True.
+    """
 
     config: VisionConfig
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x_npw: jax.Array) -> jax.Array:
+    def __call__(self, x_npw: jax.Array, seen_np: jax.Array | None = None) -> jax.Array:
         cfg = self.config
         axes = ("vision_embed", None, "vision_heads", "head_dim")
         qkv = linear((3, cfg.heads, cfg.head_dim), axes, dtype=self.dtype, std=INIT_STD, bias=True, name="qkv")(x_npw)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [N, P, H, Dh]
         exact = precision(self.dtype)
         scores = jnp.einsum("nphd,nqhd->nhpq", q, k, precision=exact, preferred_element_type=jnp.float32)
-        weights = nn.softmax(scores * cfg.head_dim**-0.5, axis=-1).astype(self.dtype)
+        scores = scores * cfg.head_dim**-0.5
+        if seen_np is not None:
+            scores = jnp.where(seen_np[:, None, None], scores, -jnp.inf)
+        weights = nn.softmax(scores, axis=-1).astype(self.dtype)
         out = jnp.einsum("nhpq,nqhd->nphd", weights, v, precision=exact)
         axes = ("vision_heads", "head_dim", "vision_embed")
         return linear(cfg.width, axes, dtype=self.dtype, std=INIT_STD, contract=2, bias=True, name="proj")(out)
@@ -64,39 +71,61 @@ class VisionBlock(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x + VisionAttention(self.config, self.dtype, name="attn")(layer_norm(self.dtype, "norm1")(x))
+    def __call__(self, x: jax.Array, seen: jax.Array | None = None) -> jax.Array:
+        x = x + VisionAttention(self.config, self.dtype, name="attn")(layer_norm(self.dtype, "norm1")(x), seen)
         x = x + VisionMLP(self.config, self.dtype, name="mlp")(layer_norm(self.dtype, "norm2")(x))
         return constrain(x, "tiles", None, None)
 
 
 class AttentionPool(nn.Module):
-    """The released checkpoints carry SigLIP's pooling head, and no part of the model uses it (FACTS §2).
+    """SigLIP's pooling head: a learned query attends to the patches, then an MLP (timm's ``AttentionPoolLatent``).
 
-    Declared, so that its parameters live in the tree through convert → train → export; never computed.
+    The released checkpoints carry it, and no part of the language model uses it (FACTS §2): its parameters live in
+    the tree through convert → train → export, and only contrastive training of the encoder computes it.
     """
 
     config: VisionConfig
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self) -> None:
-        width, hidden = self.config.width, self.config.mlp_dim
+    def __call__(self, x_npw: jax.Array) -> jax.Array:
+        """[N, P, W], after the encoder's final norm → [N, W]."""
+        cfg, exact = self.config, precision(self.dtype)
+        width, hidden = cfg.width, cfg.mlp_dim
 
-        def declare(name: str, *shape: int) -> None:
-            self.param(name, partitioned(nn.initializers.normal(INIT_STD), (None,) * len(shape)), shape)
+        def declare(name: str, *shape: int) -> jax.Array:
+            init = partitioned(nn.initializers.normal(INIT_STD), (None,) * len(shape))
+            return jnp.asarray(self.param(name, init, shape), self.dtype)
 
-        declare("latent", width)
-        for name, outputs, inputs in (
-            ("q", width, width),
-            ("kv", 2 * width, width),
-            ("proj", width, width),
-            ("mlp_fc1", hidden, width),
-            ("mlp_fc2", width, hidden),
-        ):
-            declare(f"{name}_kernel", inputs, outputs)
-            declare(f"{name}_bias", outputs)
-        declare("norm_scale", width)
-        declare("norm_bias", width)
+        latent = declare("latent", width)
+        weights = {
+            name: (declare(f"{name}_kernel", inputs, outputs), declare(f"{name}_bias", outputs))
+            for name, outputs, inputs in (
+                ("q", width, width),
+                ("kv", 2 * width, width),
+                ("proj", width, width),
+                ("mlp_fc1", hidden, width),
+                ("mlp_fc2", width, hidden),
+            )
+        }
+        scale, shift = declare("norm_scale", width), declare("norm_bias", width)
+
+        def product(name: str, x: jax.Array) -> jax.Array:
+            kernel, bias = weights[name]
+            return jnp.matmul(x, kernel, precision=exact) + bias
+
+        q_hd = product("q", latent).reshape(cfg.heads, cfg.head_dim)
+        kv = product("kv", x_npw.astype(self.dtype)).reshape(*x_npw.shape[:2], 2, cfg.heads, cfg.head_dim)
+        k, v = kv[:, :, 0], kv[:, :, 1]  # [N, P, H, Dh]
+        scores = jnp.einsum("hd,nphd->nhp", q_hd, k, precision=exact, preferred_element_type=jnp.float32)
+        shares = nn.softmax(scores * cfg.head_dim**-0.5, axis=-1).astype(self.dtype)
+        pooled = jnp.einsum("nhp,nphd->nhd", shares, v, precision=exact).reshape(-1, width)
+        x = product("proj", pooled)
+        x32 = x.astype(jnp.float32)
+        centred = x32 - x32.mean(-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + EPSILON)
+        inner = nn.gelu(product("mlp_fc1", normed.astype(self.dtype) * scale + shift), approximate=True)
+        return x + product("mlp_fc2", inner)
 
 
 class VisionEncoder(nn.Module):
@@ -113,7 +142,7 @@ class VisionEncoder(nn.Module):
         self.pos_embed = self.param("pos_embed", init, (cfg.patches, cfg.width))
         self.blocks = [VisionBlock(cfg, self.dtype) for _ in range(cfg.layers)]
         self.norm = layer_norm(self.dtype)
-        self.attn_pool = AttentionPool(cfg)
+        self.attn_pool = AttentionPool(cfg, self.dtype)
 
     def embed_patches(self, tiles: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
         """u8[N, S, S, 3] → [N, P, W], what the first block takes; see `__call__`."""
@@ -132,6 +161,10 @@ class VisionEncoder(nn.Module):
     def final_norm(self, x_npw: jax.Array) -> jax.Array:
         return self.norm(x_npw)
 
+    def pool(self, x_npw: jax.Array) -> jax.Array:
+        """[N, P, W] of `final_norm` → [N, W]; see `AttentionPool`."""
+        return self.attn_pool(x_npw)
+
     def __call__(self, tiles: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
         """Encodes tiles.
 
@@ -142,9 +175,10 @@ class VisionEncoder(nn.Module):
         Returns:
           [N, P, W] with P = (S // patch)², row by row.
         """
-        if self.is_initializing():
-            self.attn_pool()
         x = self.embed_patches(tiles, mean, std)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)
+        x = self.norm(x)
+        if self.is_initializing():
+            self.attn_pool(x)
+        return x

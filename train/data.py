@@ -30,6 +30,7 @@ from dsvl2_jax.processor import Processor
 from dsvl2_jax.train import packing
 from dsvl2_jax.train.batch import TrainBatch
 from dsvl2_jax.train.packing import TOO_LONG, RowShape
+from dsvl2_jax.train.records import NO_IMAGE
 from dsvl2_jax.train.samples import Unusable, fingerprint, open_sources
 from dsvl2_jax.train.settings import DataSettings, Settings
 
@@ -41,6 +42,8 @@ _LOG = logging.getLogger(__name__)
 _SPAN = 1000
 # A run of this many samples (or twice the set) without a usable one will not get better.
 _MOST_USELESS = 10_000
+# Reasons for which samples are left out that are not broken.
+_WHOLE = TOO_LONG | {NO_IMAGE}
 _LAST_PROBLEMS = 5  # shown when the run stops
 _BUFFER = 4  # samples that a worker or thread holds ready
 _SHARED_MEMORY_FROM = 1 << 16  # bytes; smaller arrays are cheaper to copy through the pipe
@@ -101,9 +104,9 @@ def open_training(
     Raises:
       DataError: there is no source, or one has no file, no sample or no folder of images.
     """
-    data = settings.data
+    data, text_length = _reading(settings)
     sources = {name: source for name, source in data.train.items() if source.weight > 0}
-    opened = open_sources("data.train", sources, processor, data)
+    opened = open_sources("data.train", sources, processor, data, text_length)
     epochs = []
     for number, source in enumerate(opened):
         samples = grain.MapDataset.source(source)
@@ -134,12 +137,23 @@ def open_validation(
     """
     if not settings.data.validation:
         return None
-    data = settings.data
-    opened = open_sources("data.validation", data.validation, processor, data)
+    data, text_length = _reading(settings)
+    opened = open_sources("data.validation", data.validation, processor, data, text_length)
     samples = grain.MapDataset.concatenate([grain.MapDataset.source(source) for source in opened])
     usable = _Usable(samples, data, len(samples), threads=data.workers)
     sizes = {"rows": rows, "accumulation": accumulation, "shard": shard}
     return Validation(lambda: _Steps(usable, opened[0].shape, None, processor, config, **sizes))
+
+
+def _reading(settings: Settings) -> tuple[DataSettings, int | None]:
+    """How the objective reads samples: the settings of the rows, and the length of captions if it reads pairs.
+
+    A row of contrastive training is one image, in one tile, and its caption.
+    """
+    if settings.stage.objective == "language":
+        return settings.data, None
+    length = settings.contrastive.text_length
+    return dataclasses.replace(settings.data, sequence_length=length, tiles_per_sequence=1, packing=False), length
 
 
 class Pipeline(Iterator[StepData]):
@@ -256,7 +270,7 @@ class _UsableIterator(grain.DatasetIterator):
         _LOG.warning("%s: left out (%s): %s", item.name, item.reason, item.message)
         self._problems = [*self._problems[1 - _LAST_PROBLEMS :], f"{item.name}: {item.message}"]
         self._state["useless"] += 1
-        self._state["broken"] += item.reason not in TOO_LONG
+        self._state["broken"] += item.reason not in _WHOLE
 
     def _check(self) -> None:
         """Raises DataError once too many samples are broken, or none fits."""

@@ -97,10 +97,10 @@ def _through(
     return x, jax.tree.map(lambda *parts: jnp.stack(parts), *reports)
 
 
-def adapt_tiles(
+def encode_tiles(
     params: Params, config: Config, tiles: jax.Array, mean: ArrayLike, std: ArrayLike, dtype: jnp.dtype, remat: str
 ) -> jax.Array:
-    """u8[N, S, S, 3] → [N, tokens per tile, D]; ``params`` of `compute_params`. See `dsvl2_jax.model.adapt_tiles`."""
+    """u8[N, S, S, 3] → [N, P, W], after the encoder's last block; ``params`` of `compute_params`."""
 
     def apply(own: Params, x: jax.Array) -> tuple[jax.Array, None]:
         return VisionBlock(config.vision, dtype).apply({"params": own}, x), None
@@ -108,7 +108,14 @@ def adapt_tiles(
     x = model.embed_patches(params, config, tiles, mean, std)
     for run in layer_runs(config)["vision"]:
         x, _ = _through(run, params["vision"], config, apply, x, remat, dtype)
-    return model.adapt_patches(params, config, x)
+    return x
+
+
+def adapt_tiles(
+    params: Params, config: Config, tiles: jax.Array, mean: ArrayLike, std: ArrayLike, dtype: jnp.dtype, remat: str
+) -> jax.Array:
+    """u8[N, S, S, 3] → [N, tokens per tile, D]; ``params`` of `compute_params`. See `dsvl2_jax.model.adapt_tiles`."""
+    return model.adapt_patches(params, config, encode_tiles(params, config, tiles, mean, std, dtype, remat))
 
 
 def hidden_states(

@@ -6,6 +6,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from dsvl2_jax.config import TEXT_POSITION
 from dsvl2_jax.errors import ConversationError, ImageError, SampleError
 from dsvl2_jax.processor import ModelInputs, Processor, prepend_image_tags
 from dsvl2_jax.tokenizer import IMAGE_TOKEN
@@ -13,6 +16,8 @@ from dsvl2_jax.train.image_sources import ImageStore, resolve
 
 # The reasons that samples are counted under when their text fails them.
 BAD_RECORD, BAD_CONVERSATION, UNREADABLE_IMAGE = "record", "conversation", "image unreadable"
+# The reason for which a record that is whole is left out of contrastive training.
+NO_IMAGE = "no image"
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -39,7 +44,7 @@ def parse_record(record: Any, own_images: Sequence[Any] = ()) -> Record:
     """
     if not isinstance(record, Mapping):
         raise SampleError(BAD_RECORD, f"expected a JSON object, found {_kind(record)}.")
-    listed = list(own_images) or _references(record)
+    listed = list(own_images) or image_references(record)
     for key in ("messages", "conversations"):
         if record.get(key) is not None:
             return _parse_turns(record[key], key, listed, bool(own_images))
@@ -66,10 +71,57 @@ def process(record: Record, processor: Processor, store: ImageStore, mask_prompt
             return processor(prompt=record.text, images=images, inference=False)
         return processor(record.conversation, images, inference=False, mask_prompt=mask_prompt)
     except ImageError as error:
-        names = ", ".join(_short(reference) for reference in record.images)
-        raise SampleError(UNREADABLE_IMAGE, f"{error} (image: {names})") from error
+        raise _unreadable(error, record.images) from error
     except ConversationError as error:
         raise SampleError(BAD_CONVERSATION, str(error)) from error
+
+
+def process_pair(record: Record, processor: Processor, store: ImageStore, text_length: int) -> tuple[ModelInputs, bool]:
+    """The record's first image, in its global view alone, and the caption that goes with it.
+
+    The caption is the first assistant turn; of a text to learn as it is, all of it but the image tags. Its tokens end
+    in eos, and there is nothing else among ``input_ids``.
+
+    Returns:
+      The pair, and whether the caption was cut to ``text_length`` tokens.
+
+    Raises SampleError with the reason; OSError when a file cannot be read.
+    """
+    if not record.images:
+        raise SampleError(NO_IMAGE, "has no image, which contrastive training needs.")
+    if record.text is not None:
+        caption = record.text.replace(IMAGE_TOKEN, " ")
+    else:
+        answers = (turn["content"] for turn in record.conversation if turn["role"] == "assistant")
+        caption = next(answers, "")
+    tokenizer = processor.tokenizer
+    ids = tokenizer.encode(caption.strip(), special=not processor.strict_special_tokens)
+    if not ids:
+        what = "its text" if record.text is not None else "its first assistant turn"
+        raise SampleError(BAD_CONVERSATION, f"has no caption: {what} is empty or missing.")
+    truncated = len(ids) >= text_length
+    tokens = np.array([*ids[: text_length - 1], tokenizer.eos_id], np.int32)
+    try:
+        tile = processor.global_view(resolve(record.images[0], store))
+    except ImageError as error:
+        raise _unreadable(error, record.images[:1]) from error
+    return (
+        ModelInputs(
+            input_ids=tokens,
+            labels=tokens,
+            image_mask=np.zeros(len(tokens), bool),
+            image_index=np.full(len(tokens), TEXT_POSITION, np.int32),
+            tiles=tile[None],
+            tile_grid=np.zeros((1, 2), np.int32),
+            image_sizes=np.array([tile.shape[:2]], np.int32),
+            prompt=caption,
+        ),
+        truncated,
+    )
+
+
+def _unreadable(error: ImageError, images: Sequence[Any]) -> SampleError:
+    return SampleError(UNREADABLE_IMAGE, f"{error} (image: {', '.join(map(_short, images))})")
 
 
 def _parse_turns(turns: Any, key: str, listed: list[Any], own: bool) -> Record:
@@ -112,7 +164,7 @@ def _parse_turn(turn: Any, where: str) -> tuple[str, str, list[Any]]:
         raise SampleError(BAD_RECORD, f'{where}: expected "role" and "content", or "from" and "value"; found {found}.')
     if not isinstance(role, str) or role not in _ROLES:
         raise SampleError(BAD_RECORD, f"{where}: unknown role {role!r}. Known are {', '.join(_ROLES)}.")
-    images = _references(turn)
+    images = image_references(turn)
     if isinstance(content, list):
         content, part_images = _join_parts(content, where)
         images = images or part_images
@@ -139,7 +191,7 @@ def _join_parts(parts: list[Any], where: str) -> tuple[str, list[Any]]:
     return text, images
 
 
-def _references(record: Mapping[str, Any]) -> list[Any]:
+def image_references(record: Mapping[str, Any]) -> list[Any]:
     """``images`` or ``image``: one reference or a list of them."""
     value = record.get("images") or record.get("image")
     if not value:

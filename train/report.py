@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
@@ -29,6 +28,7 @@ from dsvl2_jax.train.run_log import Line, RunLog
 from dsvl2_jax.train.settings import Settings
 
 if TYPE_CHECKING:
+    from dsvl2_jax.train.contrastive_step import ContrastiveMetrics
     from dsvl2_jax.train.data import DataStats
     from dsvl2_jax.train.step import StepMetrics
 
@@ -36,6 +36,9 @@ TENSORBOARD_NAME = "tensorboard"
 
 _RECENT = 20  # steps over which speed is averaged for people
 _COUNTED = ("samples", "tokens", "tiles")
+# What an objective may report, of a step and of a validation or of a step alone.
+_MEASURES = ("loss", "text_loss", "image_loss", "accuracy")
+_OF_STEPS = ("balance_loss", "scale", "bias")
 
 
 class Report:
@@ -101,7 +104,7 @@ class Report:
                 self._live.start()
         self._log.write({"kind": kind, "step": step, "time": self._time(), **fields})
 
-    def step(self, step: int, metrics: StepMetrics, data: DataStats, seconds: float) -> None:
+    def step(self, step: int, metrics: StepMetrics | ContrastiveMetrics, data: DataStats, seconds: float) -> None:
         """Logs and shows a step.
 
         Args:
@@ -128,7 +131,7 @@ class Report:
             self._print(self._plain(line))
 
     def validation(self, step: int, **values: float) -> None:
-        """Logs and shows a validation: ``loss``, ``text_loss``, ``image_loss`` (nan where there is none), ``tokens``.
+        """Logs and shows a validation: the ``average`` of its batches' metrics (nan where there is none).
 
         Raises:
           RunError: the log cannot be written.
@@ -139,8 +142,8 @@ class Report:
         self._log.write(line)
         self._validation = line
         if self._board is not None:
-            for name in ("loss", "text_loss", "image_loss"):
-                if math.isfinite(values[name]):
+            for name in _MEASURES:
+                if math.isfinite(values.get(name, math.nan)):
                     self._board.add_scalar(f"validation/{name}", values[name], step)
         if self._live is not None:
             self._live.update(self._view())
@@ -150,7 +153,7 @@ class Report:
     def _time(self) -> float:
         return round(time.monotonic() - self._begun, 3)
 
-    def _line(self, step: int, metrics: StepMetrics, data: DataStats, seconds: float) -> Line:
+    def _line(self, step: int, metrics: StepMetrics | ContrastiveMetrics, data: DataStats, seconds: float) -> Line:
         counts = {name: getattr(data, name) for name in _COUNTED}
         # After a resume without a log, what one step took of the data is not known.
         own = None if self._counts is None else {name: counts[name] - self._counts[name] for name in _COUNTED}
@@ -160,23 +163,14 @@ class Report:
         mfu = None
         if self._flops and self._peak and own and seconds > 0:
             mfu = self._flops.step(tokens, samples, tiles) / (seconds * self._devices * self._peak)
-        load = np.asarray(metrics.load, np.float64)
-        mean = load.mean(-1) if load.size else np.zeros(0)
-        busiest = load.max(-1) if load.size else mean
-        balance = np.divide(busiest, mean, out=np.full_like(mean, np.nan), where=mean > 0)
         return {
             "kind": "step",
             "step": step,
             "time": self._time(),
-            "loss": float(metrics.loss),
-            "text_loss": float(metrics.text_loss),
-            "image_loss": float(metrics.image_loss),
-            "balance_loss": float(np.sum(metrics.balance_losses)),
-            "load_max_over_mean": [round(float(layer), 4) for layer in balance],
+            **metrics.logged(),
             "gradient_norm": float(metrics.gradient_norm),
             "learning_rate": float(self._schedule(step - 1)),
             "tokens": tokens,
-            "supervised_tokens": int(metrics.supervised_tokens),
             "tokens_per_second": tokens / seconds if seconds > 0 else None,
             "mfu": mfu,
             "samples": samples,
@@ -221,7 +215,7 @@ class Report:
             f"{rate} tokens/s" + (f", MFU {mfu}" if mfu != "–" else "") + f", {seconds} s/step",
             f"gradient norm {line['gradient_norm']:.3g}",
             f"learning rate {self._learning_rates(line)}",
-            f"max/mean load {_balance(line)}",
+            *([f"max/mean load {_balance(line)}"] if "load_max_over_mean" in line else []),
             f"tiles {_count(line['tiles'])}",
             f"padding {line['padding_share']:.1%}",
         ]
@@ -254,7 +248,10 @@ class Report:
             found = _losses(self._validation).removeprefix("loss ")
             table.add_row("validation", f"{found} at step {self._validation['step']:,}")
         table.add_row("speed", f"{rate} tokens/s, {seconds} s/step, MFU {mfu}")
-        table.add_row("max/mean load", f"{_balance(line)}, balance loss {line['balance_loss']:.3g}")
+        if "load_max_over_mean" in line:
+            table.add_row("max/mean load", f"{_balance(line)}, balance loss {line['balance_loss']:.3g}")
+        if "scale" in line:
+            table.add_row("sigmoid", f"scale {line['scale']:.4g}, bias {line['bias']:.4g}")
         table.add_row("gradient norm", f"{line['gradient_norm']:.4g}")
         table.add_row("learning rate", self._learning_rates(line))
         table.add_row(
@@ -272,10 +269,7 @@ class Report:
     def _draw(self, line: Line) -> None:
         step = line["step"]
         scalars = {
-            "train/loss": line["loss"],
-            "train/text_loss": line["text_loss"],
-            "train/image_loss": line["image_loss"],
-            "train/balance_loss": line["balance_loss"],
+            **{f"train/{name}": line[name] for name in (*_MEASURES, *_OF_STEPS) if name in line},
             "train/gradient_norm": line["gradient_norm"],
             "speed/tokens_per_second": line["tokens_per_second"],
             "speed/mfu": line["mfu"],
@@ -286,7 +280,9 @@ class Report:
             "data/tile_padding_share": line["tile_padding_share"],
         }
         scalars |= {f"learning_rate/rate_{rate:g}": rate * line["learning_rate"] for rate in self._rates}
-        scalars |= {f"load_max_over_mean/moe_{i + 1}": value for i, value in enumerate(line["load_max_over_mean"])}
+        scalars |= {
+            f"load_max_over_mean/moe_{i + 1}": value for i, value in enumerate(line.get("load_max_over_mean", ()))
+        }
         for name, value in scalars.items():
             if value is not None and math.isfinite(value):
                 self._board.add_scalar(name, value, step)
@@ -295,8 +291,8 @@ class Report:
 def _losses(line: Line) -> str:
     parts = [
         f"{name} {line[key]:.4f}"
-        for name, key in (("text", "text_loss"), ("vision-language", "image_loss"))
-        if math.isfinite(line[key])
+        for name, key in (("text", "text_loss"), ("vision-language", "image_loss"), ("accuracy", "accuracy"))
+        if math.isfinite(line.get(key, math.nan))
     ]
     return f"loss {line['loss']:.4f}" + (f" ({', '.join(parts)})" if parts else "")
 

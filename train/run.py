@@ -33,12 +33,13 @@ from dsvl2_jax.model import init_params
 from dsvl2_jax.processor import Processor
 from dsvl2_jax.sharding import make_mesh, parse_mesh
 from dsvl2_jax.train import data
+from dsvl2_jax.train.contrastive_step import ContrastiveMetrics, ContrastiveTrainer
 from dsvl2_jax.train.data import StepData
-from dsvl2_jax.train.flops import step_flops
 from dsvl2_jax.train.report import Report
 from dsvl2_jax.train.run_directory import Identity, RunDirectory, Saved, model_identity, opened
 from dsvl2_jax.train.settings import Settings, load
-from dsvl2_jax.train.step import StepMetrics, Trainer, TrainState, data_shards
+from dsvl2_jax.train.step import StepMetrics, Trainer
+from dsvl2_jax.train.trainer import BaseTrainer, TrainState, data_shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class _Pending:
     """A step that has been given to the device."""
 
     step: int
-    metrics: StepMetrics
+    metrics: StepMetrics | ContrastiveMetrics
     data: StepData
 
 
@@ -95,13 +96,14 @@ def train(config: str | Path, overrides: Sequence[str] = ()) -> None:
             run.write_settings(settings)
         else:
             run.begin(settings, checkpoint.model_files(source), identity)
-        trainer = Trainer(model, settings, processor.config.image_mean, processor.config.image_std, mesh)
+        objective = ContrastiveTrainer if settings.stage.objective == "contrastive" else Trainer
+        trainer = objective(model, settings, processor.config.image_mean, processor.config.image_std, mesh)
         options: dict[str, Any] = dataclasses.asdict(layout)
         pipeline = data.open_training(settings, processor, model, **options)
         with contextlib.closing(pipeline):
             validation = data.open_validation(settings, processor, model, **options)
             state = _start(settings, trainer, run, source, mesh, pipeline)
-            flops = step_flops(model, trainer.parameter_rules)
+            flops = trainer.flops()
             with Report(run.path, settings, devices=jax.device_count(), flops=flops) as report:
                 _Loop(settings, run, trainer, pipeline, validation, report, signals).run(state)
 
@@ -136,6 +138,12 @@ def batch_layout(settings: Settings, mesh: Mesh | None) -> Layout:
             f"batch.sequences = {batch.sequences} does not divide by batch.micro_sequences = {batch.micro_sequences} × "
             f"{shards} data shards = {at_once}. Choose a multiple of {at_once}, or another compute.mesh."
         )
+    if settings.stage.objective == "contrastive" and batch.sequences != at_once:
+        raise SettingsError(
+            f"batch.micro_sequences = {batch.micro_sequences} × {shards} data shards = {at_once}, but batch.sequences "
+            f"= {batch.sequences}. The contrastive objective compares all images of a step, without accumulation: make "
+            f"the two equal, as with batch.micro_sequences={batch.sequences // shards}."
+        )
     shard = (jax.process_index(), jax.process_count())
     return Layout(shard, batch.micro_sequences * own, batch.sequences // at_once)
 
@@ -153,7 +161,12 @@ def _open_model(settings: Settings, source: Path) -> tuple[Config, Processor]:
 
 
 def _start(
-    settings: Settings, trainer: Trainer, run: RunDirectory, source: Path, mesh: Mesh | None, pipeline: data.Pipeline
+    settings: Settings,
+    trainer: BaseTrainer,
+    run: RunDirectory,
+    source: Path,
+    mesh: Mesh | None,
+    pipeline: data.Pipeline,
 ) -> TrainState:
     """The state and the place in the data to go on from: the run's newest checkpoint, or its beginning."""
     if steps := run.steps():
@@ -179,7 +192,7 @@ class _Loop:
         self,
         settings: Settings,
         run: RunDirectory,
-        trainer: Trainer,
+        trainer: BaseTrainer,
         pipeline: data.Pipeline,
         validation: data.Validation | None,
         report: Report,
@@ -244,10 +257,9 @@ class _Loop:
         metrics = jax.device_get(pending.metrics)
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
-        finite = np.isfinite(metrics.gradient_norm) and (np.isfinite(metrics.loss) or not metrics.supervised_tokens)
         self.report.step(pending.step, metrics, pending.data.stats, seconds)
         self._settled = pending.step
-        if not finite:
+        if not metrics.finite:
             with contextlib.suppress(RunError):  # a checkpoint from before may still be on its way
                 self._note(self.directory.wait())
             steps = self.directory.steps()
@@ -263,21 +275,12 @@ class _Loop:
             )
 
     def _validate(self, state: TrainState) -> float:
-        """The loss of the held-out samples, per supervised token."""
+        """The loss of the held-out samples."""
         batches = zip(range(self.settings.validation_steps), self.validation, strict=False)
-        parts = [self.trainer.evaluate(state, samples.batch) for _, samples in batches]
-        totals = np.zeros((3, 2))  # all, text, image: sum of losses, supervised tokens
-        for part in jax.device_get(parts):
-            image = int(part.image_supervised_tokens)
-            counts = (int(part.supervised_tokens), int(part.supervised_tokens) - image, image)
-            for total, loss, count in zip(totals, (part.loss, part.text_loss, part.image_loss), counts, strict=True):
-                if count:
-                    total += float(loss) * count, count
-        loss, text_loss, image_loss = (float(total / count) if count else math.nan for total, count in totals)
-        self.report.validation(
-            self.step, loss=loss, text_loss=text_loss, image_loss=image_loss, tokens=int(totals[0, 1])
-        )
-        return loss
+        parts = jax.device_get([self.trainer.evaluate(state, samples.batch) for _, samples in batches])
+        values = self.trainer.metrics.average(parts)
+        self.report.validation(self.step, **values)
+        return values["loss"]
 
     def _save(self, state: TrainState, validation_loss: float | None) -> None:
         self._note(self.directory.wait())

@@ -15,7 +15,7 @@ from dsvl2_jax.train import packing
 from dsvl2_jax.train.data_files import DataFile, open_data_file
 from dsvl2_jax.train.image_sources import FilePool, ImageStore, expand, index_tar, open_images
 from dsvl2_jax.train.packing import RowShape
-from dsvl2_jax.train.records import parse_record, process
+from dsvl2_jax.train.records import parse_record, process, process_pair
 from dsvl2_jax.train.settings import DataSettings, Settings, SourceSettings
 
 UNREADABLE, UNEXPECTED = "file unreadable", "unexpected error"
@@ -40,10 +40,12 @@ class SampleSource:
         processor: Processor,
         data: DataSettings,
         shape: RowShape | None = None,
+        text_length: int | None = None,
     ):
         """Finds and indexes the files. Raises DataError, naming `label`, if there is no file or no sample.
 
-        `shape` is the rows' to which samples are fitted; None: they stay as they are.
+        `shape` is the rows' to which samples are fitted; None: they stay as they are. With `text_length` every sample
+        becomes an image and its caption, of so many tokens at most.
         """
         self.label = label
         self.files: list[DataFile] = [open_data_file(path) for path in expand(source.path, label)]
@@ -51,6 +53,7 @@ class SampleSource:
         if not len(self):
             raise DataError(f"{source.path}: no samples ({label}). The file is empty, or the archive has no texts.")
         self._source, self._processor, self._data, self.shape = source, processor, data, shape
+        self._text_length = text_length
         self._stores: dict[str, ImageStore] = {}
         for file in self.files:
             self._store(file)
@@ -72,9 +75,11 @@ class SampleSource:
         name = file.name(place)
         try:
             record, own_images = file.read(place, self._pool)
-            inputs = process(
-                parse_record(record, own_images), self._processor, self._store(file), self._data.mask_prompt
-            )
+            record, store = parse_record(record, own_images), self._store(file)
+            if self._text_length is not None:
+                inputs, truncated = process_pair(record, self._processor, store, self._text_length)
+                return packing.element(inputs, name, truncated=truncated)
+            inputs = process(record, self._processor, store, self._data.mask_prompt)
             truncated = False
             if self.shape is not None:
                 side = self._processor.config.tokens_per_side
@@ -99,16 +104,23 @@ class SampleSource:
 
 
 def open_sources(
-    label: str, sources: Mapping[str, SourceSettings], processor: Processor, data: DataSettings
+    label: str,
+    sources: Mapping[str, SourceSettings],
+    processor: Processor,
+    data: DataSettings,
+    text_length: int | None = None,
 ) -> list[SampleSource]:
     """The sources of ``[data.train]`` or ``[data.validation]``, fitted to rows of one shape.
 
-    Rows have room for tiles only if some source may have images. Raises DataError as `SampleSource` does, and when
-    there is no source.
+    Rows have room for tiles only if some source may have images. `text_length` is `SampleSource`'s. Raises DataError as
+    `SampleSource` does, and when there is no source.
     """
     if not sources:
         raise DataError(f"{label}: no data set to read. Add a table [{label}.NAME] with a path, and a weight above 0.")
-    opened = [SampleSource(f"{label}.{name}", source, processor, data) for name, source in sources.items()]
+    opened = [
+        SampleSource(f"{label}.{name}", source, processor, data, text_length=text_length)
+        for name, source in sources.items()
+    ]
     tiles = data.tiles_per_sequence if any(source.may_have_images for source in opened) else 0
     for source in opened:
         source.shape = RowShape(data.sequence_length, tiles, data.max_segments if data.packing else 1)

@@ -81,11 +81,22 @@ class ParameterRule:
 
 @dataclasses.dataclass(frozen=True)
 class StageSettings:
-    """``[stage]``: what is trained, and the routers' losses."""
+    """``[stage]``: what is trained and on what, and the routers' losses."""
 
     parameters: tuple[ParameterRule, ...] = ()
+    objective: str = "language"  # the next token; or contrastive: the encoder on images and their captions
     balance_loss_weight: float = 0.001  # α of the sequence-wise balance loss
     bias_update_speed: float = 0.0  # of the router's correction bias (noaux_tc), per step
+
+
+@dataclasses.dataclass(frozen=True)
+class ContrastiveSettings:
+    """``[contrastive]``: the captions' side of ``stage.objective = "contrastive"``, and its loss (SigLIP)."""
+
+    text_layers: int = 2  # blocks of the caption encoder, as wide as the image encoder's
+    text_length: int = 64  # tokens of a caption, its end included; longer ones are cut
+    initial_scale: float = 10.0  # t, which multiplies the cosines; its logarithm is learnt
+    initial_bias: float = -10.0  # b, learnt too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +150,7 @@ class Settings:
     data: DataSettings = DataSettings()
     batch: BatchSettings = BatchSettings()
     stage: StageSettings = StageSettings()
+    contrastive: ContrastiveSettings = ContrastiveSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     compute: ComputeSettings = ComputeSettings()
     run: RunSettings = RunSettings()

@@ -1,0 +1,146 @@
+"""Contrastive training of the vision encoder by SigLIP's sigmoid loss (arXiv 2303.15343): towers and loss.
+
+A step compares all its images with all its captions. The image's side is the model's encoder with its attention
+pooling head; the captions' side is a small transformer of its own, which is trained along and belongs to no model.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from dsvl2_jax import model
+from dsvl2_jax.config import Config, VisionConfig
+from dsvl2_jax.layers import linear, partitioned
+from dsvl2_jax.model import Params
+from dsvl2_jax.sharding import ambient_mesh_shape
+from dsvl2_jax.train.batch import TrainBatch
+from dsvl2_jax.train.layers import compute_params, encode_tiles
+from dsvl2_jax.train.settings import ContrastiveSettings, Settings
+from dsvl2_jax.vision import INIT_STD, VisionBlock, layer_norm
+
+# Parameters beside the model's: the captions' tower below ``text/``, and the loss's two scalars.
+TEXT, LOG_SCALE, BIAS = "text/", "log_scale", "bias"
+
+_EPSILON = 1e-12  # under the root of a feature's squared length
+
+
+class TextTower(nn.Module):
+    """Captions to features: blocks like the image encoder's, then the mean over a caption's tokens, and a linear head.
+
+    Padding is neither attended to nor averaged, so that a caption's feature does not depend on it. The mean, rather
+    than SigLIP's last position, gives every token a short way to the loss: an encoder that begins with nothing and a
+    few layers learns words from it at once.
+    """
+
+    config: VisionConfig  # of the image encoder: width, heads and MLP
+    settings: ContrastiveSettings
+    vocab_size: int
+    dtype: DTypeLike
+    remat: bool
+
+    @nn.compact
+    def __call__(self, ids_bt: jax.Array, valid_bt: jax.Array) -> jax.Array:
+        """i32[B, T] tokens, bool[B, T] False for padding at the right → [B, W]."""
+        width = self.config.width
+
+        def declare(name: str, axis: str | None, rows: int) -> jax.Array:
+            return self.param(name, partitioned(nn.initializers.normal(INIT_STD), (axis, None)), (rows, width))
+
+        tokens = declare("embed_tokens", "vocab", self.vocab_size)
+        x = jnp.take(tokens, ids_bt, axis=0) + declare("pos_embed", None, self.settings.text_length)
+        x = x.astype(self.dtype)
+        # A row without a caption sees its padding, so that its softmax is finite; the loss passes it over.
+        seen = valid_bt | ~valid_bt.any(-1, keepdims=True)
+        block = nn.remat(VisionBlock) if self.remat else VisionBlock
+        for i in range(self.settings.text_layers):
+            x = block(self.config, self.dtype, name=f"blocks_{i}")(x, seen)
+        x = layer_norm(self.dtype, "norm")(x)
+        mean = jnp.where(seen[..., None], x, 0).sum(1) / seen.sum(-1, keepdims=True)
+        axes = ("vision_embed", None)
+        return linear(width, axes, dtype=self.dtype, std=INIT_STD, bias=True, name="head")(mean.astype(self.dtype))
+
+
+def text_tower(config: Config, settings: Settings) -> TextTower:
+    compute = settings.compute
+    vocabulary = config.language.vocab_size
+    remat = compute.remat != "none"
+    return TextTower(config.vision, settings.contrastive, vocabulary, jnp.dtype(compute.dtype), remat)
+
+
+def init_auxiliary(config: Config, settings: Settings, rng: jax.Array) -> dict[str, Any]:
+    """What is trained beside the model: path → f32 array in a box with its logical axes. Jittable."""
+    ids = jnp.zeros((1, settings.contrastive.text_length), jnp.int32)
+    tower = text_tower(config, settings).init(rng, ids, ids == 0)["params"]
+
+    def is_box(_: Any, leaf: Any) -> bool:
+        return isinstance(leaf, nn.LogicallyPartitioned)
+
+    flat = flax.traverse_util.flatten_dict(tower, sep="/", is_leaf=is_box)
+    scalars = {LOG_SCALE: math.log(settings.contrastive.initial_scale), BIAS: settings.contrastive.initial_bias}
+    boxed = {name: nn.LogicallyPartitioned(jnp.float32(value), ()) for name, value in scalars.items()}
+    return {TEXT + path: leaf for path, leaf in flat.items()} | boxed
+
+
+def image_features(
+    params: Params, config: Config, batch: TrainBatch, mean: ArrayLike, std: ArrayLike, settings: Settings
+) -> jax.Array:
+    """f32[B, W] of length 1, of an accumulation step whose rows have one tile each."""
+    params, dtype = compute_params(params, settings.compute.dtype)
+    x = encode_tiles(params, config, batch.tiles, mean, std, dtype, settings.compute.remat)
+    x = model.pool_patches(params, config, x)
+    # Each data shard's tiles may end in some that pad them to the number of its devices.
+    shards = (ambient_mesh_shape() or {}).get("data", 1)
+    rows = batch.ids.shape[0]
+    return _normalised(x.reshape(shards, -1, x.shape[-1])[:, : rows // shards].reshape(rows, -1))
+
+
+def text_features(auxiliary: dict[str, jax.Array], config: Config, batch: TrainBatch, settings: Settings) -> jax.Array:
+    """f32[B, W] of length 1. ``auxiliary``: of `init_auxiliary`, unboxed."""
+    own = {path.removeprefix(TEXT): leaf for path, leaf in auxiliary.items() if path.startswith(TEXT)}
+    params = flax.traverse_util.unflatten_dict(own, sep="/")
+    tower = text_tower(config, settings)
+    return _normalised(tower.apply({"params": params}, jnp.asarray(batch.ids), jnp.asarray(batch.segments) > 0))
+
+
+def same_captions(ids_bt: jax.Array, valid_bt: jax.Array) -> jax.Array:
+    """bool[B, B], True where two captions have the same tokens."""
+    ids = jnp.where(valid_bt, ids_bt, -1)
+    return (ids[:, None] == ids[None]).all(-1)
+
+
+def sigmoid_loss(
+    x_bw: jax.Array, y_bw: jax.Array, log_scale: jax.Array, bias: jax.Array, same_bb: jax.Array, valid_b: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """SigLIP's loss of a batch, and how many images find their caption.
+
+    Args:
+      x_bw, y_bw: f32[B, W], image and caption features of length 1.
+      log_scale, bias: f32[], log t and b.
+      same_bb: bool[B, B], equal captions. Off the diagonal such a pair is neither positive nor negative.
+      valid_b: bool[B], False for rows that hold nothing.
+
+    Returns:
+      (f32[], f32[]): −Σ_ij log σ(z_ij (t·x_i·y_j + b)) over the images, with z = 1 on the diagonal and −1 elsewhere,
+      in nats an image, and the share of images whose own caption is the nearest of the batch; nan without images.
+    """
+    own = jnp.eye(x_bw.shape[0], dtype=bool)
+    counted = valid_b[:, None] & valid_b[None] & (own | ~same_bb)
+    cosines = jnp.einsum("iw,jw->ij", x_bw, y_bw, precision=jax.lax.Precision.HIGHEST)
+    logits = jnp.exp(log_scale) * cosines + bias
+    losses = -nn.log_sigmoid(jnp.where(own, logits, -logits))
+    images = valid_b.sum()
+    nearest = jnp.where(counted, cosines, -jnp.inf).argmax(-1)
+    found = (nearest == jnp.arange(len(valid_b))) & valid_b
+    return jnp.where(counted, losses, 0.0).sum() / images, found.sum() / images
+
+
+def _normalised(x: jax.Array) -> jax.Array:
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + _EPSILON)
