@@ -91,6 +91,16 @@ def sync_tree(directory: Path) -> None:
         _sync(Path(parent))
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that is there either whole or not at all."""
+    new = path.with_name(f"{path.name}.new")
+    with new.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
 @contextlib.contextmanager
 def locked(directory: Path, busy: str) -> Iterator[None]:
     """Creates ``directory`` when needed and holds its lock, which the kernel drops when the process dies.

@@ -58,6 +58,15 @@ class Generation:
     image_tokens: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """The least size of a batch before its buckets; 0: as its prompts need."""
+
+    rows: int = 0
+    length: int = 0  # tokens of a prompt
+    tiles: int = 0  # of all prompts
+
+
 def enable_compilation_cache() -> None:
     """Turns on jax's persistent compilation cache unless the user has set one (JAX_COMPILATION_CACHE_DIR)."""
     if jax.config.jax_compilation_cache_dir is None:
@@ -140,6 +149,7 @@ class Model:
         *,
         chunk_size: int | None = None,
         logprobs: bool = False,
+        at_least: Room = Room(),  # noqa: B008 (frozen)
         on_text: Callable[[int, str], None] | None = None,
         timing: Timing | None = None,
     ) -> Generation | list[Generation]:
@@ -151,6 +161,7 @@ class Model:
           sampling: one setting for all, or one per prompt.
           chunk_size: prefill so many prompt tokens at a time, to bound memory; None: the prompt whole.
           logprobs: also return each token's log-probability.
+          at_least: pad the batch to this, so that batches of several sizes run the same programs.
           on_text: called with (index of the prompt, new text) while the answers grow.
           timing: filled with the seconds of encode, prefill, decode and compile.
 
@@ -174,13 +185,13 @@ class Model:
             if value is not None and value < 1:
                 raise UsageError(f"{name}: found {value}, expected a positive whole number.")
         for prompt in prompts:
-            self._check_context(prompt)
+            self.check_context(prompt)
         timing = Timing() if timing is None else timing
         eos = self.processor.tokenizer.eos_id
         answers = [_Answer(self.processor, s, eos) for s in settings]
         with self._on_mesh():
             watched = on_text is not None
-            run = self._run(prompts, settings, max_new_tokens, chunk_size, timing, answers, watched)
+            run = self._run(prompts, settings, max_new_tokens, chunk_size, timing, answers, at_least, watched)
             for tokens, values, counts in run:
                 for i, answer in enumerate(answers):
                     new_text = answer.extend(tokens[i, : counts[i]], values[i, : counts[i]])
@@ -201,11 +212,12 @@ class Model:
         chunk_size: int | None,
         timing: Timing,
         answers: list[_Answer],
+        at_least: Room,
         watched: bool,
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yields (tokens, log-probabilities, counts) until every answer has ended."""
         config, eos = self.config, self.processor.tokenizer.eos_id
-        batch = self._batch(prompts)
+        batch = self._batch(prompts, at_least)
         rows, length = batch.ids.shape
         lengths = batch.lengths
         context = config.language.max_position_embeddings
@@ -249,7 +261,8 @@ class Model:
             logits = new if logits is None else jnp.where((here > 0)[:, None], new, logits)
         return logits, cache
 
-    def _check_context(self, prompt: ModelInputs) -> None:
+    def check_context(self, prompt: ModelInputs) -> None:
+        """Raises ConversationError when a prompt is longer than the context."""
         context, tokens = self.config.language.max_position_embeddings, len(prompt.input_ids)
         if tokens > context:
             images = int(prompt.image_mask.sum())
@@ -272,14 +285,14 @@ class Model:
             return jnp.zeros((0, self.config.tokens_per_tile, self.config.language.hidden_size), self.dtype)
         return _adapt_tiles(self.params, self.config, padded_tiles, self._mean, self._std)
 
-    def _batch(self, prompts: list[ModelInputs]) -> Batch:
+    def _batch(self, prompts: list[ModelInputs], at_least: Room = Room()) -> Batch:  # noqa: B008 (frozen)
         """Pads prompts to the buckets that programs are compiled for."""
-        tiles = sum(len(prompt.tiles) for prompt in prompts)
+        tiles = max(sum(len(prompt.tiles) for prompt in prompts), at_least.tiles)
         return collate(
             prompts,
             self.config,
-            rows=batch_bucket(len(prompts)),
-            length=length_bucket(max(len(prompt.input_ids) for prompt in prompts)),
+            rows=batch_bucket(max(len(prompts), at_least.rows)),
+            length=length_bucket(max(at_least.length, *(len(prompt.input_ids) for prompt in prompts))),
             tile_count=tile_bucket(tiles, 1 if self.mesh is None else self.mesh.size),
         )
 

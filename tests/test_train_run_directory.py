@@ -179,7 +179,7 @@ def test_a_start_cut_short_starts_anew(begun, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_directory, "_write", killed)
+        patch.setattr(run_directory, "write_text", killed)
         with pytest.raises(KeyboardInterrupt), begun():
             pass
     with begun() as run:

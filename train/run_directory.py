@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Set
@@ -26,7 +25,7 @@ from dsvl2_jax import orbax_io
 from dsvl2_jax.checkpoint import CHECKPOINTS_NAME, MODEL_NAME, PARAMS_NAME, RUN_NAME, run_steps
 from dsvl2_jax.convert import rules
 from dsvl2_jax.convert.convert import carry_files
-from dsvl2_jax.convert.staging import is_disk_full, locked
+from dsvl2_jax.convert.staging import is_disk_full, locked, write_text
 from dsvl2_jax.errors import RunError
 from dsvl2_jax.train import settings as settings_module
 from dsvl2_jax.train.settings import Settings
@@ -145,12 +144,12 @@ class RunDirectory:
         self.write_settings(settings)
         (self.path / CHECKPOINTS_NAME).mkdir(exist_ok=True)
         content = {"version": RUN_VERSION, **dataclasses.asdict(identity)}
-        _write(self.path / RUN_NAME, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        write_text(self.path / RUN_NAME, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     def write_settings(self, settings: Settings) -> None:
         """Keeps the settings that are in force now."""
         if _primary():
-            _write(self.path / CONFIG_NAME, settings_module.to_toml(settings))
+            write_text(self.path / CONFIG_NAME, settings_module.to_toml(settings))
 
     def check(self, settings: Settings, identity: Identity) -> None:
         """Refuses to go on with another run than the one that began here.
@@ -340,13 +339,3 @@ def _changes(before: Mapping[str, str], now: Mapping[str, str], prefix: str) -> 
 
 def _primary() -> bool:
     return jax.process_index() == 0
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a file that is there either whole or not at all."""
-    new = path.with_name(f"{path.name}.new")
-    with new.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
