@@ -15,6 +15,7 @@ from dsvl2_jax.errors import DSVL2Error, UsageError
 
 Checkpoint = Positional[str | None]
 Dtype = Literal["float32", "bfloat16"]
+Metric = Literal["exact", "contains", "anls", "relaxed", "vqa", "choice", "iou", "facts"]
 Overrides = Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="[KEY=VALUE ...]")]]
 Images = Annotated[tuple[tuple[Path, ...], ...], UseAppendAction]
 
@@ -231,6 +232,63 @@ def data(
         )
 
 
+def evaluate(
+    files: Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="[CKPT] DATA.jsonl")]],
+    *,
+    metric: Metric | None = None,
+    images: str = "",
+    out: Path | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int = 128,
+    dtype: Dtype = "float32",
+    mesh: str | None = None,
+    candidates: int | None = None,
+    prompt_template: str | None = None,
+    limit: int | None = None,
+    report_samples: int = 1000,
+    json: bool = False,
+) -> None:
+    """Answer a file of questions and score the answers; docs/evaluation.md says how to run the benchmarks.
+
+    Started again with the same checkpoint, data and options it goes on where it was stopped.
+
+    Args:
+        files: checkpoint (without it, the bundled model) and a file with one question a line.
+        metric: how answers are scored, where a line does not say so itself.
+        images: folder, or tar shards (a glob ending in .tar), of the images; without it, the file's folder.
+        out: directory for results.jsonl, summary.json and report.html; without it, eval/CHECKPOINT/DATA.
+        batch_size: questions answered together.
+        max_new_tokens: most tokens of an answer.
+        dtype: in which the model computes.
+        mesh: shard over devices, e.g. data=2,tensor=2,expert=2.
+        candidates: cut images into up to so many tiles (InfoVQA: 18) instead of as the checkpoint says (9).
+        prompt_template: the prompt around {question} and {choices}; \\n is a new line.
+        limit: only the first so many questions.
+        report_samples: show so many samples of each task in report.html.
+        json: print the summary as one JSON object.
+    """
+    from dsvl2_jax.infer.evaluate import EvalOptions
+    from dsvl2_jax.infer.evaluate import evaluate as run
+
+    if len(files) not in (1, 2):
+        raise UsageError(f"eval: found {len(files)} arguments, expected [CKPT] DATA.jsonl.")
+    options = EvalOptions(
+        metric=metric,
+        images=images,
+        out=out,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        dtype=dtype,
+        mesh=mesh,
+        candidates=candidates,
+        prompt_template=prompt_template,
+        limit=limit,
+        report_samples=report_samples,
+        as_json=json,
+    )
+    run(files[0] if len(files) == 2 else None, Path(files[-1]), options)
+
+
 def plot(runs: Positional[tuple[Path, ...]], *, out: Path = Path("plot.png")) -> None:
     """Draw loss, expert balance and throughput of one or several training runs.
 
@@ -312,6 +370,7 @@ COMMANDS = {
     "train": train,
     "data": data,
     "plot": plot,
+    "eval": evaluate,
     "bench": bench,
     "doctor": doctor,
 }

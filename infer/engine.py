@@ -149,7 +149,7 @@ class Model:
         *,
         chunk_size: int | None = None,
         logprobs: bool = False,
-        at_least: Room = Room(),  # noqa: B008 (frozen)
+        at_least: Room = Room(),
         on_text: Callable[[int, str], None] | None = None,
         timing: Timing | None = None,
     ) -> Generation | list[Generation]:
@@ -285,7 +285,7 @@ class Model:
             return jnp.zeros((0, self.config.tokens_per_tile, self.config.language.hidden_size), self.dtype)
         return _adapt_tiles(self.params, self.config, padded_tiles, self._mean, self._std)
 
-    def _batch(self, prompts: list[ModelInputs], at_least: Room = Room()) -> Batch:  # noqa: B008 (frozen)
+    def _batch(self, prompts: list[ModelInputs], at_least: Room = Room()) -> Batch:
         """Pads prompts to the buckets that programs are compiled for."""
         tiles = max(sum(len(prompt.tiles) for prompt in prompts), at_least.tiles)
         return collate(
