@@ -31,7 +31,7 @@ ATTENTION_OUTPUT = "attention_output"  # its name for rematerialisation policies
 QUERY_BLOCK = 512
 
 # Shorter rows are attended to whole.
-MIN_QUARTERED = 1024
+MIN_QUARTERED = 512
 
 
 def write_cache(cache: LayerCache, new: LayerCache, positions: jax.Array) -> LayerCache:
