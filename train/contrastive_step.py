@@ -26,6 +26,7 @@ from dsvl2_jax.train.contrastive import (
     sigmoid_loss,
     text_features,
 )
+from dsvl2_jax.train.flops import StepFlops, contrastive_flops
 from dsvl2_jax.train.settings import ParameterRule, Settings
 from dsvl2_jax.train.trainer import Arrays, BaseTrainer, TrainState
 
@@ -80,8 +81,8 @@ class ContrastiveTrainer(BaseTrainer):
         rules = {path: ParameterRule(".", decay=path.endswith("/kernel")) for path in self._boxed}
         super().__init__(config, settings, mean, std, mesh, rules)
 
-    def flops(self) -> None:
-        return None
+    def flops(self) -> StepFlops:
+        return contrastive_flops(self.config, self.parameter_rules, self.settings.contrastive)
 
     def _init_optimizer(self, trained: Arrays, shardings: Any) -> Any:
         # Not the key of the model's own parameters, if these are random.

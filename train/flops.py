@@ -12,12 +12,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 
-from dsvl2_jax.config import Config
-from dsvl2_jax.train.settings import ParameterRule
+from dsvl2_jax.config import Config, VisionConfig
+from dsvl2_jax.train.settings import ContrastiveSettings, ParameterRule
 
 # Dense bf16 TFLOP/s of one jax device (FACTS §8), by a pattern for `jax.Device.device_kind`.
 _PEAKS = (
@@ -58,45 +58,86 @@ def step_flops(config: Config, rules: Mapping[str, ParameterRule]) -> StepFlops:
     Args:
       rules: path of every parameter, layers apart → its rule (`dsvl2_jax.train.stages.assign`).
     """
-    from dsvl2_jax.model import abstract_leaves
-
-    language, vision = config.language, config.vision
-    trained_places = [_place(path) for path, rule in rules.items() if rule.train]
-    first_trained = min(trained_places, default=(math.inf,))
-    trained_in = set(trained_places)
-
-    def passes(place: tuple[float, ...], *, weight: bool = False) -> int:
-        return 1 + (first_trained < place) + weight
-
-    per_token = per_patch = per_feature = 0.0
-    for keys, (shape, _) in abstract_leaves(config).items():
-        path = "/".join(keys)
-        if not _MATRIX.search(path) or path.startswith("vision/attn_pool/"):
-            continue
-        flops = 2.0 * math.prod(shape) * passes(_place(path), weight=rules[path].train)
-        if path.startswith("vision/"):
-            per_patch += flops
-        elif path.startswith("projector/"):
+    language = config.language
+    passes = _Passes(rules)
+    per_token = per_feature = 0.0
+    for path, size in _matrices(config):
+        flops = 2.0 * size * passes.of(path)
+        if path.startswith("projector/"):
             per_feature += flops
         elif "/experts/" in path:
             per_token += flops * language.num_experts_per_tok / language.n_routed_experts
-        else:
+        elif path.startswith("language/"):
             per_token += flops
-
-    def attention_passes(part: float, layers: int) -> int:
-        """Summed over the layers; scores and values have two inputs, whose gradients cost the forward's each."""
-        places = [(part, 1.0, float(i)) for i in range(layers)]
-        return sum(3 if first_trained < place or place in trained_in else 1 for place in places)
 
     heads = language.num_attention_heads
     if language.use_mla:
         widths = language.qk_nope_head_dim + language.qk_rope_head_dim + language.v_head_dim
     else:
         widths = 2 * language.head_dim
-    per_pair = 2.0 * heads * widths * attention_passes(2.0, language.num_hidden_layers)
-    vision_pair = 2.0 * 2 * vision.width * attention_passes(0.0, vision.layers)
-    per_tile = per_patch * vision.patches + vision_pair * vision.patches**2 + per_feature * config.tokens_per_tile
-    return StepFlops(per_token, per_pair, per_tile)
+    per_pair = 2.0 * heads * widths * passes.attention(2.0, language.num_hidden_layers)
+    return StepFlops(per_token, per_pair, _encoder(config, passes) + per_feature * config.tokens_per_tile)
+
+
+def contrastive_flops(config: Config, rules: Mapping[str, ParameterRule], settings: ContrastiveSettings) -> StepFlops:
+    """The counts of contrastive training: tokens are the captions', a tile is an image, with all that it has once.
+
+    The comparison of all images with all captions is left out: it is no part of the towers, and little beside them.
+    """
+    vision, passes = config.vision, _Passes(rules)
+    width, layers = vision.width, settings.text_layers
+    per_token = 2.0 * 3 * layers * (4 * width**2 + 2 * width * vision.mlp_dim)
+    # Twice, since a caption's token sees those after it too, which `StepFlops.step` does not count.
+    per_pair = 2 * (2.0 * 3 * layers * 2 * width)
+    head = "vision/attn_pool/"
+    pooled = {f"{head}{name}_kernel": size for name, size in _pooled(vision).items()}
+    per_tile = _encoder(config, passes) + sum(2.0 * size * passes.of(path) for path, size in pooled.items())
+    return StepFlops(per_token, per_pair, per_tile + 2.0 * 3 * width**2)
+
+
+def _pooled(vision: VisionConfig) -> dict[str, int]:
+    """Products of the pooling head, multiplications an image; its query is computed once a step."""
+    attention = 2 * vision.width * vision.patches  # scores and values, of one query
+    mlp = vision.width * vision.mlp_dim
+    kv = 2 * vision.width**2 * vision.patches + attention
+    return {"kv": kv, "proj": vision.width**2, "mlp_fc1": mlp, "mlp_fc2": mlp}
+
+
+class _Passes:
+    """How often a product is made: 1 forward, and 1 each for the gradients that are needed of its two inputs."""
+
+    def __init__(self, rules: Mapping[str, ParameterRule]):
+        self._rules = rules
+        self._trained = {_place(path) for path, rule in rules.items() if rule.train}
+        self._first = min(self._trained, default=(math.inf,))
+
+    def of(self, path: str) -> int:
+        """For a weight's product with its input."""
+        return 1 + (self._first < _place(path)) + self._rules[path].train
+
+    def attention(self, part: float, layers: int) -> int:
+        """Summed over the layers; scores and values have two inputs, whose gradients cost the forward's each."""
+        places = [(part, 1.0, float(i)) for i in range(layers)]
+        return sum(3 if self._first < place or place in self._trained else 1 for place in places)
+
+
+def _matrices(config: Config) -> Iterator[tuple[str, int]]:
+    """Path and size of the parameters that multiply activations, the pooling head's apart."""
+    from dsvl2_jax.model import abstract_leaves
+
+    for keys, (shape, _) in abstract_leaves(config).items():
+        path = "/".join(keys)
+        if _MATRIX.search(path) and not path.startswith("vision/attn_pool/"):
+            yield path, math.prod(shape)
+
+
+def _encoder(config: Config, passes: _Passes) -> float:
+    """FLOPs of a tile in the vision encoder."""
+    vision = config.vision
+    found = _matrices(config)
+    per_patch = sum(2.0 * size * passes.of(path) for path, size in found if path.startswith("vision/"))
+    per_pair = 2.0 * 2 * vision.width * passes.attention(0.0, vision.layers)
+    return per_patch * vision.patches + per_pair * vision.patches**2
 
 
 def peak_flops(device: jax.Device) -> float | None:

@@ -1,4 +1,5 @@
-"""``dsvl2 plot``: loss, expert balance and throughput of one or several runs, from their logs, as one PNG."""
+"""``dsvl2 plot``: loss, expert balance, retrieval accuracy and throughput of one or several runs, from their logs, as
+one PNG."""
 
 from __future__ import annotations
 
@@ -26,10 +27,16 @@ class Curves:
     steps: np.ndarray  # i64[S]
     losses: dict[str, np.ndarray]  # f64[S] by kind: loss, text_loss, image_loss
     balance: np.ndarray  # f64[S, L], load of the busiest expert over the mean, of each MoE layer
+    accuracy: np.ndarray  # f64[S], of contrastive training
     tokens_per_second: np.ndarray  # f64[S]
     mfu: np.ndarray  # f64[S]
     validation_steps: np.ndarray  # i64[V]
     validation_loss: np.ndarray  # f64[V]
+    validation_accuracy: np.ndarray  # f64[V]
+
+    @property
+    def contrastive(self) -> bool:
+        return bool(np.isfinite(self.accuracy).any())
 
 
 def plot(runs: Sequence[str | Path], out: str | Path) -> None:
@@ -82,43 +89,60 @@ def curves(directory: Path, name: str) -> Curves:
         name,
         np.array([line["step"] for line in steps]),
         {key: column(steps, key) for key in ("loss", "text_loss", "image_loss")},
-        np.array([line["load_max_over_mean"] for line in steps], np.float64),
+        np.array([line.get("load_max_over_mean", ()) for line in steps], np.float64),
+        column(steps, "accuracy"),
         speed("tokens_per_second"),
         speed("mfu"),
         np.array([line["step"] for line in validations], np.int64),
         column(validations, "loss"),
+        column(validations, "accuracy"),
     )
 
 
 def draw(runs: Sequence[Curves]) -> Any:
-    """A matplotlib figure with a panel each for loss, balance, throughput and, where known, MFU, over steps."""
+    """A matplotlib figure with panels over steps: loss, balance, accuracy, throughput and MFU, those that are known."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    several, with_mfu = len(runs) > 1, any(np.isfinite(run.mfu).any() for run in runs)
-    figure = Figure(figsize=(9, 12.5 if with_mfu else 10), layout="constrained")
+    several = len(runs) > 1
+    kinds = {"loss": True, "balance": not all(run.contrastive for run in runs)}
+    kinds["accuracy"] = any(run.contrastive for run in runs)
+    kinds |= {"speed": True, "mfu": any(np.isfinite(run.mfu).any() for run in runs)}
+    shown = [name for name, known in kinds.items() if known]
+    figure = Figure(figsize=(9, 2.5 + 2.5 * len(shown)), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(4 if with_mfu else 3, 1, sharex=True)
-    loss, balance, speed = panels[:3]
+    panels = figure.subplots(len(shown), 1, sharex=True)
+    by_name = dict(zip(shown, panels, strict=True))
     for run, colour in zip(runs, _colours(len(runs)), strict=True):
         label = run.name if several else None
-        _draw_loss(loss, run, colour, label)
-        _draw_balance(balance, run, colour, label)
-        _line(speed, run.steps, run.tokens_per_second, colour, label, robust=True)
-        if with_mfu:
-            _line(panels[3], run.steps, run.mfu, colour, label, robust=True)
-    loss.set(title="Loss" if several else f"{runs[0].name}: loss", ylabel="nats per supervised token")
-    balance.axhline(1.0, color="grey", linewidth=1, linestyle=":")
-    balance.set(title="Expert balance", ylabel="busiest expert's load over the mean\n(1 = even)")
-    balance.set_ylim(bottom=0.9)
-    speed.set(title="Throughput", ylabel="tokens per second")
-    speed.set_ylim(bottom=0, top=1.15 * _high([run.tokens_per_second for run in runs]))
-    speed.yaxis.set_major_formatter("{x:,.0f}")
-    if with_mfu:
-        panels[3].set(title="Model FLOPs utilisation", ylabel="share of the devices' bf16 peak")
-        panels[3].set_ylim(bottom=0, top=1.15 * _high([run.mfu for run in runs]))
-        panels[3].yaxis.set_major_formatter(PercentFormatter(1.0))
+        _draw_loss(by_name["loss"], run, colour, label)
+        if "balance" in by_name:
+            _draw_balance(by_name["balance"], run, colour, label)
+        if "accuracy" in by_name:
+            _line(by_name["accuracy"], run.steps, run.accuracy, colour, label or "training")
+            _draw_validation(by_name["accuracy"], run, run.validation_accuracy, colour, label)
+        _line(by_name["speed"], run.steps, run.tokens_per_second, colour, label, robust=True)
+        if "mfu" in by_name:
+            _line(by_name["mfu"], run.steps, run.mfu, colour, label, robust=True)
+    # A contrastive loss is counted in images.
+    units = [f"nats per {unit}" for unit in ("supervised token", "image") if any(_unit(run) == unit for run in runs)]
+    by_name["loss"].set(title="Loss" if several else f"{runs[0].name}: loss", ylabel=" or ".join(units))
+    if "balance" in by_name:
+        balance = by_name["balance"]
+        balance.axhline(1.0, color="grey", linewidth=1, linestyle=":")
+        balance.set(title="Expert balance", ylabel="busiest expert's load over the mean\n(1 = even)")
+        balance.set_ylim(bottom=0.9)
+    if "accuracy" in by_name:
+        by_name["accuracy"].set(title="Images that find their caption", ylabel="share of the batch", ylim=(0, 1.02))
+        by_name["accuracy"].yaxis.set_major_formatter(PercentFormatter(1.0))
+    by_name["speed"].set(title="Throughput", ylabel="tokens per second")
+    by_name["speed"].set_ylim(bottom=0, top=1.15 * _high([run.tokens_per_second for run in runs]))
+    by_name["speed"].yaxis.set_major_formatter("{x:,.0f}")
+    if "mfu" in by_name:
+        by_name["mfu"].set(title="Model FLOPs utilisation", ylabel="share of the devices' bf16 peak")
+        by_name["mfu"].set_ylim(bottom=0, top=1.15 * _high([run.mfu for run in runs]))
+        by_name["mfu"].yaxis.set_major_formatter(PercentFormatter(1.0))
     panels[-1].set_xlabel("step")
     for panel in panels:
         panel.grid(alpha=0.25)
@@ -127,9 +151,8 @@ def draw(runs: Sequence[Curves]) -> Any:
         panel.spines[["top", "right"]].set_visible(False)
         if panel.get_legend_handles_labels()[0]:
             # "best" looks at every point of every curve.
-            panel.legend(
-                frameon=False, fontsize="small", loc="upper right" if panel in (loss, balance) else "lower right"
-            )
+            falls = panel in (by_name["loss"], by_name.get("balance"))
+            panel.legend(frameon=False, fontsize="small", loc="upper right" if falls else "lower right")
     return figure
 
 
@@ -141,11 +164,19 @@ def _draw_loss(axes: Any, run: Curves, colour: str, label: str | None) -> None:
             if np.isfinite(run.losses[key]).any() and not _same(run.losses[key], run.losses["loss"]):
                 _line(axes, run.steps, run.losses[key], other, f"training, {name}")
     _line(axes, run.steps, run.losses["loss"], colour, train)
-    if len(run.validation_steps):
+    _draw_validation(axes, run, run.validation_loss, colour, label)
+
+
+def _draw_validation(axes: Any, run: Curves, values: np.ndarray, colour: str, label: str | None) -> None:
+    if np.isfinite(values).any():
         name = "validation" if label is None else f"{label}, validation"
         marker = {"marker": "o", "markersize": 4, "linestyle": "--", "linewidth": 1}
         dark = COLOURS[1] if label is None else colour
-        axes.plot(run.validation_steps, run.validation_loss, color=dark, label=name, **marker)
+        axes.plot(run.validation_steps, values, color=dark, label=name, **marker)
+
+
+def _unit(run: Curves) -> str:
+    return "image" if run.contrastive else "supervised token"
 
 
 def _draw_balance(axes: Any, run: Curves, colour: str, label: str | None) -> None:
