@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from dsvl2_jax.convert.rules import FLOAT_DTYPES, Leaf, Shape, listed
 from dsvl2_jax.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
+DIGESTS_NAME = "SHA256SUMS"  # as sha256sum writes it; where it is present, the files must agree with it
 
 # Copies between transposed arrays go this many released rows at a time: the strided side then stays
 # in the cache (1.4 GB/s instead of 1.0 for a [896, 1280] expert).
@@ -60,6 +62,7 @@ class Source:
     def __init__(self, directory: str | Path):
         """Raises CheckpointError naming the file for anything missing, truncated or inconsistent."""
         self.directory = Path(directory)
+        check_digests(self.directory)
         self.tensors: dict[str, Tensor] = {}
         index = self.directory / INDEX_NAME
         if index.is_file():
@@ -181,6 +184,33 @@ class Source:
                 f"{self.directory}: the shards are not those of {INDEX_NAME}:\n{listed(problems, indent='  ')}"
             )
         self.tensors = {name: found[name] for name in weight_map}
+
+
+def digests(directory: Path, names: Sequence[str]) -> str:
+    """The text of a ``SHA256SUMS`` for these files of a directory."""
+    lines = []
+    for name in names:
+        with (directory / name).open("rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
+    return "".join(lines)
+
+
+def check_digests(directory: Path) -> None:
+    """Raises CheckpointError when a file is not as the directory's ``SHA256SUMS``, if it has one, says."""
+    path = directory / DIGESTS_NAME
+    if not path.is_file():
+        return
+    expected = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    names = [line[66:].rstrip("\n") for line in expected]
+    missing = [name for name in names if not (directory / name).is_file()]
+    present = [name for name in names if name not in missing]
+    changed = sorted(set(digests(directory, present).splitlines(keepends=True)) - set(expected))
+    if missing or changed:
+        found = [f"{name}: missing" for name in missing] + [f"{line[66:].strip()}: changed" for line in changed]
+        raise CheckpointError(
+            f"{directory}: its files are not those that {DIGESTS_NAME} lists; get them again (or remove {DIGESTS_NAME} "
+            f"if you changed them on purpose):\n{listed(found)}"
+        )
 
 
 def single_file(directory: Path) -> Path:

@@ -160,6 +160,29 @@ def chat(
     chat_module.chat(model, system, max_new_tokens, sampling)
 
 
+def demo(
+    ckpt: Checkpoint = None,
+    *,
+    seed: int = 0,
+    out: Path = Path("out"),
+    dtype: Dtype = "float32",
+    mesh: str | None = None,
+) -> None:
+    """Draw fresh pictures, ask about them, and show the answers beside the truth.
+
+    Args:
+        ckpt: converted directory, released-layout directory, training run or hub id; without it, the bundled model.
+        seed: of pictures and questions.
+        out: folder for the pictures, and for boxes.png with the answered boxes.
+        dtype: in which the model computes.
+        mesh: shard over devices, e.g. data=2,tensor=2,expert=2.
+    """
+    from dsvl2_jax.infer import commands
+    from dsvl2_jax.infer.demo import demo as run
+
+    run(ckpt, seed=seed, out=out, options=commands.LoadOptions(dtype, mesh))
+
+
 def train(
     config: Positional[str],
     settings: Overrides = (),
@@ -367,6 +390,7 @@ COMMANDS = {
     "export": export,
     "generate": generate,
     "chat": chat,
+    "demo": demo,
     "train": train,
     "data": data,
     "plot": plot,

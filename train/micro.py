@@ -2,7 +2,7 @@
 
     python -m dsvl2_jax.train.micro start DIRECTORY     # configuration and tokenizer, from which training begins
     python -m dsvl2_jax.train.micro data DIRECTORY      # the training data of all stages
-    python -m dsvl2_jax.train.micro ship RUN DIRECTORY  # weights in the released layout in bfloat16, with digests
+    python -m dsvl2_jax.train.micro ship RUNS DIRECTORY  # what the repository ships: bfloat16, released layout
 
 `make train-micro` runs these and, between them, `dsvl2 train` with the presets ``micro-*``.
 """
@@ -19,9 +19,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from dsvl2_jax.convert.export import export
+from dsvl2_jax.convert.source import DIGESTS_NAME, digests
 from dsvl2_jax.convert.staging import write_text
 from dsvl2_jax.processor import extended_candidate_resolutions
 from dsvl2_jax.tokenizer import DEFAULT_PAD_TOKEN, PROCESSOR_TOKENS
@@ -30,7 +29,6 @@ from dsvl2_jax.train import synthetic
 SEED = 0
 VOCABULARY = 640  # rows of the embedding; the tokenizer has fewer
 LEARNT_TOKENS = 600
-DIGESTS_NAME = "SHA256SUMS"
 
 # `base` in little. The tilings are added to both files.
 CONFIG = """{
@@ -121,9 +119,9 @@ DATA: dict[str, tuple[int, dict[str, object]]] = {
     "captions": (50_000, {"mixture": "captions", "seed": 2}),
     "held-out-captions": (512, {"mixture": "captions", "seed": 2, "stream": synthetic.HELD_OUT}),
     "simple": (12_000, {"mixture": "simple", "seed": 3}),
-    "full": (80_000, {"mixture": "full", "seed": 4}),
-    "held-out-full": (500, {"mixture": "full", "seed": 4, "stream": synthetic.HELD_OUT}),
-    "instructions": (40_000, {"mixture": "full", "seed": 5}),
+    "full": (80_000, {"mixture": "full", "seed": 4, "turns": 6}),
+    "held-out-full": (500, {"mixture": "full", "seed": 4, "turns": 6, "stream": synthetic.HELD_OUT}),
+    "instructions": (40_000, {"mixture": "full", "seed": 5, "turns": 6}),
 }
 EVALUATION_SEED, EVALUATION_SAMPLES = 6, 500  # held-out stream; samples of each task
 
@@ -141,16 +139,47 @@ def evaluation(out: Path, *, seed: int = EVALUATION_SEED, samples: int = EVALUAT
     return synthetic.write(out, f"questions-{seed}-{samples}", count, seed=seed, mixture="tasks")
 
 
-def ship(run: Path, out: Path) -> None:
-    """Exports a run's newest checkpoint in bfloat16 into ``out``, with the run's log and the digests of all files."""
+STAGES = ("language", "encoder", "align", "pretrain", "sft")
+LOG_NAME = "training.jsonl"
+
+
+def ship(runs: Path, out: Path) -> None:
+    """Writes the trained model into ``out``: bfloat16, released layout, training log, digests of all its files.
+
+    Args:
+      runs: the folder of the runs of all `STAGES`; the last one's newest checkpoint is exported.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+    with tempfile.TemporaryDirectory(dir=runs) as scratch:
         made = Path(scratch, "model")
-        export(str(run), made, dtype="bfloat16")
-        for old in out.glob("*.safetensors*"):
-            old.unlink()
-        for file in made.iterdir():
-            shutil.copy(file, out / file.name)
+        export(str(runs / STAGES[-1]), made, dtype="bfloat16")
+        for old in [*out.glob("*.safetensors*"), out / DIGESTS_NAME]:
+            old.unlink(missing_ok=True)
+        for file in sorted(made.iterdir()):
+            shutil.copyfile(file, out / file.name)
+        names = sorted(file.name for file in made.iterdir())
+    write_text(out / LOG_NAME, "".join(_log(runs)))
+    write_text(out / DIGESTS_NAME, digests(out, names))
+
+
+def _log(runs: Path, every: int = 20) -> Iterator[str]:
+    """The runs' logs as one: the versions, then every 20th step of each stage, every validation and start."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow", "tokenizers")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    yield json.dumps({"kind": "versions", **versions}) + "\n"
+    kept = ("kind", "step", "time", "loss", "text_loss", "image_loss", "accuracy", "learning_rate", "tokens_per_second")
+    kept += ("samples", "load_max_over_mean", "reason")
+    for stage in STAGES:
+        with (runs / stage / "log.jsonl").open(encoding="utf-8") as file:
+            for line in file:
+                entry = json.loads(line)
+                if entry["kind"] != "step" or entry["step"] % every == 0:
+                    entry = {key: _short(entry[key]) for key in kept if entry.get(key) is not None}
+                    yield json.dumps({"stage": stage, **entry}) + "\n"
+
+
+def _short(value: object) -> object:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -167,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     job.add_argument("--seed", type=int, default=EVALUATION_SEED)
     job.add_argument("--samples", type=int, default=EVALUATION_SAMPLES, help="questions of each task")
     job = jobs.add_parser("ship", help="write a run's weights in the released layout")
-    job.add_argument("run", type=Path)
+    job.add_argument("runs", type=Path)
     job.add_argument("directory", type=Path)
     args = parser.parse_args(argv)
     if args.job == "start":
@@ -177,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.job == "questions":
         print(evaluation(args.directory, seed=args.seed, samples=args.samples))
     else:
-        ship(args.run, args.directory)
+        ship(args.runs, args.directory)
 
 
 if __name__ == "__main__":

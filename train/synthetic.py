@@ -28,7 +28,7 @@ from dsvl2_jax.tokenizer import GROUNDING_TOKEN, IMAGE_TOKEN, REF_END_TOKEN, REF
 from dsvl2_jax.train import pictures
 from dsvl2_jax.train.pictures import COLOURS, KINDS, WORDS, Bar, Boundaries, Picture
 
-TRAINING, HELD_OUT = 0, 1  # streams of random numbers
+TRAINING, HELD_OUT, DEMO = 0, 1, 2  # streams of random numbers
 ORDINALS = ("first", "second", "third")
 _APART = 0.15  # of a side: shapes whose middles are nearer are not asked to be compared
 _WHERE = {"centre": "in the centre", "left": "on the left", "right": "on the right"}
