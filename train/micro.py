@@ -121,7 +121,7 @@ DATA: dict[str, tuple[int, dict[str, object]]] = {
     "simple": (12_000, {"mixture": "simple", "seed": 3}),
     "full": (80_000, {"mixture": "full", "seed": 4, "turns": 6}),
     "held-out-full": (500, {"mixture": "full", "seed": 4, "turns": 6, "stream": synthetic.HELD_OUT}),
-    "instructions": (40_000, {"mixture": "full", "seed": 5, "turns": 6}),
+    "instructions": (44_000, {"mixture": "full", "seed": 5, "turns": 6}),
 }
 EVALUATION_SEED, EVALUATION_SAMPLES = 6, 500  # held-out stream; samples of each task
 
