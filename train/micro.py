@@ -1,30 +1,35 @@
 """The micro model: `base` in little, with its own tokenizer, trained from nothing on drawn pictures.
 
-    python -m dsvl2_jax.train.micro start DIRECTORY     # configuration and tokenizer, from which training begins
-    python -m dsvl2_jax.train.micro data DIRECTORY      # the training data of all stages
+    python -m dsvl2_jax.train.micro start DIRECTORY      # configuration and tokenizer, from which training begins
+    python -m dsvl2_jax.train.micro data DIRECTORY       # the training data of all stages
+    python -m dsvl2_jax.train.micro questions DIRECTORY  # held-out questions for `dsvl2 eval`
     python -m dsvl2_jax.train.micro ship RUNS DIRECTORY  # what the repository ships: bfloat16, released layout
+    python -m dsvl2_jax.train.micro examples DIRECTORY   # the pictures of ``configs/images``
 
-`make train-micro` runs these and, between them, `dsvl2 train` with the presets ``micro-*``.
+`make train-micro` runs these and, between them, `dsvl2 train` with the presets ``micro-*``. Needs the ``train`` extra.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.metadata
 import json
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from dsvl2_jax.convert.export import export
 from dsvl2_jax.convert.source import DIGESTS_NAME, digests
 from dsvl2_jax.convert.staging import write_text
+from dsvl2_jax.errors import CheckpointError, DSVL2Error, UsageError
 from dsvl2_jax.processor import extended_candidate_resolutions
 from dsvl2_jax.tokenizer import DEFAULT_PAD_TOKEN, PROCESSOR_TOKENS
-from dsvl2_jax.train import synthetic
+from dsvl2_jax.train import pictures, synthetic
 
 SEED = 0
 VOCABULARY = 640  # rows of the embedding; the tokenizer has fewer
@@ -56,7 +61,11 @@ PROCESSOR_CONFIG = """{
 
 
 def start(out: Path) -> None:
-    """Writes configuration and tokenizer, all that training from nothing takes from its ``model.checkpoint``."""
+    """Writes configuration and tokenizer, all that training from nothing takes from its ``model.checkpoint``.
+
+    Raises:
+      UsageError: the fonts of the pictures, whose descriptions the tokenizer learns from, are not installed.
+    """
     out.mkdir(parents=True, exist_ok=True)
     config, processor = json.loads(CONFIG), json.loads(PROCESSOR_CONFIG)
     tilings = extended_candidate_resolutions(9, config["vision_config"]["image_size"])
@@ -127,7 +136,13 @@ EVALUATION_SEED, EVALUATION_SAMPLES = 6, 500  # held-out stream; samples of each
 
 
 def data(out: Path, names: Sequence[str] = (), *, workers: int = 2) -> None:
-    """Writes the data sets of `DATA` that are not there yet (all, or the ones named)."""
+    """Writes the data sets of `DATA` that are not there yet (all, or the ones named).
+
+    Raises:
+      UsageError: there is no data set of a name, or the fonts to draw with are not installed.
+    """
+    if unknown := [name for name in names if name not in DATA]:
+        raise UsageError(f"no data set {', '.join(unknown)}; expected some of {', '.join(DATA)}.")
     for name in names or DATA:
         count, arguments = DATA[name]
         print(synthetic.write(out, name, count, workers=workers, **arguments), flush=True)  # type: ignore[arg-type]
@@ -148,7 +163,13 @@ def ship(runs: Path, out: Path) -> None:
 
     Args:
       runs: the folder of the runs of all `STAGES`; the last one's newest checkpoint is exported.
+      out: made when needed; its other files, such as a README, stay.
+
+    Raises:
+      CheckpointError: a stage has not run, or the last one has no complete checkpoint.
     """
+    if missing := [stage for stage in STAGES if not (runs / stage / "log.jsonl").is_file()]:
+        raise CheckpointError(f"{runs}: has no log.jsonl of {', '.join(missing)}; run `make train-micro` to its end.")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=runs) as scratch:
         made = Path(scratch, "model")
@@ -182,7 +203,31 @@ def _short(value: object) -> object:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def example_pictures() -> dict[str, pictures.Picture]:
+    """File name → picture of ``configs/images``: four shapes, a number of four digits, a chart of four bars.
+
+    Their random numbers are of the demo's stream, at an index that no demo reaches: no training has seen them.
+    """
+
+    def rng(seed: int) -> np.random.Generator:
+        return synthetic.rng_of(synthetic.DEMO, seed, 99)
+
+    return {
+        "shapes.png": pictures.scene(rng(21), 4, size=(244, 122)),
+        "number.png": pictures.writing(rng(19), "7063", size=(122, 96)),
+        "chart.png": pictures.chart(rng(11), 4),
+    }
+
+
+def examples(out: Path) -> None:
+    """Draws `example_pictures` into a folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, picture in example_pictures().items():
+        picture.draw().save(out / name, optimize=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one job; returns the exit status, as `dsvl2` does."""
     parser = argparse.ArgumentParser(prog="python -m dsvl2_jax.train.micro", description=__doc__.partition("\n")[0])
     jobs = parser.add_subparsers(dest="job", required=True)
     job = jobs.add_parser("start", help="write configuration and tokenizer")
@@ -198,16 +243,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     job = jobs.add_parser("ship", help="write a run's weights in the released layout")
     job.add_argument("runs", type=Path)
     job.add_argument("directory", type=Path)
+    job = jobs.add_parser("examples", help="draw the pictures of configs/images")
+    job.add_argument("directory", type=Path)
     args = parser.parse_args(argv)
-    if args.job == "start":
-        start(args.directory)
-    elif args.job == "data":
-        data(args.directory, args.names, workers=args.workers)
-    elif args.job == "questions":
-        print(evaluation(args.directory, seed=args.seed, samples=args.samples))
-    else:
-        ship(args.runs, args.directory)
+    try:
+        if args.job == "start":
+            start(args.directory)
+        elif args.job == "data":
+            data(args.directory, args.names, workers=args.workers)
+        elif args.job == "questions":
+            print(evaluation(args.directory, seed=args.seed, samples=args.samples))
+        elif args.job == "ship":
+            ship(args.runs, args.directory)
+        else:
+            examples(args.directory)
+    except DSVL2Error as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return error.exit_status
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
