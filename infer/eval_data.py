@@ -55,7 +55,7 @@ class Sample:
     def references(self) -> tuple[str, ...]:
         """The right answers as text, for people."""
         if self.metric == "iou":
-            return tuple(str([round(x, 1) for x in box]) for box in self.boxes)
+            return tuple(", ".join(f"{x:g}" for x in box) for box in self.boxes)
         return self.facts if self.metric == "facts" else self.answers
 
 

@@ -19,7 +19,7 @@ table { border-collapse: collapse; margin-bottom: 1.5rem; }
 .scroll { overflow-x: auto; }
 th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); font-weight: 400; }
 thead th { color: var(--soft); font-size: .85rem; }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
+.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .bar { position: sticky; top: 0; z-index: 2; display: flex; flex-wrap: wrap; gap: .6rem 1rem; align-items: end;
   padding: .7rem 0; background: var(--back); border-bottom: 1px solid var(--line); }
 .bar label { display: grid; font-size: .8rem; color: var(--soft); }
@@ -27,8 +27,10 @@ select, input, .bar button { font: inherit; font-size: 1rem; color: var(--text);
   padding: .3rem .6rem; border: 1px solid var(--line); border-radius: 6px; }
 .bar button:disabled { opacity: .45; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
+@media (max-width: 600px) { .bar { position: static; } }
 #count { margin: 0 0 .3rem auto; color: var(--soft); font-variant-numeric: tabular-nums; }
-#list { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: 1rem; margin-top: 1rem; }
+#list { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr));
+  gap: 1rem; margin-top: 1rem; }
 article { background: var(--card); border: 1px solid var(--line); border-top: 4px solid var(--soft); border-radius: 8px;
   padding: .8rem 1rem 1rem; min-width: 0; }
 article.right { border-top-color: var(--right); }

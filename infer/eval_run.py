@@ -17,6 +17,7 @@ from dsvl2_jax.errors import RunError
 IDENTITY_NAME, RESULTS_NAME = "run.json", "results.jsonl"
 VERSION = 1
 
+_DIGEST = 16  # hexadecimal digits, of SHA-256
 _PIECE, _PIECES = 64 << 10, 1024  # bytes, number: what is read of a large file
 
 
@@ -111,9 +112,9 @@ def _read_results(file: Path) -> dict[int, dict[str, Any]]:
 
 
 def file_digest(file: Path) -> str:
-    """SHA-256 of a file. Raises OSError."""
+    """Tells files apart. Raises OSError."""
     with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:_DIGEST]
 
 
 def checkpoint_digest(directory: Path) -> str:
@@ -134,4 +135,4 @@ def checkpoint_digest(directory: Path) -> str:
             for piece in range(min(_PIECES, -(-size // _PIECE))):
                 opened.seek(piece * _PIECE if size <= _PIECES * _PIECE else piece * (size - _PIECE) // (_PIECES - 1))
                 digest.update(opened.read(_PIECE))
-    return digest.hexdigest()
+    return digest.hexdigest()[:_DIGEST]

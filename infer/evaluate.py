@@ -115,7 +115,7 @@ def evaluate(ckpt: str | None, data: Path, options: EvalOptions) -> dict[str, An
 def checkpoint_name(directory: Path) -> str:
     """A short name of a checkpoint's directory, for people and for the results' folder."""
     directory = directory.resolve()
-    if directory.parent.name == checkpoint.CHECKPOINTS_NAME:
+    if (directory.parent.parent / checkpoint.RUN_NAME).is_file():  # a run's checkpoints/STEP
         return f"{directory.parent.parent.name}-{directory.name}"
     if directory.parent.name == "snapshots":  # the hub's cache: models--OWNER--NAME/snapshots/COMMIT
         return directory.parent.parent.name.rpartition("--")[2]
