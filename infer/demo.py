@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from dsvl2_jax.grounding import Box, draw_boxes
 from dsvl2_jax.infer import commands, metrics
 from dsvl2_jax.infer.timing import Timing
 from dsvl2_jax.processor import ModelInputs
+
+if TYPE_CHECKING:  # drawing needs more than answering does
+    from dsvl2_jax.train.synthetic import Question
 
 # Of these tasks (see `dsvl2_jax.train.synthetic.TASKS`) one question each is asked.
 ASKED = ("colour and shape", "counting", "position", "digits", "charts", "two images", "caption")
@@ -28,13 +32,16 @@ def demo(ckpt: str | None, *, seed: int, out: Path, options: commands.LoadOption
       out: folder for the pictures; ``boxes.png`` is the one with the answered boxes.
 
     Raises:
-      UsageError: the seed is negative, or the fonts to draw with are not installed.
+      UsageError: the seed is negative, ``out`` cannot be made, or the fonts to draw with are not installed.
     """
     from dsvl2_jax.train import synthetic
 
     if seed < 0:
         raise UsageError(f"--seed {seed}: expected 0 or a positive whole number.")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {out}: cannot be made ({error.strerror}); name a folder.") from None
     timing = Timing()
     with timing.phase("load"):
         model = commands.load(ckpt, options)
@@ -51,15 +58,17 @@ def demo(ckpt: str | None, *, seed: int, out: Path, options: commands.LoadOption
         inputs: ModelInputs = model.processor([turn])
         print(f"\n{' '.join(map(str, files))}\n  {question.text}\n  → ", end="", flush=True)
         answer = model.generate(inputs, 128, on_text=lambda _, text: print(text, end="", flush=True), timing=timing)
-        score, said = _judge(question, answer.text, answer.boxes)
-        print(f"\n  {'✓' if score else '✗'} {said}")
+        ok, said = _judge(question, answer.text, answer.boxes)
+        print(f"\n  {'✓' if ok else '✗'} {said}")
         tokens += len(answer.token_ids) - 1  # the first comes from prefill
-        right += bool(score)
+        right += ok
         if task == LOCATED:
             true = [Box("truth", *box) for box in question.boxes]
             draw_boxes(sample.pictures[-1].draw(), [*answer.boxes, *true]).save(out / "boxes.png")
     seconds = timing.get("decode", 0.0)
-    print(f"\n{right} of {len(ASKED) + 1} right; boxes are drawn into {out / 'boxes.png'}; --seed draws other pictures.")
+    print(
+        f"\n{right} of {len(ASKED) + 1} right; boxes are drawn into {out / 'boxes.png'}; --seed draws other pictures."
+    )
     speed = f", {tokens / seconds:.0f} tokens/s" if seconds else ""
     print(
         f"load {timing.get('load', 0.0):.1f} s, compile {timing.get('compile', 0.0):.1f} s, encode "
@@ -68,14 +77,12 @@ def demo(ckpt: str | None, *, seed: int, out: Path, options: commands.LoadOption
     )
 
 
-def _judge(question: object, text: str, boxes: list[Box]) -> tuple[float, str]:
-    """(1 for a right answer, else less; what the truth is)."""
+def _judge(question: Question, text: str, boxes: Sequence[Box]) -> tuple[bool, str]:
+    """Whether an answer is right, and what the truth is. Boxes are right from an IoU of 0.5 on."""
     if question.metric == "iou":
-        overlap = max(
-            (metrics.iou(dataclasses.astuple(box)[1:5], question.boxes[0]) for box in boxes[:1]), default=0.0
-        )
-        return float(overlap >= metrics.IOU_THRESHOLD), f"overlap with the true box: IoU {overlap:.2f}"
+        overlap = metrics.boxes_iou([(box.x1, box.y1, box.x2, box.y2) for box in boxes], question.boxes)
+        return overlap >= metrics.IOU_THRESHOLD, f"overlap with the true box: IoU {overlap:.2f}"
     if question.metric == "facts":
         score = metrics.facts(text, question.facts)
-        return float(score == 1), f"{score:.0%} of what is to see: {question.answer}"
-    return metrics.exact(text, [question.answer]), f"truth: {question.answer}"
+        return score == 1, f"{score:.0%} of what is to see: {question.answer}"
+    return metrics.exact(text, [question.answer]) == 1, f"truth: {question.answer}"
