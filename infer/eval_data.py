@@ -44,6 +44,7 @@ class Sample:
     choices: tuple[str, ...] = ()
     boxes: tuple[tuple[float, ...], ...] = ()  # x1, y1, x2, y2 in pixels of the last image
     facts: tuple[str, ...] = ()
+    group: str | None = None  # samples of one group count as one, as right as the least right of them
 
     @property
     def question(self) -> str:
@@ -158,6 +159,7 @@ class _Reader:
             choices=tuple(choices),
             boxes=_boxes(record, answers, sizes) if metric == "iou" else (),
             facts=tuple(_texts(record, "facts")),
+            group=None if record.get("group") is None else str(record["group"]),
         )
         _check_references(sample, "facts" in record)
         return sample

@@ -125,7 +125,8 @@ def checkpoint_name(directory: Path) -> str:
 def summarise(results: Iterable[Result]) -> dict[str, Any]:
     """``tasks``: per task and metric, in the order of their first sample, the number of samples and their mean score.
 
-    A task that has several metrics is one entry for each.
+    A task that has several metrics is one entry for each. Where samples have groups (the rotations of MMBench's
+    circular evaluation), a group scores what its worst sample does, and the entry has the number of groups.
     """
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
@@ -133,7 +134,13 @@ def summarise(results: Iterable[Result]) -> dict[str, Any]:
     times = collections.Counter(task for task, _ in groups)
     tasks = {}
     for (task, metric), group in groups.items():
-        entry = {"metric": metric, "samples": len(group), "score": _mean(result["score"] for result in group)}
+        worst: dict[Any, float] = {}
+        for result in group:
+            key = ("group", result["group"]) if "group" in result else ("line", result["line"])
+            worst[key] = min(worst.get(key, 1.0), result["score"])
+        entry: dict[str, Any] = {"metric": metric, "samples": len(group), "score": _mean(worst.values())}
+        if len(worst) < len(group):
+            entry["groups"] = len(worst)
         if metric == "iou":
             entry["mean_iou"] = _mean(result["iou"] for result in group)
         if unanswered := sum("error" in result for result in group):
@@ -231,6 +238,8 @@ def result_of(prepared: _Prepared, generation: engine.Generation | None) -> Resu
         "images": [reference if _is_name(reference) else "(inline)" for reference in sample.images],
         "references": list(sample.references),
     }
+    if sample.group is not None:
+        result["group"] = sample.group
     if sample.choices:
         result["choices"] = list(sample.choices)
     if generation is None:
