@@ -154,7 +154,7 @@ def evaluation(out: Path, *, seed: int = EVALUATION_SEED, samples: int = EVALUAT
     return synthetic.write(out, f"questions-{seed}-{samples}", count, seed=seed, mixture="tasks")
 
 
-STAGES = ("language", "encoder", "align", "pretrain", "sft")
+STAGES = ("language", "encoder", "recall", "align", "pretrain", "sft")
 LOG_NAME = "training.jsonl"
 
 
