@@ -53,7 +53,10 @@ def open_run(path: Path, identity: Mapping[str, Any]) -> Iterator[EvalRun]:
     """
     if path.exists() and not path.is_dir():
         raise RunError(f"{path}: is a file. Choose another --out.")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{path.parent}: cannot be made ({error.strerror}). Choose another --out.") from None
     with locked(path, f"{path}: another run is evaluating into it. Wait for it, or choose another --out."):
         _check_identity(path, {"version": VERSION, **identity})
         run = EvalRun(path, _read_results(path / RESULTS_NAME))
