@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,11 +16,13 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from dsvl2_jax.config import Config
-from dsvl2_jax.orbax_io import nest
+from dsvl2_jax.model import Params
+from dsvl2_jax.orbax_io import nest, unnest
 from dsvl2_jax.train.batch import TrainBatch
 from dsvl2_jax.train.contrastive import (
     BIAS,
     LOG_SCALE,
+    draw,
     image_features,
     init_auxiliary,
     same_captions,
@@ -84,9 +87,22 @@ class ContrastiveTrainer(BaseTrainer):
     def flops(self) -> StepFlops:
         return contrastive_flops(self.config, self.parameter_rules, self.settings.contrastive)
 
+    def begin(self, params: Params) -> Params:
+        """Draws the encoder anew if ``contrastive.fresh_encoder`` says so; the rest stays."""
+        if not self.settings.contrastive.fresh_encoder:
+            return params
+        old = {"/".join(path): leaf for path, leaf in unnest(params["vision"])}
+        shapes = {path: leaf.shape for path, leaf in old.items()}
+        shardings = {path: leaf.sharding for path, leaf in old.items()}
+        fresh = jax.jit(functools.partial(draw, shapes), out_shardings=shardings)(self._key(2))
+        return params | {"vision": nest({tuple(path.split("/")): leaf for path, leaf in fresh.items()})}
+
+    def _key(self, number: int) -> jax.Array:
+        """Not the key of the model's own parameters, if these are random."""
+        return jax.random.fold_in(jax.random.key(self.settings.run.seed), number)
+
     def _init_optimizer(self, trained: Arrays, shardings: Any) -> Any:
-        # Not the key of the model's own parameters, if these are random.
-        rng = jax.random.fold_in(jax.random.key(self.settings.run.seed), 1)
+        rng = self._key(1)
 
         def init(rng: jax.Array) -> Arrays:
             return nn.unbox(init_auxiliary(self.config, self.settings, rng))

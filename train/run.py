@@ -182,7 +182,7 @@ def _start(
         params = init_params(trainer.config, jax.random.key(settings.run.seed), mesh)
     else:
         params = checkpoint.load_params(source, trainer.config, mesh=mesh, fsdp=True)
-    return trainer.init(params)
+    return trainer.init(trainer.begin(params))
 
 
 class _Loop:

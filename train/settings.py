@@ -95,6 +95,7 @@ class ContrastiveSettings:
 
     text_layers: int = 2  # blocks of the caption encoder, as wide as the image encoder's
     text_length: int = 64  # tokens of a caption, its end included; longer ones are cut
+    fresh_encoder: bool = False  # draw the image encoder anew at the start of the run, for training from nothing
     initial_scale: float = 10.0  # t, which multiplies the cosines; its logarithm is learnt
     initial_bias: float = -10.0  # b, learnt too
 

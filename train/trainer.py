@@ -112,6 +112,10 @@ class BaseTrainer:
             rules["/".join(path)] = found.pop()
         return rules
 
+    def begin(self, params: Params) -> Params:
+        """What a run begins with, of its source's parameters."""
+        return params
+
     def init(self, params: Params) -> TrainState:
         """The state before the first step.
 
