@@ -54,6 +54,7 @@ SLOW_FILES = (
     "test_convert",
     "test_cli",
     "test_engine",
+    "test_micro",
     "test_train_step",
     "test_train_run",
     "test_train_overfit",

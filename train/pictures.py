@@ -98,7 +98,7 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Writing:
-    """A printed number or word; the box is that of its ink."""
+    """A printed number or word; the box has the height of its ink, and the width that the font gives it: a little more."""
 
     text: str
     colour: str
