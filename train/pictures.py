@@ -66,13 +66,14 @@ PLACES = (
     ("bottom left", "bottom", "bottom right"),
 )
 _PLACE_MARGIN = 0.04  # of a side: no shape's middle is nearer to a border between two places
-WORDS = tuple(
+_WORDS = (
     "apple bird boat book box bread cake cat clock cloud coat cold corn cup dog door duck egg farm fire fish flag "
     "fork frog game gold green hand hat home horse ice jam key king kite lake lamp leaf lemon lion milk moon mouse "
     "music nest night north ocean open orange paper park pear pen piano pink queen rain river road rock rose salt "
     "sand ship shoe silk snow soap song south spoon star stone sugar sun table tea tiger train tree water west wind "
-    "wolf wood wool yellow zebra".split()
+    "wolf wood wool yellow zebra"
 )
+WORDS = tuple(_WORDS.split())
 # Of the fonts that matplotlib brings; all have letters and digits.
 _FONTS = (
     "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSerif",
@@ -98,7 +99,7 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Writing:
-    """A printed number or word; the box has the height of its ink, and the width that the font gives it: a little more."""
+    """A printed number or word; the box has the height of its ink and the font's width, a little more."""
 
     text: str
     colour: str
@@ -224,7 +225,9 @@ def _draw_chart(image: Image.Image, chart: Chart) -> None:
 def _font(name: str, height: int) -> ImageFont.FreeTypeFont:
     spec = importlib.util.find_spec("matplotlib")  # found without the second that importing it takes
     if spec is None or not spec.submodule_search_locations:
-        raise UsageError("drawing pictures needs the fonts of matplotlib, which is not installed: pip install matplotlib")
+        raise UsageError(
+            "drawing pictures needs the fonts of matplotlib, which is not installed: pip install matplotlib"
+        )
     folder = Path(spec.submodule_search_locations[0], "mpl-data", "fonts", "ttf")
     return ImageFont.truetype(folder / f"{name}.ttf", height)
 
