@@ -127,10 +127,10 @@ DATA: dict[str, tuple[int, dict[str, object]]] = {
     "held-out-text": (400, {"mixture": "text", "seed": 1, "stream": synthetic.HELD_OUT}),
     "captions": (50_000, {"mixture": "captions", "seed": 2}),
     "held-out-captions": (512, {"mixture": "captions", "seed": 2, "stream": synthetic.HELD_OUT}),
-    "simple": (12_000, {"mixture": "simple", "seed": 3}),
-    "full": (80_000, {"mixture": "full", "seed": 4, "turns": 6}),
+    "simple": (24_000, {"mixture": "simple", "seed": 3, "turns": 6}),
+    "full": (44_000, {"mixture": "full", "seed": 4, "turns": 6}),
     "held-out-full": (500, {"mixture": "full", "seed": 4, "turns": 6, "stream": synthetic.HELD_OUT}),
-    "instructions": (44_000, {"mixture": "full", "seed": 5, "turns": 6}),
+    "instructions": (60_000, {"mixture": "full", "seed": 5, "turns": 6}),
 }
 EVALUATION_SEED, EVALUATION_SAMPLES = 6, 500  # held-out stream; samples of each task
 
@@ -154,7 +154,7 @@ def evaluation(out: Path, *, seed: int = EVALUATION_SEED, samples: int = EVALUAT
     return synthetic.write(out, f"questions-{seed}-{samples}", count, seed=seed, mixture="tasks")
 
 
-STAGES = ("language", "encoder", "recall", "align", "pretrain", "sft")
+STAGES = ("language", "encoder", "recall", "align", "simple", "pretrain", "sft")
 LOG_NAME = "training.jsonl"
 
 

@@ -31,6 +31,7 @@ from dsvl2_jax.train.pictures import COLOURS, KINDS, WORDS, Bar, Boundaries, Pic
 TRAINING, HELD_OUT, DEMO = 0, 1, 2  # streams of random numbers
 ORDINALS = ("first", "second", "third")
 _APART = 0.15  # of a side: shapes whose middles are nearer are not asked to be compared
+PLACES_IN_ORDER = tuple(place for row in pictures.PLACES for place in row)
 _WHERE = {"centre": "in the centre", "left": "on the left", "right": "on the right"}
 
 
@@ -75,6 +76,12 @@ def caption(picture: Picture) -> str:
 
 def grounded_caption(picture: Picture) -> str:
     return listed([format_boxes(article(s.name), [s.box], picture.size) for s in picture.shapes])
+
+
+def parts(picture: Picture) -> str:
+    """What each ninth of a picture holds, row by row."""
+    held = {place: [shape.name for shape in picture.shapes if shape.place == place] for place in PLACES_IN_ORDER}
+    return ", ".join(f"{place} {listed(names) if names else 'nothing'}" for place, names in held.items())
 
 
 def _pick(rng: np.random.Generator, items: Sequence[Any]) -> Any:
@@ -129,6 +136,7 @@ def shape_questions(picture: Picture, rng: np.random.Generator) -> Iterator[Ques
         found = any(name == s.name for s in shapes)
         yield Question("existence", f"Is there {article(name)}?", "yes" if found else "no")
     yield Question("grounded caption", f"{GROUNDING_TOKEN}Describe the image.", grounded_caption(picture))
+    yield Question("parts", "What is in each part of the image?", parts(picture))
 
 
 def _middle(box: Boundaries, axis: int) -> float:
@@ -142,6 +150,12 @@ def writing_questions(picture: Picture, rng: np.random.Generator) -> Iterator[Qu
     text = _pick(rng, (f"What {what} is written?", f"Read the {what}."))
     yield Question("digits" if what == "number" else "words", text, ink.text)
     yield Question("writing", f"What colour is the {what}?", ink.colour)
+    if what == "number":
+        last = len(ink.text) - 1
+        for place, word in ((0, "first"), (1, "second"), (2, "third"), (last, "last")):
+            if place <= last:
+                yield Question("digit", f"What is the {word} digit?", ink.text[place])
+        yield Question("digit", "How many digits are there?", str(len(ink.text)))
     yield dataclasses.replace(_grounding(f"the {what}", ink.box, picture, rng), task="writing")
 
 
@@ -237,16 +251,16 @@ def number(rng: np.random.Generator, most_places: int = 4) -> str:
     return str(int(rng.integers(10 ** (places - 1) if places > 1 else 0, 10**places)))
 
 
-def _shapes(rng: np.random.Generator, most: int = 5) -> tuple[Picture, ...]:
-    return (pictures.scene(rng, int(rng.integers(1, most + 1))),)
+def _shapes(rng: np.random.Generator, most: int = 5, tiles: int = 9) -> tuple[Picture, ...]:
+    return (pictures.scene(rng, int(rng.integers(1, most + 1)), size=pictures.picture_size(rng, tiles)),)
 
 
-def _number(rng: np.random.Generator, most_places: int = 4) -> tuple[Picture, ...]:
-    return (pictures.writing(rng, number(rng, most_places)),)
+def _number(rng: np.random.Generator, most_places: int = 4, tiles: int = 9) -> tuple[Picture, ...]:
+    return (pictures.writing(rng, number(rng, most_places), size=pictures.picture_size(rng, tiles)),)
 
 
-def _word(rng: np.random.Generator) -> tuple[Picture, ...]:
-    return (pictures.writing(rng, _pick(rng, WORDS)),)
+def _word(rng: np.random.Generator, tiles: int = 9) -> tuple[Picture, ...]:
+    return (pictures.writing(rng, _pick(rng, WORDS), size=pictures.picture_size(rng, tiles)),)
 
 
 def _chart(rng: np.random.Generator, most: int = 5) -> tuple[Picture, ...]:
@@ -272,13 +286,15 @@ MAKERS: dict[str, Callable[[np.random.Generator], tuple[Picture, ...]]] = {
     "chart": _chart,
     "pair": functools.partial(_group, count=2),
     "triple": functools.partial(_group, count=3),
-    "simple shapes": functools.partial(_shapes, most=2),
-    "simple number": functools.partial(_number, most_places=2),
-    "simple chart": functools.partial(_chart, most=2),
+    "one shape": functools.partial(_shapes, most=1, tiles=2),
+    "few shapes": functools.partial(_shapes, most=3, tiles=2),
+    "short number": functools.partial(_number, most_places=2, tiles=2),
+    "small word": functools.partial(_word, tiles=2),
+    "short chart": functools.partial(_chart, most=3),
 }
 MIXTURES: dict[str, dict[str, float]] = {
-    "simple": {"simple shapes": 0.6, "simple number": 0.16, "word": 0.1, "simple chart": 0.14},
-    "full": {"shapes": 0.42, "number": 0.16, "word": 0.06, "chart": 0.16, "pair": 0.16, "triple": 0.04},
+    "simple": {"one shape": 0.36, "few shapes": 0.24, "short number": 0.2, "small word": 0.06, "short chart": 0.14},
+    "full": {"shapes": 0.4, "number": 0.2, "word": 0.05, "chart": 0.16, "pair": 0.15, "triple": 0.04},
 }
 
 
