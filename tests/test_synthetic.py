@@ -104,6 +104,7 @@ SINGLE = (
     (r"What is the value of (.+)\?", lambda m, p: str(the_bar(m[1], p).value)),
     (r"Where is the (.+)\?", lambda m, p: the(m[1], p).place),
     (r"(How many shapes are there\?|Count the shapes\.)", lambda m, p: str(len(p.shapes))),
+    (r"How many digits are there\?", lambda m, p: str(len(p.writing.text))),
     (r"How many bars are there\?", lambda m, p: str(len(p.chart.bars))),
     (r"How many (\w+) shapes are there\?", lambda m, p: str(sum(s.colour == m[1] for s in p.shapes))),
     (r"How many (\w+) are there\?", lambda m, p: str(sum(s.kind == kind_of(m[1]) for s in p.shapes))),
@@ -112,7 +113,22 @@ SINGLE = (
     (r"Is there an? (\w+ \w+)\?", lambda m, p: "yes" if m[1] in [f"{s.colour} {s.kind}" for s in p.shapes] else "no"),
     (r"(What (number|word) is written\?|Read the (number|word)\.)", lambda m, p: p.writing.text),
     (r"Which bar is the (highest|lowest)\?", lambda m, p: extreme_bar(m[1], p)),
+    (r"What is in each part of the image\?", lambda m, p: by_part(p)),
+    (r"What is the (first|second|third|last) digit\?", lambda m, p: digit(m[1], p.writing.text)),
 )
+
+
+def by_part(picture: Picture) -> str:
+    places = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
+    held = {place: [f"{s.colour} {s.kind}" for s in picture.shapes if s.place == place] for place in places}
+    assert sum(map(len, held.values())) == len(picture.shapes)
+    said = {place: re.sub(", (?=[^,]*$)", " and ", ", ".join(names)) or "nothing" for place, names in held.items()}
+    return ", ".join(f"{place} {names}" for place, names in said.items())
+
+
+def digit(word: str, text: str) -> str:
+    assert text.isdigit()
+    return text[-1] if word == "last" else text[NUMBERS.index(word)]
 
 
 def extreme_bar(word: str, picture: Picture) -> str:
