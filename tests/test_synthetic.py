@@ -373,7 +373,6 @@ def data(tmp_path_factory) -> Path:
     return directory
 
 
-@pytest.mark.xfail(reason="questions about counts come in the order of a set, which differs between processes")
 @pytest.mark.parametrize(("mixture", "count"), [("text", 150), ("full", 70)])
 def test_files_do_not_depend_on_the_number_of_processes(tmp_path, mixture, count):
     for workers in (1, 2):

@@ -117,10 +117,10 @@ def shape_questions(picture: Picture, rng: np.random.Generator) -> Iterator[Ques
         yield _grounding(f"the {name}", shape.box, picture, rng)
     text = _pick(rng, ("How many shapes are there?", "Count the shapes."))
     yield Question("counting", text, str(len(shapes)))
-    for kind in {*kinds, str(rng.choice(list(KINDS)))}:
+    for kind in sorted({*kinds, str(rng.choice(list(KINDS)))}):
         text = f"How many {kind}{'es' if kind.endswith('s') else 's'} are there?"
         yield Question("counting", text, str(kinds[kind]))
-    for colour in {*colours, str(rng.choice(list(COLOURS)))}:
+    for colour in sorted({*colours, str(rng.choice(list(COLOURS)))}):
         yield Question("counting", f"How many {colour} shapes are there?", str(colours[colour]))
     for (a, first), (b, second) in itertools.permutations(unique, 2):
         if first is second or rng.random() < 0.5:
