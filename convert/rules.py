@@ -154,7 +154,7 @@ RULES: tuple[Rule, ...] = (
     *(Rule(f"{_BLOCK}/mlp/{fc}/kernel", f"{_VISION}.mlp.{fc}.weight", linear()) for fc in ("fc1", "fc2")),
     *(Rule(f"{_BLOCK}/mlp/{fc}/bias", f"{_VISION}.mlp.{fc}.bias", same) for fc in ("fc1", "fc2")),
     *_norm("vision/norm", "vision.norm"),
-    # The pooling head: in every checkpoint, never computed (FACTS §2)
+    # The pooling head: in every checkpoint, computed by contrastive training alone (FACTS §2)
     Rule("vision/attn_pool/latent", "vision.attn_pool.latent", leading_ones(2)),
     *(Rule(f"vision/attn_pool/{name}_kernel", f"vision.attn_pool.{t}.weight", linear()) for name, t in _POOLED),
     *(Rule(f"vision/attn_pool/{name}_bias", f"vision.attn_pool.{t}.bias", same) for name, t in _POOLED),

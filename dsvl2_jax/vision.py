@@ -94,8 +94,9 @@ class AttentionPool(nn.Module):
         width, hidden = cfg.width, cfg.mlp_dim
 
         def declare(name: str, *shape: int) -> jax.Array:
-            init = partitioned(nn.initializers.normal(INIT_STD), (None,) * len(shape))
-            return jnp.asarray(self.param(name, init, shape), self.dtype)
+            constant = {"bias": nn.initializers.zeros, "scale": nn.initializers.ones}
+            init = constant.get(name.rpartition("_")[2], nn.initializers.normal(INIT_STD))
+            return jnp.asarray(self.param(name, partitioned(init, (None,) * len(shape)), shape), self.dtype)
 
         latent = declare("latent", width)
         weights = {
