@@ -54,12 +54,12 @@ RUNS := runs/micro
 train-micro: $(TRAIN_INSTALLED)
 	test -d $(RUNS)/start || $(BIN)/python -m dsvl2_jax.train.micro start $(RUNS)/start
 	$(BIN)/python -m dsvl2_jax.train.micro data $(RUNS)/data
-	set -e; for stage in language encoder recall align simple pretrain sft; do $(TRAINING) $(BIN)/dsvl2 train micro-$$stage; done
+	set -e; for stage in language encoder align simple pretrain sft; do $(TRAINING) $(BIN)/dsvl2 train micro-$$stage; done
 	$(BIN)/python -m dsvl2_jax.train.micro ship $(RUNS) $(RUNS)/micro
 
 eval-micro: $(DEMO_INSTALLED)
 	$(BIN)/python -m dsvl2_jax.train.micro questions $(OUT)/questions --samples $(SAMPLES)
-	$(BIN)/dsvl2 eval $(CKPT) $(OUT)/questions/questions-6-$(SAMPLES).jsonl --out $(OUT)/eval-$(SAMPLES)
+	$(BIN)/dsvl2 eval $(CKPT) $(OUT)/questions/questions-6-$(SAMPLES).jsonl
 
 test: $(TEST_INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)

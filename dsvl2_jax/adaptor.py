@@ -10,8 +10,6 @@ from jax.typing import DTypeLike
 from dsvl2_jax.config import ProjectorConfig
 from dsvl2_jax.layers import linear
 
-INIT_STD = 0.02
-
 
 def pixel_shuffle(x_npw: jax.Array, ratio: int) -> jax.Array:
     """[N, P, W] → [N, ⌈√P / ratio⌉², W · ratio²], zero-padded at the bottom and right.
@@ -42,6 +40,7 @@ class Adaptor(nn.Module):
             last = i == cfg.depth - 1
             axes = (None, "adaptor_mlp") if i == 0 else ("adaptor_mlp", "embed") if last else ("adaptor_mlp", None)
             features = cfg.n_embed if last else hidden
-            x = linear(features, axes, dtype=self.dtype, std=INIT_STD, bias=True, name=f"layers_{i}")(x)
+            std = x.shape[-1] ** -0.5  # an adaptor begins with nothing even where encoder and language model do not
+            x = linear(features, axes, dtype=self.dtype, std=std, bias=True, name=f"layers_{i}")(x)
             x = x if last else nn.gelu(x, approximate=False)
         return x

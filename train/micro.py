@@ -46,7 +46,7 @@ CONFIG = """{
 "language_config": {
   "model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"], "torch_dtype": "bfloat16",
   "vocab_size": 640, "bos_token_id": 0, "eos_token_id": 1, "max_position_embeddings": 4096,
-  "hidden_size": 160, "intermediate_size": 448, "num_hidden_layers": 4, "initializer_range": 0.05,
+  "hidden_size": 160, "intermediate_size": 448, "num_hidden_layers": 4, "initializer_range": 0.08,
   "use_mla": true, "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": null, "kv_lora_rank": 64,
   "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32,
   "first_k_dense_replace": 1, "moe_intermediate_size": 96, "n_routed_experts": 8, "n_shared_experts": 2,
@@ -154,7 +154,7 @@ def evaluation(out: Path, *, seed: int = EVALUATION_SEED, samples: int = EVALUAT
     return synthetic.write(out, f"questions-{seed}-{samples}", count, seed=seed, mixture="tasks")
 
 
-STAGES = ("language", "encoder", "recall", "align", "simple", "pretrain", "sft")
+STAGES = ("language", "encoder", "align", "simple", "pretrain", "sft")
 LOG_NAME = "training.jsonl"
 
 
