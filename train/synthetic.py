@@ -293,6 +293,7 @@ MAKERS: dict[str, Callable[[np.random.Generator], tuple[Picture, ...]]] = {
     "short chart": functools.partial(_chart, most=3),
 }
 MIXTURES: dict[str, dict[str, float]] = {
+    "single": {"one shape": 1.0},
     "simple": {"one shape": 0.36, "few shapes": 0.24, "short number": 0.2, "small word": 0.06, "short chart": 0.14},
     "full": {"shapes": 0.4, "number": 0.2, "word": 0.05, "chart": 0.16, "pair": 0.15, "triple": 0.04},
 }
@@ -321,9 +322,9 @@ def sample(rng: np.random.Generator, mixture: str, turns: int = 8) -> Sample:
     return Sample(group, tuple(chosen[i] for i in rng.permutation(len(chosen))))
 
 
-def text_sample(rng: np.random.Generator, turns: int = 8) -> list[dict[str, str]]:
+def text_sample(rng: np.random.Generator, mixture: str = "full", turns: int = 8) -> list[dict[str, str]]:
     """A conversation without images, in which the first turn says in words what the pictures show."""
-    made = sample(rng, "full", turns)
+    made = sample(rng, mixture, turns)
     grounded = len(made.pictures) == 1 and made.pictures[0].shapes and made.pictures[0].writing is None
     if len(made.pictures) > 1:
         pairs = zip(ORDINALS, made.pictures, strict=False)
@@ -374,14 +375,16 @@ def rng_of(stream: int, seed: int, index: int) -> np.random.Generator:
 
 def _record(index: int, stem: str, seed: int, stream: int, mixture: str, turns: int, folder: Path) -> dict[str, Any]:
     rng = rng_of(stream, seed, index)
-    if mixture == "text":
-        return {"messages": text_sample(rng, turns)}
     made = sample(rng, mixture, turns)
     return {"images": _save(made.pictures, f"{stem}-{index:06d}", folder), "messages": made.conversation()}
 
 
+def _text_record(index: int, seed: int, stream: int, mixture: str, turns: int) -> dict[str, Any]:
+    return {"messages": text_sample(rng_of(stream, seed, index), mixture, turns)}
+
+
 def _caption_record(index: int, stem: str, seed: int, stream: int, mixture: str, folder: Path) -> dict[str, Any]:
-    """One picture with its caption, for the encoder's stage: the mixture's first picture, described."""
+    """One picture with its caption, for the encoder's stage: the first picture of a sample, described."""
     rng = rng_of(stream, seed, index)
     picture = sample(rng, mixture, 1).pictures[0]
     return {"images": _save((picture,), f"{stem}-{index:06d}", folder), "text": f"{IMAGE_TOKEN}\n{caption(picture)}"}
@@ -424,8 +427,9 @@ def write(
     """Writes ``count`` samples as ``NAME.jsonl``, with their pictures in the folder ``NAME``; returns the file.
 
     Args:
-      mixture: of `MIXTURES`; "text" for conversations without images; "captions" for single pictures, each with its
-        caption; "tasks" for the evaluation: held-out questions, one task after the other.
+      mixture: of `MIXTURES`; "text" or "text NAME" for conversations without images about that mixture (default:
+        full); "captions" or "captions NAME" for single pictures, each with its caption; "tasks" for the evaluation:
+        held-out questions, one task after the other.
       turns: most questions of a conversation.
       workers: processes; the files do not depend on it.
 
@@ -435,14 +439,16 @@ def write(
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    if mixture == "tasks":
-        make = functools.partial(_task_record, stem=name, seed=seed, folder=folder)
-    elif mixture == "captions":
-        make = functools.partial(_caption_record, stem=name, seed=seed, stream=stream, mixture="full", folder=folder)
+    form, _, of = mixture.partition(" ")
+    arguments: dict[str, Any] = {"stem": name, "seed": seed, "folder": folder}
+    if form == "tasks":
+        make = functools.partial(_task_record, **arguments)
+    elif form == "captions":
+        make = functools.partial(_caption_record, **arguments, stream=stream, mixture=of or "full")
+    elif form == "text":
+        make = functools.partial(_text_record, seed=seed, stream=stream, mixture=of or "full", turns=turns)
     else:
-        make = functools.partial(
-            _record, stem=name, seed=seed, stream=stream, mixture=mixture, turns=turns, folder=folder
-        )
+        make = functools.partial(_record, **arguments, stream=stream, mixture=mixture, turns=turns)
     new = path.with_name(f"{path.name}.new")
     with new.open("w", encoding="utf-8") as file:
         if workers > 1:
@@ -469,7 +475,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--held-out", action="store_true", help="draw from the stream that training never sees")
-    parser.add_argument("--mixture", choices=[*MIXTURES, "text", "captions", "tasks"], default="full")
+    forms = [f"{form} {name}" for form in ("text", "captions") for name in MIXTURES]
+    choices = [*MIXTURES, "text", "captions", "tasks", *forms]
+    parser.add_argument("--mixture", choices=choices, default="full", metavar="NAME", help=f"of {', '.join(choices)}")
     parser.add_argument("--turns", type=int, default=8, help="most questions of a conversation")
     parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args(argv)
