@@ -57,6 +57,24 @@ def test_several_runs_are_told_apart(tmp_path):
     assert len({line.get_color() for line in figure.axes[2].lines}) == 2
 
 
+def test_contrastive_training_shows_its_accuracy_in_place_of_experts(tmp_path):
+    (tmp_path / "encoder").mkdir()
+    lines = [
+        {"kind": "step", "step": i, "loss": 5.0 / i, "accuracy": 0.1 * i, "tokens_per_second": 9.0} for i in (1, 2, 3)
+    ]
+    lines.append({"kind": "validation", "step": 3, "loss": 2.0, "accuracy": 0.25})
+    (tmp_path / "encoder" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    encoder = curves(tmp_path / "encoder", "encoder")
+    loss, accuracy, _ = draw([encoder]).axes
+    assert loss.get_ylabel() == "nats per image" and labels(loss) == ["training", "validation"]
+    np.testing.assert_allclose(accuracy.lines[0].get_ydata(), [0.1, 0.2, 0.3])
+    np.testing.assert_allclose(accuracy.lines[1].get_ydata(), [0.25])
+    # Beside a run of the language model each has its panel.
+    loss, balance, accuracy, _ = draw([encoder, curves(make_run(tmp_path / "a"), "a")]).axes
+    assert loss.get_ylabel() == "nats per supervised token or nats per image"
+    assert labels(balance) == ["a, worst layer", "a, mean of layers"] and "a" not in labels(accuracy)
+
+
 def test_long_runs_are_smoothed():
     values = np.tile([0.0, 2.0], 400)
     assert np.abs(plot_module._running_mean(values) - 1.0).max() < 0.1

@@ -13,6 +13,7 @@ from rich.console import Console
 from dsvl2_jax.errors import RunError
 from dsvl2_jax.train import report as report_module
 from dsvl2_jax.train import run_log
+from dsvl2_jax.train.contrastive_step import ContrastiveMetrics
 from dsvl2_jax.train.data import DataStats
 from dsvl2_jax.train.flops import StepFlops
 from dsvl2_jax.train.report import Report
@@ -95,6 +96,26 @@ def test_a_layer_without_tokens_and_a_loss_that_is_not_finite(tmp_path):
     first, second = lines(tmp_path)[1:]
     assert first["load_max_over_mean"] == [None] and first["loss"] is None and "loss nan" in text.getvalue()
     assert second["load_max_over_mean"] == []  # a model without experts
+
+
+def test_contrastive_training_reports_its_accuracy_and_no_experts(tmp_path):
+    values = {"loss": 4.5, "accuracy": 0.25, "scale": 10.0, "bias": -9.5, "gradient_norm": 0.5}
+    found = ContrastiveMetrics(
+        images=np.int32(8), tokens=np.int32(100), **{name: np.float32(value) for name, value in values.items()}
+    )
+    for terminal in (False, True):
+        report, text = make_report(tmp_path, terminal=terminal)
+        with report:
+            report.event("start", 0)
+            report.step(1, found, stats(1), 0.5)
+            report.validation(1, **ContrastiveMetrics.average([found]))
+        shown = text.getvalue()
+        assert "loss 4.5000 (accuracy 0.2500)" in shown if not terminal else "scale 10, bias -9.5" in shown
+        assert "load" not in shown
+    step, validation = lines(tmp_path)[-2:]
+    assert {name: step[name] for name in values} == values and step["images"] == 8
+    assert not {"load_max_over_mean", "balance_loss", "text_loss", "supervised_tokens"} & step.keys()
+    assert (validation["loss"], validation["accuracy"], validation["images"]) == (4.5, 0.25, 8)
 
 
 def test_after_a_resume_no_step_appears_twice(tmp_path):
