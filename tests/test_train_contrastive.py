@@ -222,7 +222,8 @@ def test_a_fixed_batch_is_learnt_and_the_rest_of_the_model_keeps_every_bit(toy, 
     assert {path.split("/")[0] for path in state.optimizer["auxiliary"]} == {"text", "log_scale", "bias"}
 
 
-@pytest.mark.parametrize("sizes", [{"data": 2}, {"data": 2, "tensor": 2, "expert": 2}])
+# Three devices do not divide a data shard's four images: two padding tiles go along.
+@pytest.mark.parametrize("sizes", [{"data": 2}, {"data": 2, "tensor": 3}])
 def test_a_mesh_computes_what_one_device_does(toy, one_device, sizes):
     mesh = make_mesh(**sizes, devices=jax.devices()[: math.prod(sizes.values())])
     state, metrics, _, _ = stepped(trainer(toy, mesh), 3)
