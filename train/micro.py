@@ -128,9 +128,9 @@ DATA: dict[str, tuple[int, dict[str, object]]] = {
     "captions": (50_000, {"mixture": "captions", "seed": 2}),
     "held-out-captions": (512, {"mixture": "captions", "seed": 2, "stream": synthetic.HELD_OUT}),
     "simple": (24_000, {"mixture": "simple", "seed": 3, "turns": 6}),
-    "full": (44_000, {"mixture": "full", "seed": 4, "turns": 6}),
+    "full": (30_000, {"mixture": "full", "seed": 4, "turns": 6}),
     "held-out-full": (500, {"mixture": "full", "seed": 4, "turns": 6, "stream": synthetic.HELD_OUT}),
-    "instructions": (60_000, {"mixture": "full", "seed": 5, "turns": 6}),
+    "instructions": (36_000, {"mixture": "full", "seed": 5, "turns": 6}),
 }
 EVALUATION_SEED, EVALUATION_SAMPLES = 6, 500  # held-out stream; samples of each task
 

@@ -299,15 +299,28 @@ MIXTURES: dict[str, dict[str, float]] = {
 }
 
 
-def sample(rng: np.random.Generator, mixture: str, turns: int = 8) -> Sample:
-    """A conversation of up to ``turns`` questions about what a mixture of `MIXTURES` holds."""
+# The share of a mixture's conversations with a question about a box.
+BOXES = {"single": 0.2, "simple": 0.2, "full": 0.6}
+
+
+def sample(rng: np.random.Generator, mixture: str, turns: int = 8, boxes: float | None = None) -> Sample:
+    """A conversation of up to ``turns`` questions about what a mixture of `MIXTURES` holds.
+
+    ``boxes``: the share of conversations that have a question about boxes, one each; None: as many as come. The digits
+    of a box are many tokens, whose last ones nothing can foretell: they drown what the short answers teach.
+    """
     weights = MIXTURES[mixture]
     group = MAKERS[str(rng.choice(list(weights), p=np.array(list(weights.values()))))](rng)
     if len(group) > 1:
         found = comparisons(group, rng)
     else:
         found = questions(group[0], rng)
-    # Not two of the same text, and no kind of question more often than its share of the kinds.
+    if boxes is not None:
+        boxed = [question for question in found if REF_TOKEN in question.answer]
+        found = [question for question in found if REF_TOKEN not in question.answer]
+        if boxed and rng.random() < boxes:
+            found.append(_pick(rng, boxed))
+    # One question of each kind before the second of any.
     by_task: dict[str, list[Question]] = {}
     for question in found:
         by_task.setdefault(question.task, []).append(question)
@@ -374,8 +387,7 @@ def rng_of(stream: int, seed: int, index: int) -> np.random.Generator:
 
 
 def _record(index: int, stem: str, seed: int, stream: int, mixture: str, turns: int, folder: Path) -> dict[str, Any]:
-    rng = rng_of(stream, seed, index)
-    made = sample(rng, mixture, turns)
+    made = sample(rng_of(stream, seed, index), mixture, turns, BOXES.get(mixture, 1.0))
     return {"images": _save(made.pictures, f"{stem}-{index:06d}", folder), "messages": made.conversation()}
 
 
