@@ -125,8 +125,8 @@ def _write_json(path: Path, content: object) -> None:
 DATA: dict[str, tuple[int, dict[str, object]]] = {
     "text": (40_000, {"mixture": "text", "seed": 1}),
     "held-out-text": (400, {"mixture": "text", "seed": 1, "stream": synthetic.HELD_OUT}),
-    "captions": (50_000, {"mixture": "captions", "seed": 2}),
-    "held-out-captions": (512, {"mixture": "captions", "seed": 2, "stream": synthetic.HELD_OUT}),
+    "captions": (50_000, {"mixture": "captions simple", "seed": 2}),
+    "held-out-captions": (512, {"mixture": "captions simple", "seed": 2, "stream": synthetic.HELD_OUT}),
     "simple": (24_000, {"mixture": "simple", "seed": 3, "turns": 6}),
     "full": (30_000, {"mixture": "full", "seed": 4, "turns": 6}),
     "held-out-full": (500, {"mixture": "full", "seed": 4, "turns": 6, "stream": synthetic.HELD_OUT}),
