@@ -58,7 +58,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         synthetic.write(folder, f"{name}-held", 64, seed=1, mixture=mixture, turns=4, stream=synthetic.HELD_OUT)
     before = "start"
     for stage, (steps, settings) in STAGES.items():
-        sizes = ["data.workers=0", f"run.steps={steps}", f"run.validate_every={steps // 2}", "run.checkpoint_every=1000"]
+        sizes = [
+            "data.workers=0",
+            f"run.steps={steps}",
+            f"run.validate_every={steps // 2}",
+            "run.checkpoint_every=1000",
+        ]
         if stage == "encoder":
             sizes += ["batch.sequences=64", "batch.micro_sequences=64"]
         else:
@@ -66,7 +71,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if stage not in ("language", "encoder"):
             sizes += [*PICTURES, "data.tiles_per_sequence=8"]
         run(
-            "train", f"micro-{stage}", f"model.checkpoint={before}", f"run.directory={stage}", *sizes, *settings, cwd=folder
+            "train",
+            f"micro-{stage}",
+            f"model.checkpoint={before}",
+            f"run.directory={stage}",
+            *sizes,
+            *settings,
+            cwd=folder,
         )
         before = stage
     return folder
@@ -90,7 +101,9 @@ def test_answers_are_better_than_chance(trained):
         made = synthetic.sample(synthetic.rng_of(synthetic.HELD_OUT, 2, index), "single")
         (picture,) = made.pictures
         picture.draw().save(trained / f"question-{index}.png")
-        found = next(q for q in synthetic.questions(picture, synthetic.rng_of(3, 2, index)) if q.task == "colour and shape")
+        found = next(
+            q for q in synthetic.questions(picture, synthetic.rng_of(3, 2, index)) if q.task == "colour and shape"
+        )
         record = {"question": found.text, "answers": [found.answer], "images": [f"question-{index}.png"]}
         lines.append(json.dumps(record))
     (trained / "questions.jsonl").write_text("\n".join(lines))

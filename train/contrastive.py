@@ -84,15 +84,30 @@ def init_auxiliary(config: Config, settings: Settings, rng: jax.Array) -> dict[s
         return isinstance(leaf, nn.LogicallyPartitioned)
 
     flat = flax.traverse_util.flatten_dict(tower, sep="/", is_leaf=is_box)
-    drawn = draw({path: box.value.shape for path, box in flat.items()}, rng)
+    drawn = draw({path: box.value.shape for path, box in flat.items()}, None, rng)
     flat = {path: box.replace_boxed(drawn[path]) for path, box in flat.items()}
     scalars = {LOG_SCALE: math.log(settings.contrastive.initial_scale), BIAS: settings.contrastive.initial_bias}
     boxed = {name: nn.LogicallyPartitioned(jnp.float32(value), ()) for name, value in scalars.items()}
     return {TEXT + path: leaf for path, leaf in flat.items()} | boxed
 
 
-def draw(shapes: Mapping[str, tuple[int, ...]], rng: jax.Array) -> dict[str, jax.Array]:
+def _waves(side: int, width: int) -> jax.Array:
+    """f32[side², width] positions in a square grid: sines and cosines of row and column, of root mean square ½.
+
+    Near positions are alike from the first step on, so that a patch can find its neighbours; drawn at random, positions
+    are learnt long after colours are.
+    """
+    quarter = width // 4
+    place = jnp.arange(side, dtype=jnp.float32)[:, None] * (math.pi / 2) * jnp.geomspace(1.0, 1 / 16, quarter)
+    one = jnp.concatenate([jnp.sin(place), jnp.cos(place)], axis=1) * 0.5**0.5  # [side, width / 2]
+    waves = jnp.concatenate([jnp.repeat(one, side, axis=0), jnp.tile(one, (side, 1))], axis=1)
+    return jnp.pad(waves, ((0, 0), (0, width - 4 * quarter)))
+
+
+def draw(shapes: Mapping[str, tuple[int, ...]], grid: int | None, rng: jax.Array) -> dict[str, jax.Array]:
     """Fresh parameters of a tower, f32: kernels of spread 1/√inputs, embeddings and positions of 1/√W.
+
+    With ``grid``, the patches on a side of a tile, positions are waves instead (`_waves`).
 
     The models' own spread of 0.02 is for wide layers. At a width of 128 it makes every block all but invisible, and a
     tower from nothing takes three times as many steps to tell images apart (measured).
@@ -103,6 +118,8 @@ def draw(shapes: Mapping[str, tuple[int, ...]], rng: jax.Array) -> dict[str, jax
         if name.endswith("kernel"):
             inputs = 2 if path.endswith("attn/proj/kernel") else 1  # dimensions: heads, and what they are made of
             return jax.random.normal(rng, shape) * math.prod(shape[:inputs]) ** -0.5
+        if name == "pos_embed" and grid is not None:
+            return _waves(grid, shape[1])
         if name in ("embed_tokens", "pos_embed"):
             return jax.random.normal(rng, shape) * shape[-1] ** -0.5
         if name == "latent":  # a query as strong as a normalised patch

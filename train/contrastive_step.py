@@ -94,7 +94,7 @@ class ContrastiveTrainer(BaseTrainer):
         old = {"/".join(path): leaf for path, leaf in unnest(params["vision"])}
         shapes = {path: leaf.shape for path, leaf in old.items()}
         shardings = {path: leaf.sharding for path, leaf in old.items()}
-        fresh = jax.jit(functools.partial(draw, shapes), out_shardings=shardings)(self._key(2))
+        fresh = jax.jit(functools.partial(draw, shapes, self.config.vision.grid), out_shardings=shardings)(self._key(2))
         return params | {"vision": nest({tuple(path.split("/")): leaf for path, leaf in fresh.items()})}
 
     def _key(self, number: int) -> jax.Array:

@@ -184,7 +184,9 @@ def questions(picture: Picture, rng: np.random.Generator) -> list[Question]:
         return found + list(chart_questions(picture, rng))
     if picture.writing is not None:
         found += writing_questions(picture, rng)
-        colour_only = [q for q in shape_questions(picture, rng) if q.task == "colour and shape"] if picture.shapes else []
+        colour_only = (
+            [q for q in shape_questions(picture, rng) if q.task == "colour and shape"] if picture.shapes else []
+        )
         return found + colour_only
     return found + list(shape_questions(picture, rng))
 
@@ -299,6 +301,12 @@ MIXTURES: dict[str, dict[str, float]] = {
 }
 
 
+def _drawn(rng: np.random.Generator, weights: dict[str, float]) -> tuple[tuple[Picture, ...], list[Question]]:
+    """Pictures of one of some makers (name → probability), and all that can be asked about them."""
+    group = MAKERS[str(rng.choice(list(weights), p=np.array(list(weights.values()))))](rng)
+    return group, comparisons(group, rng) if len(group) > 1 else questions(group[0], rng)
+
+
 # The share of a mixture's conversations with a question about a box.
 BOXES = {"single": 0.2, "simple": 0.2, "full": 0.6}
 
@@ -309,12 +317,7 @@ def sample(rng: np.random.Generator, mixture: str, turns: int = 8, boxes: float 
     ``boxes``: the share of conversations that have a question about boxes, one each; None: as many as come. The digits
     of a box are many tokens, whose last ones nothing can foretell: they drown what the short answers teach.
     """
-    weights = MIXTURES[mixture]
-    group = MAKERS[str(rng.choice(list(weights), p=np.array(list(weights.values()))))](rng)
-    if len(group) > 1:
-        found = comparisons(group, rng)
-    else:
-        found = questions(group[0], rng)
+    group, found = _drawn(rng, MIXTURES[mixture])
     if boxes is not None:
         boxed = [question for question in found if REF_TOKEN in question.answer]
         found = [question for question in found if REF_TOKEN not in question.answer]
@@ -346,7 +349,7 @@ def text_sample(rng: np.random.Generator, mixture: str = "full", turns: int = 8)
         said = f"Image: {grounded_caption(made.pictures[0])}."
     else:
         said, grounded = f"Image: {caption(made.pictures[0])}.", False
-    asked = [q for q in made.questions if grounded or not q.boxes and q.task != "grounded caption"]
+    asked = [q for q in made.questions if grounded or (not q.boxes and q.task != "grounded caption")]
     conversation = Sample((), tuple(asked or made.questions)).conversation()
     conversation[0]["content"] = f"{said}\n{conversation[0]['content']}"
     return conversation
@@ -370,10 +373,8 @@ TASKS: dict[str, dict[str, float]] = {
 
 def task_sample(rng: np.random.Generator, task: str) -> Sample:
     """One question of a task. Counting asks for numbers from 1 to 5, totals equally often."""
-    weights = TASKS[task]
     while True:
-        group = MAKERS[str(rng.choice(list(weights), p=np.array(list(weights.values()))))](rng)
-        found = comparisons(group, rng) if len(group) > 1 else questions(group[0], rng)
+        group, found = _drawn(rng, TASKS[task])
         found = [q for q in found if q.task == task and q.answer != "0"]
         if task == "counting" and rng.random() < 0.5:
             found = [q for q in found if q.answer == str(len(group[0].shapes))]
