@@ -123,14 +123,14 @@ def _write_json(path: Path, content: object) -> None:
 
 # Name → (samples, arguments of `synthetic.write`): what the stages of ``configs/train/micro-*.toml`` read.
 DATA: dict[str, tuple[int, dict[str, object]]] = {
-    "text": (40_000, {"mixture": "text", "seed": 1}),
+    "text": (60_000, {"mixture": "text", "seed": 1}),
     "held-out-text": (400, {"mixture": "text", "seed": 1, "stream": synthetic.HELD_OUT}),
-    "captions": (50_000, {"mixture": "captions simple", "seed": 2}),
+    "captions": (100_000, {"mixture": "captions simple", "seed": 2}),
     "held-out-captions": (512, {"mixture": "captions simple", "seed": 2, "stream": synthetic.HELD_OUT}),
-    "simple": (24_000, {"mixture": "simple", "seed": 3, "turns": 6}),
-    "full": (30_000, {"mixture": "full", "seed": 4, "turns": 6}),
+    "simple": (44_000, {"mixture": "simple", "seed": 3, "turns": 6}),
+    "full": (80_000, {"mixture": "full", "seed": 4, "turns": 6}),
     "held-out-full": (500, {"mixture": "full", "seed": 4, "turns": 6, "stream": synthetic.HELD_OUT}),
-    "instructions": (36_000, {"mixture": "full", "seed": 5, "turns": 6}),
+    "instructions": (80_000, {"mixture": "full", "seed": 5, "turns": 6}),
 }
 EVALUATION_SEED, EVALUATION_SAMPLES = 6, 500  # held-out stream; samples of each task
 
