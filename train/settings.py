@@ -84,9 +84,9 @@ class StageSettings:
     """``[stage]``: what is trained and on what, and the routers' losses."""
 
     parameters: tuple[ParameterRule, ...] = ()
-    objective: str = "language"  # the next token; or contrastive: the encoder on images and their captions
     balance_loss_weight: float = 0.001  # α of the sequence-wise balance loss
     bias_update_speed: float = 0.0  # of the router's correction bias (noaux_tc), per step
+    objective: str = "language"  # the next token; or contrastive: the encoder on images and their captions
 
 
 @dataclasses.dataclass(frozen=True)
