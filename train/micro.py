@@ -123,14 +123,18 @@ def _write_json(path: Path, content: object) -> None:
 
 # Name → (samples, arguments of `synthetic.write`): what the stages of ``configs/train/micro-*.toml`` read.
 DATA: dict[str, tuple[int, dict[str, object]]] = {
-    "text": (60_000, {"mixture": "text", "seed": 1}),
+    "text": (40_000, {"mixture": "text", "seed": 1}),
     "held-out-text": (400, {"mixture": "text", "seed": 1, "stream": synthetic.HELD_OUT}),
     "captions": (100_000, {"mixture": "captions simple", "seed": 2}),
     "held-out-captions": (512, {"mixture": "captions simple", "seed": 2, "stream": synthetic.HELD_OUT}),
-    "simple": (44_000, {"mixture": "simple", "seed": 3, "turns": 6}),
-    "full": (80_000, {"mixture": "full", "seed": 4, "turns": 6}),
+    "kinds": (30_000, {"mixture": "names kind", "seed": 7}),
+    "held-out-kinds": (512, {"mixture": "names kind", "seed": 7, "stream": synthetic.HELD_OUT}),
+    "digits": (30_000, {"mixture": "names digit", "seed": 8}),
+    "held-out-digits": (512, {"mixture": "names digit", "seed": 8, "stream": synthetic.HELD_OUT}),
+    "simple": (32_000, {"mixture": "simple", "seed": 3, "turns": 6}),
+    "full": (48_000, {"mixture": "full", "seed": 4, "turns": 6}),
     "held-out-full": (500, {"mixture": "full", "seed": 4, "turns": 6, "stream": synthetic.HELD_OUT}),
-    "instructions": (80_000, {"mixture": "full", "seed": 5, "turns": 6}),
+    "instructions": (64_000, {"mixture": "full", "seed": 5, "turns": 6}),
 }
 EVALUATION_SEED, EVALUATION_SAMPLES = 6, 500  # held-out stream; samples of each task
 
@@ -154,7 +158,7 @@ def evaluation(out: Path, *, seed: int = EVALUATION_SEED, samples: int = EVALUAT
     return synthetic.write(out, f"questions-{seed}-{samples}", count, seed=seed, mixture="tasks")
 
 
-STAGES = ("language", "encoder", "align", "simple", "pretrain", "sft")
+STAGES = ("language", "encoder", "kinds", "digits", "scenes", "align", "simple", "pretrain", "sft")
 LOG_NAME = "training.jsonl"
 
 

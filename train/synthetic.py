@@ -74,6 +74,13 @@ def caption(picture: Picture) -> str:
     return f"{said[0]}: {listed(said[1:])}" if picture.chart is not None else listed(said)
 
 
+def short_caption(picture: Picture) -> str:
+    """What only a close look tells, and no colour or place: kinds of shapes, what is printed, or a chart's values."""
+    if picture.chart is not None:
+        return listed([str(bar.value) for bar in picture.chart.bars])
+    return listed(([picture.writing.text] if picture.writing else []) + [shape.kind for shape in picture.shapes])
+
+
 def grounded_caption(picture: Picture) -> str:
     return listed([format_boxes(article(s.name), [s.box], picture.size) for s in picture.shapes])
 
@@ -289,6 +296,8 @@ MAKERS: dict[str, Callable[[np.random.Generator], tuple[Picture, ...]]] = {
     "pair": functools.partial(_group, count=2),
     "triple": functools.partial(_group, count=3),
     "one shape": functools.partial(_shapes, most=1, tiles=2),
+    "large shape": functools.partial(_shapes, most=1, tiles=1),
+    "large digit": functools.partial(_number, most_places=1, tiles=1),
     "few shapes": functools.partial(_shapes, most=3, tiles=2),
     "short number": functools.partial(_number, most_places=2, tiles=2),
     "small word": functools.partial(_word, tiles=2),
@@ -296,6 +305,8 @@ MAKERS: dict[str, Callable[[np.random.Generator], tuple[Picture, ...]]] = {
 }
 MIXTURES: dict[str, dict[str, float]] = {
     "single": {"one shape": 1.0},
+    "kind": {"large shape": 1.0},
+    "digit": {"large digit": 1.0},
     "simple": {"one shape": 0.36, "few shapes": 0.24, "short number": 0.2, "small word": 0.06, "short chart": 0.14},
     "full": {"shapes": 0.4, "number": 0.2, "word": 0.05, "chart": 0.16, "pair": 0.15, "triple": 0.04},
 }
@@ -396,11 +407,18 @@ def _text_record(index: int, seed: int, stream: int, mixture: str, turns: int) -
     return {"messages": text_sample(rng_of(stream, seed, index), mixture, turns)}
 
 
-def _caption_record(index: int, stem: str, seed: int, stream: int, mixture: str, folder: Path) -> dict[str, Any]:
-    """One picture with its caption, for the encoder's stage: the first picture of a sample, described."""
+def _caption_record(
+    index: int, stem: str, seed: int, stream: int, mixture: str, folder: Path, short: float
+) -> dict[str, Any]:
+    """One picture with its caption, for the encoder's stages: the first picture of a sample, described.
+
+    ``short``: the share of short captions. Colours and places alone tell most full captions of a batch apart, so that
+    from these an encoder learns the kinds of shapes and the digits late.
+    """
     rng = rng_of(stream, seed, index)
     picture = sample(rng, mixture, 1).pictures[0]
-    return {"images": _save((picture,), f"{stem}-{index:06d}", folder), "text": f"{IMAGE_TOKEN}\n{caption(picture)}"}
+    said = short_caption(picture) if rng.random() < short else caption(picture)
+    return {"images": _save((picture,), f"{stem}-{index:06d}", folder), "text": f"{IMAGE_TOKEN}\n{said}"}
 
 
 def _task_record(index: int, stem: str, seed: int, folder: Path) -> dict[str, Any]:
@@ -441,8 +459,8 @@ def write(
 
     Args:
       mixture: of `MIXTURES`; "text" or "text NAME" for conversations without images about that mixture (default:
-        full); "captions" or "captions NAME" for single pictures, each with its caption; "tasks" for the evaluation:
-        held-out questions, one task after the other.
+        full); "captions" or "captions NAME" for single pictures, each with its caption, in full or short; "names NAME" for
+        short captions alone; "tasks" for the evaluation: held-out questions, one task after the other.
       turns: most questions of a conversation.
       workers: processes; the files do not depend on it.
 
@@ -457,7 +475,9 @@ def write(
     if form == "tasks":
         make = functools.partial(_task_record, **arguments)
     elif form == "captions":
-        make = functools.partial(_caption_record, **arguments, stream=stream, mixture=of or "full")
+        make = functools.partial(_caption_record, **arguments, stream=stream, mixture=of or "full", short=0.5)
+    elif form == "names":
+        make = functools.partial(_caption_record, **arguments, stream=stream, mixture=of or "full", short=1.0)
     elif form == "text":
         make = functools.partial(_text_record, seed=seed, stream=stream, mixture=of or "full", turns=turns)
     else:
@@ -488,8 +508,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--held-out", action="store_true", help="draw from the stream that training never sees")
-    forms = [f"{form} {name}" for form in ("text", "captions") for name in MIXTURES]
-    choices = [*MIXTURES, "text", "captions", "tasks", *forms]
+    forms = [f"{form} {name}" for form in ("text", "captions", "names") for name in MIXTURES]
+    choices = [*MIXTURES, "text", "captions", "names", "tasks", *forms]
     parser.add_argument("--mixture", choices=choices, default="full", metavar="NAME", help=f"of {', '.join(choices)}")
     parser.add_argument("--turns", type=int, default=8, help="most questions of a conversation")
     parser.add_argument("--workers", type=int, default=1)
