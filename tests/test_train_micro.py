@@ -1,4 +1,4 @@
-"""`make train-micro` in little: all kinds of its stages from nothing, on one large shape a picture, until colours are seen."""
+"""`make train-micro` in little: its stages, from nothing, on one large shape a picture, until colours are seen."""
 
 import json
 import os
@@ -29,7 +29,7 @@ QUESTION, SAMPLES, ASKED = "What colour is the shape?", 3000, 160
 
 
 def write(folder: Path, name: str, count: int, stream: int) -> None:
-    """Pictures of one large shape: conversations about its colour and a caption, the same in words, and colours as captions."""
+    """Pictures of one large shape: conversations about its colour, the same in words, and colours as captions."""
     records: dict[str, list[dict]] = {"pictures": [], "texts": [], "captions": [], "questions": []}
     for index in range(count):
         rng = synthetic.rng_of(stream, 11, index)
@@ -85,7 +85,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    (folder / "scores.json").write_text(done.stdout[done.stdout.rindex("\n{") :] if "\n{" in done.stdout else done.stdout)
+    (folder / "scores.json").write_text(done.stdout[done.stdout.rindex('{"tasks"') :])
     return folder
 
 

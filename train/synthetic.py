@@ -476,9 +476,9 @@ def write(
     """Writes ``count`` samples as ``NAME.jsonl``, with their pictures in the folder ``NAME``; returns the file.
 
     Args:
-      mixture: of `MIXTURES` or `FOCUS`; "text" or "text NAME" for conversations without images about that mixture (default:
-        full); "captions" or "captions NAME" for single pictures, each with its caption, in full or short; "names NAME" for
-        short captions alone; "tasks" for the evaluation: held-out questions, one task after the other.
+      mixture: of `MIXTURES` or `FOCUS`; "text" or "text NAME" for conversations without images about that mixture
+        (default: full); "captions" or "captions NAME" for single pictures, each with its caption, in full or short;
+        "names NAME" for short captions alone; "tasks" for the evaluation: held-out questions, one task after the other.
       turns: most questions of a conversation.
       workers: processes; the files do not depend on it.
 
