@@ -427,7 +427,8 @@ def named(picture: Picture) -> list[str]:
     """What a short caption has to say."""
     if picture.chart:
         return [str(bar.value) for bar in picture.chart.bars]
-    return [picture.writing.text] * bool(picture.writing) + [shape.kind for shape in picture.shapes]
+    printed = [picture.writing.text] if picture.writing else []
+    return printed + [shape.kind for shape in picture.shapes]
 
 
 @pytest.mark.parametrize("form", ["captions", "names"])
