@@ -16,6 +16,7 @@ from dsvl2_jax.train.run_log import LOG_NAME, Line, read
 # Told apart without colour vision too (Okabe and Ito).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
+_FEW = 4  # runs whose curves are all named within a panel
 _SMOOTH_FROM = 60  # steps; shorter runs are drawn as they are
 
 
@@ -105,7 +106,7 @@ def draw(runs: Sequence[Curves]) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    several = len(runs) > 1
+    several, many = len(runs) > 1, len(runs) > _FEW
     kinds = {"loss": True, "balance": not all(run.contrastive for run in runs)}
     kinds["accuracy"] = any(run.contrastive for run in runs)
     kinds |= {"speed": True, "mfu": any(np.isfinite(run.mfu).any() for run in runs)}
@@ -127,7 +128,7 @@ def draw(runs: Sequence[Curves]) -> Any:
             _line(by_name["mfu"], run.steps, run.mfu, colour, label, robust=True)
     # A contrastive loss is counted in images.
     units = [f"nats per {unit}" for unit in ("supervised token", "image") if any(_unit(run) == unit for run in runs)]
-    by_name["loss"].set(title="Loss" if several else f"{runs[0].name}: loss", ylabel=" or ".join(units))
+    by_name["loss"].set(title="Loss" if several else f"{runs[0].name}: loss", ylabel="\nor ".join(units))
     if "balance" in by_name:
         balance = by_name["balance"]
         balance.axhline(1.0, color="grey", linewidth=1, linestyle=":")
@@ -152,7 +153,11 @@ def draw(runs: Sequence[Curves]) -> Any:
         if panel.get_legend_handles_labels()[0]:
             # "best" looks at every point of every curve.
             falls = panel in (by_name["loss"], by_name.get("balance"))
-            panel.legend(frameon=False, fontsize="small", loc="upper right" if falls else "lower right")
+            place: dict[str, Any] = {"loc": "upper right" if falls else "lower right"}
+            if many:  # beside the panel; a line for each run, whose other lines have its colour
+                handles = {line.get_color(): line for line in reversed(panel.get_legend_handles_labels()[0])}
+                place = {"handles": [*handles.values()][::-1], "loc": "upper left", "bbox_to_anchor": (1.0, 1.02)}
+            panel.legend(frameon=False, fontsize="small", **place)
     return figure
 
 
@@ -249,4 +254,4 @@ def _colours(count: int) -> list[Any]:
         return list(COLOURS[:count])
     from matplotlib import colormaps
 
-    return list(colormaps["turbo"](np.linspace(0.05, 0.95, count)))
+    return [tuple(map(float, colour)) for colour in colormaps["turbo"](np.linspace(0.05, 0.95, count))]
