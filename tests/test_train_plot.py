@@ -71,7 +71,7 @@ def test_contrastive_training_shows_its_accuracy_in_place_of_experts(tmp_path):
     np.testing.assert_allclose(accuracy.lines[1].get_ydata(), [0.25])
     # Beside a run of the language model each has its panel.
     loss, balance, accuracy, _ = draw([encoder, curves(make_run(tmp_path / "a"), "a")]).axes
-    assert loss.get_ylabel() == "nats per supervised token or nats per image"
+    assert loss.get_ylabel() == "nats per supervised token\nor nats per image"
     assert labels(balance) == ["a, worst layer", "a, mean of layers"] and "a" not in labels(accuracy)
 
 
