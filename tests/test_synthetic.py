@@ -367,7 +367,7 @@ def records(path: Path) -> list[dict]:
 def data(tmp_path_factory) -> Path:
     """A folder with one data set of each mixture, 66 samples of ``tasks`` and 12 of the others."""
     directory = tmp_path_factory.mktemp("data")
-    for mixture in (*MIXTURES, "text", "captions", "names"):
+    for mixture in (*MIXTURES, *synthetic.FOCUS, "text", "captions", "names"):
         synthetic.write(directory, mixture, 12, seed=3, mixture=mixture)
     synthetic.write(directory, "tasks", 66, seed=3, mixture="tasks")
     return directory
@@ -411,7 +411,7 @@ def test_streams_and_seeds_make_different_files(tmp_path):
     assert len(set(made)) == 3
 
 
-@pytest.mark.parametrize("mixture", [*MIXTURES, "text", "captions", "names"])
+@pytest.mark.parametrize("mixture", [*MIXTURES, *synthetic.FOCUS, "text", "captions", "names"])
 def test_training_reads_every_sample(data, mixture):
     path = data / f"{mixture}.jsonl"
     for record in records(path):
@@ -421,6 +421,19 @@ def test_training_reads_every_sample(data, mixture):
     summary = examine(str(path), processor=Processor.from_dir(MICRO), tiles_per_sequence=10)
     assert (summary.samples, summary.broken_samples, summary.problems) == (12, 0, [])
     assert summary.tiles.max() <= 10 and summary.too_long == 0
+
+
+@pytest.mark.parametrize("name", synthetic.FOCUS)
+def test_a_focus_asks_only_its_tasks(name):
+    _, tasks = synthetic.FOCUS[name]
+    for index in range(20):
+        made = synthetic.focused(synthetic.rng_of(TRAINING, 3, index), name, 4)
+        assert 0 < len(made.questions) <= 4 and {q.task for q in made.questions} <= set(tasks)
+        (picture,) = made.pictures
+        known = {
+            (q.text, q.answer) for seed in range(40) for q in synthetic.questions(picture, synthetic.rng_of(9, 9, seed))
+        }
+        assert {(q.text, q.answer) for q in made.questions} <= known
 
 
 def named(picture: Picture) -> list[str]:

@@ -132,6 +132,8 @@ DATA: dict[str, tuple[int, dict[str, object]]] = {
     "digits": (30_000, {"mixture": "names digit", "seed": 8}),
     "held-out-digits": (512, {"mixture": "names digit", "seed": 8, "stream": synthetic.HELD_OUT}),
     "simple": (32_000, {"mixture": "simple", "seed": 3, "turns": 6}),
+    "place": (16_000, {"mixture": "place", "seed": 9, "turns": 4}),
+    "box": (16_000, {"mixture": "box", "seed": 10, "turns": 1}),
     "full": (48_000, {"mixture": "full", "seed": 4, "turns": 6}),
     "held-out-full": (500, {"mixture": "full", "seed": 4, "turns": 6, "stream": synthetic.HELD_OUT}),
     "instructions": (64_000, {"mixture": "full", "seed": 5, "turns": 6}),
@@ -158,7 +160,7 @@ def evaluation(out: Path, *, seed: int = EVALUATION_SEED, samples: int = EVALUAT
     return synthetic.write(out, f"questions-{seed}-{samples}", count, seed=seed, mixture="tasks")
 
 
-STAGES = ("language", "encoder", "kinds", "digits", "scenes", "align", "simple", "pretrain", "sft")
+STAGES = ("language", "encoder", "kinds", "digits", "scenes", "align", "simple", "pretrain", "places", "sft")
 LOG_NAME = "training.jsonl"
 
 

@@ -312,6 +312,21 @@ MIXTURES: dict[str, dict[str, float]] = {
 }
 
 
+# One thing at a time: what the pictures are of, and the tasks that are asked, no other.
+FOCUS: dict[str, tuple[dict[str, float], tuple[str, ...]]] = {
+    "place": ({"large shape": 1.0}, ("position", "colour and shape")),
+    "box": ({"large shape": 1.0}, ("grounding",)),
+}
+
+
+def focused(rng: np.random.Generator, name: str, turns: int = 4) -> Sample:
+    """A conversation of up to ``turns`` questions of one of `FOCUS`."""
+    weights, tasks = FOCUS[name]
+    group, found = _drawn(rng, weights)
+    found = [question for question in found if question.task in tasks]
+    return Sample(group, tuple(found[i] for i in rng.permutation(len(found))[:turns]))
+
+
 def _drawn(rng: np.random.Generator, weights: dict[str, float]) -> tuple[tuple[Picture, ...], list[Question]]:
     """Pictures of one of some makers (name → probability), and all that can be asked about them."""
     group = MAKERS[str(rng.choice(list(weights), p=np.array(list(weights.values()))))](rng)
@@ -399,7 +414,8 @@ def rng_of(stream: int, seed: int, index: int) -> np.random.Generator:
 
 
 def _record(index: int, stem: str, seed: int, stream: int, mixture: str, turns: int, folder: Path) -> dict[str, Any]:
-    made = sample(rng_of(stream, seed, index), mixture, turns, BOXES.get(mixture, 1.0))
+    rng = rng_of(stream, seed, index)
+    made = focused(rng, mixture, turns) if mixture in FOCUS else sample(rng, mixture, turns, BOXES.get(mixture, 1.0))
     return {"images": _save(made.pictures, f"{stem}-{index:06d}", folder), "messages": made.conversation()}
 
 
@@ -458,7 +474,7 @@ def write(
     """Writes ``count`` samples as ``NAME.jsonl``, with their pictures in the folder ``NAME``; returns the file.
 
     Args:
-      mixture: of `MIXTURES`; "text" or "text NAME" for conversations without images about that mixture
+      mixture: of `MIXTURES` or `FOCUS`; "text" or "text NAME" for conversations without images about that mixture
         (default: full); "captions" or "captions NAME" for single pictures, each with its caption, in full or short;
         "names NAME" for short captions alone; "tasks" for the evaluation: held-out questions, one task after the other.
       turns: most questions of a conversation.
@@ -509,7 +525,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--held-out", action="store_true", help="draw from the stream that training never sees")
     forms = [f"{form} {name}" for form in ("text", "captions", "names") for name in MIXTURES]
-    choices = [*MIXTURES, "text", "captions", "names", "tasks", *forms]
+    choices = [*MIXTURES, *FOCUS, "text", "captions", "names", "tasks", *forms]
     parser.add_argument("--mixture", choices=choices, default="full", metavar="NAME", help=f"of {', '.join(choices)}")
     parser.add_argument("--turns", type=int, default=8, help="most questions of a conversation")
     parser.add_argument("--workers", type=int, default=1)
