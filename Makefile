@@ -56,7 +56,7 @@ RUNS := runs/micro
 train-micro: $(TRAIN_INSTALLED)
 	test -d $(RUNS)/start || $(BIN)/python -m dsvl2_jax.train.micro start $(RUNS)/start
 	$(BIN)/python -m dsvl2_jax.train.micro data $(RUNS)/data
-	set -e; for stage in language encoder kinds digits scenes align simple pretrain places sft; do $(TRAINING) $(BIN)/dsvl2 train micro-$$stage; done
+	set -e; stages=$$($(BIN)/python -c "from dsvl2_jax.train.micro import STAGES; print(*STAGES)"); for stage in $$stages; do $(TRAINING) $(BIN)/dsvl2 train micro-$$stage; done
 	$(BIN)/python -m dsvl2_jax.train.micro ship $(RUNS) $(RUNS)/micro
 
 eval-micro: $(DEMO_INSTALLED)

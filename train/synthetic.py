@@ -428,8 +428,7 @@ def _caption_record(
 ) -> dict[str, Any]:
     """One picture with its caption, for the encoder's stages: the first picture of a sample, described.
 
-    ``short``: the share of short captions. Colours and places alone tell most full captions of a batch apart, so that
-    from these an encoder learns the kinds of shapes and the digits late.
+    ``short``: the share of short captions. Colours and places alone tell most full captions of a batch apart.
     """
     rng = rng_of(stream, seed, index)
     picture = sample(rng, mixture, 1).pictures[0]
@@ -490,10 +489,9 @@ def write(
     arguments: dict[str, Any] = {"stem": name, "seed": seed, "folder": folder}
     if form == "tasks":
         make = functools.partial(_task_record, **arguments)
-    elif form == "captions":
-        make = functools.partial(_caption_record, **arguments, stream=stream, mixture=of or "full", short=0.5)
-    elif form == "names":
-        make = functools.partial(_caption_record, **arguments, stream=stream, mixture=of or "full", short=1.0)
+    elif form in ("captions", "names"):
+        short = 0.5 if form == "captions" else 1.0
+        make = functools.partial(_caption_record, **arguments, stream=stream, mixture=of or "full", short=short)
     elif form == "text":
         make = functools.partial(_text_record, seed=seed, stream=stream, mixture=of or "full", turns=turns)
     else:
