@@ -54,6 +54,9 @@ class DeepSeekVL2(nn.Module):
     def adapt_patches(self, x_npw: jax.Array) -> jax.Array:
         return self.projector(self.vision.final_norm(x_npw))
 
+    def norm_patches(self, x_npw: jax.Array) -> jax.Array:
+        return self.vision.final_norm(x_npw)
+
     def pool_patches(self, x_npw: jax.Array) -> jax.Array:
         return self.vision.pool(self.vision.final_norm(x_npw))
 
@@ -151,6 +154,11 @@ def embed_patches(params: Params, config: Config, tiles: jax.Array, mean: ArrayL
 def adapt_patches(params: Params, config: Config, x_npw: jax.Array) -> jax.Array:
     """[N, P, W] of the encoder's last block → [N, tokens per tile, D], through its final norm and the adaptor."""
     return _apply(params, config, "adapt_patches", x_npw)
+
+
+def norm_patches(params: Params, config: Config, x_npw: jax.Array) -> jax.Array:
+    """[N, P, W] of the encoder's last block → [N, P, W], through its final norm."""
+    return _apply(params, config, "norm_patches", x_npw)
 
 
 def pool_patches(params: Params, config: Config, x_npw: jax.Array) -> jax.Array:

@@ -86,9 +86,13 @@ def init_auxiliary(config: Config, settings: Settings, rng: jax.Array) -> dict[s
     flat = flax.traverse_util.flatten_dict(tower, sep="/", is_leaf=is_box)
     drawn = draw({path: box.value.shape for path, box in flat.items()}, None, rng)
     flat = {path: box.replace_boxed(drawn[path]) for path, box in flat.items()}
-    scalars = {LOG_SCALE: math.log(settings.contrastive.initial_scale), BIAS: settings.contrastive.initial_bias}
-    boxed = {name: nn.LogicallyPartitioned(jnp.float32(value), ()) for name, value in scalars.items()}
-    return {TEXT + path: leaf for path, leaf in flat.items()} | boxed
+    return {TEXT + path: leaf for path, leaf in flat.items()} | scalars(settings)
+
+
+def scalars(settings: Settings) -> dict[str, Any]:
+    """The loss's own parameters, log t and b: f32[] in boxes."""
+    values = {LOG_SCALE: math.log(settings.contrastive.initial_scale), BIAS: settings.contrastive.initial_bias}
+    return {name: nn.LogicallyPartitioned(jnp.float32(value), ()) for name, value in values.items()}
 
 
 def _waves(side: int, width: int) -> jax.Array:
@@ -135,11 +139,13 @@ def image_features(
     """f32[B, W] of length 1, of an accumulation step whose rows have one tile each."""
     params, dtype = compute_params(params, settings.compute.dtype)
     x = encode_tiles(params, config, batch.tiles, mean, std, dtype, settings.compute.remat)
-    x = model.pool_patches(params, config, x)
-    # Each data shard's tiles may end in some that pad them to the number of its devices.
+    return normalised(rows_of_tiles(model.pool_patches(params, config, x), batch.ids.shape[0]))
+
+
+def rows_of_tiles(x: jax.Array, rows: int) -> jax.Array:
+    """[N, …] of tiles → [B, …] of rows with one tile each, without the tiles that pad a data shard's to its devices."""
     shards = (ambient_mesh_shape() or {}).get("data", 1)
-    rows = batch.ids.shape[0]
-    return _normalised(x.reshape(shards, -1, x.shape[-1])[:, : rows // shards].reshape(rows, -1))
+    return x.reshape(shards, -1, *x.shape[1:])[:, : rows // shards].reshape(rows, *x.shape[1:])
 
 
 def text_features(auxiliary: dict[str, jax.Array], config: Config, batch: TrainBatch, settings: Settings) -> jax.Array:
@@ -147,7 +153,7 @@ def text_features(auxiliary: dict[str, jax.Array], config: Config, batch: TrainB
     own = {path.removeprefix(TEXT): leaf for path, leaf in auxiliary.items() if path.startswith(TEXT)}
     params = flax.traverse_util.unflatten_dict(own, sep="/")
     tower = text_tower(config, settings)
-    return _normalised(tower.apply({"params": params}, jnp.asarray(batch.ids), jnp.asarray(batch.segments) > 0))
+    return normalised(tower.apply({"params": params}, jnp.asarray(batch.ids), jnp.asarray(batch.segments) > 0))
 
 
 def same_captions(ids_bt: jax.Array, valid_bt: jax.Array) -> jax.Array:
@@ -182,6 +188,7 @@ def sigmoid_loss(
     return jnp.where(counted, losses, 0.0).sum() / images, found.sum() / images
 
 
-def _normalised(x: jax.Array) -> jax.Array:
+def normalised(x: jax.Array) -> jax.Array:
+    """f32, of length 1 along the last axis."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + _EPSILON)

@@ -78,10 +78,11 @@ class ContrastiveTrainer(BaseTrainer):
     """
 
     metrics = ContrastiveMetrics
+    init_auxiliary = staticmethod(init_auxiliary)  # what is trained beside the model
 
     def __init__(self, config: Config, settings: Settings, mean: ArrayLike, std: ArrayLike, mesh: Mesh | None = None):
-        self._boxed = jax.eval_shape(lambda: init_auxiliary(config, settings, jax.random.key(0)))
-        rules = {path: ParameterRule(".", decay=path.endswith("/kernel")) for path in self._boxed}
+        self._boxed = jax.eval_shape(lambda: self.init_auxiliary(config, settings, jax.random.key(0)))
+        rules = {path: ParameterRule(".", decay=path.endswith(("/kernel", "/head"))) for path in self._boxed}
         super().__init__(config, settings, mean, std, mesh, rules)
 
     def flops(self) -> StepFlops:
@@ -105,7 +106,7 @@ class ContrastiveTrainer(BaseTrainer):
         rng = self._key(1)
 
         def init(rng: jax.Array) -> Arrays:
-            return nn.unbox(init_auxiliary(self.config, self.settings, rng))
+            return nn.unbox(self.init_auxiliary(self.config, self.settings, rng))
 
         auxiliary = jax.jit(init, out_shardings=shardings["auxiliary"])(rng)
         updates = super()._init_optimizer(trained | auxiliary, shardings["updates"])
@@ -134,11 +135,14 @@ class ContrastiveTrainer(BaseTrainer):
     def _measure(self, state: TrainState, batch: TrainBatch) -> ContrastiveMetrics:
         return self._loss(state.trained | state.optimizer["auxiliary"], state, batch.micro(0))[1]
 
-    def _loss(self, trained: Arrays, state: TrainState, batch: TrainBatch) -> tuple[jax.Array, ContrastiveMetrics]:
-        """``trained``: the model's trained parameters and the auxiliary ones."""
+    def _parts(self, trained: Arrays, state: TrainState) -> tuple[Params, Arrays]:
+        """The model's parameters and the auxiliary ones. ``trained`` has both kinds."""
         everything = {**state.biases, **state.frozen, **{path: trained[path] for path in state.trained}}
         params = nest({tuple(path.split("/")): leaf for path, leaf in everything.items()})
-        auxiliary = {path: trained[path] for path in state.optimizer["auxiliary"]}
+        return params, {path: trained[path] for path in state.optimizer["auxiliary"]}
+
+    def _loss(self, trained: Arrays, state: TrainState, batch: TrainBatch) -> tuple[jax.Array, ContrastiveMetrics]:
+        params, auxiliary = self._parts(trained, state)
         images = image_features(params, self.config, batch, *self._pixels, self.settings)
         captions = text_features(auxiliary, self.config, batch, self.settings)
         valid = jnp.asarray(batch.segments) > 0

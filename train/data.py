@@ -30,7 +30,7 @@ from dsvl2_jax.processor import Processor
 from dsvl2_jax.train import packing
 from dsvl2_jax.train.batch import TrainBatch
 from dsvl2_jax.train.packing import TOO_LONG, RowShape
-from dsvl2_jax.train.records import NO_IMAGE
+from dsvl2_jax.train.records import NO_ATTRIBUTE, NO_IMAGE, Pairs
 from dsvl2_jax.train.samples import Unusable, fingerprint, open_sources
 from dsvl2_jax.train.settings import DataSettings, Settings
 
@@ -43,7 +43,7 @@ _SPAN = 1000
 # A run of this many samples (or twice the set) without a usable one will not get better.
 _MOST_USELESS = 10_000
 # Reasons for which samples are left out that are not broken.
-_WHOLE = TOO_LONG | {NO_IMAGE}
+_WHOLE = TOO_LONG | {NO_IMAGE, NO_ATTRIBUTE}
 _LAST_PROBLEMS = 5  # shown when the run stops
 _BUFFER = 4  # samples that a worker or thread holds ready
 _SHARED_MEMORY_FROM = 1 << 16  # bytes; smaller arrays are cheaper to copy through the pipe
@@ -104,9 +104,9 @@ def open_training(
     Raises:
       DataError: there is no source, or one has no file, no sample or no folder of images.
     """
-    data, text_length = _reading(settings)
+    data, pairs = _reading(settings)
     sources = {name: source for name, source in data.train.items() if source.weight > 0}
-    opened = open_sources("data.train", sources, processor, data, text_length)
+    opened = open_sources("data.train", sources, processor, data, pairs)
     epochs = []
     for number, source in enumerate(opened):
         samples = grain.MapDataset.source(source)
@@ -137,23 +137,26 @@ def open_validation(
     """
     if not settings.data.validation:
         return None
-    data, text_length = _reading(settings)
-    opened = open_sources("data.validation", data.validation, processor, data, text_length)
+    data, pairs = _reading(settings)
+    opened = open_sources("data.validation", data.validation, processor, data, pairs)
     samples = grain.MapDataset.concatenate([grain.MapDataset.source(source) for source in opened])
     usable = _Usable(samples, data, len(samples), threads=data.workers)
     sizes = {"rows": rows, "accumulation": accumulation, "shard": shard}
     return Validation(lambda: _Steps(usable, opened[0].shape, None, processor, config, **sizes))
 
 
-def _reading(settings: Settings) -> tuple[DataSettings, int | None]:
-    """How the objective reads samples: the settings of the rows, and the length of captions if it reads pairs.
+def _reading(settings: Settings) -> tuple[DataSettings, Pairs | None]:
+    """How the objective reads samples: the settings of the rows, and what is read of an image if it reads pairs.
 
-    A row of contrastive training is one image, in one tile, and its caption.
+    A row is then one image, in one tile, and its caption or the phrases of its regions.
     """
-    if settings.stage.objective == "language":
+    objective, contrastive = settings.stage.objective, settings.contrastive
+    if objective == "language":
         return settings.data, None
-    length = settings.contrastive.text_length
-    return dataclasses.replace(settings.data, sequence_length=length, tiles_per_sequence=1, packing=False), length
+    attributes = frozenset(filter(None, map(str.strip, contrastive.attributes.split(","))))
+    pairs = Pairs(contrastive.text_length, contrastive.phrases if objective == "regions" else 0, attributes)
+    rows = dataclasses.replace(settings.data, sequence_length=pairs.tokens, tiles_per_sequence=1, packing=False)
+    return rows, pairs
 
 
 class Pipeline(Iterator[StepData]):

@@ -95,6 +95,11 @@ def contrastive_flops(config: Config, rules: Mapping[str, ParameterRule], settin
     return StepFlops(per_token, per_pair, per_tile + 2.0 * 3 * width**2)
 
 
+def region_flops(config: Config, rules: Mapping[str, ParameterRule]) -> StepFlops:
+    """The counts of training on regions: the encoder. Pooling and comparison are little beside it, and left out."""
+    return StepFlops(0.0, 0.0, _encoder(config, _Passes(rules)))
+
+
 def _pooled(vision: VisionConfig) -> dict[str, int]:
     """Products of the pooling head, multiplications an image; its query is computed once a step."""
     attention = 2 * vision.width * vision.patches  # scores and values, of one query

@@ -125,6 +125,10 @@ def _write_json(path: Path, content: object) -> None:
 DATA: dict[str, tuple[int, dict[str, object]]] = {
     "text": (40_000, {"mixture": "text", "seed": 1}),
     "held-out-text": (400, {"mixture": "text", "seed": 1, "stream": synthetic.HELD_OUT}),
+    "regions": (120_000, {"mixture": "regions parts", "seed": 11}),
+    "held-out-regions": (512, {"mixture": "regions parts", "seed": 11, "stream": synthetic.HELD_OUT}),
+    "signs-kind": (30_000, {"mixture": "regions kind", "seed": 12}),
+    "signs-digit": (40_000, {"mixture": "regions digit", "seed": 13}),
     "captions": (100_000, {"mixture": "captions simple", "seed": 2}),
     "held-out-captions": (512, {"mixture": "captions simple", "seed": 2, "stream": synthetic.HELD_OUT}),
     "kinds": (30_000, {"mixture": "names kind", "seed": 7}),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,6 +108,13 @@ class Writing:
     font: str
     height: int  # of the font, in pixels
     box: Boundaries
+
+    def letter_boxes(self) -> list[Boundaries]:
+        """The box of each letter or digit: as high as the whole, as wide as the font makes it."""
+        ends = [_font(self.font, self.height).getlength(self.text[:i]) for i in range(len(self.text) + 1)]
+        x1, y1, x2, y2 = self.box
+        scale = (x2 - x1) / ends[-1]
+        return [(round(x1 + scale * a), y1, round(x1 + scale * b), y2) for a, b in itertools.pairwise(ends)]
 
 
 @dataclasses.dataclass(frozen=True)

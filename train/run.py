@@ -35,11 +35,14 @@ from dsvl2_jax.sharding import make_mesh, parse_mesh
 from dsvl2_jax.train import data
 from dsvl2_jax.train.contrastive_step import ContrastiveMetrics, ContrastiveTrainer
 from dsvl2_jax.train.data import StepData
+from dsvl2_jax.train.regions import RegionTrainer
 from dsvl2_jax.train.report import Report
 from dsvl2_jax.train.run_directory import Identity, RunDirectory, Saved, model_identity, opened
 from dsvl2_jax.train.settings import Settings, load
 from dsvl2_jax.train.step import StepMetrics, Trainer
 from dsvl2_jax.train.trainer import BaseTrainer, TrainState, data_shards
+
+_TRAINERS = {"language": Trainer, "contrastive": ContrastiveTrainer, "regions": RegionTrainer}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +99,7 @@ def train(config: str | Path, overrides: Sequence[str] = ()) -> None:
             run.write_settings(settings)
         else:
             run.begin(settings, checkpoint.model_files(source), identity)
-        objective = ContrastiveTrainer if settings.stage.objective == "contrastive" else Trainer
+        objective = _TRAINERS[settings.stage.objective]
         trainer = objective(model, settings, processor.config.image_mean, processor.config.image_std, mesh)
         options: dict[str, Any] = dataclasses.asdict(layout)
         pipeline = data.open_training(settings, processor, model, **options)
@@ -138,10 +141,10 @@ def batch_layout(settings: Settings, mesh: Mesh | None) -> Layout:
             f"batch.sequences = {batch.sequences} does not divide by batch.micro_sequences = {batch.micro_sequences} × "
             f"{shards} data shards = {at_once}. Choose a multiple of {at_once}, or another compute.mesh."
         )
-    if settings.stage.objective == "contrastive" and batch.sequences != at_once:
+    if settings.stage.objective != "language" and batch.sequences != at_once:
         raise SettingsError(
             f"batch.micro_sequences = {batch.micro_sequences} × {shards} data shards = {at_once}, but batch.sequences "
-            f"= {batch.sequences}. The contrastive objective compares all images of a step, without accumulation: make "
+            f"= {batch.sequences}. This objective compares all images of a step, without accumulation: make "
             f"the two equal, as with batch.micro_sequences={batch.sequences // shards}."
         )
     shard = (jax.process_index(), jax.process_count())

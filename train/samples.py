@@ -15,7 +15,7 @@ from dsvl2_jax.train import packing
 from dsvl2_jax.train.data_files import DataFile, open_data_file
 from dsvl2_jax.train.image_sources import FilePool, ImageStore, expand, index_tar, open_images
 from dsvl2_jax.train.packing import RowShape
-from dsvl2_jax.train.records import parse_record, process, process_pair
+from dsvl2_jax.train.records import Pairs, parse_record, parse_regions, process, process_pair, process_regions
 from dsvl2_jax.train.settings import DataSettings, Settings, SourceSettings
 
 UNREADABLE, UNEXPECTED = "file unreadable", "unexpected error"
@@ -40,12 +40,12 @@ class SampleSource:
         processor: Processor,
         data: DataSettings,
         shape: RowShape | None = None,
-        text_length: int | None = None,
+        pairs: Pairs | None = None,
     ):
         """Finds and indexes the files. Raises DataError, naming `label`, if there is no file or no sample.
 
-        `shape` is the rows' to which samples are fitted; None: they stay as they are. With `text_length` every sample
-        becomes an image and its caption, of so many tokens at most.
+        `shape` is the rows' to which samples are fitted; None: they stay as they are. With `pairs` every sample becomes
+        one image and its text.
         """
         self.label = label
         self.files: list[DataFile] = [open_data_file(path) for path in expand(source.path, label)]
@@ -53,7 +53,7 @@ class SampleSource:
         if not len(self):
             raise DataError(f"{source.path}: no samples ({label}). The file is empty, or the archive has no texts.")
         self._source, self._processor, self._data, self.shape = source, processor, data, shape
-        self._text_length = text_length
+        self._pairs = pairs
         self._stores: dict[str, ImageStore] = {}
         for file in self.files:
             self._store(file)
@@ -75,9 +75,14 @@ class SampleSource:
         name = file.name(place)
         try:
             record, own_images = file.read(place, self._pool)
-            record, store = parse_record(record, own_images), self._store(file)
-            if self._text_length is not None:
-                inputs, truncated = process_pair(record, self._processor, store, self._text_length)
+            store = self._store(file)
+            if self._pairs is not None and self._pairs.phrases:
+                regions = parse_regions(record, own_images)
+                inputs, truncated = process_regions(regions, self._processor, store, self._pairs)
+                return packing.element(inputs, name, truncated=truncated)
+            record = parse_record(record, own_images)
+            if self._pairs is not None:
+                inputs, truncated = process_pair(record, self._processor, store, self._pairs.tokens)
                 return packing.element(inputs, name, truncated=truncated)
             inputs = process(record, self._processor, store, self._data.mask_prompt)
             truncated = False
@@ -108,19 +113,16 @@ def open_sources(
     sources: Mapping[str, SourceSettings],
     processor: Processor,
     data: DataSettings,
-    text_length: int | None = None,
+    pairs: Pairs | None = None,
 ) -> list[SampleSource]:
     """The sources of ``[data.train]`` or ``[data.validation]``, fitted to rows of one shape.
 
-    Rows have room for tiles only if some source may have images. `text_length` is `SampleSource`'s. Raises DataError as
+    Rows have room for tiles only if some source may have images. `pairs` is `SampleSource`'s. Raises DataError as
     `SampleSource` does, and when there is no source.
     """
     if not sources:
         raise DataError(f"{label}: no data set to read. Add a table [{label}.NAME] with a path, and a weight above 0.")
-    opened = [
-        SampleSource(f"{label}.{name}", source, processor, data, text_length=text_length)
-        for name, source in sources.items()
-    ]
+    opened = [SampleSource(f"{label}.{name}", source, processor, data, pairs=pairs) for name, source in sources.items()]
     tiles = data.tiles_per_sequence if any(source.may_have_images for source in opened) else 0
     for source in opened:
         source.shape = RowShape(data.sequence_length, tiles, data.max_segments if data.packing else 1)

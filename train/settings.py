@@ -86,15 +86,19 @@ class StageSettings:
     parameters: tuple[ParameterRule, ...] = ()
     balance_loss_weight: float = 0.001  # α of the sequence-wise balance loss
     bias_update_speed: float = 0.0  # of the router's correction bias (noaux_tc), per step
-    objective: str = "language"  # the next token; or contrastive: the encoder on images and their captions
+    # language: the next token; or the encoder on images and their captions (contrastive), or on named regions (regions)
+    objective: str = "language"
 
 
 @dataclasses.dataclass(frozen=True)
 class ContrastiveSettings:
-    """``[contrastive]``: the captions' side of ``stage.objective = "contrastive"``, and its loss (SigLIP)."""
+    """``[contrastive]``: the text's side of the objectives "contrastive" and "regions", and their loss (SigLIP)."""
 
     text_layers: int = 2  # blocks of the caption encoder, as wide as the image encoder's
-    text_length: int = 64  # tokens of a caption, its end included; longer ones are cut
+    text_length: int = 64  # tokens of a caption, its end included, or of all of an image's phrases; longer ones are cut
+    attributes: str = ""  # regions: the attributes that are learnt, as in "kind, colour"; empty: all
+    phrases: int = 32  # regions: most of an image
+    different_phrases: int = 1024  # regions: most of a step
     fresh_encoder: bool = False  # draw the image encoder anew at the start of the run, for training from nothing
     initial_scale: float = 10.0  # t, which multiplies the cosines; its logarithm is learnt
     initial_bias: float = -10.0  # b, learnt too

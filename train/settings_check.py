@@ -18,7 +18,7 @@ Problem = tuple[Path, str]
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "model.size": ("any", "tiny", "small", "base"),
     "data.too_long": ("skip", "truncate"),
-    "stage.objective": ("language", "contrastive"),
+    "stage.objective": ("language", "contrastive", "regions"),
     "optimizer.schedule": ("cosine", "step", "constant"),
     "optimizer.state_dtype": ("float32", "bfloat16"),
     "compute.dtype": ("bfloat16", "float32"),
@@ -41,6 +41,8 @@ _RANGES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "stage.bias_update_speed": _NOT_NEGATIVE,
     "contrastive.text_layers": _POSITIVE,
     "contrastive.text_length": ("2 or more", lambda x: x >= 2),
+    "contrastive.phrases": _POSITIVE,
+    "contrastive.different_phrases": _POSITIVE,
     "contrastive.initial_scale": _POSITIVE,
     "optimizer.learning_rate": _POSITIVE,
     "optimizer.warmup_steps": _NOT_NEGATIVE,

@@ -14,8 +14,13 @@ from dsvl2_jax.train.settings import ParameterRule
 
 # Never trained by gradient: the bias follows the measured load, and the language model computes no pooling head.
 GRADIENT_FREE = re.compile(r"(^|/)correction_bias$|^vision/attn_pool/")
-# The same by objective; contrastive training computes the encoder and its pooling head, and nothing else of the model.
-_GRADIENT_FREE = {"language": GRADIENT_FREE, "contrastive": re.compile(r"^(?!vision/)")}
+# The same by objective; contrastive training computes the encoder and its pooling head, and nothing else of the model;
+# training on regions computes the encoder alone.
+_GRADIENT_FREE = {
+    "language": GRADIENT_FREE,
+    "contrastive": re.compile(r"^(?!vision/)"),
+    "regions": re.compile(r"^(?!vision/)|^vision/attn_pool/"),
+}
 
 _SHOWN = 20
 
@@ -35,7 +40,7 @@ def assign(
 
     Raises:
       SettingsError: a parameter has no rule, a rule is never used, or a rule trains a parameter that has no gradient
-        (the routers' ``correction_bias``, ``vision/attn_pool``; in contrastive training all but ``vision/``). All
+        (the routers' ``correction_bias``, ``vision/attn_pool``; of the encoder's objectives all but ``vision/``). All
         problems are in one message.
     """
     patterns = [re.compile(rule.match) for rule in rules]

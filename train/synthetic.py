@@ -91,6 +91,36 @@ def parts(picture: Picture) -> str:
     return ", ".join(f"{place} {listed(names) if names else 'nothing'}" for place, names in held.items())
 
 
+def regions(picture: Picture) -> list[dict[str, Any]]:
+    """What a picture holds, box by box: shapes, each printed letter or digit and the whole of it, bars.
+
+    Each has its ``box`` in pixels and its attributes, all as text: kind, colour, place, its number from left to right
+    among how many (``order``), and its edges in twentieths of the picture's sides.
+    """
+    width, height = picture.size
+
+    def edges(box: Boundaries) -> dict[str, str]:
+        sides = zip(("left", "top", "right", "bottom"), box, (width, height) * 2, strict=True)
+        return {name: str(round(20 * edge / side)) for name, edge, side in sides}
+
+    found: list[dict[str, Any]] = []
+    if picture.chart is not None:
+        for bar in picture.chart.bars:
+            said = {"bar": bar.letter, "colour": bar.colour, "value": str(bar.value)}
+            found.append({"box": list(bar.box), **said, **edges(bar.box)})
+    if picture.writing is not None:
+        ink = picture.writing
+        what = "digit" if ink.text.isdigit() else "letter"
+        for i, (sign, box) in enumerate(zip(ink.text, ink.letter_boxes(), strict=True)):
+            found.append({"box": list(box), what: sign, "order": f"{i + 1} of {len(ink.text)}"})
+        found.append({"box": list(ink.box), "colour": ink.colour, **edges(ink.box)})
+    for i, shape in enumerate(picture.shapes):
+        said = {"kind": shape.kind, "colour": shape.colour, "place": shape.place}
+        order = {} if picture.writing else {"order": f"{i + 1} of {len(picture.shapes)}"}
+        found.append({"box": list(shape.box), **said, **order, **edges(shape.box)})
+    return found
+
+
 def _pick(rng: np.random.Generator, items: Sequence[Any]) -> Any:
     return items[int(rng.integers(len(items)))]
 
@@ -298,7 +328,9 @@ MAKERS: dict[str, Callable[[np.random.Generator], tuple[Picture, ...]]] = {
     "one shape": functools.partial(_shapes, most=1, tiles=2),
     "large shape": functools.partial(_shapes, most=1, tiles=1),
     "large digit": functools.partial(_number, most_places=1, tiles=1),
+    "some shapes": functools.partial(_shapes, tiles=2),
     "few shapes": functools.partial(_shapes, most=3, tiles=2),
+    "some number": functools.partial(_number, tiles=2),
     "short number": functools.partial(_number, most_places=2, tiles=2),
     "small word": functools.partial(_word, tiles=2),
     "short chart": functools.partial(_chart, most=3),
@@ -308,6 +340,7 @@ MIXTURES: dict[str, dict[str, float]] = {
     "kind": {"large shape": 1.0},
     "digit": {"large digit": 1.0},
     "simple": {"one shape": 0.36, "few shapes": 0.24, "short number": 0.2, "small word": 0.06, "short chart": 0.14},
+    "parts": {"some shapes": 0.47, "some number": 0.3, "small word": 0.05, "chart": 0.18},
     "full": {"shapes": 0.4, "number": 0.2, "word": 0.05, "chart": 0.16, "pair": 0.15, "triple": 0.04},
 }
 
@@ -436,6 +469,12 @@ def _caption_record(
     return {"images": _save((picture,), f"{stem}-{index:06d}", folder), "text": f"{IMAGE_TOKEN}\n{said}"}
 
 
+def _regions_record(index: int, stem: str, seed: int, stream: int, mixture: str, folder: Path) -> dict[str, Any]:
+    """The first picture of a sample with its `regions`, for the encoder's stages."""
+    picture = sample(rng_of(stream, seed, index), mixture, 1).pictures[0]
+    return {"images": _save((picture,), f"{stem}-{index:06d}", folder), "regions": regions(picture)}
+
+
 def _task_record(index: int, stem: str, seed: int, folder: Path) -> dict[str, Any]:
     task = list(TASKS)[index % len(TASKS)]
     made = task_sample(rng_of(HELD_OUT, seed, index), task)
@@ -492,6 +531,8 @@ def write(
     elif form in ("captions", "names"):
         short = 0.5 if form == "captions" else 1.0
         make = functools.partial(_caption_record, **arguments, stream=stream, mixture=of or "full", short=short)
+    elif form == "regions":
+        make = functools.partial(_regions_record, **arguments, stream=stream, mixture=of or "full")
     elif form == "text":
         make = functools.partial(_text_record, seed=seed, stream=stream, mixture=of or "full", turns=turns)
     else:
