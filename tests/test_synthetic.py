@@ -367,7 +367,7 @@ def records(path: Path) -> list[dict]:
 def data(tmp_path_factory) -> Path:
     """A folder with one data set of each mixture, 66 samples of ``tasks`` and 12 of the others."""
     directory = tmp_path_factory.mktemp("data")
-    for mixture in (*MIXTURES, *synthetic.FOCUS, "text", "captions", "names"):
+    for mixture in (*MIXTURES, "text", "captions", "regions"):
         synthetic.write(directory, mixture, 12, seed=3, mixture=mixture)
     synthetic.write(directory, "tasks", 66, seed=3, mixture="tasks")
     return directory
@@ -411,29 +411,16 @@ def test_streams_and_seeds_make_different_files(tmp_path):
     assert len(set(made)) == 3
 
 
-@pytest.mark.parametrize("mixture", [*MIXTURES, *synthetic.FOCUS, "text", "captions", "names"])
+@pytest.mark.parametrize("mixture", [*MIXTURES, "text", "captions"])
 def test_training_reads_every_sample(data, mixture):
     path = data / f"{mixture}.jsonl"
     for record in records(path):
         parsed = parse_record(record)
         assert len(parsed.images) == len(record.get("images", [])) and bool(parsed.images) == (mixture != "text")
-        assert (parsed.text is not None) == (mixture in ("captions", "names"))
+        assert (parsed.text is not None) == (mixture == "captions")
     summary = examine(str(path), processor=Processor.from_dir(MICRO), tiles_per_sequence=10)
     assert (summary.samples, summary.broken_samples, summary.problems) == (12, 0, [])
     assert summary.tiles.max() <= 10 and summary.too_long == 0
-
-
-@pytest.mark.parametrize("name", synthetic.FOCUS)
-def test_a_focus_asks_only_its_tasks(name):
-    _, tasks = synthetic.FOCUS[name]
-    for index in range(20):
-        made = synthetic.focused(synthetic.rng_of(TRAINING, 3, index), name, 4)
-        assert 0 < len(made.questions) <= 4 and {q.task for q in made.questions} <= set(tasks)
-        (picture,) = made.pictures
-        known = {
-            (q.text, q.answer) for seed in range(40) for q in synthetic.questions(picture, synthetic.rng_of(9, 9, seed))
-        }
-        assert {(q.text, q.answer) for q in made.questions} <= known
 
 
 def named(picture: Picture) -> list[str]:
@@ -444,18 +431,40 @@ def named(picture: Picture) -> list[str]:
     return printed + [shape.kind for shape in picture.shapes]
 
 
-@pytest.mark.parametrize("form", ["captions", "names"])
-def test_captions_say_what_is_in_their_one_picture(data, form):
-    """In full or, of form "names" always, by kinds, printed texts and values alone."""
+def test_captions_say_what_is_in_their_one_picture(data):
+    """In full or by kinds, printed texts and values alone."""
     full = 0
-    for number, record in enumerate(records(data / f"{form}.jsonl")):
+    for number, record in enumerate(records(data / "captions.jsonl")):
         picture = synthetic.sample(synthetic.rng_of(TRAINING, 3, number), "full", 1).pictures[0]
         assert len(record["images"]) == 1
         said = record["text"].removeprefix(f"{IMAGE_TOKEN}\n")
         if re.split(", | and ", said) != named(picture):
             assert Counter(read(said)) == described(picture)
             full += 1
-    assert 0 < full < 12 if form == "captions" else full == 0
+    assert 0 < full < 12
+
+
+def test_regions_are_what_their_picture_holds(data):
+    """Shapes, signs and bars with their boxes, in order from left to right; edges in twentieths of the sides."""
+    for number, record in enumerate(records(data / "regions.jsonl")):
+        picture = synthetic.sample(synthetic.rng_of(TRAINING, 3, number), "full", 1).pictures[0]
+        width, height = picture.size
+        found = record["regions"]
+        for region in found:
+            left, top, right, bottom = region["box"]
+            assert 0 <= left < right <= width and 0 <= top < bottom <= height
+            if "left" in region:
+                edges = [int(region[side]) for side in ("left", "top", "right", "bottom")]
+                exact = [20 * left / width, 20 * top / height, 20 * right / width, 20 * bottom / height]
+                assert all(abs(said - true) <= 0.5 for said, true in zip(edges, exact, strict=True))
+        shapes = [(r["colour"], r["kind"], r["place"], tuple(r["box"])) for r in found if "kind" in r]
+        assert shapes == [(s.colour, s.kind, s.place, tuple(s.box)) for s in picture.shapes]
+        signs = "".join(r.get("digit", r.get("letter", "")) for r in found)
+        assert signs == (picture.writing.text if picture.writing else "")
+        bars = [(r["bar"], r["colour"], int(r["value"])) for r in found if "bar" in r]
+        assert bars == ([(b.letter, b.colour, b.value) for b in picture.chart.bars] if picture.chart else [])
+        numbered = [r["order"] for r in found if "order" in r]
+        assert numbered == [f"{i + 1} of {len(numbered)}" for i in range(len(numbered))]
 
 
 def test_the_evaluation_asks_every_task_equally_often_and_is_read_whole(data):

@@ -346,7 +346,7 @@ def test_rules_that_train_what_the_objective_does_not_reach_are_named():
     [
         (
             "stage.objective=contrast",
-            r"stage\.objective: 'contrast' is none of language, contrastive; did you mean contr",
+            r"stage\.objective: 'contrast' is none of language, contrastive, regions; did you mean contr",
         ),
         ("contrastive.text_layers=0", r"contrastive\.text_layers: must be positive"),
         ("contrastive.text_length=1", r"contrastive\.text_length: must be 2 or more"),

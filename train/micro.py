@@ -127,17 +127,10 @@ DATA: dict[str, tuple[int, dict[str, object]]] = {
     "held-out-text": (400, {"mixture": "text", "seed": 1, "stream": synthetic.HELD_OUT}),
     "regions": (120_000, {"mixture": "regions parts", "seed": 11}),
     "held-out-regions": (512, {"mixture": "regions parts", "seed": 11, "stream": synthetic.HELD_OUT}),
-    "signs-kind": (30_000, {"mixture": "regions kind", "seed": 12}),
-    "signs-digit": (40_000, {"mixture": "regions digit", "seed": 13}),
+    "digits": (40_000, {"mixture": "regions digit", "seed": 13}),
     "captions": (100_000, {"mixture": "captions simple", "seed": 2}),
     "held-out-captions": (512, {"mixture": "captions simple", "seed": 2, "stream": synthetic.HELD_OUT}),
-    "kinds": (30_000, {"mixture": "names kind", "seed": 7}),
-    "held-out-kinds": (512, {"mixture": "names kind", "seed": 7, "stream": synthetic.HELD_OUT}),
-    "digits": (30_000, {"mixture": "names digit", "seed": 8}),
-    "held-out-digits": (512, {"mixture": "names digit", "seed": 8, "stream": synthetic.HELD_OUT}),
     "simple": (32_000, {"mixture": "simple", "seed": 3, "turns": 6}),
-    "place": (16_000, {"mixture": "place", "seed": 9, "turns": 4}),
-    "box": (16_000, {"mixture": "box", "seed": 10, "turns": 1}),
     "full": (48_000, {"mixture": "full", "seed": 4, "turns": 6}),
     "held-out-full": (500, {"mixture": "full", "seed": 4, "turns": 6, "stream": synthetic.HELD_OUT}),
     "instructions": (64_000, {"mixture": "full", "seed": 5, "turns": 6}),
@@ -164,7 +157,7 @@ def evaluation(out: Path, *, seed: int = EVALUATION_SEED, samples: int = EVALUAT
     return synthetic.write(out, f"questions-{seed}-{samples}", count, seed=seed, mixture="tasks")
 
 
-STAGES = ("language", "encoder", "kinds", "digits", "scenes", "align", "simple", "pretrain", "places", "sft")
+STAGES = ("language", "regions", "digits", "order", "parts", "align", "simple", "pretrain", "sft")
 LOG_NAME = "training.jsonl"
 
 

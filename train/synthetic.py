@@ -326,7 +326,6 @@ MAKERS: dict[str, Callable[[np.random.Generator], tuple[Picture, ...]]] = {
     "pair": functools.partial(_group, count=2),
     "triple": functools.partial(_group, count=3),
     "one shape": functools.partial(_shapes, most=1, tiles=2),
-    "large shape": functools.partial(_shapes, most=1, tiles=1),
     "large digit": functools.partial(_number, most_places=1, tiles=1),
     "some shapes": functools.partial(_shapes, tiles=2),
     "few shapes": functools.partial(_shapes, most=3, tiles=2),
@@ -336,28 +335,11 @@ MAKERS: dict[str, Callable[[np.random.Generator], tuple[Picture, ...]]] = {
     "short chart": functools.partial(_chart, most=3),
 }
 MIXTURES: dict[str, dict[str, float]] = {
-    "single": {"one shape": 1.0},
-    "kind": {"large shape": 1.0},
     "digit": {"large digit": 1.0},
     "simple": {"one shape": 0.36, "few shapes": 0.24, "short number": 0.2, "small word": 0.06, "short chart": 0.14},
     "parts": {"some shapes": 0.47, "some number": 0.3, "small word": 0.05, "chart": 0.18},
     "full": {"shapes": 0.4, "number": 0.2, "word": 0.05, "chart": 0.16, "pair": 0.15, "triple": 0.04},
 }
-
-
-# One thing at a time: what the pictures are of, and the tasks that are asked, no other.
-FOCUS: dict[str, tuple[dict[str, float], tuple[str, ...]]] = {
-    "place": ({"large shape": 1.0}, ("position", "colour and shape")),
-    "box": ({"large shape": 1.0}, ("grounding",)),
-}
-
-
-def focused(rng: np.random.Generator, name: str, turns: int = 4) -> Sample:
-    """A conversation of up to ``turns`` questions of one of `FOCUS`."""
-    weights, tasks = FOCUS[name]
-    group, found = _drawn(rng, weights)
-    found = [question for question in found if question.task in tasks]
-    return Sample(group, tuple(found[i] for i in rng.permutation(len(found))[:turns]))
 
 
 def _drawn(rng: np.random.Generator, weights: dict[str, float]) -> tuple[tuple[Picture, ...], list[Question]]:
@@ -367,7 +349,7 @@ def _drawn(rng: np.random.Generator, weights: dict[str, float]) -> tuple[tuple[P
 
 
 # The share of a mixture's conversations with a question about a box.
-BOXES = {"single": 0.2, "simple": 0.2, "full": 0.6}
+BOXES = {"simple": 0.2, "full": 0.6}
 
 
 def sample(rng: np.random.Generator, mixture: str, turns: int = 8, boxes: float | None = None) -> Sample:
@@ -448,7 +430,7 @@ def rng_of(stream: int, seed: int, index: int) -> np.random.Generator:
 
 def _record(index: int, stem: str, seed: int, stream: int, mixture: str, turns: int, folder: Path) -> dict[str, Any]:
     rng = rng_of(stream, seed, index)
-    made = focused(rng, mixture, turns) if mixture in FOCUS else sample(rng, mixture, turns, BOXES.get(mixture, 1.0))
+    made = sample(rng, mixture, turns, BOXES.get(mixture, 1.0))
     return {"images": _save(made.pictures, f"{stem}-{index:06d}", folder), "messages": made.conversation()}
 
 
@@ -456,16 +438,14 @@ def _text_record(index: int, seed: int, stream: int, mixture: str, turns: int) -
     return {"messages": text_sample(rng_of(stream, seed, index), mixture, turns)}
 
 
-def _caption_record(
-    index: int, stem: str, seed: int, stream: int, mixture: str, folder: Path, short: float
-) -> dict[str, Any]:
-    """One picture with its caption, for the encoder's stages: the first picture of a sample, described.
+def _caption_record(index: int, stem: str, seed: int, stream: int, mixture: str, folder: Path) -> dict[str, Any]:
+    """The first picture of a sample with its caption, for an encoder's contrastive stage.
 
-    ``short``: the share of short captions. Colours and places alone tell most full captions of a batch apart.
+    Half of the captions are short ones: colours and places alone tell most full captions of a batch apart.
     """
     rng = rng_of(stream, seed, index)
     picture = sample(rng, mixture, 1).pictures[0]
-    said = short_caption(picture) if rng.random() < short else caption(picture)
+    said = short_caption(picture) if rng.random() < 0.5 else caption(picture)
     return {"images": _save((picture,), f"{stem}-{index:06d}", folder), "text": f"{IMAGE_TOKEN}\n{said}"}
 
 
@@ -512,9 +492,10 @@ def write(
     """Writes ``count`` samples as ``NAME.jsonl``, with their pictures in the folder ``NAME``; returns the file.
 
     Args:
-      mixture: of `MIXTURES` or `FOCUS`; "text" or "text NAME" for conversations without images about that mixture
-        (default: full); "captions" or "captions NAME" for single pictures, each with its caption, in full or short;
-        "names NAME" for short captions alone; "tasks" for the evaluation: held-out questions, one task after the other.
+      mixture: of `MIXTURES`; "text" or "text NAME" for conversations without images about that mixture (default: full);
+        "captions" or "captions NAME" for single pictures, each with its caption, in full or short; "regions" or
+        "regions NAME" for single pictures, each with its `regions`; "tasks" for the evaluation: held-out questions, one
+        task after the other.
       turns: most questions of a conversation.
       workers: processes; the files do not depend on it.
 
@@ -528,9 +509,8 @@ def write(
     arguments: dict[str, Any] = {"stem": name, "seed": seed, "folder": folder}
     if form == "tasks":
         make = functools.partial(_task_record, **arguments)
-    elif form in ("captions", "names"):
-        short = 0.5 if form == "captions" else 1.0
-        make = functools.partial(_caption_record, **arguments, stream=stream, mixture=of or "full", short=short)
+    elif form == "captions":
+        make = functools.partial(_caption_record, **arguments, stream=stream, mixture=of or "full")
     elif form == "regions":
         make = functools.partial(_regions_record, **arguments, stream=stream, mixture=of or "full")
     elif form == "text":
@@ -563,8 +543,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--held-out", action="store_true", help="draw from the stream that training never sees")
-    forms = [f"{form} {name}" for form in ("text", "captions", "names") for name in MIXTURES]
-    choices = [*MIXTURES, *FOCUS, "text", "captions", "names", "tasks", *forms]
+    forms = ("text", "captions", "regions")
+    choices = [*MIXTURES, *forms, "tasks", *(f"{form} {name}" for form in forms for name in MIXTURES)]
     parser.add_argument("--mixture", choices=choices, default="full", metavar="NAME", help=f"of {', '.join(choices)}")
     parser.add_argument("--turns", type=int, default=8, help="most questions of a conversation")
     parser.add_argument("--workers", type=int, default=1)
