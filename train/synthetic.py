@@ -336,6 +336,7 @@ MAKERS: dict[str, Callable[[np.random.Generator], tuple[Picture, ...]]] = {
 }
 MIXTURES: dict[str, dict[str, float]] = {
     "digit": {"large digit": 1.0},
+    "numbers": {"large digit": 0.25, "some number": 0.75},
     "simple": {"one shape": 0.36, "few shapes": 0.24, "short number": 0.2, "small word": 0.06, "short chart": 0.14},
     "parts": {"some shapes": 0.47, "some number": 0.3, "small word": 0.05, "chart": 0.18},
     "full": {"shapes": 0.4, "number": 0.2, "word": 0.05, "chart": 0.16, "pair": 0.15, "triple": 0.04},
