@@ -227,8 +227,8 @@ def test_ship_writes_weights_log_and_digests_and_leaves_the_readme(runs, tmp_pat
 def test_ship_names_the_stages_that_have_not_run(runs, tmp_path, capsys):
     shutil.copytree(runs, tmp_path / "runs")
     shutil.rmtree(tmp_path / "runs" / "align")
-    (tmp_path / "runs" / "encoder" / "log.jsonl").unlink()
-    with pytest.raises(CheckpointError, match=r"has no log.jsonl of encoder, align; run `make train-micro`"):
+    (tmp_path / "runs" / "regions" / "log.jsonl").unlink()
+    with pytest.raises(CheckpointError, match=r"has no log.jsonl of regions, align; run `make train-micro`"):
         micro.ship(tmp_path / "runs", tmp_path / "out")
     assert micro.main(["ship", str(tmp_path / "runs"), str(tmp_path / "out")]) == 1
     assert not (tmp_path / "out").exists()

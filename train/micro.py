@@ -158,7 +158,7 @@ def evaluation(out: Path, *, seed: int = EVALUATION_SEED, samples: int = EVALUAT
     return synthetic.write(out, f"questions-{seed}-{samples}", count, seed=seed, mixture="tasks")
 
 
-STAGES = ("language", "regions", "digits", "order", "parts", "align", "simple", "pretrain", "sft")
+STAGES = ("language", "regions", "digits", "order", "parts", "numbers", "scenes", "align", "simple", "pretrain", "sft")
 LOG_NAME = "training.jsonl"
 
 
