@@ -30,8 +30,20 @@ _CALLED = re.compile(r"(?:calls|to_apply|called_computations|branch_computations
 
 # Names for values or reinterpretations of them: nothing is moved.
 _FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id opt-barrier domain "
-    "add-dependency get-dimension-size".split()
+    [
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "after-all",
+        "partition-id",
+        "replica-id",
+        "opt-barrier",
+        "domain",
+        "add-dependency",
+        "get-dimension-size",
+    ]
 )
 _FREE_TARGETS = frozenset(
     {"AllocateBuffer", "ConcatBitcast", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"}
@@ -215,7 +227,7 @@ def _split(text: str) -> tuple[str, str]:
 
 
 class _Walk:
-    """One walk over a program. ``bound``: parameters of a loop's body that are known to be constants, by tuple index."""
+    """One walk over a program. ``bound``: tuple index → value, of a loop's parameters that are known constants."""
 
     def __init__(self, computations: Mapping[str, _Computation]):
         self._all = computations
