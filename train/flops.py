@@ -17,16 +17,17 @@ from collections.abc import Iterator, Mapping
 import jax
 
 from dsvl2_jax.config import Config, VisionConfig
+from dsvl2_jax.infer.topologies import topology
 from dsvl2_jax.train.settings import ContrastiveSettings, ParameterRule
 
-# Dense bf16 TFLOP/s of one jax device (FACTS §8), by a pattern for `jax.Device.device_kind`.
-_PEAKS = (
-    (r"TPU (v5 lite|v5e)", 197.0),
-    (r"TPU (v5|v5p)", 459.0),
-    (r"TPU (v6 lite|v6e)", 918.0),
-    (r"TPU ?(7x|v7x)", 2307.0 / 2),  # two devices a chip
-    (r"NVIDIA H100 80GB HBM3", 989.0),  # the SXM module; PCIe cards are slower and are named otherwise
-    (r"NVIDIA H200", 989.0),
+# A pattern for `jax.Device.device_kind` → a topology of such devices.
+_KINDS = (
+    (r"TPU (v5 lite|v5e)", "v5e-4"),
+    (r"TPU (v5|v5p)", "v5p-8"),
+    (r"TPU (v6 lite|v6e)", "v6e-4"),
+    (r"TPU ?(7x|v7x)", "tpu7x-8"),
+    (r"NVIDIA H100 80GB HBM3", "h100-1"),  # the SXM module; PCIe cards are slower and are named otherwise
+    (r"NVIDIA H200", "h200-1"),
 )
 
 # Parameters that multiply activations; the others add, scale or are looked up.
@@ -147,9 +148,9 @@ def _encoder(config: Config, passes: _Passes) -> float:
 
 def peak_flops(device: jax.Device) -> float | None:
     """bf16 FLOP/s that a device can reach at most; None for kinds that FACTS §8 does not list, such as a CPU."""
-    for pattern, tera in _PEAKS:
+    for pattern, name in _KINDS:
         if re.fullmatch(pattern, device.device_kind):
-            return tera * 1e12
+            return topology(name).flops
     return None
 
 
