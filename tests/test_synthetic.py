@@ -367,7 +367,7 @@ def records(path: Path) -> list[dict]:
 def data(tmp_path_factory) -> Path:
     """A folder with one data set of each mixture, 66 samples of ``tasks`` and 12 of the others."""
     directory = tmp_path_factory.mktemp("data")
-    for mixture in (*MIXTURES, "text", "captions", "regions"):
+    for mixture in (*MIXTURES, *synthetic.FOCUS, "text", "captions", "regions"):
         synthetic.write(directory, mixture, 12, seed=3, mixture=mixture)
     synthetic.write(directory, "tasks", 66, seed=3, mixture="tasks")
     return directory
@@ -411,7 +411,7 @@ def test_streams_and_seeds_make_different_files(tmp_path):
     assert len(set(made)) == 3
 
 
-@pytest.mark.parametrize("mixture", [*MIXTURES, "text", "captions"])
+@pytest.mark.parametrize("mixture", [*MIXTURES, *synthetic.FOCUS, "text", "captions"])
 def test_training_reads_every_sample(data, mixture):
     path = data / f"{mixture}.jsonl"
     for record in records(path):
@@ -421,6 +421,17 @@ def test_training_reads_every_sample(data, mixture):
     summary = examine(str(path), processor=Processor.from_dir(MICRO), tiles_per_sequence=10)
     assert (summary.samples, summary.broken_samples, summary.problems) == (12, 0, [])
     assert summary.tiles.max() <= 10 and summary.too_long == 0
+
+
+@pytest.mark.parametrize("name", synthetic.FOCUS)
+def test_a_focus_asks_only_its_task(name):
+    _, task, turns = synthetic.FOCUS[name]
+    asked = []
+    for index in range(20):
+        made = synthetic.focused(synthetic.rng_of(TRAINING, 3, index), name)
+        assert 0 < len(made.questions) <= turns and {q.task for q in made.questions} == {task}
+        asked.append(made.questions)
+    assert len(set(asked)) > 15
 
 
 def named(picture: Picture) -> list[str]:

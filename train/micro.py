@@ -132,6 +132,10 @@ DATA: dict[str, tuple[int, dict[str, object]]] = {
     "captions": (100_000, {"mixture": "captions simple", "seed": 2}),
     "held-out-captions": (512, {"mixture": "captions simple", "seed": 2, "stream": synthetic.HELD_OUT}),
     "simple": (32_000, {"mixture": "simple", "seed": 3, "turns": 6}),
+    "numbers-alone": (30_000, {"mixture": "numbers alone", "seed": 15}),
+    "charts-alone": (20_000, {"mixture": "charts alone", "seed": 16}),
+    "boxes-alone": (24_000, {"mixture": "boxes alone", "seed": 17}),
+    "pairs-alone": (12_000, {"mixture": "pairs alone", "seed": 18}),
     "full": (48_000, {"mixture": "full", "seed": 4, "turns": 6}),
     "held-out-full": (500, {"mixture": "full", "seed": 4, "turns": 6, "stream": synthetic.HELD_OUT}),
     "instructions": (64_000, {"mixture": "full", "seed": 5, "turns": 6}),
@@ -158,7 +162,20 @@ def evaluation(out: Path, *, seed: int = EVALUATION_SEED, samples: int = EVALUAT
     return synthetic.write(out, f"questions-{seed}-{samples}", count, seed=seed, mixture="tasks")
 
 
-STAGES = ("language", "regions", "digits", "order", "parts", "numbers", "scenes", "align", "simple", "pretrain", "sft")
+STAGES = (
+    "language",
+    "regions",
+    "digits",
+    "order",
+    "parts",
+    "numbers",
+    "scenes",
+    "align",
+    "simple",
+    "tasks",
+    "pretrain",
+    "sft",
+)
 LOG_NAME = "training.jsonl"
 
 

@@ -343,6 +343,26 @@ MIXTURES: dict[str, dict[str, float]] = {
 }
 
 
+# One kind of question, over and over, in easy and in full pictures: what pictures are of, the task, most questions.
+# What comes up once in a conversation of everything is drowned by the rest, and learnt last.
+FOCUS: dict[str, tuple[dict[str, float], str, int]] = {
+    "numbers alone": ({"short number": 0.5, "number": 0.5}, "digits", 1),
+    "charts alone": ({"short chart": 0.5, "chart": 0.5}, "charts", 4),
+    "boxes alone": ({"one shape": 0.4, "few shapes": 0.3, "shapes": 0.3}, "grounding", 1),
+    "pairs alone": ({"pair": 1.0}, "two images", 4),
+}
+
+
+def focused(rng: np.random.Generator, name: str) -> Sample:
+    """A conversation of one of `FOCUS`."""
+    weights, task, turns = FOCUS[name]
+    while True:
+        group, found = _drawn(rng, weights)
+        found = [question for question in found if question.task == task]
+        if found:
+            return Sample(group, tuple(found[i] for i in rng.permutation(len(found))[:turns]))
+
+
 def _drawn(rng: np.random.Generator, weights: dict[str, float]) -> tuple[tuple[Picture, ...], list[Question]]:
     """Pictures of one of some makers (name → probability), and all that can be asked about them."""
     group = MAKERS[str(rng.choice(list(weights), p=np.array(list(weights.values()))))](rng)
@@ -431,7 +451,7 @@ def rng_of(stream: int, seed: int, index: int) -> np.random.Generator:
 
 def _record(index: int, stem: str, seed: int, stream: int, mixture: str, turns: int, folder: Path) -> dict[str, Any]:
     rng = rng_of(stream, seed, index)
-    made = sample(rng, mixture, turns, BOXES.get(mixture, 1.0))
+    made = focused(rng, mixture) if mixture in FOCUS else sample(rng, mixture, turns, BOXES.get(mixture, 1.0))
     return {"images": _save(made.pictures, f"{stem}-{index:06d}", folder), "messages": made.conversation()}
 
 
@@ -493,11 +513,11 @@ def write(
     """Writes ``count`` samples as ``NAME.jsonl``, with their pictures in the folder ``NAME``; returns the file.
 
     Args:
-      mixture: of `MIXTURES`; "text" or "text NAME" for conversations without images about that mixture (default: full);
-        "captions" or "captions NAME" for single pictures, each with its caption, in full or short; "regions" or
-        "regions NAME" for single pictures, each with its `regions`; "tasks" for the evaluation: held-out questions, one
-        task after the other.
-      turns: most questions of a conversation.
+      mixture: of `MIXTURES` or `FOCUS`; "text" or "text NAME" for conversations without images about that mixture
+        (default: full); "captions" or "captions NAME" for single pictures, each with its caption, in full or short;
+        "regions" or "regions NAME" for single pictures, each with its `regions`; "tasks" for the evaluation: held-out
+        questions, one task after the other.
+      turns: most questions of a conversation; those of `FOCUS` have their own.
       workers: processes; the files do not depend on it.
 
     A file that is there is complete, and is kept as it is.
@@ -545,7 +565,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--held-out", action="store_true", help="draw from the stream that training never sees")
     forms = ("text", "captions", "regions")
-    choices = [*MIXTURES, *forms, "tasks", *(f"{form} {name}" for form in forms for name in MIXTURES)]
+    choices = [*MIXTURES, *FOCUS, *forms, "tasks", *(f"{form} {name}" for form in forms for name in MIXTURES)]
     parser.add_argument("--mixture", choices=choices, default="full", metavar="NAME", help=f"of {', '.join(choices)}")
     parser.add_argument("--turns", type=int, default=8, help="most questions of a conversation")
     parser.add_argument("--workers", type=int, default=1)
