@@ -135,7 +135,8 @@ def draw(runs: Sequence[Curves]) -> Any:
         balance.set(title="Expert balance", ylabel="busiest expert's load over the mean\n(1 = even)")
         balance.set_ylim(bottom=0.9)
     if "accuracy" in by_name:
-        by_name["accuracy"].set(title="Images that find their caption", ylabel="share of the batch", ylim=(0, 1.02))
+        title = "Images that find their caption, regions that find their phrase"
+        by_name["accuracy"].set(title=title, ylabel="share of the batch", ylim=(0, 1.02))
         by_name["accuracy"].yaxis.set_major_formatter(PercentFormatter(1.0))
     by_name["speed"].set(title="Throughput", ylabel="tokens per second")
     by_name["speed"].set_ylim(bottom=0, top=1.15 * _high([run.tokens_per_second for run in runs]))
