@@ -385,6 +385,36 @@ def bench(
         bench_generate(ckpt, dtype=dtype, mesh=mesh, new_tokens=new_tokens)
 
 
+def plan(
+    model: Positional[str] = "micro",
+    *,
+    topology: str,
+    job: Literal["prefill", "decode", "encode"] = "decode",
+    batch: int | None = None,
+    sequence: int | None = None,
+    slots: int | None = None,
+    mesh: str = "auto",
+    json: bool = False,
+) -> int:
+    """Compile a job for a TPU topology, without having one, and say whether it fits and how fast it can be.
+
+    Needs the TPU compiler: pip install -e '.[tpu]'. Exit status 1 when the job does not fit.
+
+    Args:
+        model: tiny, small, base, micro, a checkpoint, or a config.json.
+        topology: as v5e-16, v5p-8, v6e-8 or tpu7x-8.
+        job: what to compile.
+        batch: prompts of a prefill (8), or tiles to encode (32).
+        sequence: tokens of a prompt, or that the cache has room for (4096).
+        slots: rows that decode together (64).
+        mesh: as data=2,tensor=2,expert=4; auto chooses one and says why.
+        json: print everything as JSON.
+    """
+    from dsvl2_jax.infer.plan_report import run
+
+    return run(model, topology, job, batch=batch, sequence=sequence, slots=slots, mesh=mesh, as_json=json)
+
+
 COMMANDS = {
     "convert": convert,
     "export": export,
@@ -395,6 +425,7 @@ COMMANDS = {
     "data": data,
     "plot": plot,
     "eval": evaluate,
+    "plan": plan,
     "bench": bench,
     "doctor": doctor,
 }

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from dsvl2_jax.config import Config
+from dsvl2_jax.config import Config, LanguageConfig
 from dsvl2_jax.decoder import Cache
 from dsvl2_jax.sharding import constrain
 
@@ -37,24 +37,29 @@ def batch_bucket(rows: int) -> int:
     return 1 << (rows - 1).bit_length()
 
 
-def init_cache(config: Config, batch: int, slots: int, dtype: DTypeLike) -> Cache:
-    """An empty cache, jittable: per layer the arrays described in `dsvl2_jax.attention`.
+def cache_layout(config: LanguageConfig) -> dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]:
+    """Name → (shape of a token's entry, its logical axes), of one layer; batch and slots come before.
 
     Latent attention keeps ``kv_lora_rank + qk_rope_head_dim`` numbers per token and layer (576 for small and
     base), multi-head attention all keys and values (2,560 for tiny).
     """
-    cfg = config.language
+    if config.use_mla:
+        return {
+            "latent": ((config.kv_lora_rank,), ("latent",)),
+            "rope_key": ((config.qk_rope_head_dim,), ("head_dim",)),
+        }
+    heads = (config.kv_heads, config.head_dim), ("kv_heads", "head_dim")
+    return {"key": heads, "value": heads}
 
-    def zeros(*shape: int, axes: tuple[str | None, ...]) -> jax.Array:
-        return constrain(jnp.zeros((batch, slots, *shape), dtype), "batch", None, *axes)
+
+def init_cache(config: Config, batch: int, slots: int, dtype: DTypeLike) -> Cache:
+    """An empty cache, jittable: per layer the arrays of `cache_layout`, as `dsvl2_jax.attention` describes them."""
+    layout = cache_layout(config.language)
 
     def layer() -> dict[str, jax.Array]:
-        if cfg.use_mla:
-            return {
-                "latent": zeros(cfg.kv_lora_rank, axes=("latent",)),
-                "rope_key": zeros(cfg.qk_rope_head_dim, axes=("head_dim",)),
-            }
-        axes = ("kv_heads", "head_dim")
-        return {name: zeros(cfg.kv_heads, cfg.head_dim, axes=axes) for name in ("key", "value")}
+        return {
+            name: constrain(jnp.zeros((batch, slots, *shape), dtype), "batch", None, *axes)
+            for name, (shape, axes) in layout.items()
+        }
 
-    return [layer() for _ in range(cfg.num_hidden_layers)]
+    return [layer() for _ in range(config.language.num_hidden_layers)]

@@ -93,6 +93,23 @@ def _choose(logits: jax.Array, seen: jax.Array, sampling: SamplingArrays, step: 
     return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
+def next_state(params: Params, config: Config, state: DecodeState, sampling: SamplingArrays, eos: int) -> DecodeState:
+    """One decode step; finished rows keep their token."""
+    logits, cache = model.decode_step(params, config, state.tokens, state.positions, state.cache)
+    positions = state.positions + ~state.finished
+    new, logprobs = _choose(logits, state.seen, sampling, positions)
+    new = jnp.where(state.finished, state.tokens, new)
+    return DecodeState(
+        cache=cache,
+        tokens=new,
+        logprobs=logprobs,
+        positions=positions,
+        limits=state.limits,
+        seen=state.seen.at[jnp.arange(new.shape[0]), new].set(True),
+        finished=state.finished | (new == eos) | (positions >= state.limits),
+    )
+
+
 @functools.partial(jax.jit, static_argnames=("config", "eos"), donate_argnames="state")
 def decode_tokens(
     params: Params, config: Config, state: DecodeState, sampling: SamplingArrays, steps: jax.Array, eos: int
@@ -103,8 +120,7 @@ def decode_tokens(
       The new state; i32[B, STEPS] tokens and f32[B, STEPS] log-probabilities (of no meaning once a row is
       finished); i32[B], how many each row got. The token that ends a row is counted.
     """
-    rows = jnp.arange(state.tokens.shape[0])
-    tokens = jnp.zeros((rows.shape[0], STEPS), jnp.int32)
+    tokens = jnp.zeros((state.tokens.shape[0], STEPS), jnp.int32)
     logprobs = jnp.zeros(tokens.shape, jnp.float32)
 
     def more(carry):
@@ -113,21 +129,9 @@ def decode_tokens(
 
     def body(carry):
         i, state, tokens, logprobs, counts = carry
-        logits, cache = model.decode_step(params, config, state.tokens, state.positions, state.cache)
-        positions = state.positions + ~state.finished
-        new, new_logprobs = _choose(logits, state.seen, sampling, positions)
-        new = jnp.where(state.finished, state.tokens, new)
         counts = counts + ~state.finished
-        next_state = DecodeState(
-            cache=cache,
-            tokens=new,
-            logprobs=new_logprobs,
-            positions=positions,
-            limits=state.limits,
-            seen=state.seen.at[rows, new].set(True),
-            finished=state.finished | (new == eos) | (positions >= state.limits),
-        )
-        return i + 1, next_state, tokens.at[:, i].set(new), logprobs.at[:, i].set(new_logprobs), counts
+        state = next_state(params, config, state, sampling, eos)
+        return i + 1, state, tokens.at[:, i].set(state.tokens), logprobs.at[:, i].set(state.logprobs), counts
 
     start = (jnp.int32(0), state, tokens, logprobs, jnp.zeros_like(state.tokens))
     _, state, tokens, logprobs, counts = jax.lax.while_loop(more, body, start)

@@ -1,0 +1,185 @@
+"""`dsvl2 plan`: what a job takes on devices that need not be here, from the program that their compiler makes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from dsvl2_jax.config import Config
+from dsvl2_jax.errors import UsageError
+from dsvl2_jax.infer import plan_jobs, plan_work
+from dsvl2_jax.infer.cache import cache_layout
+from dsvl2_jax.infer.hlo import Cost, walk
+from dsvl2_jax.infer.topologies import Topology
+from dsvl2_jax.model import abstract_leaves
+from dsvl2_jax.sharding import ACTIVATION_RULES, MESH_AXES, PARAM_RULES, partition_spec
+
+JOBS = ("prefill", "decode", "encode")
+ITEMSIZE = 2  # of bfloat16, in which everything is planned
+ROOM = 0.85  # most of a device's memory that parameters and cache may take, so that a program can work
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is to be planned.
+
+    Attributes:
+      kind: of `JOBS`.
+      batch: prompts, decode slots or tiles.
+      sequence: tokens of a prompt, or that the cache has room for; encoding has none.
+    """
+
+    kind: str
+    batch: int
+    sequence: int
+
+    @property
+    def unit(self) -> tuple[str, int]:
+        """What one run makes, and how much of it."""
+        if self.kind == "encode":
+            return "tiles", self.batch
+        return "tokens", self.batch * (self.sequence if self.kind == "prefill" else 1)
+
+
+def work(config: Config, job: Job) -> plan_work.Work:
+    """The least that a job costs on all devices together."""
+    if job.kind == "encode":
+        return plan_work.encode_work(config, job.batch, ITEMSIZE)
+    of = plan_work.prefill_work if job.kind == "prefill" else plan_work.decode_work
+    return of(config, job.batch, job.sequence, ITEMSIZE)
+
+
+def resident_bytes(config: Config, job: Job, sizes: dict[str, int]) -> float:
+    """Bytes of a device that parameters and cache take: what no program can do without."""
+    total = 0.0
+    for shape, axes in abstract_leaves(config).values():
+        total += ITEMSIZE * math.prod(shape) / _parts(shape, axes, sizes, PARAM_RULES)
+    if job.kind != "encode":
+        for entry, axes in cache_layout(config.language).values():
+            shape = (job.batch, job.sequence, *entry)
+            parts = _parts(shape, ("batch", None, *axes), sizes, ACTIVATION_RULES)
+            total += config.language.num_hidden_layers * ITEMSIZE * math.prod(shape) / parts
+    return total
+
+
+def _parts(shape: tuple[int, ...], axes: tuple[str | None, ...], sizes: dict[str, int], rules: Any) -> int:
+    """Into how many different pieces the mesh cuts an array."""
+    spec = partition_spec(shape, axes, sizes, rules)
+    names = [name for entry in spec for name in ((entry,) if isinstance(entry, str) else entry or ())]
+    return math.prod(sizes[name] for name in names)
+
+
+def meshes(devices: int) -> Iterator[dict[str, int]]:
+    """All meshes of so many devices, those with the most data parallelism first."""
+    for expert in (n for n in range(1, devices + 1) if devices % n == 0):
+        for tensor in (n for n in range(1, devices // expert + 1) if devices // expert % n == 0):
+            yield dict(zip(MESH_AXES, (devices // expert // tensor, tensor, expert), strict=True))
+
+
+def choose_mesh(config: Config, job: Job, topology: Topology) -> tuple[dict[str, int], str]:
+    """The mesh that splits matrices least and yet holds parameters and cache, and why it was chosen.
+
+    Splitting over ``tensor`` costs two sums of activations a layer, over ``expert`` one, over ``data`` none.
+    """
+    found = [(resident_bytes(config, job, sizes), sizes) for sizes in meshes(topology.devices)]
+    fitting = [entry for entry in found if entry[0] <= ROOM * topology.memory]
+    if fitting:
+        held, sizes = min(fitting, key=lambda entry: (entry[1]["tensor"], entry[1]["expert"]))
+        return sizes, f"the least splitting with which parameters and cache ({held / 1e9:.1f} GB) leave room to work in"
+    held, sizes = min(found, key=lambda entry: entry[0])
+    return sizes, f"no mesh leaves room: this one needs the least for parameters and cache ({held / 1e9:.1f} GB)"
+
+
+def plan(config: Config, job: Job, topology: Topology, sizes: dict[str, int] | None = None) -> dict[str, Any]:
+    """Compiles a job for a topology and says what it takes.
+
+    Args:
+      sizes: of the mesh's axes; None: of `choose_mesh`.
+
+    Returns:
+      A JSON object. Bytes and FLOPs are of one device, ``flops_ratio`` and ``bytes_ratio`` compare all devices
+      together with the least that the job costs (`dsvl2_jax.infer.plan_work`).
+
+    Raises:
+      UsageError: the mesh does not have the topology's devices, or the compiler is missing.
+    """
+    reason = "as asked"
+    if sizes is None:
+        sizes, reason = choose_mesh(config, job, topology)
+    mesh = plan_jobs.mesh_of(topology, sizes)
+    begun = time.monotonic()
+    compiled, problem = None, None
+    lowered = plan_jobs.lower(job.kind, config, mesh, batch=job.batch, sequence=job.sequence)
+    try:
+        compiled = lowered.compile()
+    except Exception as error:  # the compiler's own
+        if "RESOURCE_EXHAUSTED" not in str(error) and "memory" not in str(error):
+            raise
+        problem = str(error).splitlines()[0]
+    report: dict[str, Any] = {
+        "topology": topology.name,
+        "devices": topology.devices,
+        "job": dataclasses.asdict(job),
+        "mesh": sizes,
+        "mesh_reason": reason,
+        "compile_seconds": round(time.monotonic() - begun, 1),
+    }
+    least = work(config, job)
+    if compiled is None:
+        return report | {"fits": False, "problem": problem, "would_fit": _advice(config, job, topology)}
+    memory = compiled.memory_analysis()
+    taken = {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "output": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    }
+    cost = walk(compiled.as_text())
+    fits = sum(taken.values()) <= topology.memory
+    report |= {"fits": fits, "bytes_per_device": taken, "memory": topology.memory} | _costs(cost, least, job, topology)
+    return report if fits else report | {"would_fit": _advice(config, job, topology)}
+
+
+def _costs(cost: Cost, least: plan_work.Work, job: Job, topology: Topology) -> dict[str, Any]:
+    seconds = max(cost.flops / topology.flops, cost.bytes / topology.bandwidth)
+    unit, made = job.unit
+    return {
+        "flops": cost.flops,
+        "bytes": cost.bytes,
+        "least_flops": least.flops,
+        "least_bytes": least.bytes,
+        "flops_ratio": cost.flops * topology.devices / least.flops,
+        "bytes_ratio": cost.bytes * topology.devices / least.bytes,
+        "collectives": {kind: dataclasses.asdict(found) for kind, found in sorted(cost.collectives.items())},
+        "unknown_loops": list(cost.unknown_loops),
+        "roofline_seconds": seconds,
+        "bound": "compute" if cost.flops / topology.flops > cost.bytes / topology.bandwidth else "memory",
+        f"{unit}_per_second": made / seconds,
+    }
+
+
+def _advice(config: Config, job: Job, topology: Topology) -> str:
+    """What would make a job fit."""
+    held = min(resident_bytes(config, job, sizes) for sizes in meshes(topology.devices))
+    if held > topology.memory:
+        return f"more devices: parameters and cache alone need {held / 1e9:.1f} GB of each"
+    word = {"prefill": "fewer or shorter prompts at a time", "decode": "fewer slots", "encode": "fewer tiles at a time"}
+    return word[job.kind]
+
+
+def parse_job(kind: str, batch: int | None, sequence: int | None, slots: int | None) -> Job:
+    """The job of the command's flags, with the sizes that are usual where none are given.
+
+    Raises:
+      UsageError: an unknown job, or a size that is not positive.
+    """
+    usual = {"prefill": (8, 4096), "decode": (64, 4096), "encode": (32, 0)}
+    if kind not in usual:
+        raise UsageError(f"--job {kind!r}: expected one of {', '.join(JOBS)}.")
+    rows = (slots if kind == "decode" and slots is not None else batch) or usual[kind][0]
+    for name, value in (("--batch", batch), ("--sequence", sequence), ("--slots", slots)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name}: found {value}, expected a positive whole number.")
+    return Job(kind, rows, usual[kind][1] if sequence is None or kind == "encode" else sequence)
