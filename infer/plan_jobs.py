@@ -38,7 +38,9 @@ def devices(topology: Topology) -> list[Any]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.shape).devices)
+        # A host has four chips, unless it is said to have one.
+        options = {"chips_per_host_bounds": (1, 1, 1)} if topology.devices == 1 else {}
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.shape, **options).devices)
     except Exception as error:  # RuntimeError, XlaRuntimeError, ModuleNotFoundError …
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
