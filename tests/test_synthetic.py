@@ -456,7 +456,7 @@ def test_captions_say_what_is_in_their_one_picture(data):
 
 
 def test_regions_are_what_their_picture_holds(data):
-    """Shapes, signs and bars with their boxes, in order from left to right; edges in twentieths of the sides."""
+    """Shapes, signs and bars with their boxes, in order from left to right; edges in shares of the sides."""
     for number, record in enumerate(records(data / "regions.jsonl")):
         picture = synthetic.sample(synthetic.rng_of(TRAINING, 3, number), "full", 1).pictures[0]
         width, height = picture.size
@@ -464,10 +464,11 @@ def test_regions_are_what_their_picture_holds(data):
         for region in found:
             left, top, right, bottom = region["box"]
             assert 0 <= left < right <= width and 0 <= top < bottom <= height
+            assert ("left" in region) == ("x1" in region)
             if "left" in region:
-                edges = [int(region[side]) for side in ("left", "top", "right", "bottom")]
-                exact = [20 * left / width, 20 * top / height, 20 * right / width, 20 * bottom / height]
-                assert all(abs(said - true) <= 0.5 for said, true in zip(edges, exact, strict=True))
+                shares = (left / width, top / height, right / width, bottom / height)
+                for parts, names in ((20, ("left", "top", "right", "bottom")), (50, ("x1", "y1", "x2", "y2"))):
+                    assert all(abs(int(region[n]) - parts * s) <= 0.5 for n, s in zip(names, shares, strict=True))
         shapes = [(r["colour"], r["kind"], r["place"], tuple(r["box"])) for r in found if "kind" in r]
         assert shapes == [(s.colour, s.kind, s.place, tuple(s.box)) for s in picture.shapes]
         signs = "".join(r.get("digit", r.get("letter", "")) for r in found)

@@ -129,6 +129,7 @@ DATA: dict[str, tuple[int, dict[str, object]]] = {
     "held-out-regions": (512, {"mixture": "regions parts", "seed": 11, "stream": synthetic.HELD_OUT}),
     "digits": (40_000, {"mixture": "regions digit", "seed": 13}),
     "numbers": (80_000, {"mixture": "regions numbers", "seed": 14}),
+    "edges": (80_000, {"mixture": "regions parts", "seed": 20}),
     "captions": (100_000, {"mixture": "captions simple", "seed": 2}),
     "held-out-captions": (512, {"mixture": "captions simple", "seed": 2, "stream": synthetic.HELD_OUT}),
     "simple": (32_000, {"mixture": "simple", "seed": 3, "turns": 6}),

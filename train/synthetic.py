@@ -95,13 +95,17 @@ def regions(picture: Picture) -> list[dict[str, Any]]:
     """What a picture holds, box by box: shapes, each printed letter or digit and the whole of it, bars.
 
     Each has its ``box`` in pixels and its attributes, all as text: kind, colour, place, its number from left to right
-    among how many (``order``), and its edges in twentieths of the picture's sides.
+    among how many (``order``), its edges in twentieths (``left`` …) and in fiftieths (``x1`` …) of the picture's sides.
     """
     width, height = picture.size
 
     def edges(box: Boundaries) -> dict[str, str]:
-        sides = zip(("left", "top", "right", "bottom"), box, (width, height) * 2, strict=True)
-        return {name: str(round(20 * edge / side)) for name, edge, side in sides}
+        shares = [edge / side for edge, side in zip(box, (width, height) * 2, strict=True)]
+        coarse = zip(("left", "top", "right", "bottom"), shares, strict=True)
+        fine = zip(("x1", "y1", "x2", "y2"), shares, strict=True)
+        return {name: str(round(20 * share)) for name, share in coarse} | {
+            name: str(round(50 * share)) for name, share in fine
+        }
 
     found: list[dict[str, Any]] = []
     if picture.chart is not None:
