@@ -137,6 +137,7 @@ DATA: dict[str, tuple[int, dict[str, object]]] = {
     "charts-alone": (20_000, {"mixture": "charts alone", "seed": 16}),
     "boxes-alone": (24_000, {"mixture": "boxes alone", "seed": 17}),
     "pairs-alone": (12_000, {"mixture": "pairs alone", "seed": 18}),
+    "many-boxes-alone": (24_000, {"mixture": "many boxes alone", "seed": 21}),
     "places-alone": (24_000, {"mixture": "places alone", "seed": 19}),
     "full": (48_000, {"mixture": "full", "seed": 4, "turns": 6}),
     "held-out-full": (500, {"mixture": "full", "seed": 4, "turns": 6, "stream": synthetic.HELD_OUT}),
@@ -176,6 +177,8 @@ STAGES = (
     "simple",
     "tasks",
     "pretrain",
+    "edges",
+    "questions",
     "sft",
 )
 LOG_NAME = "training.jsonl"

@@ -353,6 +353,7 @@ FOCUS: dict[str, tuple[dict[str, float], str, int]] = {
     "numbers alone": ({"short number": 0.5, "number": 0.5}, "digits", 1),
     "charts alone": ({"short chart": 0.5, "chart": 0.5}, "charts", 4),
     "boxes alone": ({"one shape": 0.4, "few shapes": 0.3, "shapes": 0.3}, "grounding", 1),
+    "many boxes alone": ({"few shapes": 0.3, "shapes": 0.7}, "grounding", 4),
     "pairs alone": ({"pair": 1.0}, "two images", 4),
     "places alone": ({"few shapes": 0.5, "shapes": 0.5}, "position", 2),
 }
