@@ -138,6 +138,8 @@ DATA: dict[str, tuple[int, dict[str, object]]] = {
     "boxes-alone": (24_000, {"mixture": "boxes alone", "seed": 17}),
     "pairs-alone": (12_000, {"mixture": "pairs alone", "seed": 18}),
     "many-boxes-alone": (24_000, {"mixture": "many boxes alone", "seed": 21}),
+    "two-places-alone": (24_000, {"mixture": "two places alone", "seed": 22}),
+    "two-boxes-alone": (24_000, {"mixture": "two boxes alone", "seed": 23}),
     "places-alone": (24_000, {"mixture": "places alone", "seed": 19}),
     "full": (48_000, {"mixture": "full", "seed": 4, "turns": 6}),
     "held-out-full": (500, {"mixture": "full", "seed": 4, "turns": 6, "stream": synthetic.HELD_OUT}),
@@ -179,6 +181,7 @@ STAGES = (
     "pretrain",
     "edges",
     "questions",
+    "places",
     "sft",
 )
 LOG_NAME = "training.jsonl"

@@ -294,8 +294,8 @@ def number(rng: np.random.Generator, most_places: int = 4) -> str:
     return str(int(rng.integers(10 ** (places - 1) if places > 1 else 0, 10**places)))
 
 
-def _shapes(rng: np.random.Generator, most: int = 5, tiles: int = 9) -> tuple[Picture, ...]:
-    return (pictures.scene(rng, int(rng.integers(1, most + 1)), size=pictures.picture_size(rng, tiles)),)
+def _shapes(rng: np.random.Generator, most: int = 5, tiles: int = 9, least: int = 1) -> tuple[Picture, ...]:
+    return (pictures.scene(rng, int(rng.integers(least, most + 1)), size=pictures.picture_size(rng, tiles)),)
 
 
 def _number(rng: np.random.Generator, most_places: int = 4, tiles: int = 9) -> tuple[Picture, ...]:
@@ -332,6 +332,7 @@ MAKERS: dict[str, Callable[[np.random.Generator], tuple[Picture, ...]]] = {
     "one shape": functools.partial(_shapes, most=1, tiles=2),
     "large digit": functools.partial(_number, most_places=1, tiles=1),
     "some shapes": functools.partial(_shapes, tiles=2),
+    "two shapes": functools.partial(_shapes, least=2, most=2, tiles=1),
     "few shapes": functools.partial(_shapes, most=3, tiles=2),
     "some number": functools.partial(_number, tiles=2),
     "short number": functools.partial(_number, most_places=2, tiles=2),
@@ -354,6 +355,8 @@ FOCUS: dict[str, tuple[dict[str, float], str, int]] = {
     "charts alone": ({"short chart": 0.5, "chart": 0.5}, "charts", 4),
     "boxes alone": ({"one shape": 0.4, "few shapes": 0.3, "shapes": 0.3}, "grounding", 1),
     "many boxes alone": ({"few shapes": 0.3, "shapes": 0.7}, "grounding", 4),
+    "two places alone": ({"two shapes": 0.6, "few shapes": 0.4}, "position", 4),
+    "two boxes alone": ({"two shapes": 0.6, "few shapes": 0.4}, "grounding", 3),
     "pairs alone": ({"pair": 1.0}, "two images", 4),
     "places alone": ({"few shapes": 0.5, "shapes": 0.5}, "position", 2),
 }
