@@ -182,6 +182,8 @@ STAGES = (
     "edges",
     "questions",
     "places",
+    "where",
+    "all",
     "sft",
 )
 LOG_NAME = "training.jsonl"
