@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 from dsvl2_jax.config import LanguageConfig
 from dsvl2_jax.layers import RMSNorm, linear, partitioned, precision, rotary_tables, rotate_half, rotate_interleaved
-from dsvl2_jax.sharding import constrain
+from dsvl2_jax.sharding import batch_axis, constrain
 
 LayerCache = dict[str, jax.Array]
 
@@ -40,10 +40,13 @@ def write_cache(cache: LayerCache, new: LayerCache, positions: jax.Array) -> Lay
     A dynamic slice per row (not a scatter) keeps the update in place when the cache is donated.
     """
 
+    def placed(array: jax.Array) -> jax.Array:
+        return constrain(array, "slots", None, *(("kv_heads", "head_dim") if array.ndim == 4 else ("latent",)))
+
     def row(old: jax.Array, update: jax.Array, start: jax.Array) -> jax.Array:
         return lax.dynamic_update_slice_in_dim(old, update.astype(old.dtype), start, axis=0)
 
-    return {name: jax.vmap(row)(cache[name], new[name], positions[:, 0]) for name in cache}
+    return {n: placed(jax.vmap(row)(cache[n], placed(new[n]), positions[:, 0])) for n in cache}
 
 
 def attend(
@@ -144,13 +147,14 @@ class MultiHeadAttention(nn.Module):
         """As `LatentAttention.__call__`."""
         cfg = self.config
         heads, kv_heads, width = cfg.num_attention_heads, cfg.kv_heads, cfg.head_dim
+        rows = batch_axis(x_btd.shape[1])
 
         def project(name: str, count: int, axis: str) -> jax.Array:
             axes = ("embed", axis, "head_dim")
             layer = linear(
                 (count, width), axes, dtype=self.dtype, std=cfg.initializer_range, bias=cfg.attention_bias, name=name
             )
-            return constrain(layer(x_btd), "batch", "length", axis, "head_dim")
+            return constrain(layer(x_btd), rows, "length", axis, "head_dim")
 
         cos, sin = rotary_tables(positions, width, cfg.rope_theta)
         query = rotate_half(project("q_proj", heads, "heads"), cos, sin)
@@ -164,10 +168,13 @@ class MultiHeadAttention(nn.Module):
         key, value = (jnp.repeat(source[n], heads // kv_heads, axis=2) for n in ("key", "value"))
         value = value.astype(self.dtype)
         if read_cache:
+            beside = "slots" if rows == "rows" else rows  # a decode step goes to the cache, longer ones fetch it
+            query, key, value = (constrain(a, beside, None, "heads", "head_dim") for a in (query, key, value))
             out = attend([query], [key], value, (None, positions), width**-0.5)
+            out = constrain(out, beside, None, "heads", "head_dim")
         else:
             out = attend_to_row([query], [key], value, positions, width**-0.5)
-        out = checkpoint_name(constrain(out, "batch", "length", "heads", "head_dim"), ATTENTION_OUTPUT)
+        out = checkpoint_name(constrain(out, rows, "length", "heads", "head_dim"), ATTENTION_OUTPUT)
         axes = ("heads", "head_dim", "embed")
         out = linear(
             x_btd.shape[-1],
@@ -209,6 +216,7 @@ class LatentAttention(nn.Module):
         cfg = self.config
         heads, nope, rope, rank = cfg.num_attention_heads, cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.kv_lora_rank
         std, bias = cfg.initializer_range, cfg.attention_bias
+        rows = batch_axis(x_btd.shape[1])
 
         query_input, query_axis = x_btd, "embed"
         if cfg.q_lora_rank is not None:
@@ -221,7 +229,7 @@ class LatentAttention(nn.Module):
         query = linear(
             (heads, nope + rope), (query_axis, "heads", "head_dim"), dtype=self.dtype, std=std, name=query_name
         )(query_input)
-        query = constrain(query, "batch", "length", "heads", "head_dim")
+        query = constrain(query, rows, "length", "heads", "head_dim")
         q_nope, q_rope = query[..., :nope], query[..., nope:]
 
         compressed = linear(
@@ -249,13 +257,17 @@ class LatentAttention(nn.Module):
         exact = precision(self.dtype)
         if x_btd.shape[1] == 1 and read_cache:
             q_latent = jnp.einsum("bthn,hnr->bthr", q_nope, key_up, precision=exact)
-            q_latent = constrain(q_latent, "batch", "length", "heads", "latent")
-            out = attend([q_latent, q_rope], [latent, rope_key], latent, (None, positions), scale)  # [B, 1, H, R]
+            q_latent = constrain(q_latent, rows, "length", "heads", "latent")
+            # To the cache, which is split by slots, and back: cheaper than every device reading all of it.
+            queries = [constrain(q, "slots", None, "heads", None) for q in (q_latent, q_rope)]
+            out = attend(queries, [latent, rope_key], latent, (None, positions), scale)  # [B, 1, H, R]
+            out = constrain(constrain(out, "slots", None, "heads", None), rows, "length", "heads", "latent")
             out = jnp.einsum("bthr,hvr->bthv", out, value_up, precision=exact)
         else:
+            latent, rope_key = (constrain(a, rows, None, "latent") for a in (latent, rope_key))
             key = jnp.einsum("bsr,hnr->bshn", latent, key_up, precision=exact)
             value = jnp.einsum("bsr,hvr->bshv", latent, value_up, precision=exact)
-            key, value = (constrain(a, "batch", "length", "heads", "head_dim") for a in (key, value))
+            key, value = (constrain(a, rows, "length", "heads", "head_dim") for a in (key, value))
             if read_cache:
                 out = attend([q_nope, q_rope], [key, rope_key], value, (None, positions), scale)
             else:  # one product of the joined parts instead of two whose results are added
@@ -263,7 +275,7 @@ class LatentAttention(nn.Module):
                 parts = (q_nope, q_rope), (key, rope_keys)
                 query, key = (jnp.concatenate(part, axis=-1) for part in parts)
                 out = attend_to_row([query], [key], value, positions, scale)
-        out = checkpoint_name(constrain(out, "batch", "length", "heads", "head_dim"), ATTENTION_OUTPUT)
+        out = checkpoint_name(constrain(out, rows, "length", "heads", "head_dim"), ATTENTION_OUTPUT)
         axes = ("heads", "head_dim", "embed")
         out = linear(x_btd.shape[-1], axes, dtype=self.dtype, std=std, contract=2, bias=bias, name="o_proj")(out)
         return out, cache

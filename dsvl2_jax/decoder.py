@@ -11,7 +11,7 @@ from dsvl2_jax.attention import LatentAttention, LayerCache, MultiHeadAttention
 from dsvl2_jax.config import LanguageConfig
 from dsvl2_jax.layers import GatedMLP, RMSNorm, linear, partitioned
 from dsvl2_jax.moe import MoE, Routing
-from dsvl2_jax.sharding import constrain
+from dsvl2_jax.sharding import batch_axis, constrain
 
 Cache = list[LayerCache]
 
@@ -36,14 +36,15 @@ class DecoderLayer(nn.Module):
         attention = LatentAttention if cfg.use_mla else MultiHeadAttention
         normed = RMSNorm(cfg.rms_norm_eps, name="input_layernorm")(x_btd)
         attended, cache = attention(cfg, self.dtype, name="self_attn")(normed, positions, cache, read_cache)
-        x_btd = constrain(x_btd + attended, "batch", "length", "embed")
+        rows = batch_axis(x_btd.shape[1])
+        x_btd = constrain(x_btd + attended, rows, "length", "embed")
         normed = RMSNorm(cfg.rms_norm_eps, name="post_attention_layernorm")(x_btd)
         routing = None
         if cfg.is_moe_layer(self.layer):
             fed, routing = MoE(cfg, self.dtype, name="mlp")(normed, valid)
         else:
             fed = GatedMLP(cfg.intermediate_size, self.dtype, cfg.initializer_range, name="mlp")(normed)
-        return constrain(x_btd + fed, "batch", "length", "embed"), cache, routing
+        return constrain(x_btd + fed, rows, "length", "embed"), cache, routing
 
 
 class Decoder(nn.Module):
@@ -87,7 +88,7 @@ class Decoder(nn.Module):
         Returns:
           [B, T, D] hidden states, the updated cache, and each layer's routing (None for dense layers).
         """
-        x = constrain(x_btd, "batch", "length", "embed")
+        x = constrain(x_btd, batch_axis(x_btd.shape[1]), "length", "embed")
         new_cache: Cache | None = None if cache is None else []
         routings = []
         for i, layer in enumerate(self.layers):

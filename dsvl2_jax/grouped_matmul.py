@@ -1,8 +1,8 @@
 """Grouped matmul: consecutive groups of rows, each times its own matrix (DESIGN §4.3).
 
 One function, `grouped_matmul`, picks the kernel of the platform that the program is lowered for:
-``jax.lax.ragged_dot`` on TPU (native there), ``tokamax`` on GPU where it is installed, and a blocked
-loop elsewhere that touches only the matrices of groups that have rows.
+``jax.lax.ragged_dot`` on TPU (native there; a kernel of ours for few rows), ``tokamax`` on GPU where it is
+installed, and a blocked loop elsewhere that touches only the matrices of groups that have rows.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsvl2_jax.layers import precision
+from dsvl2_jax.tpu_kernels import few_rows_matmul
 
 MAX_BLOCK = 128
 
@@ -30,7 +31,7 @@ def grouped_matmul(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) 
     Returns:
       [M, O] in the dtype of ``rows``; rows beyond the last group are zero.
     """
-    return lax.platform_dependent(rows, weights, group_sizes, tpu=_ragged, cuda=_cuda, rocm=_ragged, default=_blocked)
+    return lax.platform_dependent(rows, weights, group_sizes, tpu=_tpu, cuda=_cuda, rocm=_ragged, default=_blocked)
 
 
 def _forward(rows, weights, group_sizes):
@@ -40,7 +41,23 @@ def _forward(rows, weights, group_sizes):
 def _backward(residuals, cotangent):
     rows, weights, group_sizes = residuals
     rows_bar = grouped_matmul(cotangent, weights.swapaxes(1, 2), group_sizes)
-    weights_bar = lax.platform_dependent(
+    weights_bar = grouped_outer(rows, cotangent, group_sizes)
+    return rows_bar.astype(rows.dtype), weights_bar.astype(weights.dtype), None
+
+
+grouped_matmul.defvjp(_forward, _backward)
+
+
+def grouped_outer(rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """The gradient of the matrices: per group, rowsᵀ · cotangent.
+
+    Args:
+      rows: [M, I]. cotangent: [M, O]. group_sizes: i32[G], with a sum ≤ M.
+
+    Returns:
+      [G, I, O] in the dtype of ``rows``.
+    """
+    return lax.platform_dependent(
         rows,
         cotangent,
         group_sizes,
@@ -49,10 +66,6 @@ def _backward(residuals, cotangent):
         rocm=_ragged_outer,
         default=_blocked_outer,
     )
-    return rows_bar.astype(rows.dtype), weights_bar.astype(weights.dtype), None
-
-
-grouped_matmul.defvjp(_forward, _backward)
 
 
 def _in_a_group(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -65,6 +78,12 @@ def _ragged(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.
     return _in_a_group(out, group_sizes)
 
 
+def _tpu(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    if rows.shape[0] <= weights.shape[0]:  # most matrices have no row
+        return few_rows_matmul(rows, weights, group_sizes)
+    return _ragged(rows, weights, group_sizes)
+
+
 def _cuda(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
     if importlib.util.find_spec("tokamax") is None:
         return _ragged(rows, weights, group_sizes)
@@ -75,7 +94,6 @@ def _cuda(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Ar
 
 
 def _ragged_outer(rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """Per group, rowsᵀ · cotangent: [M, I], [M, O] → [G, I, O] in the dtype of ``rows``."""
     dims = lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
     )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from dsvl2_jax.sharding import constrain
+from dsvl2_jax.sharding import batch_axis, constrain
 
 Axes = tuple[str | None, ...]
 
@@ -77,7 +77,7 @@ class GatedMLP(nn.Module):
         axes = ("embed", "mlp")
         gate = linear(self.width, axes, dtype=self.dtype, std=self.std, name="gate_proj")(x_btd)
         up = linear(self.width, axes, dtype=self.dtype, std=self.std, name="up_proj")(x_btd)
-        hidden = constrain(nn.silu(gate) * up, "batch", "length", "mlp")
+        hidden = constrain(nn.silu(gate) * up, batch_axis(x_btd.shape[1]), "length", "mlp")
         return linear(x_btd.shape[-1], axes[::-1], dtype=self.dtype, std=self.std, name="down_proj")(hidden)
 
 

@@ -21,7 +21,7 @@ from dsvl2_jax.adaptor import Adaptor
 from dsvl2_jax.config import NEWLINE_POSITION, SEPARATOR_POSITION, TEXT_POSITION, Config
 from dsvl2_jax.decoder import Cache, Decoder
 from dsvl2_jax.moe import Routing
-from dsvl2_jax.sharding import PARAM_RULES, constrain, partition_spec, split_over_data
+from dsvl2_jax.sharding import PARAM_RULES, constrain, partition_spec, split_further
 from dsvl2_jax.vision import VisionEncoder
 
 Params = dict[str, Any]
@@ -126,12 +126,12 @@ def abstract_leaves(config: Config) -> dict[tuple[str, ...], tuple[tuple[int, ..
 
 
 def param_shardings(config: Config, mesh: Mesh, *, fsdp: bool = False) -> dict[str, Any]:
-    """A NamedSharding for every parameter, by `PARAM_RULES`; with ``fsdp`` split over ``data`` too."""
+    """A NamedSharding for every parameter, by `PARAM_RULES`; with ``fsdp`` by `split_further` too."""
     sizes = dict(mesh.shape)
 
     def sharding(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
         spec = partition_spec(shape, axes, sizes, PARAM_RULES)
-        return NamedSharding(mesh, split_over_data(spec, shape, sizes) if fsdp else spec)
+        return NamedSharding(mesh, split_further(spec, shape, sizes) if fsdp else spec)
 
     return flax.traverse_util.unflatten_dict({path: sharding(*leaf) for path, leaf in abstract_leaves(config).items()})
 
@@ -253,4 +253,5 @@ def decode_step(
     """
     embeddings = embed_tokens(params, config, tokens[:, None])
     hidden, cache, _ = _apply(params, config, "hidden", embeddings, positions[:, None], None, cache, read_cache=True)
-    return constrain(output_logits(params, config, hidden[:, 0]), "batch", "vocab"), cache
+    logits = constrain(output_logits(params, config, hidden[:, 0]), "rows", "vocab")
+    return constrain(logits, "slots", "vocab"), cache  # whole rows, from which tokens are chosen

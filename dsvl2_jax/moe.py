@@ -6,6 +6,9 @@ Dropless: every token reaches each of its experts, whatever the balance; there i
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,9 +19,9 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from dsvl2_jax.config import LanguageConfig
-from dsvl2_jax.grouped_matmul import grouped_matmul
+from dsvl2_jax.grouped_matmul import grouped_matmul, grouped_outer
 from dsvl2_jax.layers import GatedMLP, partitioned
-from dsvl2_jax.sharding import ACTIVATION_RULES, PARAM_RULES, ambient_mesh_shape, partition_spec
+from dsvl2_jax.sharding import ACTIVATION_RULES, PARAM_RULES, ambient_mesh_shape, batch_axis, mesh_axes, partition_spec
 
 EXPERT_PRODUCT = "expert_product"  # the name of the experts' matrix products for rematerialisation policies
 
@@ -109,29 +112,36 @@ class RoutedExperts(nn.Module):
 
         mesh_shape = ambient_mesh_shape()
         if mesh_shape is None:
-            return run_experts(x_btd, experts_btk, weights_btk, gate, up, down, 0)
+            return run_experts(x_btd, experts_btk, weights_btk, gate, up, down)
 
-        # Expert parallel: a device has the tokens of its data shard and the weights of its own experts (and its
-        # own slice of their width); partial sums are added over both axes.
+        # Expert parallel: a device has the weights of its own experts (and its own slice of their width). It gets the
+        # tokens of all devices that hold the other experts, and gives each back its tokens' sums.
         def spec(shape, axes, rules):
             return partition_spec(shape, axes, mesh_shape, rules)
 
-        tokens = spec(x_btd.shape, ("batch", "length", None), ACTIVATION_RULES)
+        tokens = spec(x_btd.shape, (batch_axis(x_btd.shape[1]), "length", None), ACTIVATION_RULES)
         into_spec, back_spec = spec(gate.shape, into, PARAM_RULES), spec(down.shape, back, PARAM_RULES)
-        summed = tuple(axis for axis in (into_spec[0], into_spec[2]) if axis is not None)
+        shards = mesh_shape["expert"] if into_spec[0] else 1
+        gathered = shards > 1 and "expert" in mesh_axes(tokens[0])
+        summed = mesh_axes(into_spec[2]) + (("expert",) if shards > 1 and not gathered else ())
 
         def local(x, experts, weights, gate, up, down):
-            first = lax.axis_index("expert") * gate.shape[0] if into_spec[0] is not None else 0
-            out = run_experts(x, experts, weights, gate, up, down, first)
+            first = lax.axis_index("expert") * gate.shape[0] if shards > 1 else 0
+            if gathered:
+                given = x, experts, weights
+                x, experts, weights = (lax.all_gather(a, "expert", axis=0, tiled=True) for a in given)
+            out = run_experts(x, experts, weights, gate, up, down, first, shards)
+            if gathered:
+                out = lax.psum_scatter(out, "expert", scatter_dimension=0, tiled=True)
             return lax.psum(out, summed) if summed else out
 
-        shards = jax.shard_map(
+        over_shards = jax.shard_map(
             local,
             in_specs=(tokens, tokens, tokens, into_spec, into_spec, back_spec),
             out_specs=PartitionSpec(*tokens),
             check_vma=False,
         )
-        return shards(x_btd, experts_btk, weights_btk, gate, up, down)
+        return over_shards(x_btd, experts_btk, weights_btk, gate, up, down)
 
 
 def run_experts(
@@ -141,7 +151,8 @@ def run_experts(
     gate: jax.Array,
     up: jax.Array,
     down: jax.Array,
-    first_expert: int | jax.Array,
+    first_expert: int | jax.Array = 0,
+    shards: int = 1,
 ) -> jax.Array:
     """The experts ``first_expert …`` held here, applied to the tokens routed to them.
 
@@ -149,6 +160,8 @@ def run_experts(
       x_btd: [B, T, D]. experts_btk: i32[B, T, K]. weights_btk: f32[B, T, K].
       gate, up: [E', D, F']. down: [E', F', D].
       first_expert: id of the first of the E' experts; assignments to others count as zero.
+      shards: E / E'. Above 1, a share of B·T·K / shards assignments is worked on at a time, until none is left: as
+        much as an even routing gives, and whatever an uneven one does.
 
     Returns:
       [B, T, D], the weighted sum in float32, cast to the dtype of ``x_btd``.
@@ -160,8 +173,12 @@ def run_experts(
     local = jnp.where(here, local, count)  # sorted last, in no group
     order = jnp.argsort(local, stable=True)
     group_sizes = (local[:, None] == jnp.arange(count)).sum(0, dtype=jnp.int32)
+    flat = x_btd.reshape(b * t, d)
+    if shards > 1:
+        mixed = _in_shares(shards, flat, weights_btk.reshape(-1), gate, up, down, order, group_sizes)
+        return mixed.reshape(b, t, d).astype(x_btd.dtype)
 
-    rows = x_btd.reshape(b * t, d)[order // top_k]  # [B·T·K, D]
+    rows = flat[order // top_k]  # [B·T·K, D]
 
     def product(rows: jax.Array, weights: jax.Array) -> jax.Array:
         return checkpoint_name(grouped_matmul(rows, weights, group_sizes), EXPERT_PRODUCT)
@@ -171,6 +188,115 @@ def run_experts(
     restored = out[jnp.argsort(order)].reshape(b, t, top_k, d)
     mixed = jnp.einsum("btkd,btk->btd", restored.astype(jnp.float32), weights_btk, precision=lax.Precision.HIGHEST)
     return mixed.astype(x_btd.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Share:
+    """Some consecutive rows of the assignments sorted by expert."""
+
+    assignments: jax.Array  # i32[C], of B·T·K
+    tokens: jax.Array  # i32[C]
+    inside: jax.Array  # bool[C], False beyond the last group
+    weights: jax.Array  # f32[C, 1], zero beyond the last group
+    group_sizes: jax.Array  # i32[E']
+
+
+def _shares(
+    shards: int, weights: jax.Array, order: jax.Array, group_sizes: jax.Array, tokens: int
+) -> tuple[Callable[[jax.Array], _Share], jax.Array]:
+    """(a function from the index of a share to the share, how many shares there are)."""
+    total = order.shape[0]
+    size = -(-total // shards)
+    padded = jnp.pad(order, (0, size))
+    ends = jnp.cumsum(group_sizes)
+
+    def share(i: jax.Array) -> _Share:
+        start = i * size
+        assignments = lax.dynamic_slice_in_dim(padded, start, size)
+        inside = start + jnp.arange(size) < ends[-1]
+        own = jnp.clip(ends - start, 0, size)
+        return _Share(
+            assignments,
+            assignments // (total // tokens),
+            inside,
+            jnp.where(inside, weights[assignments], 0.0)[:, None],
+            jnp.diff(own, prepend=0),
+        )
+
+    return share, -(-ends[-1] // size)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_shares(
+    shards: int,
+    x: jax.Array,
+    weights: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    order: jax.Array,
+    group_sizes: jax.Array,
+) -> jax.Array:
+    """The weighted sums of `run_experts`, f32[tokens, D], a share at a time.
+
+    Args:
+      x: [tokens, D]. weights: f32[tokens · K].
+      order: i32[tokens · K], the assignments sorted by expert. group_sizes: i32[E'], of the experts held here.
+    """
+    share, count = _shares(shards, weights, order, group_sizes, x.shape[0])
+
+    def body(i: jax.Array, out: jax.Array) -> jax.Array:
+        part = share(i)
+        rows = x[part.tokens]
+        hidden = nn.silu(grouped_matmul(rows, gate, part.group_sizes)) * grouped_matmul(rows, up, part.group_sizes)
+        made = grouped_matmul(hidden, down, part.group_sizes)
+        return out.at[part.tokens].add(made.astype(jnp.float32) * part.weights)
+
+    return lax.fori_loop(0, count, body, jnp.zeros(x.shape, jnp.float32))
+
+
+def _in_shares_forward(shards: int, *given: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _in_shares(shards, *given), given
+
+
+def _in_shares_backward(shards: int, given: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[Any, ...]:
+    """Works out the experts' hidden rows again; their output is not needed."""
+    x, weights, gate, up, down, order, group_sizes = given
+    share, count = _shares(shards, weights, order, group_sizes, x.shape[0])
+
+    def body(i: jax.Array, bars: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        x_bar, weights_bar, gate_bar, up_bar, down_bar = bars
+        part = share(i)
+
+        def back(rows: jax.Array, matrices: jax.Array) -> jax.Array:
+            return grouped_matmul(rows, matrices.swapaxes(1, 2), part.group_sizes)
+
+        def outer(total: jax.Array, rows: jax.Array, rows_bar: jax.Array) -> jax.Array:
+            return total + grouped_outer(rows, rows_bar, part.group_sizes).astype(total.dtype)
+
+        rows = x[part.tokens]
+        gated, lifted = (grouped_matmul(rows, matrices, part.group_sizes) for matrices in (gate, up))
+        hidden, pull = jax.vjp(lambda a, b: nn.silu(a) * b, gated, lifted)
+        made_bar = cotangent[part.tokens]
+        unweighted = back(made_bar.astype(x.dtype), down)  # times the weight: the hidden rows' cotangent
+        weight_bar = (hidden.astype(jnp.float32) * unweighted.astype(jnp.float32)).sum(-1)
+        weight_bar = jnp.where(part.inside, weight_bar, 0.0)
+        gated_bar, lifted_bar = pull((unweighted * part.weights).astype(hidden.dtype))
+        rows_bar = back(gated_bar, gate).astype(jnp.float32) + back(lifted_bar, up).astype(jnp.float32)
+        return (
+            x_bar.at[part.tokens].add(rows_bar),
+            weights_bar.at[part.assignments].add(weight_bar),
+            outer(gate_bar, rows, gated_bar),
+            outer(up_bar, rows, lifted_bar),
+            outer(down_bar, hidden, (made_bar * part.weights).astype(x.dtype)),
+        )
+
+    zeros = tuple(jnp.zeros(a.shape, jnp.float32) for a in (x, weights, gate, up, down))
+    bars = lax.fori_loop(0, count, body, zeros)
+    return *(bar.astype(a.dtype) for bar, a in zip(bars, given, strict=False)), None, None
+
+
+_in_shares.defvjp(_in_shares_forward, _in_shares_backward)
 
 
 class MoE(nn.Module):

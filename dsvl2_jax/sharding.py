@@ -1,8 +1,8 @@
 """Logical axes → mesh axes: one table for parameters, one for activations.
 
-The mesh has the axes ``data``, ``tensor`` and ``expert`` (DESIGN §4.5). Modules name *logical* axes;
-this file alone knows what they map to. A dimension that its mesh axis does not divide is replicated
-and the reason logged, never an error; one array never maps a mesh axis twice.
+The mesh has the axes ``data``, ``tensor`` and ``expert`` (DESIGN §4.5). Modules name *logical* axes; this file alone
+knows what they map to. A dimension is split over those axes of its rule that earlier dimensions of the array have left
+free and that divide it; a large part that stays whole for this reason is logged, never an error.
 """
 
 from __future__ import annotations
@@ -21,37 +21,44 @@ log = logging.getLogger(__name__)
 
 MESH_AXES = ("data", "tensor", "expert")
 
-# Parameters with fewer entries are not split over `data`.
+# Parameters with fewer entries are not split over further axes in training.
 MIN_SPLIT_SIZE = 1 << 14
 
-# None = replicated. A tuple = split over the product of those mesh axes.
-PARAM_RULES: Mapping[str, str | tuple[str, ...] | None] = {
-    "vocab": "tensor",
-    "embed": None,
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "head_dim": None,
-    "latent": None,
-    "mlp": "tensor",
-    "expert": "expert",
-    "expert_mlp": "tensor",
-    "router_expert": None,
-    "vision_embed": None,
-    "vision_heads": "tensor",
-    "vision_mlp": "tensor",
-    "adaptor_mlp": "tensor",
+Rules = Mapping[str, tuple[str, ...]]
+
+# Of the decoder, everything large is split over `tensor` and `expert`, so that a decode step reads each weight on one
+# device of a data shard only. `tensor` leads: gathering such a weight over `expert`, as prefill and training do, leaves
+# what `tensor` alone would have split. The encoder works on whole tiles, spread over all devices: its weights are not
+# split.
+PARAM_RULES: Rules = {
+    "vocab": ("tensor", "expert"),
+    "embed": (),
+    "heads": ("tensor", "expert"),
+    "kv_heads": ("tensor", "expert"),
+    "head_dim": (),
+    "latent": (),
+    "mlp": ("tensor", "expert"),
+    "expert": ("expert",),
+    "expert_mlp": ("tensor",),
+    "router_expert": (),
+    "vision_embed": (),
+    "vision_heads": (),
+    "vision_mlp": (),
+    "adaptor_mlp": (),
 }
 
-ACTIVATION_RULES: Mapping[str, str | tuple[str, ...] | None] = {
-    "batch": "data",
-    "length": None,
-    "embed": None,
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "head_dim": None,
-    "latent": None,
-    "mlp": "tensor",
-    "vocab": "tensor",
+ACTIVATION_RULES: Rules = {
+    "batch": ("data", "expert"),  # of prefill and training
+    "rows": ("data",),  # of a decode step, where the weights stay and a few tokens visit them
+    "slots": ("data", "tensor", "expert"),  # of the cache, and of all that meets it
+    "length": (),
+    "embed": (),
+    "heads": ("tensor", "expert"),
+    "kv_heads": ("tensor", "expert"),
+    "head_dim": (),
+    "latent": (),
+    "mlp": ("tensor", "expert"),
+    "vocab": ("tensor", "expert"),
     "tiles": ("data", "tensor", "expert"),
 }
 
@@ -62,12 +69,9 @@ def _log_once(message: str) -> None:
 
 
 def partition_spec(
-    shape: Sequence[int],
-    axes: Sequence[str | None],
-    mesh_shape: Mapping[str, int],
-    rules: Mapping[str, str | tuple[str, ...] | None],
+    shape: Sequence[int], axes: Sequence[str | None], mesh_shape: Mapping[str, int], rules: Rules
 ) -> PartitionSpec:
-    """The PartitionSpec of one array.
+    """The PartitionSpec of one array, which maps no mesh axis twice.
 
     Args:
       shape: the array's dimensions.
@@ -76,42 +80,67 @@ def partition_spec(
       rules: `PARAM_RULES` or `ACTIVATION_RULES`.
 
     Raises:
-      ValueError: two dimensions of the array map to the same mesh axis, or a name has no rule.
+      ValueError: not one name per dimension, or a name has no rule.
     """
     if len(shape) != len(axes):
         raise ValueError(f"array of shape {tuple(shape)} has {len(axes)} logical axes: {tuple(axes)}")
-    entries: list[str | tuple[str, ...] | None] = []
     used: set[str] = set()
+    entries = []
     for size, axis in zip(shape, axes, strict=True):
         if axis is not None and axis not in rules:
             raise ValueError(f"logical axis {axis!r} of {tuple(axes)} has no rule; the table has {', '.join(rules)}")
-        target = rules[axis] if axis is not None else None
-        names = tuple(n for n in ((target,) if isinstance(target, str) else target or ()) if mesh_shape.get(n, 1) > 1)
-        if used.intersection(names):
-            raise ValueError(f"logical axes {tuple(axes)} map mesh axis {used.intersection(names)} twice")
-        parts = math.prod(mesh_shape[n] for n in names)
-        if size % parts:
-            _log_once(f"axis {axis} of size {size} does not divide over {'×'.join(names)} = {parts}: replicated")
-            names = ()
+        names = _dividing(size, rules[axis] if axis else (), mesh_shape, used)
+        for name in rules[axis] if axis and rules is PARAM_RULES else ():
+            if mesh_shape.get(name, 1) > 1 and name not in used.union(names):
+                _log_once(f"axis {axis} of size {size} does not divide over {name} = {mesh_shape[name]}: replicated")
         used.update(names)
-        entries.append(None if not names else names[0] if len(names) == 1 else names)
-    return PartitionSpec(*entries)
+        entries.append(names)
+    return _spec(entries)
 
 
-def split_over_data(
+def _dividing(size: int, names: Sequence[str], mesh_shape: Mapping[str, int], used: set[str]) -> tuple[str, ...]:
+    """Those of ``names`` that are free and, one after the other, divide ``size``."""
+    found: tuple[str, ...] = ()
+    for name in names:
+        parts = mesh_shape.get(name, 1)
+        if parts > 1 and name not in used and size % parts == 0:
+            found += (name,)
+            size //= parts
+    return found
+
+
+def _spec(entries: Sequence[tuple[str, ...]]) -> PartitionSpec:
+    return PartitionSpec(*(None if not names else names[0] if len(names) == 1 else names for names in entries))
+
+
+def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
+def split_further(
     spec: PartitionSpec, shape: Sequence[int], mesh_shape: Mapping[str, int], *, layers: bool = False
 ) -> PartitionSpec:
-    """A parameter's spec with its largest unsplit dimension split over ``data`` too (FSDP, for training).
+    """A parameter's spec with one more dimension split over the mesh axes that it leaves free (FSDP, for training).
 
-    Small parameters, and those without a dimension that ``data`` divides, stay whole: gathering them costs more than
-    it saves. With ``layers``, the first dimension counts stacked layers and stays whole.
+    Small parameters, and those without a whole dimension that such an axis divides, stay as they are: gathering them
+    costs more than it saves. With ``layers``, the first dimension counts stacked layers and stays whole.
     """
-    parts = mesh_shape.get("data", 1)
-    free = [i for i in range(int(layers), len(shape)) if spec[i] is None and shape[i] % parts == 0]
-    if parts == 1 or not free or math.prod(shape) < MIN_SPLIT_SIZE:
+    entries = [mesh_axes(entry) for entry in spec]
+    used = {name for entry in entries for name in entry}
+    found = {
+        i: _dividing(shape[i], MESH_AXES, mesh_shape, used) for i in range(int(layers), len(shape)) if not entries[i]
+    }
+    if not found or math.prod(shape) < MIN_SPLIT_SIZE:
         return spec
-    largest = max(free, key=lambda i: shape[i])
-    return PartitionSpec(*(("data" if i == largest else entry) for i, entry in enumerate(spec)))
+    best = max(found, key=lambda i: (math.prod(mesh_shape[name] for name in found[i]), shape[i]))
+    entries[best] = found[best]
+    return _spec(entries)
+
+
+def batch_axis(length: int) -> str:
+    """Logical name of the first axis of activations [B, T, …]: rows of one token are a decode step's."""
+    return "rows" if length == 1 else "batch"
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

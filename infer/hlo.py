@@ -231,6 +231,8 @@ class _Walk:
 
     def __init__(self, computations: Mapping[str, _Computation]):
         self._all = computations
+        # Channel of a collective that runs beside other work, part by part in several fusions → the first of them.
+        self._begun: dict[str, str] = {}
 
     def computation(self, name: str, bound: Mapping[int, int]) -> Cost:
         """All of a computation that runs by itself: the entry, a loop's body, a branch."""
@@ -251,7 +253,7 @@ class _Walk:
             return sum((self.computation(name, {}) for name in self._called(i)), Cost())
         if i.opcode == "fusion":
             (name,) = self._called(i)
-            return self._matmuls(name) + Cost(bytes=self._fusion_bytes(i, inside, self._all[name]))
+            return self._matmuls(name) + Cost(bytes=self._fusion_bytes(i, inside, name))
         return self._own(i, inside) + Cost(bytes=self._moved(i, inside))
 
     def _called(self, i: _Instruction) -> list[str]:
@@ -404,9 +406,14 @@ class _Walk:
         for i in self._all[name].values():
             if i.opcode == "fusion":
                 cost += sum((self._matmuls(called) for called in self._called(i)), Cost())
-            elif i.opcode not in _FREE:
+            elif i.opcode not in _FREE and not self._is_continued(i, name):
                 cost += self._own(i, self._all[name])
         return cost
+
+    def _is_continued(self, i: _Instruction, name: str) -> bool:
+        """True for a fused collective that an earlier fusion began."""
+        channel = i.attribute("channel_id") if i.opcode in COLLECTIVES else None
+        return channel is not None and self._begun.setdefault(channel, name) != name
 
     def _own(self, i: _Instruction, inside: _Computation) -> Cost:
         if i.opcode == "dot":
@@ -441,7 +448,11 @@ class _Walk:
             if any(f'"{target}"' in i.attributes for target in _FREE_TARGETS):
                 return 0.0
             if declared := self._declared(i).get("bytes_accessed"):
-                return float(declared)
+                elsewhere = (*i.arrays, *(array for operand in i.operands for array in inside[operand].arrays))
+                return max(0.0, float(declared) - sum(array.size - array.bytes for array in elsewhere))
+        if i.opcode == "slice-start":  # its result holds the source, the slice and a context
+            source, taken = i.arrays[:2]
+            return min(source.bytes, taken.size) + taken.bytes
         if i.opcode == "copy-start":  # its result holds the copy, its source and a context
             return i.arrays[0].bytes + inside[i.operands[0]].bytes
         if i.opcode.endswith("-start"):
@@ -469,15 +480,15 @@ class _Walk:
             return min(i.bytes, inside[changed].arrays[0].size)
         return i.bytes
 
-    def _fusion_bytes(self, i: _Instruction, inside: _Computation, fused: _Computation) -> float:
-        moved = 0.0
+    def _fusion_bytes(self, i: _Instruction, inside: _Computation, called: str) -> float:
+        fused, moved = self._all[called], 0.0
         for at, name in enumerate(i.operands):
             held = inside[name].bytes
             if held:
                 moved += min(held, self._used(fused.parameters[at], fused))
         results = fused.root.operands if fused.root.opcode == "tuple" else (fused.root.name,)
         for array, name in zip(i.arrays, results, strict=False):
-            if not array.space:
+            if not array.space and not self._is_continued(fused[name], called):
                 moved += min(array.size, self._result(name, fused))
         return moved
 

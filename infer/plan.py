@@ -15,7 +15,8 @@ from dsvl2_jax.infer.cache import cache_layout
 from dsvl2_jax.infer.hlo import Cost, walk
 from dsvl2_jax.infer.topologies import Topology
 from dsvl2_jax.model import abstract_leaves
-from dsvl2_jax.sharding import ACTIVATION_RULES, MESH_AXES, PARAM_RULES, partition_spec
+from dsvl2_jax.orbax_io import LeafPath
+from dsvl2_jax.sharding import ACTIVATION_RULES, MESH_AXES, PARAM_RULES, mesh_axes, partition_spec
 
 JOBS = ("prefill", "decode", "encode")
 ITEMSIZE = 2  # of bfloat16, in which everything is planned
@@ -54,13 +55,23 @@ def work(config: Config, job: Job) -> plan_work.Work:
 
 def resident_bytes(config: Config, job: Job, sizes: dict[str, int]) -> float:
     """Bytes of a device that parameters and cache take: what no program can do without."""
+    return sum(_weight_bytes(config, sizes).values()) + _cache_bytes(config, job, sizes)
+
+
+def _weight_bytes(config: Config, sizes: dict[str, int]) -> dict[LeafPath, float]:
+    """Of a device, by parameter."""
+    return {
+        path: ITEMSIZE * math.prod(shape) / _parts(shape, axes, sizes, PARAM_RULES)
+        for path, (shape, axes) in abstract_leaves(config).items()
+    }
+
+
+def _cache_bytes(config: Config, job: Job, sizes: dict[str, int]) -> float:
     total = 0.0
-    for shape, axes in abstract_leaves(config).values():
-        total += ITEMSIZE * math.prod(shape) / _parts(shape, axes, sizes, PARAM_RULES)
     if job.kind != "encode":
         for entry, axes in cache_layout(config.language).values():
             shape = (job.batch, job.sequence, *entry)
-            parts = _parts(shape, ("batch", None, *axes), sizes, ACTIVATION_RULES)
+            parts = _parts(shape, ("slots", None, *axes), sizes, ACTIVATION_RULES)
             total += config.language.num_hidden_layers * ITEMSIZE * math.prod(shape) / parts
     return total
 
@@ -68,8 +79,23 @@ def resident_bytes(config: Config, job: Job, sizes: dict[str, int]) -> float:
 def _parts(shape: tuple[int, ...], axes: tuple[str | None, ...], sizes: dict[str, int], rules: Any) -> int:
     """Into how many different pieces the mesh cuts an array."""
     spec = partition_spec(shape, axes, sizes, rules)
-    names = [name for entry in spec for name in ((entry,) if isinstance(entry, str) else entry or ())]
-    return math.prod(sizes[name] for name in names)
+    return math.prod(sizes[name] for entry in spec for name in mesh_axes(entry))
+
+
+def _load(config: Config, job: Job, sizes: dict[str, int]) -> float:
+    """What a device has to do, to compare meshes by: bytes read in a decode step, the share of the products else."""
+    cfg = config.language
+    if job.kind == "encode":
+        return 1 / _parts((job.batch,), ("tiles",), sizes, ACTIVATION_RULES)
+    if job.kind == "prefill":
+        heads = (job.batch, job.sequence, cfg.num_attention_heads, 1)
+        return 1 / _parts(heads, ("batch", "length", "heads", "head_dim"), sizes, ACTIVATION_RULES)
+    visited = min(1.0, job.batch * cfg.num_experts_per_tok / cfg.n_routed_experts) if cfg.n_routed_experts else 0.0
+    read = _cache_bytes(config, job, sizes)
+    for path, held in _weight_bytes(config, sizes).items():
+        if path[0] == "language" and path[1] != "embed_tokens":
+            read += held * (visited if "experts" in path else 1.0)
+    return read
 
 
 def meshes(devices: int) -> Iterator[dict[str, int]]:
@@ -80,15 +106,23 @@ def meshes(devices: int) -> Iterator[dict[str, int]]:
 
 
 def choose_mesh(config: Config, job: Job, topology: Topology) -> tuple[dict[str, int], str]:
-    """The mesh that splits matrices least and yet holds parameters and cache, and why it was chosen.
+    """The mesh of the least work a device that holds parameters and cache, and why it was chosen.
 
-    Splitting over ``tensor`` costs two sums of activations a layer, over ``expert`` one, over ``data`` none.
+    Of equals the one that splits matrices least: ``tensor`` costs two sums of activations a layer, ``expert`` one,
+    ``data`` none.
     """
     found = [(resident_bytes(config, job, sizes), sizes) for sizes in meshes(topology.devices)]
     fitting = [entry for entry in found if entry[0] <= ROOM * topology.memory]
     if fitting:
-        held, sizes = min(fitting, key=lambda entry: (entry[1]["tensor"], entry[1]["expert"]))
-        return sizes, f"the least splitting with which parameters and cache ({held / 1e9:.1f} GB) leave room to work in"
+        loads = {tuple(sizes.values()): _load(config, job, sizes) for _, sizes in fitting}
+
+        def cost(entry: tuple[float, dict[str, int]]) -> tuple[float, int, int]:
+            sizes = entry[1]
+            return loads[tuple(sizes.values())], sizes["tensor"], sizes["expert"]
+
+        held, sizes = min(fitting, key=cost)
+        least = "bytes to read" if job.kind == "decode" else "products"
+        return sizes, f"the fewest {least} a device, with room beside parameters and cache ({held / 1e9:.1f} GB)"
     held, sizes = min(found, key=lambda entry: entry[0])
     return sizes, f"no mesh leaves room: this one needs the least for parameters and cache ({held / 1e9:.1f} GB)"
 

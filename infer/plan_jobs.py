@@ -83,7 +83,7 @@ def _cache(config: Config, mesh: Mesh, batch: int, slots: int, dtype: DTypeLike)
 
     def layer() -> dict[str, jax.ShapeDtypeStruct]:
         return {
-            name: _array(mesh, dtype, (batch, slots, *shape), "batch", None, *axes)
+            name: _array(mesh, dtype, (batch, slots, *shape), "slots", None, *axes)
             for name, (shape, axes) in layout.items()
         }
 
@@ -100,7 +100,7 @@ def _prefill(config: Config, mesh: Mesh, batch: int, sequence: int, dtype: DType
 
 def _decode(config: Config, mesh: Mesh, batch: int, sequence: int, dtype: DTypeLike) -> jax.stages.Lowered:
     def row(kind: DTypeLike) -> jax.ShapeDtypeStruct:
-        return _array(mesh, kind, (batch,), "batch")
+        return _array(mesh, kind, (batch,), "rows")
 
     state = DecodeState(
         cache=_cache(config, mesh, batch, sequence, dtype),
@@ -108,7 +108,7 @@ def _decode(config: Config, mesh: Mesh, batch: int, sequence: int, dtype: DTypeL
         logprobs=row(jnp.float32),
         positions=row(jnp.int32),
         limits=row(jnp.int32),
-        seen=_array(mesh, jnp.bool_, (batch, config.language.vocab_size), "batch", "vocab"),
+        seen=_array(mesh, jnp.bool_, (batch, config.language.vocab_size), "slots", "vocab"),
         finished=row(jnp.bool_),
     )
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dsvl2_jax.errors import UsageError
+from dsvl2_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +109,7 @@ def choose(logits: jax.Array, seen: jax.Array, sampling: SamplingArrays, step: j
 
 def _draw(logits: jax.Array, sampling: SamplingArrays, step: jax.Array) -> jax.Array:
     vocab = logits.shape[-1]
+    logits = constrain(logits, "slots", None)  # sorting needs whole rows
     scaled = logits / jnp.maximum(sampling.temperature, 1e-6)[:, None]
     descending, tokens = jax.lax.top_k(scaled, vocab)  # a stable sort: equal logits keep their order
     top_k = jnp.where(sampling.top_k == 0, vocab, jnp.minimum(sampling.top_k, vocab))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dsvl2_jax import grouped_matmul as kernels
 from dsvl2_jax.grouped_matmul import grouped_matmul
+from dsvl2_jax.tpu_kernels import few_rows_matmul
 
 INPUTS, OUTPUTS = 6, 10
 
@@ -20,7 +21,11 @@ SHAPES = {"small": (24, 5), "large": (300, 2), "one row": (1, 3)}
 # Of the largest element; bfloat16 results are rounded to 8 bits once, after a float32 sum.
 TOLERANCES = {"float32": 2e-6, "bfloat16": 1.01 * 2**-8}
 
-FORWARD = {"blocked": kernels._blocked, "ragged": kernels._ragged}
+FORWARD = {
+    "blocked": kernels._blocked,
+    "ragged": kernels._ragged,
+    "few rows": functools.partial(few_rows_matmul, interpret=True),
+}
 OUTER = {"blocked": kernels._blocked_outer, "ragged": kernels._ragged_outer}
 
 

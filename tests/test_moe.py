@@ -163,34 +163,57 @@ def close(found, expected, tolerance: float) -> None:
     assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
 
 
-def test_experts_and_their_gradients_are_the_dense_sum_over_all_experts():
-    x, experts, weights, gate, up, down = expert_inputs()
+@functools.partial(jax.jit, static_argnums=0)
+def with_gradients(apply, experts, *arrays):
+    """The output of ``apply(x, experts, weights, gate, up, down)``, and gradients of x, weights, gate, up, down."""
+    out, pullback = jax.vjp(lambda x, *rest: apply(x, experts, *rest), *arrays)
+    return out, *pullback(jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape))
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def run(apply, *arrays):
-        out, pullback = jax.vjp(lambda *a: apply(a[0], experts, *a[1:]), *arrays)
-        return out, *pullback(jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape))
 
-    found = run(lambda *a: run_experts(*a, 0), x, weights, gate, up, down)
-    expected = run(dense_experts, x, weights, gate, up, down)
+def assert_same_with_gradients(found, expected) -> None:
     for name, a, b in zip(("out", "x", "weights", "gate", "up", "down"), found, expected, strict=True):
         assert a.shape == b.shape, name
         close(a, b, EXPERT_TOLERANCE)
 
 
+def test_experts_and_their_gradients_are_the_dense_sum_over_all_experts():
+    x, experts, *rest = expert_inputs()
+    assert_same_with_gradients(
+        with_gradients(run_experts, experts, x, *rest), with_gradients(dense_experts, experts, x, *rest)
+    )
+
+
+ROUTINGS = {
+    "even": lambda experts: experts,
+    "all on one expert": lambda experts: jnp.full_like(experts, 7),
+    "all on one shard": lambda experts: experts % 3 + 3,
+    "some are padding": lambda experts: jnp.where(jnp.arange(7)[:, None] < 4, experts, EXPERTS),
+    "none": lambda experts: jnp.full_like(experts, EXPERTS),
+}
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_shares_of_the_experts_add_up_to_all_of_them_however_uneven(routing):
+    """A device of several works through a share of the assignments at a time, until its own are done."""
+    x, experts, *rest = expert_inputs()
+    experts = ROUTINGS[routing](experts)
+
+    def shards(x, experts, weights, gate, up, down):
+        parts = (slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 12))
+        return sum(run_experts(x, experts, weights, gate[s], up[s], down[s], s.start, 4) for s in parts)
+
+    assert EXPERTS == 12
+    assert_same_with_gradients(
+        with_gradients(shards, experts, x, *rest), with_gradients(dense_experts, experts, x, *rest)
+    )
+
+
 def test_bfloat16_experts_are_within_the_rounding_of_three_products():
     arrays = expert_inputs("bfloat16")
-    found = jax.jit(run_experts)(*arrays, 0)
+    found = jax.jit(run_experts)(*arrays)
     assert found.dtype == jnp.bfloat16
     upcast = (a if a.dtype == jnp.int32 else a.astype(jnp.float32) for a in arrays)
     close(found, jax.jit(dense_experts)(*upcast), 2**-6)
-
-
-def test_shards_of_the_experts_add_up_to_all_of_them():
-    x, experts, weights, gate, up, down = expert_inputs()
-    run = jax.jit(run_experts)
-    parts = [run(x, experts, weights, gate[s], up[s], down[s], s.start) for s in (slice(0, 6), slice(6, 12))]
-    close(parts[0] + parts[1], jax.jit(dense_experts)(x, experts, weights, gate, up, down), EXPERT_TOLERANCE)
 
 
 def test_padding_visits_no_expert_and_leaves_the_others_alone():

@@ -1,0 +1,82 @@
+"""TPU kernels, for what the compiler's own code does not do well (DESIGN §6)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from dsvl2_jax.layers import precision
+
+# Of a block of a matrix; the pipeline holds two.
+BLOCK_BYTES = 4 << 20
+LANES = 128
+
+
+def few_rows_matmul(
+    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, *, interpret: bool = False
+) -> jax.Array:
+    """`dsvl2_jax.grouped_matmul.grouped_matmul` of M ≤ G rows: one row a step, with the matrix of its group.
+
+    A matrix is fetched once for all rows of its group, and not at all for a group without rows, so that a decode step
+    reads the experts that its tokens chose.
+    """
+    (m, i), (g, _, o) = rows.shape, weights.shape
+    ends = jnp.cumsum(group_sizes)
+    used = jnp.minimum(ends[-1:], m)
+    # Rows beyond the last group stay with the matrix that is there already.
+    last = jnp.maximum(used - 1, 0)
+    group = jnp.searchsorted(ends, jnp.minimum(jnp.arange(m), last), side="right").astype(jnp.int32)
+    group = jnp.minimum(group, g - 1)
+    width = _block_width(i, o, weights.dtype.itemsize)
+
+    def kernel(group_ref, used_ref, row_ref, matrix_ref, out_ref):
+        del group_ref
+        here = pl.program_id(1) < used_ref[0]
+
+        @pl.when(here)
+        def _():
+            product = jnp.dot(
+                row_ref[0], matrix_ref[0], precision=precision(rows.dtype), preferred_element_type=jnp.float32
+            )
+            out_ref[0] = product.astype(out_ref.dtype)
+
+        @pl.when(jnp.logical_not(here))
+        def _():
+            out_ref[...] = jnp.zeros_like(out_ref)
+
+    if not interpret:  # or the compiler may first fetch all matrices into fast memory
+        weights = pltpu.with_memory_space_constraint(weights, pltpu.HBM)
+    itemsize = rows.dtype.itemsize
+    out = pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(o // width, m),
+            in_specs=[
+                pl.BlockSpec((1, 1, i), lambda j, row, group, used: (row, 0, 0)),
+                pl.BlockSpec((1, i, width), lambda j, row, group, used: (group[row], 0, j)),
+            ],
+            out_specs=pl.BlockSpec((1, 1, width), lambda j, row, group, used: (row, 0, j)),
+        ),
+        out_shape=jax.ShapeDtypeStruct((m, 1, o), rows.dtype),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * m * i * o,
+            transcendentals=0,
+            bytes_accessed=min(m, g) * i * o * weights.dtype.itemsize + m * (i * (o // width) + o) * itemsize,
+        ),
+        interpret=interpret,
+        name="few_rows_matmul",
+    )(group, used, rows[:, None], weights)
+    return out[:, 0]
+
+
+def _block_width(inputs: int, outputs: int, itemsize: int) -> int:
+    """The widest column block of a matrix that fits, a multiple of the lanes that divides; else the whole matrix."""
+    fitting = [
+        width
+        for width in range(LANES, outputs + 1, LANES)
+        if outputs % width == 0 and inputs * width * itemsize <= BLOCK_BYTES
+    ]
+    return max(fitting, default=outputs)
