@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsvl2_jax.layers import precision
-from dsvl2_jax.tpu_kernels import few_rows_matmul
+from dsvl2_jax.tpu_kernels import few_rows_matmul, megablox_outer
 
 MAX_BLOCK = 128
 
@@ -61,7 +61,7 @@ def grouped_outer(rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array)
         rows,
         cotangent,
         group_sizes,
-        tpu=_ragged_outer,
+        tpu=_tpu_outer,
         cuda=_ragged_outer,
         rocm=_ragged_outer,
         default=_blocked_outer,
@@ -98,6 +98,12 @@ def _ragged_outer(rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array)
         dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
     )
     return lax.ragged_dot_general(rows, cotangent, group_sizes, dims, precision=precision(rows.dtype))
+
+
+def _tpu_outer(rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    # The compiler's own is the masked product of all rows for every group.
+    function = _ragged_outer if rows.dtype == jnp.float32 else megablox_outer
+    return function(rows, cotangent, group_sizes)
 
 
 def _block_size(rows: int, groups: int) -> int:

@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
 from dsvl2_jax.layers import precision
 
 # Of a block of a matrix; the pipeline holds two.
 BLOCK_BYTES = 4 << 20
 LANES = 128
+# Of a matrix's gradient, summed in float32 in fast memory: rows, inputs and outputs at a time.
+OUTER_TILES = 512, 1024, 1024
 
 
 def few_rows_matmul(
@@ -70,6 +73,17 @@ def few_rows_matmul(
         name="few_rows_matmul",
     )(group, used, rows[:, None], weights)
     return out[:, 0]
+
+
+def megablox_outer(
+    rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array, *, interpret: bool = False
+) -> jax.Array:
+    """`dsvl2_jax.grouped_matmul.grouped_outer` by jax's megablox kernel, for operands of 16 bits."""
+    (m, i), o = rows.shape, cotangent.shape[1]
+    tile = min(OUTER_TILES[0], -(-m // LANES) * LANES)
+    rows, cotangent = (jnp.pad(a, ((0, -m % tile), (0, 0))) for a in (rows, cotangent))
+    tiles = tile, min(OUTER_TILES[1], i), min(OUTER_TILES[2], o)
+    return tgmm(rows.T, cotangent, group_sizes, rows.dtype, tiles, interpret=interpret)
 
 
 def _block_width(inputs: int, outputs: int, itemsize: int) -> int:

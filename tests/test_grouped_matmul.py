@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dsvl2_jax import grouped_matmul as kernels
 from dsvl2_jax.grouped_matmul import grouped_matmul
-from dsvl2_jax.tpu_kernels import few_rows_matmul
+from dsvl2_jax.tpu_kernels import few_rows_matmul, megablox_outer
 
 INPUTS, OUTPUTS = 6, 10
 
@@ -26,7 +26,11 @@ FORWARD = {
     "ragged": kernels._ragged,
     "few rows": functools.partial(few_rows_matmul, interpret=True),
 }
-OUTER = {"blocked": kernels._blocked_outer, "ragged": kernels._ragged_outer}
+OUTER = {
+    "blocked": kernels._blocked_outer,
+    "ragged": kernels._ragged_outer,
+    "megablox": functools.partial(megablox_outer, interpret=True),
+}
 
 
 def vjp(rows, weights, group_sizes, cotangent):

@@ -143,6 +143,9 @@ def _head(
     b, t, _ = hidden.shape
     chunk = min(chunk, t)
     exact = precision(hidden.dtype)
+    # The vocabulary stays split over `tensor` and `expert`, and rows come to it: [D, V] is larger than they are.
+    rows = "rows", "length", "embed"
+    hidden, kernel = constrain(hidden, *rows), constrain(kernel, "embed", "vocab")
 
     def split(x: jax.Array, fill: float = 0) -> jax.Array:
         x = jnp.pad(x, ((0, 0), (0, -t % chunk)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
@@ -154,7 +157,7 @@ def _head(
     def body(kernel_bar, part):
         h, target, weight = part  # [B, chunk, D], [B, chunk], [B, chunk]
         logits = jnp.einsum("btd,dv->btv", h, kernel, precision=exact, preferred_element_type=jnp.float32)
-        logits = constrain(logits, "batch", "length", "vocab")
+        logits = constrain(logits, "rows", "length", "vocab")
         # A masked sum, not a gather: it stays local when the vocabulary is sharded.
         is_target = jnp.arange(logits.shape[-1]) == target[..., None]
         of_all = jax.nn.logsumexp(logits, axis=-1)
@@ -163,11 +166,11 @@ def _head(
             return None, (losses, None)
         logits_bar = (jnp.exp(logits - of_all[..., None]) - is_target) * weight[..., None]
         logits_bar = logits_bar.astype(h.dtype)
-        hidden_bar = jnp.einsum("btv,dv->btd", logits_bar, kernel, precision=exact)
+        hidden_bar = constrain(jnp.einsum("btv,dv->btd", logits_bar, kernel, precision=exact), *rows)
         kernel_bar += jnp.einsum("btd,btv->dv", h, logits_bar, precision=exact, preferred_element_type=jnp.float32)
         return kernel_bar, (losses, hidden_bar)
 
-    start = jnp.zeros(kernel.shape, jnp.float32) if gradient else None
+    start = constrain(jnp.zeros(kernel.shape, jnp.float32), "embed", "vocab") if gradient else None
     parts = (split(hidden), split(wanted, IGNORED_LABEL), split(weights))
     kernel_bar, (losses, hidden_bar) = lax.scan(body, start, parts)
     losses = join(losses)

@@ -1,0 +1,71 @@
+"""What the TPU compiler makes of prefill, decode and encode: real widths, two layers (whole models: `make test-pods`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import math
+
+import pytest
+
+from dsvl2_jax.config import Config
+from dsvl2_jax.convert.sizes import released_config
+from dsvl2_jax.infer import plan_jobs
+from dsvl2_jax.infer.hlo import instructions, walk
+from dsvl2_jax.infer.plan import Job, choose_mesh, work
+from dsvl2_jax.infer.topologies import topology
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the tpu extra"),
+    pytest.mark.xdist_group("tpu compiler"),
+]
+
+PLACES = ("v5e-16", "v5p-8")
+
+
+@functools.cache
+def two_layers(size: str) -> Config:
+    """A dense layer and one of experts, of a released size."""
+    config = Config.from_dict(released_config(size))
+    return dataclasses.replace(config, language=dataclasses.replace(config.language, num_hidden_layers=2))
+
+
+@functools.cache
+def compiled(size: str, name: str, job: Job) -> str:
+    """The optimized program."""
+    config, place = two_layers(size), topology(name)
+    mesh = plan_jobs.mesh_of(place, choose_mesh(Config.from_dict(released_config(size)), job, place)[0])
+    return plan_jobs.lower(job.kind, config, mesh, batch=job.batch, sequence=job.sequence).compile().as_text()
+
+
+def ratios(size: str, name: str, job: Job) -> tuple[float, float]:
+    """FLOPs and bytes of all devices together, as parts of the least."""
+    cost, least, devices = walk(compiled(size, name, job)), work(two_layers(size), job), topology(name).devices
+    return cost.flops * devices / least.flops, cost.bytes * devices / least.bytes
+
+
+@pytest.mark.parametrize("job", [Job("prefill", 8, 4096), Job("encode", 32, 0)], ids=lambda job: job.kind)
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+@pytest.mark.parametrize("name", PLACES)
+def test_no_product_is_computed_twice(size, name, job):
+    assert ratios(size, name, job)[0] <= 1.10
+
+
+@pytest.mark.parametrize("slots", [16, 64])
+@pytest.mark.parametrize("size", ["small", "base"])
+@pytest.mark.parametrize("name", PLACES)
+def test_a_decode_step_reads_each_weight_and_the_cache_once(size, name, slots):
+    job = Job("decode", slots, 4096)
+    flops, read = ratios(size, name, job)
+    assert flops <= 1.10 and read <= 1.3
+
+
+@pytest.mark.parametrize("size", ["small", "base"])
+def test_a_decode_step_gathers_no_weight_and_makes_no_keys(size):
+    text, cfg = compiled(size, "v5e-16", Job("decode", 64, 4096)), two_layers(size).language
+    smallest = cfg.hidden_size * (cfg.kv_lora_rank + cfg.qk_rope_head_dim)  # kv_a_proj_with_mqa
+    heads = {cfg.qk_nope_head_dim, cfg.qk_nope_head_dim + cfg.qk_rope_head_dim, cfg.v_head_dim}
+    for opcode, shape, _ in instructions(text):
+        assert not (opcode.startswith("all-gather") and math.prod(shape) >= smallest), shape
+        assert not (4096 in shape and heads & set(shape) and math.prod(shape) > 4096 * max(heads)), shape
