@@ -14,14 +14,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from dsvl2_jax.gpu_kernels import declared
+from dsvl2_jax.sharding import ACTIVATION_RULES, ambient_mesh_shape, partition_spec
 
 MIN_PART = 16  # the least depth of a tensor core's product
 BLOCK = 64  # queries, and keys, that a program takes at a time
@@ -29,6 +32,111 @@ MASKED = -1e30  # finite, so that a block without a visible key gives no nan
 
 Part = tuple[int, int]  # first column and number of columns, a power of two
 Lead = tuple[jax.Array, jax.Array]  # row of the batch and head; read outside of loops, where interpreting wants it
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """One way to attend, for `fused_attention`.
+
+    Attributes:
+      plain: (query, key, value, positions) → out, what runs elsewhere; its gradients too come from it.
+      axes: logical axes of query, key, value and result.
+      causal: a query sees no keys after it.
+      name: of the result, for rematerialisation policies.
+    """
+
+    plain: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+    axes: tuple[str | None, ...]
+    scale: float
+    causal: bool
+    name: str
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def fused_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, positions: jax.Array, how: Attention
+) -> jax.Array:
+    """Attention of rows to themselves: the kernels where the program is lowered for CUDA, ``how.plain`` elsewhere.
+
+    Args:
+      query, key: [B, T, H, Dk]; value: [B, T, H, Dv]. Of 16 bits.
+      positions: i32[B, T]. Causal: a token sees those since position 0 of its own sample. Else: zeros.
+
+    Returns:
+      [B, T, H, Dv].
+    """
+    kernel = lambda *arrays: _on_shards(_forward, how, 1)(*arrays)[0]  # noqa: E731
+    return lax.platform_dependent(query, key, value, positions, cuda=kernel, default=how.plain)
+
+
+def _fused_forward(query, key, value, positions, how):
+    def plain(*arrays):
+        return how.plain(*arrays), jnp.zeros((query.shape[0], query.shape[2], query.shape[1]), jnp.float32)
+
+    kernel = _on_shards(_forward, how, 1)
+    out, divisor = lax.platform_dependent(query, key, value, positions, cuda=kernel, default=plain)
+    # Named here, so that a policy which keeps the result does not run the kernel once more for the divisor.
+    out, divisor = checkpoint_name(out, how.name), checkpoint_name(divisor, how.name)
+    return out, (query, key, value, positions, out, divisor)
+
+
+def _fused_backward(how, residuals, cotangent):
+    def plain(query, key, value, positions, out, divisor, cotangent):
+        del out, divisor
+        return jax.vjp(lambda *arrays: how.plain(*arrays, positions), query, key, value)[1](cotangent)
+
+    kernel = _on_shards(_backward, how, 3)
+    return (*lax.platform_dependent(*residuals, cotangent, cuda=kernel, default=plain), None)
+
+
+fused_attention.defvjp(_fused_forward, _fused_backward)
+
+
+def _on_shards(function: Callable, how: Attention, results: int) -> Callable:
+    """Each device its own rows and heads: XLA cannot split a kernel, and would gather all on every device."""
+    local = functools.partial(function, how)
+
+    def call(query, key, value, positions, *rest):
+        sizes = ambient_mesh_shape()
+        if sizes is None:
+            return local(query, key, value, positions, *rest)
+        array = partition_spec(query.shape, how.axes, sizes, ACTIVATION_RULES)
+        rows = partition_spec(positions.shape, how.axes[:2], sizes, ACTIVATION_RULES)
+        divisor = jax.sharding.PartitionSpec(array[0], array[2], array[1])
+        specs = (array, array, array, rows, *((array, divisor, array) if rest else ()))
+        outs = (array, divisor) if results == 1 else (array,) * results
+        return jax.shard_map(local, in_specs=specs, out_specs=outs, check_vma=False)(
+            query, key, value, positions, *rest
+        )
+
+    return call
+
+
+def _forward(how: Attention, query, key, value, positions):
+    width = value.shape[-1]
+    first, _ = _ranges(positions, how.causal)
+    query, key, value = (padded(x) for x in (query, key, value))
+    out, divisor = attention_forward(query, key, value, first, how.scale, how.causal)
+    return out[..., :width], divisor
+
+
+def _backward(how: Attention, query, key, value, positions, out, divisor, cotangent):
+    first, after = _ranges(positions, how.causal)
+    arrays = (padded(x) for x in (query, key, value))
+    out, cotangent = padded(out), padded(cotangent)
+    bars = attention_backward(*arrays, first, after, out, divisor, cotangent, how.scale, how.causal)
+    return tuple(bar[..., : x.shape[-1]] for bar, x in zip(bars, (query, key, value), strict=True))
+
+
+def _ranges(positions: jax.Array, causal: bool) -> tuple[jax.Array, jax.Array]:
+    """i32[B, T] the first key that a query sees, and the place after the last query that sees a key."""
+    length = positions.shape[1]
+    own = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), positions.shape)
+    if not causal:
+        return jnp.zeros_like(own), jnp.full_like(own, length)
+    starts = jnp.where(positions == 0, own, length)
+    following = jnp.concatenate([starts[:, 1:], jnp.full_like(starts[:, :1], length)], axis=1)
+    return (own - positions).astype(jnp.int32), lax.cummin(following, axis=1, reverse=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,18 +1,19 @@
 """Grouped matmul: consecutive groups of rows, each times its own matrix (DESIGN §4.3).
 
 One function, `grouped_matmul`, picks the kernel of the platform that the program is lowered for:
-``jax.lax.ragged_dot`` on TPU (native there), ``tokamax`` on GPU where it is installed, and a blocked
-loop elsewhere that touches only the matrices of groups that have rows.
+``jax.lax.ragged_dot`` on TPU (native there), the kernels of `dsvl2_jax.gpu_kernels` on NVIDIA GPUs (where
+``ragged_dot`` is dense), and a blocked loop elsewhere that touches only the matrices of groups that have rows.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dsvl2_jax import gpu_kernels
 from dsvl2_jax.layers import precision
 
 MAX_BLOCK = 128
@@ -39,13 +40,19 @@ def _forward(rows, weights, group_sizes):
 
 def _backward(residuals, cotangent):
     rows, weights, group_sizes = residuals
-    rows_bar = grouped_matmul(cotangent, weights.swapaxes(1, 2), group_sizes)
+    rows_bar = lax.platform_dependent(
+        cotangent,
+        weights,
+        group_sizes,
+        cuda=functools.partial(_cuda, transposed=True),  # reads the weights as they lie, without a transposed copy
+        default=lambda g, w, sizes: grouped_matmul(g, w.swapaxes(1, 2), sizes),
+    )
     weights_bar = lax.platform_dependent(
         rows,
         cotangent,
         group_sizes,
         tpu=_ragged_outer,
-        cuda=_ragged_outer,
+        cuda=gpu_kernels.grouped_outer,
         rocm=_ragged_outer,
         default=_blocked_outer,
     )
@@ -65,13 +72,8 @@ def _ragged(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.
     return _in_a_group(out, group_sizes)
 
 
-def _cuda(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    if importlib.util.find_spec("tokamax") is None:
-        return _ragged(rows, weights, group_sizes)
-    import tokamax
-
-    out = tokamax.ragged_dot(rows, weights, group_sizes, precision=precision(rows.dtype))
-    return _in_a_group(out, group_sizes)
+def _cuda(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, transposed: bool = False) -> jax.Array:
+    return _in_a_group(gpu_kernels.grouped_product(rows, weights, group_sizes, transposed=transposed), group_sizes)
 
 
 def _ragged_outer(rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array) -> jax.Array:
