@@ -6,19 +6,17 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsvl2_jax.config import Config
 from dsvl2_jax.errors import UsageError
-from dsvl2_jax.infer import plan_jobs, plan_work
+from dsvl2_jax.infer import plan_jobs, plan_train, plan_work
 from dsvl2_jax.infer.cache import cache_layout
 from dsvl2_jax.infer.hlo import Cost, walk
 from dsvl2_jax.infer.topologies import Topology
 from dsvl2_jax.model import abstract_leaves
 from dsvl2_jax.sharding import ACTIVATION_RULES, MESH_AXES, PARAM_RULES, check_mesh, partition_spec
-
-if TYPE_CHECKING:  # training is an extra
-    from dsvl2_jax.train.settings import Settings
+from dsvl2_jax.train.settings import Settings
 
 JOBS = ("prefill", "decode", "encode", "align", "pretrain", "sft")
 ITEMSIZE = 2  # of bfloat16, in which everything is planned
@@ -51,20 +49,13 @@ class Job:
     def described(self) -> dict[str, Any]:
         """A JSON object of all that shapes the job's program."""
         found = {"kind": self.kind, "batch": self.batch, "sequence": self.sequence}
-        return found if self.settings is None else found | _training().described(self.settings)
-
-
-def _training() -> Any:
-    """`dsvl2_jax.infer.plan_train`, whose imports need the training extra."""
-    from dsvl2_jax.infer import plan_train
-
-    return plan_train
+        return found if self.settings is None else found | plan_train.described(self.settings)
 
 
 def work(config: Config, job: Job) -> plan_work.Work:
     """The least that a job costs on all devices together."""
     if job.settings is not None:
-        return _training().train_work(config, job.settings)
+        return plan_train.train_work(config, job.settings)
     if job.kind == "encode":
         return plan_work.encode_work(config, job.batch, ITEMSIZE)
     of = plan_work.prefill_work if job.kind == "prefill" else plan_work.decode_work
@@ -74,7 +65,7 @@ def work(config: Config, job: Job) -> plan_work.Work:
 def resident_bytes(config: Config, job: Job, sizes: dict[str, int]) -> float:
     """Bytes of a device that parameters and cache, or a training state with gradients, take: what must be there."""
     if job.settings is not None:
-        return _training().resident_bytes(config, job.settings, sizes)
+        return plan_train.resident_bytes(config, job.settings, sizes)
     total = 0.0
     for shape, axes in abstract_leaves(config).values():
         total += ITEMSIZE * math.prod(shape) / _parts(shape, axes, sizes, PARAM_RULES)
@@ -111,7 +102,7 @@ def choose_mesh(config: Config, job: Job, topology: Topology) -> tuple[dict[str,
     what = "parameters and cache" if job.settings is None else "parameters, gradients and optimizer state"
     found = [(resident_bytes(config, job, sizes), sizes) for sizes in meshes(topology.devices) if _divides(job, sizes)]
     if not found:
-        _training().check_batch(job.settings, dict.fromkeys(MESH_AXES, 1))
+        plan_train.check_batch(job.settings, dict.fromkeys(MESH_AXES, 1))
     fitting = [entry for entry in found if entry[0] <= ROOM * topology.memory]
     if fitting:
         held, sizes = min(fitting, key=lambda entry: (entry[1]["tensor"], entry[1]["expert"]))
@@ -125,7 +116,7 @@ def _divides(job: Job, sizes: dict[str, int]) -> bool:
     if job.settings is None:
         return True
     batch = job.settings.batch
-    return batch.sequences % (batch.micro_sequences * _training().data_shards(sizes)) == 0
+    return batch.sequences % (batch.micro_sequences * plan_train.data_shards(sizes)) == 0
 
 
 def plan(
@@ -156,7 +147,7 @@ def plan(
         sizes, reason = choose_mesh(config, job, topology)
     check_mesh(sizes, topology.devices)
     if job.settings is not None:
-        _training().check_batch(job.settings, sizes)
+        plan_train.check_batch(job.settings, sizes)
     least = work(config, job)
     report: dict[str, Any] = {
         "topology": topology.name,
@@ -172,14 +163,14 @@ def plan(
     try:
         mesh = plan_jobs.mesh_of(topology, sizes)
     except plan_jobs.CompilerMissing as error:
-        return report | _uncompiled(str(error), report, least, job, topology)
+        return report | _uncompiled(str(error), report, config, job, topology)
     begun = time.monotonic()
     compiled, problem = None, None
     say("tracing")
     if job.settings is None:
         lowered = plan_jobs.lower(job.kind, config, mesh, batch=job.batch, sequence=job.sequence)
     else:
-        lowered = _training().lower(config, job.settings, mesh)
+        lowered = plan_train.lower(config, job.settings, mesh)
     say("compiling")
     try:
         compiled = lowered.compile()
@@ -203,10 +194,13 @@ def plan(
     return report if fits else report | {"would_fit": _advice(config, job, topology)}
 
 
-def _uncompiled(problem: str, report: dict[str, Any], least: plan_work.Work, job: Job, topology: Topology) -> Any:
-    """What arithmetic alone can say: the least of each device, were the work dealt out evenly."""
+def _uncompiled(problem: str, report: dict[str, Any], config: Config, job: Job, topology: Topology) -> dict[str, Any]:
+    """What arithmetic alone can say: each copy of the parameters does its share of the job with its own devices."""
+    copies = topology.devices if job.kind == "encode" else plan_train.data_shards(report["mesh"])
+    own = job if job.settings is not None else dataclasses.replace(job, batch=-(-job.batch // copies))
+    least = work(config, own)
     compute, memory = least.flops / topology.flops, least.bytes / topology.bandwidth
-    seconds = max(compute, memory) / topology.devices
+    seconds = max(compute, memory) * (copies if own is not job else 1) / topology.devices
     unit, made = job.unit
     return {
         "compiled": False,
@@ -269,7 +263,7 @@ def parse_job(
             raise UsageError(f"{name}: found {value}, expected a positive whole number.")
     usual = {"prefill": (8, 4096), "decode": (64, 4096), "encode": (32, 0)}
     if kind not in usual:
-        settings = _training().settings_of(
+        settings = plan_train.settings_of(
             model, kind, sequences=batch, length=sequence, micro=micro, overrides=overrides
         )
         return Job(kind, settings.batch.sequences, settings.data.sequence_length, settings)
