@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from dsvl2_jax.config import LanguageConfig
-from dsvl2_jax.gpu_attention import Attention, fused_attention
+from dsvl2_jax.gpu_attention import Attention, fused_attention, taken
 from dsvl2_jax.layers import RMSNorm, linear, partitioned, precision, rotary_tables, rotate_half, rotate_interleaved
 from dsvl2_jax.sharding import constrain
 
@@ -115,9 +115,9 @@ def attend_to_row(
 ) -> jax.Array:
     """`attend` of rows to themselves, each token to those before it in its own sample; ``positions``: i32[B, T].
 
-    On GPUs, in 16 bits, by the kernels of `dsvl2_jax.gpu_attention`.
+    On GPUs, in bfloat16, by the kernels of `dsvl2_jax.gpu_attention`.
     """
-    if len(queries) == 1 and values.dtype == jnp.bfloat16:
+    if len(queries) == 1 and taken(queries[0], values):
 
         def plain(query: jax.Array, key: jax.Array, value: jax.Array, positions: jax.Array) -> jax.Array:
             return _attend_quarters([query], [key], value, positions, scale)

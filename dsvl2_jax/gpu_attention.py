@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from dsvl2_jax.gpu_kernels import declared
+from dsvl2_jax.gpu_kernels import addressable, declared
 from dsvl2_jax.sharding import ACTIVATION_RULES, ambient_mesh_shape, partition_spec
 
 MIN_PART = 16  # the least depth of a tensor core's product
@@ -52,6 +52,11 @@ class Attention:
     name: str
 
 
+def taken(query: jax.Array, value: jax.Array) -> bool:
+    """Whether the kernels are for these: tensor cores multiply 16 bits, and float32 is for exactness."""
+    return value.dtype == jnp.bfloat16 and addressable(query, value)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def fused_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, positions: jax.Array, how: Attention
@@ -59,7 +64,7 @@ def fused_attention(
     """Attention of rows to themselves: the kernels where the program is lowered for CUDA, ``how.plain`` elsewhere.
 
     Args:
-      query, key: [B, T, H, Dk]; value: [B, T, H, Dv]. Of 16 bits.
+      query, key: [B, T, H, Dk]; value: [B, T, H, Dv]; see `taken`.
       positions: i32[B, T]. Causal: a token sees those since position 0 of its own sample. Else: zeros.
 
     Returns:
@@ -178,6 +183,7 @@ def padded(x: jax.Array) -> jax.Array:
     return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, -x.shape[-1] % MIN_PART),))
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "causal", "interpret"))
 def attention_forward(
     query: jax.Array,
     key: jax.Array,
@@ -217,6 +223,7 @@ def attention_forward(
     )(query, key, value, first)
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "causal", "interpret"))
 def attention_backward(
     query: jax.Array,
     key: jax.Array,

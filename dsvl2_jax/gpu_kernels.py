@@ -35,12 +35,19 @@ def _tuning(dtype: jnp.dtype, rows: int) -> tuple[int, plgpu.CompilerParams]:
     return (32 if wide else 64), params
 
 
+def addressable(*arrays: jax.Array) -> bool:
+    """Whether the kernels reach all of the arrays: their offsets have 32 bits."""
+    return all(array.size < 2**31 for array in arrays)
+
+
 def row_block(rows: int, groups: int) -> int:
     """A power of two near the mean group, within what the hardware likes."""
     mean = max(1, rows // groups)
     return min(MAX_BLOCK, max(MIN_BLOCK, 1 << (mean - 1).bit_length()))
 
 
+# Jitted, so that the layers of a model trace a kernel once, also where it is lowered for another platform.
+@functools.partial(jax.jit, static_argnames=("transposed", "interpret"))
 def grouped_product(
     rows: jax.Array,
     weights: jax.Array,
@@ -80,6 +87,7 @@ def grouped_product(
     )(rows, weights, group, start, stop)
 
 
+@functools.partial(jax.jit, static_argnames="interpret")
 def grouped_outer(
     rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array, *, interpret: bool = False
 ) -> jax.Array:

@@ -52,7 +52,7 @@ def _backward(residuals, cotangent):
         cotangent,
         group_sizes,
         tpu=_ragged_outer,
-        cuda=gpu_kernels.grouped_outer,
+        cuda=_cuda_outer,
         rocm=_ragged_outer,
         default=_blocked_outer,
     )
@@ -73,7 +73,14 @@ def _ragged(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.
 
 
 def _cuda(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, transposed: bool = False) -> jax.Array:
+    if not gpu_kernels.addressable(rows, weights):
+        return _ragged(rows, weights.swapaxes(1, 2) if transposed else weights, group_sizes)
     return _in_a_group(gpu_kernels.grouped_product(rows, weights, group_sizes, transposed=transposed), group_sizes)
+
+
+def _cuda_outer(rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    product = gpu_kernels.grouped_outer if gpu_kernels.addressable(rows, cotangent) else _ragged_outer
+    return product(rows, cotangent, group_sizes)
 
 
 def _ragged_outer(rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from dsvl2_jax.config import VisionConfig
-from dsvl2_jax.gpu_attention import Attention, fused_attention
+from dsvl2_jax.gpu_attention import Attention, fused_attention, taken
 from dsvl2_jax.layers import linear, partitioned, precision
 from dsvl2_jax.sharding import constrain
 
@@ -53,7 +53,7 @@ class VisionAttention(nn.Module):
             return jnp.einsum("nhpq,nqhd->nphd", weights, v, precision=exact)
 
         anywhere = jnp.zeros(x_npw.shape[:2], jnp.int32)
-        if seen_np is None and jnp.dtype(self.dtype) == jnp.bfloat16:
+        if seen_np is None and taken(q, v):
             how = Attention(plain, ("tiles", None, None, None), scale, False, "vision_attention_output")
             out = fused_attention(q, k, v, anywhere, how)
         else:
