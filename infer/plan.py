@@ -202,10 +202,12 @@ def _uncompiled(problem: str, report: dict[str, Any], config: Config, job: Job, 
     compute, memory = least.flops / topology.flops, least.bytes / topology.bandwidth
     seconds = max(compute, memory) * (copies if own is not job else 1) / topology.devices
     unit, made = job.unit
-    return {
+    fits = report["resident_bytes"] <= ROOM * topology.memory
+    advice = {} if fits else {"would_fit": _advice(config, job, topology)}
+    return advice | {
         "compiled": False,
         "not_compiled": problem,
-        "fits": report["resident_bytes"] <= ROOM * topology.memory,
+        "fits": fits,
         "roofline_seconds": seconds,
         "bound": "compute" if compute > memory else "memory",
         f"{unit}_per_second": made / seconds,

@@ -127,6 +127,8 @@ def lines(found: dict[str, Any]) -> list[str]:
     if not found["compiled"]:
         held = f"{found['resident_bytes'] / 1e9:.2f} of {found['memory'] / 1e9:.1f} GB a device"
         out.append(f"  fits        {'yes' if found['fits'] else 'no'}, by arithmetic, without temporaries: {held}")
+        if not found["fits"]:
+            out.append(f"  would fit   {found['would_fit']}")
         return [*out, _roofline(found), f"  not compiled: {found['not_compiled']}"]
     if "bytes_per_device" not in found:
         return [*out, f"  fits        no: {found['problem']}", f"  would fit   {found['would_fit']}"]
