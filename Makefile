@@ -8,11 +8,13 @@ SAMPLES ?= 500
 CKPT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv run test lint train-micro eval-micro clean
+.PHONY: help .venv run test test-pods test-gpu-compile compile-tests lint train-micro eval-micro clean
 
 help:
 	@echo "make run     draw fresh pictures and ask the bundled model about them; SEED=7 draws others"
 	@echo "make test    run the whole test suite (sets up $(VENV) first)"
+	@echo "make test-pods    compile for TPU topologies, whole models included (no TPU needed; hours)"
+	@echo "make test-gpu-compile   the same for H100s (no GPU needed; fetches 4 GB into .venv-gpu)"
 	@echo "make eval-micro   ask the bundled model 500 held-out questions a task (CKPT=DIR asks another)"
 	@echo "make train-micro  train the bundled model from nothing, about two hours; goes on where it was stopped"
 	@echo "make .venv   only set up $(VENV); PYTHON=python3.12 picks another interpreter"
@@ -66,9 +68,20 @@ eval-micro: $(DEMO_INSTALLED)
 test: $(TEST_INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
+# Each compiler in an environment of its own: with one installed, jax would look for its devices in every other run.
+test-pods:
+	$(MAKE) compile-tests VENV=.venv-tpu EXTRA=tpu FILES="tests/test_pods.py tests/test_plan.py"
+
+test-gpu-compile:
+	$(MAKE) compile-tests VENV=.venv-gpu EXTRA=cuda FILES=tests/test_gpu_compile.py
+
+# -m "" : the slow tests too.
+compile-tests: $(VENV)/.compile-installed-$(INTERPRETER) $(VENV)/.$(EXTRA)-installed-$(INTERPRETER)
+	$(BIN)/python -m pytest -m "" $(ARGS) $(FILES)
+
 lint: $(TEST_INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(OUT)
+	rm -rf $(VENV) .venv-tpu .venv-gpu $(OUT)

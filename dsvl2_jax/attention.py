@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from dsvl2_jax.config import LanguageConfig
+from dsvl2_jax.gpu_attention import Attention, fused_attention, taken
 from dsvl2_jax.layers import RMSNorm, linear, partitioned, precision, rotary_tables, rotate_half, rotate_interleaved
 from dsvl2_jax.sharding import batch_axis, constrain
 
@@ -117,8 +118,24 @@ def attend_to_row(
 ) -> jax.Array:
     """`attend` of rows to themselves, each token to those before it in its own sample; ``positions``: i32[B, T].
 
-    A quarter of the queries at a time, which needs no keys after it: 5/8 of the work of all pairs.
+    On GPUs, in bfloat16, by the kernels of `dsvl2_jax.gpu_attention`.
     """
+    if len(queries) == 1 and taken(queries[0], values):
+
+        def plain(query: jax.Array, key: jax.Array, value: jax.Array, positions: jax.Array) -> jax.Array:
+            return _attend_quarters([query], [key], value, positions, scale)
+
+        axes = ("batch", "length", "heads", "head_dim")
+        return fused_attention(
+            *queries, *keys, values, positions, Attention(plain, axes, scale, True, ATTENTION_OUTPUT)
+        )
+    return _attend_quarters(queries, keys, values, positions, scale)
+
+
+def _attend_quarters(
+    queries: Sequence[jax.Array], keys: Sequence[jax.Array], values: jax.Array, positions: jax.Array, scale: float
+) -> jax.Array:
+    """A quarter of the queries at a time, which needs no keys after it: 5/8 of the work of all pairs."""
     length = positions.shape[1]
     own = jnp.broadcast_to(jnp.arange(length), positions.shape)
     seen = own - positions, own

@@ -1,18 +1,20 @@
 """Grouped matmul: consecutive groups of rows, each times its own matrix (DESIGN §4.3).
 
 One function, `grouped_matmul`, picks the kernel of the platform that the program is lowered for:
-``jax.lax.ragged_dot`` on TPU (native there; a kernel of ours for few rows), ``tokamax`` on GPU where it is
-installed, and a blocked loop elsewhere that touches only the matrices of groups that have rows.
+``jax.lax.ragged_dot`` on TPU (native there; kernels for few rows and for gradients), the kernels of
+`dsvl2_jax.gpu_kernels` on NVIDIA GPUs (where ``ragged_dot`` is dense), and a blocked loop elsewhere that touches only
+the matrices of groups that have rows.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dsvl2_jax import gpu_kernels
 from dsvl2_jax.layers import precision
 from dsvl2_jax.tpu_kernels import few_rows_matmul, megablox_outer
 
@@ -40,12 +42,23 @@ def _forward(rows, weights, group_sizes):
 
 def _backward(residuals, cotangent):
     rows, weights, group_sizes = residuals
-    rows_bar = grouped_matmul(cotangent, weights.swapaxes(1, 2), group_sizes)
+    rows_bar = grouped_transposed(cotangent, weights, group_sizes)
     weights_bar = grouped_outer(rows, cotangent, group_sizes)
     return rows_bar.astype(rows.dtype), weights_bar.astype(weights.dtype), None
 
 
 grouped_matmul.defvjp(_forward, _backward)
+
+
+def grouped_transposed(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """`grouped_matmul` with the transposed matrices: [M, O], [G, I, O] → [M, I]."""
+    return lax.platform_dependent(
+        rows,
+        weights,
+        group_sizes,
+        cuda=functools.partial(_cuda, transposed=True),  # reads the weights as they lie, without a transposed copy
+        default=lambda rows, weights, sizes: grouped_matmul(rows, weights.swapaxes(1, 2), sizes),
+    )
 
 
 def grouped_outer(rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -62,7 +75,7 @@ def grouped_outer(rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array)
         cotangent,
         group_sizes,
         tpu=_tpu_outer,
-        cuda=_ragged_outer,
+        cuda=_cuda_outer,
         rocm=_ragged_outer,
         default=_blocked_outer,
     )
@@ -84,13 +97,15 @@ def _tpu(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Arr
     return _ragged(rows, weights, group_sizes)
 
 
-def _cuda(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    if importlib.util.find_spec("tokamax") is None:
-        return _ragged(rows, weights, group_sizes)
-    import tokamax
+def _cuda(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, transposed: bool = False) -> jax.Array:
+    if not gpu_kernels.addressable(rows, weights):
+        return _ragged(rows, weights.swapaxes(1, 2) if transposed else weights, group_sizes)
+    return _in_a_group(gpu_kernels.grouped_product(rows, weights, group_sizes, transposed=transposed), group_sizes)
 
-    out = tokamax.ragged_dot(rows, weights, group_sizes, precision=precision(rows.dtype))
-    return _in_a_group(out, group_sizes)
+
+def _cuda_outer(rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    product = gpu_kernels.grouped_outer if gpu_kernels.addressable(rows, cotangent) else _ragged_outer
+    return product(rows, cotangent, group_sizes)
 
 
 def _ragged_outer(rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from dsvl2_jax.config import LanguageConfig
-from dsvl2_jax.grouped_matmul import grouped_matmul, grouped_outer
+from dsvl2_jax.grouped_matmul import grouped_matmul, grouped_outer, grouped_transposed
 from dsvl2_jax.layers import GatedMLP, partitioned
 from dsvl2_jax.sharding import ACTIVATION_RULES, PARAM_RULES, ambient_mesh_shape, batch_axis, mesh_axes, partition_spec
 
@@ -269,7 +269,7 @@ def _in_shares_backward(shards: int, given: tuple[jax.Array, ...], cotangent: ja
         part = share(i)
 
         def back(rows: jax.Array, matrices: jax.Array) -> jax.Array:
-            return grouped_matmul(rows, matrices.swapaxes(1, 2), part.group_sizes)
+            return grouped_transposed(rows, matrices, part.group_sizes)
 
         def outer(total: jax.Array, rows: jax.Array, rows_bar: jax.Array) -> jax.Array:
             return total + grouped_outer(rows, rows_bar, part.group_sizes).astype(total.dtype)

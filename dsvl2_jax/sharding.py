@@ -159,6 +159,16 @@ def ambient_mesh_shape() -> dict[str, int] | None:
     return dict(mesh.shape)
 
 
+def check_mesh(sizes: Mapping[str, int], devices: int) -> None:
+    """Raises UsageError when the product of the axes is not the number of devices."""
+    if min(sizes.values()) < 1 or math.prod(sizes.values()) != devices:
+        spelled = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        raise UsageError(
+            f"mesh {spelled} needs {math.prod(sizes.values())} devices, but there are {devices}; "
+            "choose sizes whose product is the number of devices."
+        )
+
+
 def make_mesh(data: int = 1, tensor: int = 1, expert: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A ``data × tensor × expert`` mesh with automatic axes.
 
@@ -167,12 +177,7 @@ def make_mesh(data: int = 1, tensor: int = 1, expert: int = 1, devices: Sequence
     """
     devices = list(devices) if devices is not None else jax.devices()
     sizes = (data, tensor, expert)
-    if min(sizes) < 1 or math.prod(sizes) != len(devices):
-        spelled = ", ".join(f"{n}={s}" for n, s in zip(MESH_AXES, sizes, strict=True))
-        raise UsageError(
-            f"mesh {spelled} needs {math.prod(sizes)} devices, but there are {len(devices)}; "
-            "choose sizes whose product is the number of devices."
-        )
+    check_mesh(dict(zip(MESH_AXES, sizes, strict=True)), len(devices))
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 

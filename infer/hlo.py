@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from dsvl2_jax.infer.hlo_gpu import custom_call_flops
+
 _BITS = {
     "pred": 8, "token": 0, "opaque": 0,
     "s2": 2, "u2": 2, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32, "s64": 64,
@@ -426,7 +428,10 @@ class _Walk:
         if i.opcode == "convolution":
             return Cost(flops=_convolution(i, *(inside[operand].arrays[0].shape for operand in i.operands)))
         if i.opcode == "custom-call":
-            return Cost(flops=float(self._declared(i).get("flops", 0)))
+            if declared := self._declared(i):
+                return Cost(flops=float(declared.get("flops", 0)))
+            shapes = [array.shape for operand in i.operands for array in inside[operand].arrays]
+            return Cost(flops=custom_call_flops(i.attributes, i.config, shapes) or 0.0)
         kind = i.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             given = sum(array.size for operand in i.operands for array in inside[operand].arrays)
@@ -573,5 +578,17 @@ def instructions(text: str) -> Iterator[tuple[str, tuple[int, ...], str]]:
     """(opcode, shape, dtype) of every array that a program makes, kernels' and fusions' insides included."""
     for computation in _parse(text)[0].values():
         for instruction in computation.values():
+            for array in instruction.arrays:
+                yield instruction.opcode, array.shape, array.dtype
+
+
+def buffers(text: str) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """As `instructions`, without the insides of fusions: arrays that memory holds, and views of them."""
+    computations, _ = _parse(text)
+    program = _Walk(computations)
+    every = [instruction for computation in computations.values() for instruction in computation.values()]
+    fused = {name for instruction in every if instruction.opcode == "fusion" for name in program._called(instruction)}
+    for name, computation in computations.items():
+        for instruction in computation.values() if name not in fused else ():
             for array in instruction.arrays:
                 yield instruction.opcode, array.shape, array.dtype

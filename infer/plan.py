@@ -5,20 +5,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from dsvl2_jax.config import Config
 from dsvl2_jax.errors import UsageError
-from dsvl2_jax.infer import plan_jobs, plan_work
+from dsvl2_jax.infer import plan_jobs, plan_train, plan_work
 from dsvl2_jax.infer.cache import cache_layout
 from dsvl2_jax.infer.hlo import Cost, walk
 from dsvl2_jax.infer.topologies import Topology
 from dsvl2_jax.model import abstract_leaves
 from dsvl2_jax.orbax_io import LeafPath
-from dsvl2_jax.sharding import ACTIVATION_RULES, MESH_AXES, PARAM_RULES, mesh_axes, partition_spec
+from dsvl2_jax.sharding import ACTIVATION_RULES, MESH_AXES, PARAM_RULES, check_mesh, mesh_axes, partition_spec
+from dsvl2_jax.train.settings import Settings
 
-JOBS = ("prefill", "decode", "encode")
+JOBS = ("prefill", "decode", "encode", "align", "pretrain", "sft")
 ITEMSIZE = 2  # of bfloat16, in which everything is planned
 ROOM = 0.85  # most of a device's memory that parameters and cache may take, so that a program can work
 
@@ -29,24 +30,33 @@ class Job:
 
     Attributes:
       kind: of `JOBS`.
-      batch: prompts, decode slots or tiles.
-      sequence: tokens of a prompt, or that the cache has room for; encoding has none.
+      batch: prompts, decode slots, tiles, or sequences of a training step.
+      sequence: tokens of a prompt or training sequence, or that the cache has room for; encoding has none.
+      settings: of a training step, which holds batch and sequence too; None: for inference.
     """
 
     kind: str
     batch: int
     sequence: int
+    settings: Settings | None = None
 
     @property
     def unit(self) -> tuple[str, int]:
         """What one run makes, and how much of it."""
         if self.kind == "encode":
             return "tiles", self.batch
-        return "tokens", self.batch * (self.sequence if self.kind == "prefill" else 1)
+        return "tokens", self.batch * (1 if self.kind == "decode" else self.sequence)
+
+    def described(self) -> dict[str, Any]:
+        """A JSON object of all that shapes the job's program."""
+        found = {"kind": self.kind, "batch": self.batch, "sequence": self.sequence}
+        return found if self.settings is None else found | plan_train.described(self.settings)
 
 
 def work(config: Config, job: Job) -> plan_work.Work:
     """The least that a job costs on all devices together."""
+    if job.settings is not None:
+        return plan_train.train_work(config, job.settings)
     if job.kind == "encode":
         return plan_work.encode_work(config, job.batch, ITEMSIZE)
     of = plan_work.prefill_work if job.kind == "prefill" else plan_work.decode_work
@@ -54,7 +64,9 @@ def work(config: Config, job: Job) -> plan_work.Work:
 
 
 def resident_bytes(config: Config, job: Job, sizes: dict[str, int]) -> float:
-    """Bytes of a device that parameters and cache take: what no program can do without."""
+    """Bytes of a device that parameters and cache, or a training state with gradients, take: what must be there."""
+    if job.settings is not None:
+        return plan_train.resident_bytes(config, job.settings, sizes)
     return sum(_weight_bytes(config, sizes).values()) + _cache_bytes(config, job, sizes)
 
 
@@ -87,8 +99,9 @@ def _load(config: Config, job: Job, sizes: dict[str, int]) -> float:
     cfg = config.language
     if job.kind == "encode":
         return 1 / _parts((job.batch,), ("tiles",), sizes, ACTIVATION_RULES)
-    if job.kind == "prefill":
-        heads = (job.batch, job.sequence, cfg.num_attention_heads, 1)
+    if job.kind != "decode":
+        rows = job.batch if job.settings is None else job.settings.batch.micro_sequences * sizes["data"]
+        heads = (rows, job.sequence, cfg.num_attention_heads, 1)
         return 1 / _parts(heads, ("batch", "length", "heads", "head_dim"), sizes, ACTIVATION_RULES)
     visited = min(1.0, job.batch * cfg.num_experts_per_tok / cfg.n_routed_experts) if cfg.n_routed_experts else 0.0
     read = _cache_bytes(config, job, sizes)
@@ -106,12 +119,18 @@ def meshes(devices: int) -> Iterator[dict[str, int]]:
 
 
 def choose_mesh(config: Config, job: Job, topology: Topology) -> tuple[dict[str, int], str]:
-    """The mesh of the least work a device that holds parameters and cache, and why it was chosen.
+    """The mesh of the least work a device that holds what must be there, and why it was chosen.
 
     Of equals the one that splits matrices least: ``tensor`` costs two sums of activations a layer, ``expert`` one,
     ``data`` none.
+
+    Raises:
+      UsageError: a training step's sequences cannot be split over any mesh.
     """
-    found = [(resident_bytes(config, job, sizes), sizes) for sizes in meshes(topology.devices)]
+    what = "parameters and cache" if job.settings is None else "parameters, gradients and optimizer state"
+    found = [(resident_bytes(config, job, sizes), sizes) for sizes in meshes(topology.devices) if _divides(job, sizes)]
+    if not found:
+        plan_train.check_batch(job.settings, dict.fromkeys(MESH_AXES, 1))
     fitting = [entry for entry in found if entry[0] <= ROOM * topology.memory]
     if fitting:
         loads = {tuple(sizes.values()): _load(config, job, sizes) for _, sizes in fitting}
@@ -122,48 +141,82 @@ def choose_mesh(config: Config, job: Job, topology: Topology) -> tuple[dict[str,
 
         held, sizes = min(fitting, key=cost)
         least = "bytes to read" if job.kind == "decode" else "products"
-        return sizes, f"the fewest {least} a device, with room beside parameters and cache ({held / 1e9:.1f} GB)"
+        return sizes, f"the fewest {least} a device, with room beside {what} ({held / 1e9:.1f} GB)"
     held, sizes = min(found, key=lambda entry: entry[0])
-    return sizes, f"no mesh leaves room: this one needs the least for parameters and cache ({held / 1e9:.1f} GB)"
+    return sizes, f"no mesh leaves room: this one needs the least for {what} ({held / 1e9:.1f} GB)"
 
 
-def plan(config: Config, job: Job, topology: Topology, sizes: dict[str, int] | None = None) -> dict[str, Any]:
+def _divides(job: Job, sizes: dict[str, int]) -> bool:
+    """Whether a training step's sequences can be split over a mesh; rows of inference are copied where they cannot."""
+    if job.settings is None:
+        return True
+    batch = job.settings.batch
+    return batch.sequences % (batch.micro_sequences * plan_train.data_shards(sizes)) == 0
+
+
+def plan(
+    config: Config,
+    job: Job,
+    topology: Topology,
+    sizes: dict[str, int] | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
     """Compiles a job for a topology and says what it takes.
+
+    Where the topology's compiler is missing, ``compiled`` is False and all that arithmetic can say is there: bytes of
+    what must be in memory, the least work, and the roofline of that.
 
     Args:
       sizes: of the mesh's axes; None: of `choose_mesh`.
+      say: told what is being done.
 
     Returns:
       A JSON object. Bytes and FLOPs are of one device, ``flops_ratio`` and ``bytes_ratio`` compare all devices
       together with the least that the job costs (`dsvl2_jax.infer.plan_work`).
 
     Raises:
-      UsageError: the mesh does not have the topology's devices, or the compiler is missing.
+      UsageError: the mesh does not have the topology's devices, or does not divide a training step's sequences.
     """
     reason = "as asked"
     if sizes is None:
         sizes, reason = choose_mesh(config, job, topology)
-    mesh = plan_jobs.mesh_of(topology, sizes)
+    check_mesh(sizes, topology.devices)
+    if job.settings is not None:
+        plan_train.check_batch(job.settings, sizes)
+    least = work(config, job)
+    report: dict[str, Any] = {
+        "topology": topology.name,
+        "devices": topology.devices,
+        "job": job.described(),
+        "mesh": sizes,
+        "mesh_reason": reason,
+        "memory": topology.memory,
+        "resident_bytes": resident_bytes(config, job, sizes),
+        "least_flops": least.flops,
+        "least_bytes": least.bytes,
+    }
+    try:
+        mesh = plan_jobs.mesh_of(topology, sizes)
+    except plan_jobs.CompilerMissing as error:
+        return report | _uncompiled(str(error), report, config, job, topology)
     begun = time.monotonic()
     compiled, problem = None, None
-    lowered = plan_jobs.lower(job.kind, config, mesh, batch=job.batch, sequence=job.sequence)
+    say("tracing")
+    if job.settings is None:
+        lowered = plan_jobs.lower(job.kind, config, mesh, batch=job.batch, sequence=job.sequence)
+    else:
+        lowered = plan_train.lower(config, job.settings, mesh)
+    say("compiling")
     try:
         compiled = lowered.compile()
     except Exception as error:  # the compiler's own
         if "RESOURCE_EXHAUSTED" not in str(error) and "memory" not in str(error):
             raise
         problem = str(error).splitlines()[0]
-    report: dict[str, Any] = {
-        "topology": topology.name,
-        "devices": topology.devices,
-        "job": dataclasses.asdict(job),
-        "mesh": sizes,
-        "mesh_reason": reason,
-        "compile_seconds": round(time.monotonic() - begun, 1),
-    }
-    least = work(config, job)
+    report |= {"compiled": True, "compile_seconds": round(time.monotonic() - begun, 1)}
     if compiled is None:
         return report | {"fits": False, "problem": problem, "would_fit": _advice(config, job, topology)}
+    say("counting")
     memory = compiled.memory_analysis()
     taken = {
         "arguments": memory.argument_size_in_bytes,
@@ -172,8 +225,28 @@ def plan(config: Config, job: Job, topology: Topology, sizes: dict[str, int] | N
     }
     cost = walk(compiled.as_text())
     fits = sum(taken.values()) <= topology.memory
-    report |= {"fits": fits, "bytes_per_device": taken, "memory": topology.memory} | _costs(cost, least, job, topology)
+    report |= {"fits": fits, "bytes_per_device": taken} | _costs(cost, least, job, topology)
     return report if fits else report | {"would_fit": _advice(config, job, topology)}
+
+
+def _uncompiled(problem: str, report: dict[str, Any], config: Config, job: Job, topology: Topology) -> dict[str, Any]:
+    """What arithmetic alone can say: each copy of the parameters does its share of the job with its own devices."""
+    copies = topology.devices if job.kind == "encode" else plan_train.data_shards(report["mesh"])
+    own = job if job.settings is not None else dataclasses.replace(job, batch=-(-job.batch // copies))
+    least = work(config, own)
+    compute, memory = least.flops / topology.flops, least.bytes / topology.bandwidth
+    seconds = max(compute, memory) * (copies if own is not job else 1) / topology.devices
+    unit, made = job.unit
+    fits = report["resident_bytes"] <= ROOM * topology.memory
+    advice = {} if fits else {"would_fit": _advice(config, job, topology)}
+    return advice | {
+        "compiled": False,
+        "not_compiled": problem,
+        "fits": fits,
+        "roofline_seconds": seconds,
+        "bound": "compute" if compute > memory else "memory",
+        f"{unit}_per_second": made / seconds,
+    }
 
 
 def _costs(cost: Cost, least: plan_work.Work, job: Job, topology: Topology) -> dict[str, Any]:
@@ -182,8 +255,6 @@ def _costs(cost: Cost, least: plan_work.Work, job: Job, topology: Topology) -> d
     return {
         "flops": cost.flops,
         "bytes": cost.bytes,
-        "least_flops": least.flops,
-        "least_bytes": least.bytes,
         "flops_ratio": cost.flops * topology.devices / least.flops,
         "bytes_ratio": cost.bytes * topology.devices / least.bytes,
         "collectives": {kind: dataclasses.asdict(found) for kind, found in sorted(cost.collectives.items())},
@@ -197,23 +268,43 @@ def _costs(cost: Cost, least: plan_work.Work, job: Job, topology: Topology) -> d
 def _advice(config: Config, job: Job, topology: Topology) -> str:
     """What would make a job fit."""
     held = min(resident_bytes(config, job, sizes) for sizes in meshes(topology.devices))
+    what = "parameters and cache" if job.settings is None else "parameters, gradients and optimizer state"
     if held > topology.memory:
-        return f"more devices: parameters and cache alone need {held / 1e9:.1f} GB of each"
+        return f"more devices: {what} alone need {held / 1e9:.1f} GB of each"
     word = {"prefill": "fewer or shorter prompts at a time", "decode": "fewer slots", "encode": "fewer tiles at a time"}
-    return word[job.kind]
+    return word.get(job.kind, "fewer or shorter sequences at a time (--micro, --sequence)")
 
 
-def parse_job(kind: str, batch: int | None, sequence: int | None, slots: int | None) -> Job:
+def parse_job(
+    kind: str,
+    batch: int | None,
+    sequence: int | None,
+    slots: int | None,
+    *,
+    model: str = "",
+    micro: int | None = None,
+    overrides: Sequence[str] = (),
+) -> Job:
     """The job of the command's flags, with the sizes that are usual where none are given.
 
+    Args:
+      model, micro, overrides: of a training job, see `dsvl2_jax.infer.plan_train.settings_of`.
+
     Raises:
-      UsageError: an unknown job, or a size that is not positive.
+      UsageError: an unknown job, a size that is not positive, or a flag of another job.
     """
-    usual = {"prefill": (8, 4096), "decode": (64, 4096), "encode": (32, 0)}
-    if kind not in usual:
+    if kind not in JOBS:
         raise UsageError(f"--job {kind!r}: expected one of {', '.join(JOBS)}.")
-    rows = (slots if kind == "decode" and slots is not None else batch) or usual[kind][0]
-    for name, value in (("--batch", batch), ("--sequence", sequence), ("--slots", slots)):
+    for name, value in (("--batch", batch), ("--sequence", sequence), ("--slots", slots), ("--micro", micro)):
         if value is not None and value < 1:
             raise UsageError(f"{name}: found {value}, expected a positive whole number.")
+    usual = {"prefill": (8, 4096), "decode": (64, 4096), "encode": (32, 0)}
+    if kind not in usual:
+        settings = plan_train.settings_of(
+            model, kind, sequences=batch, length=sequence, micro=micro, overrides=overrides
+        )
+        return Job(kind, settings.batch.sequences, settings.data.sequence_length, settings)
+    if micro is not None or overrides:
+        raise UsageError(f"--micro and --set belong to training; --job {kind} has neither.")
+    rows = (slots if kind == "decode" and slots is not None else batch) or usual[kind][0]
     return Job(kind, rows, usual[kind][1] if sequence is None or kind == "encode" else sequence)

@@ -19,32 +19,43 @@ from dsvl2_jax.errors import UsageError
 from dsvl2_jax.infer.cache import cache_layout
 from dsvl2_jax.infer.decode import DecodeState, next_state
 from dsvl2_jax.infer.sampling import SamplingArrays
-from dsvl2_jax.infer.topologies import Topology
+from dsvl2_jax.infer.topologies import Topology, target_config
 from dsvl2_jax.orbax_io import nest
 from dsvl2_jax.sharding import ACTIVATION_RULES, make_mesh, partition_spec
+
+
+class CompilerMissing(UsageError):
+    """The compiler for a platform is not installed, or cannot be used."""
 
 
 def devices(topology: Topology) -> list[Any]:
     """Descriptions of a topology's devices, from the compiler for it.
 
     Raises:
-      UsageError: the compiler is not installed, or knows no such topology.
+      CompilerMissing: the compiler is not installed, or knows no such topology.
     """
     from jax.experimental import topologies
 
-    if topology.platform != "tpu":
-        raise UsageError(f"{topology.name}: compiling for GPUs is not there yet; choose a TPU topology.")
-    # Without these libtpu asks Google's metadata server where it runs, and wants the device to itself.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    try:
+    options: dict[str, Any]
+    if topology.platform == "cuda":
+        options = {"target_config": target_config(topology), "topology": f"1x1x{topology.devices}"}
+        name, extra = "", "cuda"
+    else:
+        # Without these libtpu asks Google's metadata server where it runs, and wants the device to itself.
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         # A host has four chips, unless it is said to have one.
         options = {"chips_per_host_bounds": (1, 1, 1)} if topology.devices == 1 else {}
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.shape, **options).devices)
+        name, extra = topology.shape, "tpu"
+    try:
+        found = topologies.get_topology_desc(platform=topology.platform, topology_name=name, **options)
+        return list(found.devices)
     except Exception as error:  # RuntimeError, XlaRuntimeError, ModuleNotFoundError …
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(
-            f"{topology.name}: the TPU compiler cannot be used ({first}); install it with pip install -e '.[tpu]'."
+        compiler = "GPU" if extra == "cuda" else "TPU"
+        raise CompilerMissing(
+            f"{topology.name}: the {compiler} compiler cannot be used ({first}); "
+            f"install it with pip install -e '.[{extra}]'."
         ) from error
 
 

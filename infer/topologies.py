@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
+from pathlib import Path
 
 from dsvl2_jax.errors import UsageError
 
@@ -63,6 +65,22 @@ def _made(name: str) -> Topology:
 
 
 TOPOLOGIES = {name: _made(name) for name in _ARRANGED}
+
+
+# H200 → what is otherwise there than in h100.txtpb.
+_H200 = {
+    "memory_bandwidth": "4800000000000",
+    "device_memory_size": "150754820096",
+    "device_description_str": '"NVIDIA H200"',
+}
+
+
+def target_config(place: Topology) -> str:
+    """What XLA's GPU compiler must know of a GPU that is not here: a GpuTargetConfigProto as text."""
+    text = Path(__file__).with_name("h100.txtpb").read_text(encoding="utf-8")
+    for field, value in _H200.items() if place.shape == "h200" else ():
+        text = re.sub(rf'\b{field}: (?:"[^"]*"|\d+)', f"{field}: {value}", text)
+    return text
 
 
 def topology(name: str) -> Topology:

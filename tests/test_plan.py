@@ -6,16 +6,21 @@ import dataclasses
 import importlib.util
 import json
 
+import jax
+import numpy as np
 import pytest
 
 from dsvl2_jax.cli import main
 from dsvl2_jax.config import Config
 from dsvl2_jax.convert.sizes import released_config
 from dsvl2_jax.errors import UsageError
-from dsvl2_jax.infer import plan_work
+from dsvl2_jax.infer import plan_cache, plan_jobs, plan_table, plan_train, plan_work
 from dsvl2_jax.infer.plan import Job, choose_mesh, meshes, parse_job, plan, resident_bytes
 from dsvl2_jax.infer.plan_report import config_of, lines
-from dsvl2_jax.infer.topologies import topology
+from dsvl2_jax.infer.topologies import target_config, topology
+from dsvl2_jax.sharding import make_mesh
+from dsvl2_jax.train.batch import TrainBatch
+from dsvl2_jax.train.step import Trainer
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the tpu extra")
 
@@ -86,7 +91,9 @@ def test_jobs_have_usual_sizes_and_refuse_wrong_ones():
     assert parse_job("decode", None, 512, 4) == Job("decode", 4, 512)
     assert parse_job("prefill", 2, None, None) == Job("prefill", 2, 4096)
     assert parse_job("encode", None, 77, None) == Job("encode", 32, 0)
-    with pytest.raises(UsageError, match="--job 'serve': expected one of prefill, decode, encode"):
+    with pytest.raises(
+        UsageError, match="--job 'serve': expected one of prefill, decode, encode, align, pretrain, sft"
+    ):
         parse_job("serve", None, None, None)
     with pytest.raises(UsageError, match="--slots: found 0, expected a positive whole number"):
         parse_job("decode", None, None, 0)
@@ -99,17 +106,155 @@ def test_a_model_is_a_size_a_checkpoint_or_a_file(released, tmp_path):
     assert config_of("micro").vision.image_size == 126
 
 
-def test_wrong_calls_are_refused_in_one_line(capsys):
-    assert main(["plan", "tiny", "--topology", "v5e-9"]) == 2
-    assert "topology 'v5e-9' is none of" in capsys.readouterr().err
-    assert main(["plan", "tiny", "--topology", "h100-8"]) == 2
-    assert "compiling for GPUs is not there yet" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--topology", "v5e-9"], "topology 'v5e-9' is none of"),
+        (["--topology", "h100-8", "--mesh", "data=3"], "mesh data=3, tensor=1, expert=1 needs 3 devices"),
+        (["--topology", "h100-8", "--mesh", "rows=8"], "unknown axis 'rows'"),
+        (["--mesh", "data=8"], "--mesh data=8 is of one topology"),
+        (["--topology", "v5e-4", "--micro", "2"], "--micro and --set belong to training"),
+        (["--topology", "v5e-4", "--job", "sft", "--batch", "3"], "3 sequences is no multiple of 1 at a time on each"),
+        (["--topology", "v5e-4", "--job", "sft", "--set", "compute.remat=half"], "'half' is none of none, dots, full"),
+    ],
+)
+def test_wrong_calls_are_refused_in_one_line(capsys, flags, message):
+    if "--batch" in flags:
+        flags = [*flags, "--mesh", "data=4"]
+    assert main(["plan", "tiny", *flags]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.out == ""
+
+
+def test_training_wants_a_model_with_presets(capsys):
+    assert main(["plan", "config.json", "--topology", "v5e-4", "--job", "sft"]) != 0
+    with pytest.raises(UsageError, match="there is no preset large-sft; models that have one are base, micro, small"):
+        parse_job("sft", None, None, None, model="large")
+
+
+def test_training_jobs_are_the_presets_with_what_was_asked_for():
+    job = parse_job("pretrain", 128, 1024, None, model="small", micro=2, overrides=["compute.remat=dots"])
+    assert (job.batch, job.sequence, job.unit) == (128, 1024, ("tokens", 128 * 1024))
+    described = {"micro": 2, "tiles": 20, "remat": "dots", "dtype": "bfloat16", "optimizer_state": "float32"}
+    assert job.described() == {"kind": "pretrain", "batch": 128, "sequence": 1024} | described
+    assert parse_job("sft", None, None, None, model="base").described()["optimizer_state"] == "bfloat16"
+
+
+def test_a_training_state_takes_16_bytes_an_entry_or_12(released):
+    """Parameters, gradients and two moments; the presets say 54, 258 and 330 GB (configs/train)."""
+    one = {"data": 1, "tensor": 1, "expert": 1}
+    for size, gigabytes in (("tiny", 54), ("small", 258), ("base", 330)):
+        job = parse_job("sft", None, None, None, model=size)
+        whole = resident_bytes(released[size], job, one)
+        assert whole / 1e9 == pytest.approx(gigabytes, rel=0.02)
+        assert resident_bytes(released[size], job, one | {"data": 8}) == pytest.approx(whole / 8, rel=0.01)
+    frozen = parse_job("align", None, None, None, model="small")  # a language model of 32 GB
+    assert resident_bytes(released["small"], frozen, one) / 1e9 == pytest.approx(32 + 16 * 0.47, rel=0.05)
+
+
+def test_rematerialising_costs_one_forward_more(released):
+    config = released["small"]
+    none, full = (
+        plan_train.train_work(config, parse_job("sft", 1, 512, None, model="small", overrides=[how]).settings)
+        for how in ("compute.remat=none", "compute.remat=full")
+    )
+    forward = plan_work.prefill_work(config, 1, 512).flops + plan_work.encode_work(config, 20).flops
+    assert 1.3 <= full.flops / none.flops <= 4 / 3
+    assert full.flops - none.flops == pytest.approx(forward, rel=0.05)  # without head and adaptor, which run once
+
+
+def test_the_abstract_batch_is_what_the_trainer_places():
+    config = config_of("micro")
+    overrides = ["data.sequence_length=64", "data.tiles_per_sequence=3", "data.max_segments=4"]
+    job = parse_job("sft", 16, None, None, model="micro", micro=2, overrides=overrides)
+    mesh = make_mesh(data=2, tensor=2, expert=2)
+    trainer = Trainer(config, job.settings, (0.5,) * 3, (0.5,) * 3, mesh)
+    found = plan_train.abstract_batch(config, job.settings, mesh)
+    shards = plan_train.data_shards(dict(mesh.shape))
+    steps, rows, side = 16 // (2 * shards), 2 * shards, config.vision.image_size
+    ids = np.zeros((steps, rows, 64), np.int32)
+    tiles = np.zeros((steps, rows * 3, side, side, 3), np.uint8)
+    placed = trainer._place(TrainBatch(ids, ids, ids - 1, ids, ids, ids > 0, tiles))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), placed) == jax.tree.map(lambda x: (x.shape, x.dtype), found)
+    same = jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim), placed, found)
+    assert all(jax.tree.leaves(same))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the tpu extra is installed")
-def test_a_missing_compiler_is_named_with_what_to_install(capsys):
-    assert main(["plan", "tiny", "--topology", "v5e-1"]) == 2
-    assert "pip install -e '.[tpu]'" in capsys.readouterr().err
+def test_without_a_compiler_arithmetic_still_answers(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert main(["plan", "tiny", "--topology", "v5e-4"]) == 0
+    text = capsys.readouterr().out
+    assert "fits        yes, by arithmetic" in text and "pip install -e '.[tpu]'" in text
+    assert main(["plan", "base", "--topology", "v5e-4", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["compiled"] is False and found["fits"] is False and found["resident_bytes"] > found["memory"]
+    assert not list(tmp_path.rglob("*.json"))  # nothing to keep
+
+
+def test_the_table_has_a_row_for_each_place_and_job(capsys, monkeypatch, tmp_path):
+    def missing(place):
+        raise plan_jobs.CompilerMissing(f"{place.name}: no compiler here")
+
+    monkeypatch.setattr(plan_jobs, "devices", missing)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert main(["plan", "tiny", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert len(rows) == 2 * len(plan_table.PLACES) and {row["job"]["kind"] for row in rows} == {"prefill", "decode"}
+    assert all(row["compiled"] is False and row["tokens_per_second"] > 0 for row in rows)
+    assert main(["plan", "small", "--job", "sft"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1] == plan_table.HEADER and len(printed) == 3 + len(plan_table.PLACES)
+    assert printed[-1] == "not compiled: no compiler here"
+    (largest,) = (line for line in printed if line.startswith("h200-8"))
+    (least,) = (line for line in printed if line.startswith("v5e-4 "))
+    assert " yes " in largest and " no " in least
+
+
+def test_a_copy_of_the_parameters_reads_them_for_its_own_rows(released):
+    """Eight copies do not decode eight times as fast as the weights are read eight times."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_jobs, "devices", lambda _: (_ for _ in ()).throw(plan_jobs.CompilerMissing("none")))
+        one = plan(released["small"], Job("decode", 8, 1), topology("h100-1"))
+        eight = plan(released["small"], Job("decode", 64, 1), topology("h100-8"), {"data": 8, "tensor": 1, "expert": 1})
+    assert eight["roofline_seconds"] == pytest.approx(one["roofline_seconds"])
+
+
+def test_plans_are_kept_until_something_changes(released, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = []
+
+    def fresh(config, job, place, sizes, say):
+        made.append(job)
+        return {"compiled": True, "fits": True, "number": len(made)}
+
+    monkeypatch.setattr(plan_cache, "plan", fresh)
+
+    def ask(job: Job, name: str = "v5e-4", sizes=None, **options):
+        found = plan_cache.planned(released["tiny"], job, topology(name), sizes, lambda _: None, **options)
+        return found["number"], found["from_cache"]
+
+    job = Job("decode", 8, 128)
+    assert [ask(job), ask(job), ask(job, cache=False)] == [(1, False), (1, True), (2, False)]
+    others = [
+        ask(dataclasses.replace(job, batch=9)),
+        ask(job, "v5e-8"),
+        ask(job, sizes={"data": 1, "tensor": 4, "expert": 1}),
+    ]
+    assert others == [(3, False), (4, False), (5, False)]
+    for file in tmp_path.rglob("*.json"):
+        file.write_text("{broken")
+    assert ask(job) == (6, False)
+    monkeypatch.setattr(plan_cache, "_version", lambda name: "another")
+    assert ask(job) == (7, False)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_an_h200_is_an_h100_with_more_memory():
+    h100, h200 = (target_config(topology(f"{kind}-1")) for kind in ("h100", "h200"))
+    assert "device_memory_size: 84942979072" in h100 and "device_memory_size: 150754820096" in h200
+    assert '"NVIDIA H200"' in h200 and h200.count("memory_bandwidth: 4800000000000") == 1
+    assert h100.count(":") == h200.count(":")
 
 
 @needs_libtpu

@@ -1,4 +1,4 @@
-"""What the TPU compiler makes of prefill, decode and encode: real widths, two layers (whole models: `make test-pods`)."""
+"""What the TPU compiler makes of prefill, decode and encode: real widths, two layers."""
 
 from __future__ import annotations
 

@@ -53,14 +53,15 @@ class StepFlops:
         return self.per_token * tokens + self.per_pair * tokens * (mean_length + 1) / 2 + self.per_tile * tiles
 
 
-def step_flops(config: Config, rules: Mapping[str, ParameterRule]) -> StepFlops:
+def step_flops(config: Config, rules: Mapping[str, ParameterRule], *, remat: bool = False) -> StepFlops:
     """The counts of a model in a stage.
 
     Args:
       rules: path of every parameter, layers apart → its rule (`dsvl2_jax.train.stages.assign`).
+      remat: count the layers' forward once more where the backward pass goes through them; no useful work.
     """
     language = config.language
-    passes = _Passes(rules)
+    passes = _Passes(rules, remat)
     per_token = per_feature = 0.0
     for path, size in _matrices(config):
         flops = 2.0 * size * passes.of(path)
@@ -112,19 +113,21 @@ def _pooled(vision: VisionConfig) -> dict[str, int]:
 class _Passes:
     """How often a product is made: 1 forward, and 1 each for the gradients that are needed of its two inputs."""
 
-    def __init__(self, rules: Mapping[str, ParameterRule]):
+    def __init__(self, rules: Mapping[str, ParameterRule], remat: bool = False):
         self._rules = rules
+        self._remat = remat
         self._trained = {_place(path) for path, rule in rules.items() if rule.train}
         self._first = min(self._trained, default=(math.inf,))
 
     def of(self, path: str) -> int:
         """For a weight's product with its input."""
-        return 1 + (self._first < _place(path)) + self._rules[path].train
+        backward = (self._first < _place(path)) + self._rules[path].train
+        return 1 + backward + (self._remat and backward > 0 and _LAYER.search(path) is not None)
 
     def attention(self, part: float, layers: int) -> int:
         """Summed over the layers; scores and values have two inputs, whose gradients cost the forward's each."""
         places = [(part, 1.0, float(i)) for i in range(layers)]
-        return sum(3 if self._first < place or place in self._trained else 1 for place in places)
+        return sum(3 + self._remat if self._first < place or place in self._trained else 1 for place in places)
 
 
 def _matrices(config: Config) -> Iterator[tuple[str, int]]:

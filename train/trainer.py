@@ -175,6 +175,11 @@ class BaseTrainer:
         with self._on_mesh():
             return self._step(state, self._place(batch))
 
+    def lower(self, state: TrainState, batch: TrainBatch) -> jax.stages.Lowered:
+        """The program of a step, of shapes alone: `abstract_state`, and a batch as `_place` would put it."""
+        with self._on_mesh():
+            return self._step.lower(state, batch)
+
     def evaluate(self, state: TrainState, batch: TrainBatch) -> Any:
         """The losses of a batch, nothing changed."""
         with self._on_mesh():
