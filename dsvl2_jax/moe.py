@@ -272,7 +272,7 @@ def _in_shares_backward(shards: int, given: tuple[jax.Array, ...], cotangent: ja
             return grouped_transposed(rows, matrices, part.group_sizes)
 
         def outer(total: jax.Array, rows: jax.Array, rows_bar: jax.Array) -> jax.Array:
-            return total + grouped_outer(rows, rows_bar, part.group_sizes).astype(total.dtype)
+            return total + grouped_outer(rows, rows_bar, part.group_sizes)
 
         rows = x[part.tokens]
         gated, lifted = (grouped_matmul(rows, matrices, part.group_sizes) for matrices in (gate, up))
@@ -282,16 +282,18 @@ def _in_shares_backward(shards: int, given: tuple[jax.Array, ...], cotangent: ja
         weight_bar = (hidden.astype(jnp.float32) * unweighted.astype(jnp.float32)).sum(-1)
         weight_bar = jnp.where(part.inside, weight_bar, 0.0)
         gated_bar, lifted_bar = pull((unweighted * part.weights).astype(hidden.dtype))
-        rows_bar = back(gated_bar, gate).astype(jnp.float32) + back(lifted_bar, up).astype(jnp.float32)
+        rows_bar = back(gated_bar, gate) + back(lifted_bar, up)
         return (
-            x_bar.at[part.tokens].add(rows_bar),
+            x_bar.at[part.tokens].add(rows_bar.astype(jnp.float32)),
             weights_bar.at[part.assignments].add(weight_bar),
             outer(gate_bar, rows, gated_bar),
             outer(up_bar, rows, lifted_bar),
             outer(down_bar, hidden, (made_bar * part.weights).astype(x.dtype)),
         )
 
-    zeros = tuple(jnp.zeros(a.shape, jnp.float32) for a in (x, weights, gate, up, down))
+    # Few experts are in two shares, so their gradients may be added in the dtype in which they are handed on.
+    dtypes = jnp.float32, jnp.float32, gate.dtype, up.dtype, down.dtype
+    zeros = tuple(jnp.zeros(a.shape, dtype) for a, dtype in zip(given, dtypes, strict=False))
     bars = lax.fori_loop(0, count, body, zeros)
     return *(bar.astype(a.dtype) for bar, a in zip(bars, given, strict=False)), None, None
 

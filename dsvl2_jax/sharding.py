@@ -59,7 +59,7 @@ ACTIVATION_RULES: Rules = {
     "latent": (),
     "mlp": ("tensor", "expert"),
     "vocab": ("tensor", "expert"),
-    "tiles": ("data", "tensor", "expert"),
+    "tiles": ("data", "expert", "tensor"),
 }
 
 
@@ -136,6 +136,11 @@ def split_further(
     best = max(found, key=lambda i: (math.prod(mesh_shape[name] for name in found[i]), shape[i]))
     entries[best] = found[best]
     return _spec(entries)
+
+
+def batch_parts(mesh_shape: Mapping[str, int]) -> int:
+    """Into how many data shards a mesh splits the rows of a batch that it divides."""
+    return math.prod(mesh_shape.get(name, 1) for name in ACTIVATION_RULES["batch"])
 
 
 def batch_axis(length: int) -> str:

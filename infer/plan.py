@@ -16,7 +16,15 @@ from dsvl2_jax.infer.hlo import Cost, walk
 from dsvl2_jax.infer.topologies import Topology
 from dsvl2_jax.model import abstract_leaves
 from dsvl2_jax.orbax_io import LeafPath
-from dsvl2_jax.sharding import ACTIVATION_RULES, MESH_AXES, PARAM_RULES, check_mesh, mesh_axes, partition_spec
+from dsvl2_jax.sharding import (
+    ACTIVATION_RULES,
+    MESH_AXES,
+    PARAM_RULES,
+    batch_parts,
+    check_mesh,
+    mesh_axes,
+    partition_spec,
+)
 from dsvl2_jax.train.settings import Settings
 
 JOBS = ("prefill", "decode", "encode", "align", "pretrain", "sft")
@@ -151,7 +159,7 @@ def _divides(job: Job, sizes: dict[str, int]) -> bool:
     if job.settings is None:
         return True
     batch = job.settings.batch
-    return batch.sequences % (batch.micro_sequences * plan_train.data_shards(sizes)) == 0
+    return batch.sequences % (batch.micro_sequences * batch_parts(sizes)) == 0
 
 
 def plan(
@@ -231,7 +239,7 @@ def plan(
 
 def _uncompiled(problem: str, report: dict[str, Any], config: Config, job: Job, topology: Topology) -> dict[str, Any]:
     """What arithmetic alone can say: each copy of the parameters does its share of the job with its own devices."""
-    copies = topology.devices if job.kind == "encode" else plan_train.data_shards(report["mesh"])
+    copies = topology.devices if job.kind == "encode" else batch_parts(report["mesh"])
     own = job if job.settings is not None else dataclasses.replace(job, batch=-(-job.batch // copies))
     least = work(config, own)
     compute, memory = least.flops / topology.flops, least.bytes / topology.bandwidth

@@ -16,7 +16,7 @@ from dsvl2_jax.config import Config
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.infer.plan_work import Work
 from dsvl2_jax.model import abstract_leaves
-from dsvl2_jax.sharding import ACTIVATION_RULES, PARAM_RULES, mesh_axes, partition_spec, split_further
+from dsvl2_jax.sharding import ACTIVATION_RULES, PARAM_RULES, batch_parts, mesh_axes, partition_spec, split_further
 from dsvl2_jax.train.flops import step_flops
 from dsvl2_jax.train.settings import Settings, load, presets
 from dsvl2_jax.train.stages import assign
@@ -49,14 +49,9 @@ def settings_of(
     return load(name, [*given, *overrides])
 
 
-def data_shards(sizes: dict[str, int]) -> int:
-    """Into how many parts the mesh splits the rows of a batch."""
-    return math.prod(sizes.get(name, 1) for name in ACTIVATION_RULES["batch"])
-
-
 def check_batch(settings: Settings, sizes: dict[str, int]) -> None:
     """Raises UsageError when a step's sequences cannot be split evenly."""
-    batch, shards = settings.batch, data_shards(sizes)
+    batch, shards = settings.batch, batch_parts(sizes)
     if batch.sequences % (batch.micro_sequences * shards):
         raise UsageError(
             f"a step of {batch.sequences} sequences is no multiple of {batch.micro_sequences} at a time on each of "
@@ -130,7 +125,7 @@ def abstract_batch(config: Config, settings: Settings, mesh: Mesh) -> Any:
     from dsvl2_jax.train.batch import TrainBatch
 
     sizes, batch = dict(mesh.shape), settings.batch
-    shards = data_shards(sizes)
+    shards = batch_parts(sizes)
     steps = batch.sequences // (batch.micro_sequences * shards)
     rows = (steps, batch.micro_sequences * shards, settings.data.sequence_length)
     by_row = NamedSharding(mesh, PartitionSpec(None, ACTIVATION_RULES["batch"]))

@@ -18,7 +18,7 @@ from dsvl2_jax.infer import plan_cache, plan_jobs, plan_table, plan_train, plan_
 from dsvl2_jax.infer.plan import Job, choose_mesh, meshes, parse_job, plan, resident_bytes
 from dsvl2_jax.infer.plan_report import config_of, lines
 from dsvl2_jax.infer.topologies import target_config, topology
-from dsvl2_jax.sharding import make_mesh
+from dsvl2_jax.sharding import batch_parts, make_mesh
 from dsvl2_jax.train.batch import TrainBatch
 from dsvl2_jax.train.step import Trainer
 
@@ -170,7 +170,7 @@ def test_the_abstract_batch_is_what_the_trainer_places():
     mesh = make_mesh(data=2, tensor=2, expert=2)
     trainer = Trainer(config, job.settings, (0.5,) * 3, (0.5,) * 3, mesh)
     found = plan_train.abstract_batch(config, job.settings, mesh)
-    shards = plan_train.data_shards(dict(mesh.shape))
+    shards = batch_parts(dict(mesh.shape))
     steps, rows, side = 16 // (2 * shards), 2 * shards, config.vision.image_size
     ids = np.zeros((steps, rows, 64), np.int32)
     tiles = np.zeros((steps, rows * 3, side, side, 3), np.uint8)

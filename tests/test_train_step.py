@@ -206,7 +206,7 @@ CASES = {
     "packed, scanned, remat full": (ROWS, 1, {"remat": "full"}, None),
     "accumulated, remat dots": (2, 4, {"remat": "dots"}, None),
     "data=8": (1, 1, {"remat": "full"}, {"data": 8}),
-    "data=2,tensor=2,expert=2, accumulated": (2, 2, {"remat": "full"}, {"data": 2, "tensor": 2, "expert": 2}),
+    "data=2,tensor=2,expert=2, accumulated": (1, 2, {"remat": "full"}, {"data": 2, "tensor": 2, "expert": 2}),
 }
 
 

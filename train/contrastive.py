@@ -20,7 +20,7 @@ from dsvl2_jax import model
 from dsvl2_jax.config import Config, VisionConfig
 from dsvl2_jax.layers import linear, partitioned
 from dsvl2_jax.model import Params
-from dsvl2_jax.sharding import ambient_mesh_shape
+from dsvl2_jax.sharding import ambient_mesh_shape, batch_parts
 from dsvl2_jax.train.batch import TrainBatch
 from dsvl2_jax.train.layers import compute_params, encode_tiles
 from dsvl2_jax.train.settings import ContrastiveSettings, Settings
@@ -144,7 +144,7 @@ def image_features(
 
 def rows_of_tiles(x: jax.Array, rows: int) -> jax.Array:
     """[N, …] of tiles → [B, …] of rows with one tile each, without the tiles that pad a data shard's to its devices."""
-    shards = (ambient_mesh_shape() or {}).get("data", 1)
+    shards = batch_parts(ambient_mesh_shape() or {})
     return x.reshape(shards, -1, *x.shape[1:])[:, : rows // shards].reshape(rows, *x.shape[1:])
 
 

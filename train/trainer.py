@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -186,18 +187,18 @@ class BaseTrainer:
             return self._evaluate(state, self._place(batch))
 
     def _place(self, batch: TrainBatch) -> TrainBatch:
-        """Puts this process's rows on its devices: rows over ``data``, tiles evenly over all devices."""
+        """Puts this process's rows on its devices: rows over data shards, tiles evenly over all devices."""
         if self.mesh is None:
             return batch
-        sizes = dict(self.mesh.shape)
-        own = _own_data_shards(self.mesh)
+        own, shards = data_shards(self.mesh)
+        devices = self.mesh.size // shards  # of a data shard
         rows = self.settings.batch.micro_sequences
         if batch.ids.shape[1] != rows * len(own):
             raise ValueError(f"{batch.ids.shape[1]} rows given, {rows} for each of {len(own)} data shards expected")
         per_row = self.config.tokens_per_tile
         a, count = batch.tiles.shape[:2]
         given = count // len(own)  # tiles of a data shard
-        even = -(-given // (sizes["tensor"] * sizes["expert"])) * (sizes["tensor"] * sizes["expert"])
+        even = -(-given // devices) * devices
         tiles = batch.tiles.reshape(a, len(own), given, *batch.tiles.shape[2:])
         if even > given:
             tiles = np.pad(tiles, ((0, 0), (0, 0), (0, even - given), (0, 0), (0, 0), (0, 0)))
@@ -211,7 +212,7 @@ class BaseTrainer:
             """``shard``: entries of a data shard along axis 1."""
             if not shard:
                 return jax.device_put(x, NamedSharding(self.mesh, PartitionSpec()))
-            shape = (x.shape[0], shard * sizes["data"], *x.shape[2:])
+            shape = (x.shape[0], shard * shards, *x.shape[2:])
 
             def local(where: tuple[slice, ...]) -> np.ndarray:
                 start, stop, _ = where[1].indices(shape[1])  # within one data shard
@@ -221,7 +222,7 @@ class BaseTrainer:
             return jax.make_array_from_callback(shape, NamedSharding(self.mesh, spec), local)
 
         batch = dataclasses.replace(batch, image_index=index, tiles=None)
-        placed = jax.tree.map(lambda x: put(x, rows, PartitionSpec(None, "data")), batch)
+        placed = jax.tree.map(lambda x: put(x, rows, PartitionSpec(None, ACTIVATION_RULES["batch"])), batch)
         tiles = put(tiles.reshape(a, -1, *tiles.shape[3:]), even, PartitionSpec(None, ACTIVATION_RULES["tiles"]))
         return dataclasses.replace(placed, tiles=tiles)
 
@@ -254,15 +255,21 @@ class BaseTrainer:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
 
-def data_shards(mesh: Mesh | None) -> tuple[int, int]:
-    """(rows of data that this process loads, of all), counted in shards of the mesh's ``data`` axis."""
-    return (1, 1) if mesh is None else (len(_own_data_shards(mesh)), mesh.shape["data"])
+def data_shards(mesh: Mesh | None) -> tuple[list[int], int]:
+    """(the data shards whose rows this process computes, ascending; the number of all).
 
-
-def _own_data_shards(mesh: Mesh) -> list[int]:
-    """Indices along ``data`` of this process's devices, ascending: the order of the rows that it loads."""
-    process = jax.process_index()
-    return sorted({int(where[0]) for where, device in np.ndenumerate(mesh.devices) if device.process_index == process})
+    A data shard is what the rows of a batch are split over: the devices of one place along ``data`` and ``expert``.
+    """
+    if mesh is None:
+        return [0], 1
+    split = [axis in ACTIVATION_RULES["batch"] for axis in mesh.axis_names]
+    sizes = [size for size, counts in zip(mesh.devices.shape, split, strict=True) if counts]
+    own = {
+        int(np.ravel_multi_index([at for at, counts in zip(where, split, strict=True) if counts], sizes))
+        for where, device in np.ndenumerate(mesh.devices)
+        if device.process_index == jax.process_index()
+    }
+    return sorted(own), math.prod(sizes)
 
 
 def _take(tree: dict[str, Any], path: LeafPath) -> jax.Array:
