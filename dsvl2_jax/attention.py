@@ -22,7 +22,8 @@ from jax.typing import DTypeLike
 from dsvl2_jax.config import LanguageConfig
 from dsvl2_jax.gpu_attention import Attention, fused_attention, taken
 from dsvl2_jax.layers import RMSNorm, linear, partitioned, precision, rotary_tables, rotate_half, rotate_interleaved
-from dsvl2_jax.sharding import batch_axis, constrain
+from dsvl2_jax.sharding import batch_axis, constrain, on_shards
+from dsvl2_jax.tpu_kernels import ATTENTION_BLOCK, splash_attention
 
 LayerCache = dict[str, jax.Array]
 
@@ -118,7 +119,7 @@ def attend_to_row(
 ) -> jax.Array:
     """`attend` of rows to themselves, each token to those before it in its own sample; ``positions``: i32[B, T].
 
-    On GPUs, in bfloat16, by the kernels of `dsvl2_jax.gpu_attention`.
+    On GPUs, in bfloat16, by the kernels of `dsvl2_jax.gpu_attention`; on TPUs, in bfloat16, by jax's splash kernel.
     """
     if len(queries) == 1 and taken(queries[0], values):
 
@@ -126,9 +127,23 @@ def attend_to_row(
             return _attend_quarters([query], [key], value, positions, scale)
 
         axes = ("batch", "length", "heads", "head_dim")
-        return fused_attention(
-            *queries, *keys, values, positions, Attention(plain, axes, scale, True, ATTENTION_OUTPUT)
+        how = Attention(plain, axes, scale, True, ATTENTION_OUTPUT)
+        elsewhere = functools.partial(fused_attention, how=how)
+        if positions.shape[1] % ATTENTION_BLOCK:
+            return elsewhere(*queries, *keys, values, positions)
+
+        def splash(*arrays: jax.Array) -> tuple[jax.Array]:
+            return (splash_attention(*arrays, scale),)
+
+        (out,) = lax.platform_dependent(
+            *queries,
+            *keys,
+            values,
+            positions,
+            tpu=on_shards(splash, (axes, axes, axes, axes[:2]), (axes,)),
+            default=lambda *arrays: (elsewhere(*arrays),),
         )
+        return out
     return _attend_quarters(queries, keys, values, positions, scale)
 
 

@@ -236,7 +236,13 @@ def prefill(
         params, config, "hidden", embeddings, positions, valid, cache, read_cache=start is not None
     )
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
-    return output_logits(params, config, last), cache
+    return _next_logits(params, config, last), cache
+
+
+def _next_logits(params: Params, config: Config, hidden_bd: jax.Array) -> jax.Array:
+    """[B, D] → f32[B, V], made where the output head's parts are, then whole rows, from which tokens are chosen."""
+    logits = output_logits(params, config, constrain(hidden_bd, "rows", "embed"))
+    return constrain(constrain(logits, "rows", "vocab"), "slots", "vocab")
 
 
 def decode_step(
@@ -253,5 +259,4 @@ def decode_step(
     """
     embeddings = embed_tokens(params, config, tokens[:, None])
     hidden, cache, _ = _apply(params, config, "hidden", embeddings, positions[:, None], None, cache, read_cache=True)
-    logits = constrain(output_logits(params, config, hidden[:, 0]), "rows", "vocab")
-    return constrain(logits, "slots", "vocab"), cache  # whole rows, from which tokens are chosen
+    return _next_logits(params, config, hidden[:, 0]), cache

@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, PartitionSpec
@@ -154,6 +155,32 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh_shape is None:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, axes, mesh_shape, ACTIVATION_RULES))
+
+
+def on_shards(
+    function: Callable[..., Any], in_axes: Sequence[Sequence[str | None]], out_axes: Sequence[Sequence[str | None]]
+) -> Callable[..., Any]:
+    """``function`` on each device's own part of its arguments; without a mesh, ``function``.
+
+    For kernels, which XLA cannot split: it would gather all on every device.
+
+    Args:
+      function: from arrays to a tuple of arrays.
+      in_axes, out_axes: logical axes of each, of `ACTIVATION_RULES`.
+    """
+
+    def call(*arrays: jax.Array) -> Any:
+        sizes = ambient_mesh_shape()
+        if sizes is None:
+            return function(*arrays)
+
+        def specs(shapes: Sequence[Any], axes: Sequence[Sequence[str | None]]) -> tuple[PartitionSpec, ...]:
+            return tuple(partition_spec(a.shape, b, sizes, ACTIVATION_RULES) for a, b in zip(shapes, axes, strict=True))
+
+        outs = specs(jax.eval_shape(function, *arrays), out_axes)
+        return jax.shard_map(function, in_specs=specs(arrays, in_axes), out_specs=outs, check_vma=False)(*arrays)
+
+    return call
 
 
 def ambient_mesh_shape() -> dict[str, int] | None:

@@ -7,6 +7,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    BlockSizes,
+    CausalMask,
+    MultiHeadMask,
+    SegmentIds,
+    make_splash_mha_single_device,
+)
 
 from dsvl2_jax.layers import precision
 
@@ -15,6 +22,12 @@ BLOCK_BYTES = 4 << 20
 LANES = 128
 # Of a matrix's gradient, summed in float32 in fast memory: rows, inputs and outputs at a time.
 OUTER_TILES = 512, 1024, 1024
+
+ATTENTION_BLOCK = 512  # queries, and keys, at a time
+_BLOCKS = (
+    "block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq",
+    "block_kv_dq",
+)  # fmt: skip
 
 
 def few_rows_matmul(
@@ -94,3 +107,25 @@ def _block_width(inputs: int, outputs: int, itemsize: int) -> int:
         if outputs % width == 0 and inputs * width * itemsize <= BLOCK_BYTES
     ]
     return max(fitting, default=outputs)
+
+
+def splash_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, positions: jax.Array, scale: float, *, interpret: bool = False
+) -> jax.Array:
+    """Causal attention of rows to themselves by jax's splash kernel, which never holds a matrix of scores.
+
+    Args:
+      query, key: [B, T, H, Dk]; value: [B, T, H, Dv]. T is a multiple of `ATTENTION_BLOCK`.
+      positions: i32[B, T], from 0 in each sample of a row.
+
+    Returns:
+      [B, T, H, Dv]. Differentiable.
+    """
+    length, heads = query.shape[1:3]
+    block = ATTENTION_BLOCK
+    sizes = BlockSizes(**dict.fromkeys(_BLOCKS, block))
+    mask = MultiHeadMask([CausalMask((length, length))] * heads)
+    kernel = make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
+    first = (jnp.arange(length) - positions).astype(jnp.int32)  # of a sample: the same for all of its tokens
+    by_head = ((a * s).swapaxes(1, 2) for a, s in ((query, scale), (key, 1), (value, 1)))
+    return jax.vmap(kernel)(*by_head, SegmentIds(first, first)).swapaxes(1, 2)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from dsvl2_jax.infer.hlo_gpu import custom_call_flops
+from dsvl2_jax.infer.hlo_gpu import custom_call_flops, splash_flops
 
 _BITS = {
     "pred": 8, "token": 0, "opaque": 0,
@@ -431,7 +431,7 @@ class _Walk:
             if declared := self._declared(i):
                 return Cost(flops=float(declared.get("flops", 0)))
             shapes = [array.shape for operand in i.operands for array in inside[operand].arrays]
-            return Cost(flops=custom_call_flops(i.attributes, i.config, shapes) or 0.0)
+            return Cost(flops=custom_call_flops(i.attributes, i.config, shapes) or splash_flops(i.name, shapes))
         kind = i.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             given = sum(array.size for operand in i.operands for array in inside[operand].arrays)

@@ -12,6 +12,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dsvl2_jax.tpu_kernels import ATTENTION_BLOCK
+
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
 # {"flops": "123"} within a string whose quotes are escaped as \22.
 _DECLARED = re.compile(r'serialized_metadata = "[^"]*\\22flops\\22: \\22(\d+)\\22')
@@ -57,3 +59,23 @@ def _attention(config: Mapping[str, Any], shapes: Sequence[tuple[int, ...]], *, 
     pairs = batch * heads * queries * keys / (2 if "CAUSAL" in config.get("mask_type", "") else 1)
     widths = 3 * key_width + 2 * value_width if backward else key_width + value_width
     return 2.0 * pairs * widths
+
+
+# Products as wide as keys, and as values, of jax's splash attention kernels for TPUs, which declare no cost.
+_SPLASH = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}
+
+
+def splash_flops(name: str, shapes: Sequence[tuple[int, ...]]) -> float:
+    """FLOPs of a causal splash attention kernel by its operation's name; 0 when it is none.
+
+    Args:
+      shapes: of the operands; query, key and value [..., T, width] are the first three of them after the mask's blocks.
+    """
+    found = re.match(r"splash_mha_(fwd|dq|dkv)", name)
+    if found is None:
+        return 0.0
+    query, _, value = [shape for shape in shapes if shape[-1] > 1 and len(shape) >= 3 and shape[-2] >= 128][:3]
+    keys, values = _SPLASH[found[1]]
+    blocks = max(1, query[-2] // ATTENTION_BLOCK)
+    pairs = math.prod(query[:-1]) * query[-2] * (blocks + 1) / (2 * blocks)
+    return 2.0 * pairs * (keys * query[-1] + values * value[-1])

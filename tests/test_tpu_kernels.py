@@ -1,0 +1,53 @@
+"""TPU kernels in interpret mode against the plain functions; `test_grouped_matmul.py` has those of grouped products."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsvl2_jax.attention import attend
+from dsvl2_jax.infer.hlo_gpu import splash_flops
+from dsvl2_jax.tpu_kernels import ATTENTION_BLOCK, splash_attention
+
+HEADS, KEYS, VALUES = 2, 24, 16
+# Interpreted products round their operands to no less than float32; the softmax is added up block by block.
+TOLERANCE = 2e-6
+
+
+def plain(query, key, value, positions, scale):
+    own = jnp.broadcast_to(jnp.arange(positions.shape[1]), positions.shape)
+    return attend([query], [key], value, (own - positions, own), scale)
+
+
+@pytest.mark.parametrize("lengths", [(1024,), (1, 300, 723)], ids=["one sample", "packed"])
+def test_splash_attention_and_its_gradients_are_those_of_plain_attention(lengths):
+    rng = np.random.default_rng(0)
+    positions = jnp.asarray(np.concatenate([np.arange(n) for n in lengths])[None], jnp.int32)
+    rows = 2 * ATTENTION_BLOCK
+    query, key, value, bar = (
+        jnp.asarray(rng.normal(size=(1, rows, HEADS, width)), jnp.float32) for width in (KEYS, KEYS, VALUES, VALUES)
+    )
+
+    def run(function):
+        def both(*arrays):
+            out, pull = jax.vjp(lambda q, k, v: function(q, k, v, positions, 0.2), *arrays)
+            return out, *pull(bar)
+
+        return jax.jit(both)(query, key, value)
+
+    found = run(lambda *arrays: splash_attention(*arrays, interpret=True))
+    for name, a, b in zip(("out", "query", "key", "value"), found, run(plain), strict=True):
+        assert a.shape == b.shape, name
+        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE * np.abs(b).max(), err_msg=name)
+
+
+def test_splash_kernels_cost_their_products_in_the_blocks_that_causality_leaves():
+    mask = [(1, 2, 2), (1, 2, 2)]
+    operands = [*mask, (16, 1024, 192), (16, 1024, 192), (16, 1024, 128), (1024, 128), (8, 1024)]
+    pairs = 16 * 3 * ATTENTION_BLOCK**2
+    assert splash_flops("splash_mha_fwd_segmented_no_residuals.4", operands) == 2 * pairs * (192 + 128)
+    assert splash_flops("splash_mha_dq_segmented_no_residuals", operands) == 2 * pairs * (2 * 192 + 128)
+    assert splash_flops("splash_mha_dkv_segmented_no_residuals", operands) == 2 * pairs * 2 * (192 + 128)
+    assert splash_flops("fusion.3", operands) == 0
