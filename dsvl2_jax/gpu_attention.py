@@ -306,7 +306,7 @@ def _vector(ref, lead: tuple, at, size: int, most: int, other: float | int) -> j
 
 def _scores(queries: list[jax.Array], keys: list[jax.Array], s: _Shape) -> jax.Array:
     """To base 2: the exponential that the hardware has."""
-    total = sum(pl.dot(q, k, trans_b=True) for q, k in zip(queries, keys, strict=True))
+    total = sum(plgpu.dot(q, k, trans_b=True) for q, k in zip(queries, keys, strict=True))
     return total * (s.scale * math.log2(math.e))
 
 
@@ -344,7 +344,7 @@ def _forward_kernel(query, key, value, first, out, divisor, *, s: _Shape):
         shares, shrink = jnp.exp2(scores - higher[:, None]), jnp.exp2(most - higher)
         values = _tile(value, lead, there, s.block_k, s.keys, s.value_parts)
         weights = shares.astype(value.dtype)
-        sums = [a * shrink[:, None] + pl.dot(weights, v) for a, v in zip(sums, values, strict=True)]
+        sums = [a * shrink[:, None] + plgpu.dot(weights, v) for a, v in zip(sums, values, strict=True)]
         return higher, total * shrink + jnp.sum(shares, axis=1), sums
 
     start = (
@@ -378,7 +378,7 @@ def _shares(scores: jax.Array, seen: jax.Array, divisor: jax.Array) -> jax.Array
 
 def _score_bar(shares, cotangents, values, weighted, s: _Shape) -> jax.Array:
     """Gradient of the scaled products of queries and keys, [queries, keys]."""
-    shares_bar = sum(pl.dot(g, v, trans_b=True) for g, v in zip(cotangents, values, strict=True))
+    shares_bar = sum(plgpu.dot(g, v, trans_b=True) for g, v in zip(cotangents, values, strict=True))
     return shares * (shares_bar - weighted[:, None]) * s.scale
 
 
@@ -398,7 +398,7 @@ def _query_kernel(*refs, s: _Shape):
         seen = _seen(rows, there + jnp.arange(s.block_k), begin, s)
         shares = _shares(_scores(queries, keys, s), seen, divisors)
         bar = _score_bar(shares, cotangents, values, weighted, s).astype(key.dtype)
-        return [a + pl.dot(bar, k) for a, k in zip(sums, keys, strict=True)]
+        return [a + plgpu.dot(bar, k) for a, k in zip(sums, keys, strict=True)]
 
     start = [jnp.zeros((s.block_q, columns), jnp.float32) for _, columns in s.key_parts]
     sums = lax.fori_loop(low, high, body, start)
@@ -427,8 +427,8 @@ def _key_kernel(*refs, s: _Shape):
         shares = _shares(_scores(queries, keys, s), seen, divisors)
         bar = _score_bar(shares, cotangents, values, weighted, s).astype(key.dtype)
         weights = shares.astype(value.dtype)
-        value_sums = [a + pl.dot(weights, g, trans_a=True) for a, g in zip(value_sums, cotangents, strict=True)]
-        return [a + pl.dot(bar, q, trans_a=True) for a, q in zip(key_sums, queries, strict=True)], value_sums
+        value_sums = [a + plgpu.dot(weights, g, trans_a=True) for a, g in zip(value_sums, cotangents, strict=True)]
+        return [a + plgpu.dot(bar, q, trans_a=True) for a, q in zip(key_sums, queries, strict=True)], value_sums
 
     start = (
         [jnp.zeros((s.block_k, columns), jnp.float32) for _, columns in s.key_parts],

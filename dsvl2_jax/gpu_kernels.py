@@ -151,7 +151,7 @@ def _product_kernel(rows, weights, group, start, stop, out, *, block, step, tran
         x = _loaded(rows, here, depth, last)
         high, wide = (columns, depth) if transposed else (depth, columns)
         w = _loaded(weights, high, wide, None if weights.shape[1] % high.size == 0 else weights.shape[1], own)
-        return total + pl.dot(x, w.astype(x.dtype), trans_b=transposed, precision=exact)
+        return total + plgpu.dot(x, w.astype(x.dtype), trans_b=transposed, precision=exact)
 
     turns = (last > first).astype(jnp.int32) * pl.cdiv(inner, step)
     total = lax.fori_loop(0, turns, body, jnp.zeros((block, BLOCK_OUT), jnp.float32))
@@ -169,7 +169,7 @@ def _outer_kernel(rows, cotangent, start, stop, out, *, step, exact):
     def body(k, total):
         here = pl.ds(first + k * step, step)
         x, g = _loaded(rows, here, lines, last), _loaded(cotangent, here, columns, last)
-        return total + pl.dot(x, g.astype(x.dtype), trans_a=True, precision=exact)
+        return total + plgpu.dot(x, g.astype(x.dtype), trans_a=True, precision=exact)
 
     turns = pl.cdiv(last - first, step)
     total = lax.fori_loop(0, turns, body, jnp.zeros((BLOCK_OUT, BLOCK_OUT), jnp.float32))

@@ -19,6 +19,7 @@ from dsvl2_jax.gpu_attention import (
     padded,
 )
 from dsvl2_jax.grouped_matmul import _blocked, _blocked_outer
+from dsvl2_jax.sharding import make_mesh
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
@@ -106,3 +107,20 @@ def test_elsewhere_the_plain_function_runs_and_gives_the_gradients():
     assert all(close(a, b) for a, b in zip(gradients(g), theirs(g), strict=True))
     kept, residuals = _fused_forward(q, k, v, positions, how)
     assert close(kept, expected) and _fused_backward(how, residuals, g)[-1] is None
+
+
+def test_on_a_mesh_each_device_attends_to_its_own_rows_and_heads():
+    """What is lowered for CPUs is the plain function; the kernels' side is traced, sharded, with its gradients."""
+    q, k, v = (normal(i, 4, 64, 4, 16).astype(jnp.bfloat16) for i in range(3))
+    positions = jnp.stack([positions_of(64, [0, 20])] * 4)
+    how = Attention(lambda *a: plain(*a, 0.25, True), ("batch", "length", "heads", "head_dim"), 0.25, True, "out")
+
+    def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return fused_attention(q, k, v, positions, how).astype(jnp.float32).sum()
+
+    alone = jax.jit(jax.grad(total, (0, 1, 2)))(q, k, v)
+    with jax.set_mesh(make_mesh(data=2, tensor=2, expert=2)):
+        traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(q, k, v)
+        sharded = traced.lower().compile()(q, k, v)
+    assert str(traced.jaxpr).count("shard_map") == 2 and "attention_key_gradient" in str(traced.jaxpr)
+    assert all(close(a.astype(jnp.float32), b.astype(jnp.float32)) for a, b in zip(sharded, alone, strict=True))
