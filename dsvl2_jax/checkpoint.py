@@ -9,6 +9,7 @@ and tokenizer files in ``model/``; its checkpoints appear under their names when
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -99,6 +100,17 @@ def model_files(directory: Path) -> Path:
     """Where the configuration, processor and tokenizer files of a checkpoint are: ``directory``, except in a run."""
     run = _run_of(directory)
     return directory if run is None else run / MODEL_NAME
+
+
+def description(directory: Path) -> str:
+    """Tells apart what a checkpoint's JSON files say: configuration, tokenizer, and index or manifest of the weights.
+
+    Args:
+      directory: of `resolve`.
+    """
+    files = {file.name: file for place in (model_files(directory), directory) for file in place.glob("*.json")}
+    content = b"".join(name.encode() + files[name].read_bytes() for name in sorted(files))
+    return f"{directory.name}, {len(files)} JSON files with SHA-256 {hashlib.sha256(content).hexdigest()[:16]}"
 
 
 def _run_of(directory: Path) -> Path | None:
