@@ -112,7 +112,10 @@ def _is_not_raised_too(record: logging.LogRecord) -> bool:
 
 
 class _Document:
-    """A JSON document of each process, in Orbax's protocol for objects that save themselves."""
+    """A JSON document of each process, in Orbax's protocol for objects that save themselves.
+
+    Reading gives those of all processes, as there may be more or fewer now.
+    """
 
     def __init__(self, value: Any = None):
         self.value = value
@@ -127,7 +130,8 @@ class _Document:
 
     async def load(self, directory: Any) -> Awaitable[None]:
         async def read() -> None:
-            self.value = json.loads(self._file(directory).read_text(encoding="utf-8"))
+            files = sorted(Path(str(directory)).glob("process-*.json"))
+            self.value = [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
         return read()
 
@@ -151,8 +155,8 @@ def read_tree(path: Path, name: str, abstract: Any) -> Any:
     return ocp.load(path.absolute(), abstract, checkpointable_name=name)
 
 
-def read_document(path: Path) -> Any:
-    """This process's JSON document of a checkpoint of several trees."""
+def read_documents(path: Path) -> list[Any]:
+    """The JSON documents that the processes kept in a checkpoint of several trees."""
     document = _Document()
     ocp.load_checkpointables(path.absolute(), {_DOCUMENT: document})
     return document.value

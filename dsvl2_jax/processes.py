@@ -102,8 +102,6 @@ def joined() -> bool:
 
 def is_first() -> bool:
     """True for process 0, which reads, writes and prints for all; and without other processes."""
-    if _link is None:
-        return True
     import jax
 
     return jax.process_index() == 0
@@ -114,9 +112,11 @@ def from_first(make: Callable[[], T]) -> T:
 
     The value travels pickled, over the devices: large arrays may be in it.
     """
-    if _link is None:
-        return make()
+    import jax
     from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    if jax.process_count() == 1:
+        return make()
 
     data = np.frombuffer(pickle.dumps(make()), np.uint8) if is_first() else np.empty(0, np.uint8)
     size = int(broadcast_one_to_all(np.int32(len(data))))
@@ -244,7 +244,9 @@ class _Link:
                     if heard.get(key, ("", 0))[0] != beat:
                         heard[key] = beat, now
                     elif now - heard[key][1] > _DEAD:
-                        what = f"dsvl2: error: process {key.rpartition('/')[2]} of {self.count} has ended without a word"
+                        what = (
+                            f"dsvl2: error: process {key.rpartition('/')[2]} of {self.count} has ended without a word"
+                        )
                         self._leave_word(1, f"{what} (killed, out of memory, or its machine is gone). {_AGAIN}")
             time.sleep(_BEAT)
 
@@ -290,7 +292,11 @@ def _connect(options: Processes, count: int | None) -> None:
     _connecting = False
     if problem:
         reason = str(problem[0]).strip().split("\n")[0]
-        where = f"at {address} " if address else "(jax finds no cluster here: give --processes N, --coordinator, --process) "
+        where = (
+            f"at {address} "
+            if address
+            else "(jax finds no cluster here: give --processes N, --coordinator, --process) "
+        )
         raise UsageError(f"--processes {options.processes}: the processes cannot meet {where}({reason}).")
 
 
