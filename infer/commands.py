@@ -41,9 +41,9 @@ def load(ckpt: str | None, options: LoadOptions) -> engine.Model:
             f"product is {jax.device_count()}, the devices of all of them."
         )
     mesh = None if options.mesh is None else make_mesh(**parse_mesh(options.mesh))
-    model = engine.load(ckpt, dtype=options.dtype, mesh=mesh)
     if processes.joined():
         processes.same_everywhere("the checkpoint", checkpoint.description(checkpoint.resolve(ckpt)))
+    model = engine.load(ckpt, dtype=options.dtype, mesh=mesh)
     model.processor.apply_exif_orientation = options.exif
     model.processor.strict_special_tokens = options.strict_special_tokens
     return model
