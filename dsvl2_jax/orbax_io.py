@@ -130,14 +130,17 @@ class _Document:
 
     async def load(self, directory: Any) -> Awaitable[None]:
         async def read() -> None:
-            files = sorted(Path(str(directory)).glob("process-*.json"))
-            self.value = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+            self.value = _documents(Path(str(directory)))
 
         return read()
 
     @staticmethod
     def _file(directory: Any) -> Path:
         return Path(str(directory)) / f"process-{jax.process_index()}.json"
+
+
+def _documents(directory: Path) -> list[Any]:
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(directory.glob("process-*.json"))]
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -156,10 +159,13 @@ def read_tree(path: Path, name: str, abstract: Any) -> Any:
 
 
 def read_documents(path: Path) -> list[Any]:
-    """The JSON documents that the processes kept in a checkpoint of several trees."""
-    document = _Document()
-    ocp.load_checkpointables(path.absolute(), {_DOCUMENT: document})
-    return document.value
+    """The JSON documents that the processes kept in a checkpoint of several trees.
+
+    Any process may read them by itself, whereas Orbax's loading waits for all. Raises OSError when there is none.
+    """
+    if found := _documents(path / _DOCUMENT):
+        return found
+    raise FileNotFoundError(f"{path / _DOCUMENT}: no document")
 
 
 def read_shapes(path: Path) -> dict[LeafPath, tuple[tuple[int, ...], np.dtype]]:

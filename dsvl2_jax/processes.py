@@ -197,8 +197,9 @@ class _Link:
         import jax
 
         if message is None:
+            self.gather("done")  # the others may still have much to write, or fail
             self._ending = True
-            jax.distributed.shutdown()  # waits for the others
+            jax.distributed.shutdown()
             return
         gone = any(sign in message for sign in _PEER_GONE)
         # The watcher ends this process when there is word of another failure. Who notices that a peer has gone waits
