@@ -56,7 +56,9 @@ class Group:
         """The exit statuses."""
         end = time.monotonic() + timeout
         try:
-            return [process.wait(max(0, end - time.monotonic())) for process in self.processes.values()]
+            return [process.wait(max(0.1, end - time.monotonic())) for process in self.processes.values()]
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"processes still run after {timeout} seconds:\n{self.err(min(self.processes))}")
         finally:
             for process in self.processes.values():
                 process.kill()
@@ -65,10 +67,12 @@ class Group:
         """Kills process ``i`` when ``condition()``; the exit statuses of the others, which must end by themselves."""
         end = time.monotonic() + PATIENCE
         while not condition():
-            assert all(process.poll() is None for process in self.processes.values()), self.err(0)
-            assert time.monotonic() < end, self.err(0)
+            if time.monotonic() > end or any(process.poll() is not None for process in self.processes.values()):
+                for process in self.processes.values():
+                    process.kill()
+                pytest.fail(f"too late to kill process {i}:\n{self.err(0)}")
             time.sleep(0.002)
-        self.processes.pop(i).send_signal(signal.SIGKILL)
+        self.processes.pop(i).kill()
         return self.finish(END)
 
 
