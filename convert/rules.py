@@ -48,6 +48,29 @@ class Layout:
         permuted = target.reshape([self.source_shape[a] for a in self.axes])
         return permuted.transpose(np.argsort(self.axes))
 
+    def block(self, target: Shape, where: tuple[slice, ...]) -> tuple[slice, ...] | None:
+        """The block of the released tensor that fills ``where`` of a target; None when that is not one block.
+
+        Args:
+          target: shape of the target. where: a slice with start and stop for each of its axes.
+        """
+        blocks, axis = [slice(0, size) for size in self.source_shape], 0
+        for number in self.axes:
+            size, group = self.source_shape[number], []  # the axes of the target that this one is split into
+            while axis < len(target) and math.prod(target[a] for a in group) < size:
+                group.append(axis)
+                axis += 1
+            if math.prod(target[a] for a in group) != size:
+                return None
+            cut = [a for a in group if where[a] != slice(0, target[a])]
+            if cut:
+                outer = next(a for a in group if target[a] > 1)
+                if cut != [outer]:
+                    return None
+                inner = size // target[outer]
+                blocks[number] = slice(where[outer].start * inner, where[outer].stop * inner)
+        return tuple(blocks)
+
     @property
     def is_identity(self) -> bool:
         return self.axes == tuple(range(len(self.axes)))
@@ -210,6 +233,23 @@ class Leaf:
         if not self.stacked:
             return [(self.sources[0], self.layout.view(parameter))]
         return [(name, self.layout.view(parameter[i])) for i, name in enumerate(self.sources)]
+
+    def block(
+        self, where: tuple[slice, ...], out: np.ndarray
+    ) -> tuple[tuple[slice, ...], list[tuple[str, np.ndarray]]] | None:
+        """As `parts`, for ``out``, the slice ``where`` of the parameter: each view is one block of its tensor.
+
+        Returns:
+          The block, and (released name, view) for each tensor; None when the slice is not made of blocks.
+        """
+        inner = where[1:] if self.stacked else where
+        block = self.layout.block(self.shape[1:] if self.stacked else self.shape, inner)
+        if block is None:
+            return None
+        layout = Layout(tuple(part.stop - part.start for part in block), self.layout.axes)
+        if not self.stacked:
+            return block, [(self.sources[0], layout.view(out))]
+        return block, [(name, layout.view(out[i])) for i, name in enumerate(self.sources[where[0]])]
 
 
 @functools.lru_cache(maxsize=8)

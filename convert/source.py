@@ -103,12 +103,35 @@ class Source:
         """One parameter in our layout, cast to ``dtype``, in memory that jax on CPU can take without a copy."""
         return self.read_into(leaf, aligned_empty(leaf.shape, dtype))
 
+    def read_slice(self, leaf: Leaf, where: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+        """As `read_leaf`, a slice of the parameter: ``where`` has start and stop for each axis.
+
+        Of a released tensor the rows that the slice needs are read, whole; where the slice is no block of the tensor
+        (a convolution's inputs, parts of attention heads), the whole parameter is.
+        """
+        if where == tuple(slice(0, size) for size in leaf.shape):
+            return self.read_leaf(leaf, dtype)
+        out = aligned_empty([part.stop - part.start for part in where], dtype)
+        found = leaf.block(where, out)
+        if found is None:
+            out[...] = self.read_leaf(leaf, dtype)[where]
+        else:
+            block, parts = found
+            self._fill(parts, leaf.layout.is_identity, block)
+        return out
+
     def read_into(self, leaf: Leaf, parameter: np.ndarray) -> np.ndarray:
         """Fills ``parameter``, a contiguous array of the leaf's shape, casting to its dtype; returns it."""
-        jobs = [job for name, part in leaf.parts(parameter) for job in self._jobs(name, part, leaf.layout.is_identity)]
+        self._fill(leaf.parts(parameter), leaf.layout.is_identity)
+        return parameter
+
+    def _fill(
+        self, parts: Sequence[tuple[str, np.ndarray]], in_order: bool, block: tuple[slice, ...] | None = None
+    ) -> None:
+        """Fills views, each with the shape of ``block`` (all, if None) of its tensor."""
+        jobs = [job for name, part in parts for job in self._jobs(name, part, in_order, block)]
         for done in [self._pool.submit(job) for job in jobs]:
             done.result()
-        return parameter
 
     def blocks(self, name: str, block_bytes: int = READ_BYTES) -> Iterator[np.ndarray]:
         """The elements of one tensor, flat, at most ``block_bytes`` at a time, as stored."""
@@ -119,21 +142,24 @@ class Source:
             self._read(tensor, start, block)
             yield block
 
-    def _jobs(self, name: str, out: np.ndarray, in_order: bool) -> list:
-        """Calls that together fill ``out``, a view with the released shape, from tensor ``name``."""
+    def _jobs(self, name: str, out: np.ndarray, in_order: bool, block: tuple[slice, ...] | None) -> list:
+        """Calls that together fill ``out``, a view of the released shape or that of ``block``, from tensor ``name``."""
         tensor = self.tensors[name]
-        if in_order and out.dtype == numpy_dtype(FLOAT_DTYPES[tensor.dtype]):
-            return [functools.partial(self._read, tensor, 0, out)]
-        rows = max(1, READ_BYTES // max(1, tensor.size // max(1, tensor.shape[0])))
+        row = tensor.size // max(1, tensor.shape[0])  # bytes
+        first, columns = (block[0].start, block[1:]) if block else (0, ())
+        whole = out.shape[1:] == tensor.shape[1:]
+        if in_order and whole and out.dtype == numpy_dtype(FLOAT_DTYPES[tensor.dtype]):
+            return [functools.partial(self._read, tensor, first * row, out)]
+        rows = max(1, READ_BYTES // max(1, row))
         return [
-            functools.partial(self._copy_rows, tensor, start, out[start : start + rows])
-            for start in range(0, tensor.shape[0], rows)
+            functools.partial(self._copy_rows, tensor, first + start, out[start : start + rows], columns)
+            for start in range(0, out.shape[0], rows)
         ]
 
-    def _copy_rows(self, tensor: Tensor, start: int, out: np.ndarray) -> None:
-        rows = np.empty(out.shape, numpy_dtype(FLOAT_DTYPES[tensor.dtype]))
+    def _copy_rows(self, tensor: Tensor, start: int, out: np.ndarray, columns: tuple[slice, ...]) -> None:
+        rows = np.empty((len(out), *tensor.shape[1:]), numpy_dtype(FLOAT_DTYPES[tensor.dtype]))
         self._read(tensor, start * (tensor.size // tensor.shape[0]), rows)
-        copy_rows(out, rows)
+        copy_rows(out, rows[:, *columns])
 
     def _read(self, tensor: Tensor, offset: int, out: np.ndarray) -> None:
         """Fills contiguous ``out`` from byte ``offset`` of the tensor."""

@@ -9,6 +9,7 @@ and tokenizer files in ``model/``; its checkpoints appear under their names when
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -99,6 +100,17 @@ def model_files(directory: Path) -> Path:
     """Where the configuration, processor and tokenizer files of a checkpoint are: ``directory``, except in a run."""
     run = _run_of(directory)
     return directory if run is None else run / MODEL_NAME
+
+
+def description(directory: Path) -> str:
+    """Tells apart what a checkpoint's JSON files say: configuration, tokenizer, and index or manifest of the weights.
+
+    Args:
+      directory: of `resolve`.
+    """
+    files = {file.name: file for place in (model_files(directory), directory) for file in place.glob("*.json")}
+    content = b"".join(name.encode() + files[name].read_bytes() for name in sorted(files))
+    return f"{directory.name}, {len(files)} JSON files with SHA-256 {hashlib.sha256(content).hexdigest()[:16]}"
 
 
 def _run_of(directory: Path) -> Path | None:
@@ -228,8 +240,8 @@ def load_params(
       config: of the same directory.
       dtype: "float32" or "bfloat16" casts (the router's parameters are float32 always); None keeps
         each parameter's stored dtype.
-      mesh: places each parameter by `param_shardings`; None: on the first device. From a converted
-        directory a process reads only what its devices hold.
+      mesh: places each parameter by `param_shardings`; None: on the first device. A process reads only what its
+        devices hold (of the released layout also the rest of the tensors' rows that this is in).
       fsdp: split large parameters over ``data`` too, as training does.
 
     Returns:
@@ -261,9 +273,22 @@ def _read_released(
     with Source(directory) as source:
         rules.check(source.shapes_and_dtypes, config, str(directory))
         for leaf in rules.expand(config):
-            parameter = source.read_leaf(leaf, _target_dtype(leaf.path, source.leaf_dtype(leaf), dtype))
-            array = jax.device_put(parameter, shardings[leaf.path])
+            array = _place(source, leaf, shardings[leaf.path], dtype)
             yield leaf.path, array.block_until_ready()  # transfers may not pile up in host memory
+
+
+def _place(source: Source, leaf: rules.Leaf, sharding: Sharding, dtype: str | None) -> jax.Array:
+    """A parameter on the devices, of which this process reads the slices that its own devices hold."""
+    target = _target_dtype(leaf.path, source.leaf_dtype(leaf), dtype)
+    read: dict[tuple[tuple[int, int], ...], np.ndarray] = {}  # several devices may hold the same slice
+
+    def part(where: tuple[slice, ...]) -> np.ndarray:
+        bounds = tuple(one.indices(size)[:2] for one, size in zip(where, leaf.shape, strict=True))
+        if bounds not in read:
+            read[bounds] = source.read_slice(leaf, tuple(slice(*pair) for pair in bounds), target)
+        return read[bounds]
+
+    return jax.make_array_from_callback(leaf.shape, sharding, part)
 
 
 def _read_orbax(

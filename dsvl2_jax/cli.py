@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,7 +12,9 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, UseAppendAction
 
+from dsvl2_jax import processes
 from dsvl2_jax.errors import DSVL2Error, UsageError
+from dsvl2_jax.processes import Processes
 
 Checkpoint = Positional[str | None]
 Dtype = Literal["float32", "bfloat16"]
@@ -19,6 +22,7 @@ Metric = Literal["exact", "contains", "anls", "relaxed", "vqa", "choice", "iou",
 Overrides = Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="[KEY=VALUE ...]")]]
 Settings = Annotated[tuple[str, ...], UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")]
 Images = Annotated[tuple[tuple[Path, ...], ...], UseAppendAction]
+Together = Annotated[Processes, tyro.conf.arg(name="")]
 
 
 def convert(
@@ -83,6 +87,7 @@ def generate(
     mesh: str | None = None,
     exif: bool = False,
     strict_special_tokens: bool = False,
+    together: Together = Processes(),  # noqa: B008 (frozen)
 ) -> None:
     """Answer one prompt about any number of images.
 
@@ -106,6 +111,7 @@ def generate(
         exif: turn images as their EXIF orientation says (the official code does not).
         strict_special_tokens: treat special tokens written in the prompt as plain text.
     """
+    together.join(locals())
     from dsvl2_jax.infer import commands
 
     commands.generate(
@@ -190,6 +196,7 @@ def train(
     *,
     profile: str | None = None,
     tensorboard: bool = False,
+    together: Together = Processes(),  # noqa: B008 (frozen)
 ) -> None:
     """Train as a CONFIG.toml says, or go on with the run in its directory after it was stopped or killed.
 
@@ -202,6 +209,7 @@ def train(
         profile: FIRST:LAST, the steps to trace into the run's directory (sets run.profile).
         tensorboard: write TensorBoard files as well (sets run.tensorboard).
     """
+    together.join(locals())
     with _training_extra():
         from dsvl2_jax.train.run import train as run
 
@@ -271,6 +279,7 @@ def evaluate(
     limit: int | None = None,
     report_samples: int = 1000,
     json: bool = False,
+    together: Together = Processes(),  # noqa: B008 (frozen)
 ) -> None:
     """Answer a file of questions and score the answers; docs/evaluation.md says how to run the benchmarks.
 
@@ -291,6 +300,7 @@ def evaluate(
         report_samples: show so many samples of each task in report.html.
         json: print the summary as one JSON object.
     """
+    together.join(locals())
     from dsvl2_jax.infer.evaluate import EvalOptions
     from dsvl2_jax.infer.evaluate import evaluate as run
 
@@ -466,26 +476,29 @@ def main(argv: list[str] | None = None) -> int:
             args=args,
             config=(tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName),
         )
-        return status or 0
-    except DSVL2Error as error:
-        if debug:
-            raise
+        return processes.end(status or 0)
+    except (Exception, KeyboardInterrupt) as error:
+        if debug and not isinstance(error, (KeyboardInterrupt, BrokenPipeError)):
+            if not processes.joined():
+                raise
+            traceback.print_exc()
+        return processes.end(*_told(error))
+
+
+def _told(error: BaseException) -> tuple[int, str | None]:
+    """The exit status of an error, and what to say about it."""
+    if isinstance(error, DSVL2Error):
         kind = "usage error" if isinstance(error, UsageError) else "error"
-        print(f"dsvl2: {kind}: {error}", file=sys.stderr)
-        return error.exit_status
-    except KeyboardInterrupt:
-        print("dsvl2: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # The reader of our output has gone; python would complain once more when it flushes at exit.
-        sys.stderr.close()
-        return 1
-    except Exception as error:
-        if debug:
-            raise
-        message = str(error) or "no message"
-        print(f"dsvl2: error: {type(error).__name__}: {message} (--debug shows where)", file=sys.stderr)
-        return 1
+        return error.exit_status, f"dsvl2: {kind}: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "dsvl2: interrupted"
+    if isinstance(error, BrokenPipeError):
+        # The reader of our output has gone.
+        if processes.joined():
+            return 1, "dsvl2: error: standard output is closed."
+        sys.stderr.close()  # python would complain once more when it flushes at exit
+        return 1, None
+    return 1, f"dsvl2: error: {type(error).__name__}: {str(error) or 'no message'} (--debug shows where)"
 
 
 if __name__ == "__main__":

@@ -112,7 +112,10 @@ def _is_not_raised_too(record: logging.LogRecord) -> bool:
 
 
 class _Document:
-    """A JSON document of each process, in Orbax's protocol for objects that save themselves."""
+    """A JSON document of each process, in Orbax's protocol for objects that save themselves.
+
+    Reading gives those of all processes, as there may be more or fewer now.
+    """
 
     def __init__(self, value: Any = None):
         self.value = value
@@ -127,13 +130,17 @@ class _Document:
 
     async def load(self, directory: Any) -> Awaitable[None]:
         async def read() -> None:
-            self.value = json.loads(self._file(directory).read_text(encoding="utf-8"))
+            self.value = _documents(Path(str(directory)))
 
         return read()
 
     @staticmethod
     def _file(directory: Any) -> Path:
         return Path(str(directory)) / f"process-{jax.process_index()}.json"
+
+
+def _documents(directory: Path) -> list[Any]:
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(directory.glob("process-*.json"))]
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -151,11 +158,14 @@ def read_tree(path: Path, name: str, abstract: Any) -> Any:
     return ocp.load(path.absolute(), abstract, checkpointable_name=name)
 
 
-def read_document(path: Path) -> Any:
-    """This process's JSON document of a checkpoint of several trees."""
-    document = _Document()
-    ocp.load_checkpointables(path.absolute(), {_DOCUMENT: document})
-    return document.value
+def read_documents(path: Path) -> list[Any]:
+    """The JSON documents that the processes kept in a checkpoint of several trees.
+
+    Any process may read them by itself, whereas Orbax's loading waits for all. Raises OSError when there is none.
+    """
+    if found := _documents(path / _DOCUMENT):
+        return found
+    raise FileNotFoundError(f"{path / _DOCUMENT}: no document")
 
 
 def read_shapes(path: Path) -> dict[LeafPath, tuple[tuple[int, ...], np.dtype]]:

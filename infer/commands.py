@@ -7,6 +7,9 @@ import json
 import sys
 from pathlib import Path
 
+import jax
+
+from dsvl2_jax import checkpoint, processes
 from dsvl2_jax.errors import DSVL2Error, UsageError
 from dsvl2_jax.grounding import draw_boxes
 from dsvl2_jax.images import load_image
@@ -28,8 +31,18 @@ class LoadOptions:
 
 
 def load(ckpt: str | None, options: LoadOptions) -> engine.Model:
-    """`engine.load` with the command line's options; raises what it raises."""
+    """`engine.load` with the command line's options; raises what it raises.
+
+    Among several processes all must call it, with the same checkpoint and a mesh of all their devices.
+    """
+    if options.mesh is None and processes.joined():
+        raise UsageError(
+            f"several processes need --mesh, to say how they share the model: sizes of data, tensor and expert whose "
+            f"product is {jax.device_count()}, the devices of all of them."
+        )
     mesh = None if options.mesh is None else make_mesh(**parse_mesh(options.mesh))
+    if processes.joined():
+        processes.same_everywhere("the checkpoint", checkpoint.description(checkpoint.resolve(ckpt)))
     model = engine.load(ckpt, dtype=options.dtype, mesh=mesh)
     model.processor.apply_exif_orientation = options.exif
     model.processor.strict_special_tokens = options.strict_special_tokens
@@ -52,7 +65,7 @@ def generate(
     """Answers one prompt on standard output: streamed text, or one JSON object (DESIGN §3)."""
     if draw is not None and not images:
         raise UsageError("--draw needs an --image to draw on.")
-    if draw is not None and not draw.parent.is_dir():
+    if draw is not None and processes.is_first() and not draw.parent.is_dir():
         raise UsageError(f"--draw {draw}: the directory {draw.parent} does not exist; make it first.")
     timing = Timing()
     with timing.phase("load"):
@@ -60,10 +73,11 @@ def generate(
     conversation = [{"role": "user", "content": prepend_image_tags(prompt, len(images)), "images": images}]
     if system:
         conversation.insert(0, {"role": "system", "content": system})
-    inputs = model.processor(conversation)
+    inputs = processes.from_first(lambda: model.processor(conversation))
 
     def show(_: int, text: str) -> None:
-        print(text, end="", flush=True)
+        if processes.is_first():
+            print(text, end="", flush=True)
 
     answer = model.generate(
         inputs,
@@ -73,6 +87,8 @@ def generate(
         on_text=None if as_json else show,
         timing=timing,
     )
+    if not processes.is_first():
+        return
     print(json.dumps(report(answer, timing), ensure_ascii=False) if as_json else "")
     if draw is not None:
         image = load_image(images[-1], options.exif)

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsvl2_jax import checkpoint, model
 from dsvl2_jax.batch import Batch, collate
@@ -87,7 +87,8 @@ def load(path: str | Path | None = None, dtype: str | None = "float32", mesh: Me
         checkpoint) or one of its checkpoints, or a hub id; None: the bundled model.
       dtype: "float32" or "bfloat16", to which weights are cast and in which the model computes (the router
         stays float32); None keeps the stored dtypes and computes in that of the embeddings.
-      mesh: of `dsvl2_jax.sharding.make_mesh`; None: one device.
+      mesh: of `dsvl2_jax.sharding.make_mesh`; None: one device. With devices of several processes, all of them make
+        the same calls with the same inputs.
 
     Raises:
       CheckpointError, ConfigError, TokenizerError: the checkpoint cannot be used; the message says why.
@@ -119,6 +120,16 @@ class Model:
     def _on_mesh(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
+    def _fetch(self, arrays: Any) -> Any:
+        """A tree of arrays as numpy: the same in every process, though each has but a part of them."""
+        return jax.device_get(self._whole(arrays))
+
+    def _whole(self, arrays: Any) -> Any:
+        """Arrays that the devices of other processes hold in part, copied to all devices."""
+        if self.mesh is None or all(array.is_fully_addressable for array in jax.tree.leaves(arrays)):
+            return arrays
+        return jax.device_put(arrays, NamedSharding(self.mesh, PartitionSpec()))
+
     def encode_tiles(self, tiles: np.ndarray) -> jax.Array:
         """u8[N, S, S, 3] → f32[N, P, W]: the encoder's output after ``vision.norm``."""
         return self._tiles(_encode_tiles, tiles).astype(jnp.float32)
@@ -132,7 +143,7 @@ class Model:
         batch = self._batch([inputs])
         with self._on_mesh():
             features = self._features(batch.tiles)
-            merged = _merge(self.params, self.config, batch.ids, batch.image_index, features)
+            merged = self._whole(_merge(self.params, self.config, batch.ids, batch.image_index, features))
         return merged[0, : batch.lengths[0]].astype(jnp.float32)
 
     def logits(self, inputs: ModelInputs | Sequence[ModelInputs]) -> jax.Array | list[jax.Array]:
@@ -142,6 +153,7 @@ class Model:
         with self._on_mesh():
             features = self._features(batch.tiles)
             out = _all_logits(self.params, self.config, batch.ids, batch.image_index, features, batch.lengths)
+            out = self._whole(out)
         rows = [out[i, :length] for i, length in enumerate(batch.lengths) if length]
         return rows[0] if single else rows
 
@@ -236,14 +248,14 @@ class Model:
             cache = decode.new_cache(config, rows, slots, self.dtype)
             logits, cache = self._prefill(batch, features, cache, chunk_size)
             state = decode.first_token(logits, batch.ids, lengths, max_new, cache, sampling, eos)
-            first, first_logprobs, finished = jax.device_get((state.tokens, state.logprobs, state.finished))
+            first, first_logprobs, finished = self._fetch((state.tokens, state.logprobs, state.finished))
         yield first[:, None], first_logprobs[:, None], np.ones(rows, np.int32)
         # Looking often costs little; not looking at all would decode past stop strings and stream in bursts.
         steps = np.int32(STREAM_STEPS if watched or any(s.stop for s in settings) else decode.STEPS)
         while not finished[: len(prompts)].all() and not all(answer.stopped for answer in answers):
             with timing.phase("decode"):
                 state, tokens, values, counts = decode.decode_tokens(self.params, config, state, sampling, steps, eos)
-                tokens, values, counts, finished = jax.device_get((tokens, values, counts, state.finished))
+                tokens, values, counts, finished = self._fetch((tokens, values, counts, state.finished))
             yield tokens, values, counts
 
     def _prefill(self, batch: Batch, features: jax.Array, cache: Any, chunk_size: int | None) -> tuple[jax.Array, Any]:
@@ -281,7 +293,7 @@ class Model:
         devices = 1 if self.mesh is None else self.mesh.size
         padded = np.pad(tiles, ((0, tile_bucket(count, devices) - count), (0, 0), (0, 0), (0, 0)))
         with self._on_mesh():
-            return function(self.params, self.config, padded, self._mean, self._std)[:count]
+            return self._whole(function(self.params, self.config, padded, self._mean, self._std)[:count])
 
     def _features(self, padded_tiles: np.ndarray) -> jax.Array:
         """Adaptor outputs of tiles already padded to a bucket."""

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dsvl2_jax import checkpoint
+from dsvl2_jax import checkpoint, processes
 from dsvl2_jax.convert.staging import write_text
 from dsvl2_jax.errors import ConversationError, DataError, DSVL2Error, UsageError
 from dsvl2_jax.images import load_image, select_best_resolution
@@ -62,8 +62,11 @@ def evaluate(ckpt: str | None, data: Path, options: EvalOptions) -> dict[str, An
 
     Prints a table (or with ``as_json`` the summary) on standard output and progress on standard error.
 
+    Among several processes all call it; process 0 reads the data and writes, the others compute with it.
+
     Returns:
-      The summary: ``tasks`` with metric, samples, score from 0 to 1 (and mean_iou) each, and how fast it went.
+      The summary (process 0 alone has one): ``tasks`` with metric, samples, score from 0 to 1 (and mean_iou) each, and
+      how fast it went.
 
     Raises:
       DSVL2Error: a sample, an image, the checkpoint or an option cannot be used; or the directory has other results.
@@ -74,6 +77,9 @@ def evaluate(ckpt: str | None, data: Path, options: EvalOptions) -> dict[str, An
             raise UsageError(f"--{name.replace('_', '-')}: found {value}, expected a positive whole number.")
     if options.report_samples < 0:
         raise UsageError(f"--report-samples: found {options.report_samples}, expected 0 or more.")
+    if not processes.is_first():
+        _follow(ckpt, options)
+        return {}
     store = open_images(options.images, str(data))
     samples = read_samples(data, store, metric=options.metric, template=options.prompt_template, limit=options.limit)
     directory = checkpoint.resolve(ckpt)
@@ -88,7 +94,7 @@ def evaluate(ckpt: str | None, data: Path, options: EvalOptions) -> dict[str, An
         thumbnails = Thumbnails(out, samples, options.report_samples)
         missing = [sample for sample in samples if sample.line not in run.results]
         seconds = 0.0
-        if missing:
+        if processes.from_first(lambda: bool(missing)):
             model = commands.load(ckpt, commands.LoadOptions(options.dtype, options.mesh))
             _extend_candidates(model.processor, options.candidates)
             started = time.perf_counter()
@@ -110,6 +116,15 @@ def evaluate(ckpt: str | None, data: Path, options: EvalOptions) -> dict[str, An
     else:
         _print_table(summary, report)
     return summary
+
+
+def _follow(ckpt: str | None, options: EvalOptions) -> None:
+    """What the other processes do while process 0 evaluates: the same batches."""
+    if processes.from_first(bool):
+        model = commands.load(ckpt, commands.LoadOptions(options.dtype, options.mesh))
+        while (work := processes.from_first(lambda: None)) is not None:
+            inputs, room = work
+            model.generate(inputs, options.max_new_tokens, at_least=room)
 
 
 def checkpoint_name(directory: Path) -> str:
@@ -219,11 +234,13 @@ def _answer_all(
             # As many tiles as if every prompt had the most: a batch of mixed ones runs the program of its largest.
             most_tiles = max((len(i.tiles) for i in inputs), default=0)
             room = engine.Room(rows=rows, tiles=rows * most_tiles)
+            processes.from_first(lambda work=(inputs, room): work)
             generations = iter(model.generate(inputs, options.max_new_tokens, at_least=room))
             run.append(result_of(p, None if p.inputs is None else next(generations)) for p in prepared)
             done += len(prepared)
             speed = f"{done / (time.perf_counter() - started):.1f}/s"
             progress.update(bar, advance=len(prepared), speed=speed)
+    processes.from_first(lambda: None)  # there is no more
 
 
 def result_of(prepared: _Prepared, generation: engine.Generation | None) -> Result:

@@ -60,6 +60,7 @@ SLOW_FILES = (
     "test_train_overfit",
     "test_golden",
     "test_mesh",
+    "test_processes",
 )
 # Files whose tests are split between workers by checkpoint or size.
 SPLIT_FILES = {"test_golden": "mini-", "test_mesh": "mini-", "test_train_overfit": ("tiny", "small", "base")}

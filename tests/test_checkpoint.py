@@ -1,5 +1,7 @@
 """Loading: both layouts give the same tree, in the wanted dtypes, placed on the mesh; damage is named."""
 
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,9 @@ import released
 
 from dsvl2_jax import checkpoint, orbax_io
 from dsvl2_jax.config import Config
+from dsvl2_jax.convert import rules
 from dsvl2_jax.convert.convert import convert
+from dsvl2_jax.convert.source import Source
 from dsvl2_jax.errors import CheckpointError, UsageError
 from dsvl2_jax.model import abstract_params, param_shardings
 from dsvl2_jax.sharding import make_mesh
@@ -54,6 +58,26 @@ def test_both_layouts_load_the_same_tree(checkpoints, converted, name, dtype):
     stored = "float32" if name.endswith("f32") else "bfloat16"
     for path, array in flat(from_released).items():
         assert array.dtype == ("float32" if "router" in path else dtype or stored), path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_halves_of_released_parameters_are_read_as_they_are_of_the_whole(checkpoints, name, monkeypatch):
+    read, preadv = [], os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *a: read.append(preadv(*a)) or read[-1])
+    with Source(checkpoints / name) as source:
+        for leaf in rules.expand(Config.from_file(checkpoints / name)):
+            stored = source.leaf_dtype(leaf)
+            wholes = {dtype: source.read_leaf(leaf, dtype) for dtype in {stored, np.dtype(np.float32)}}
+            for axis, size in enumerate(leaf.shape):
+                for half in (slice(0, size // 2), slice(size // 2, size)):
+                    where = tuple(half if a == axis else slice(0, n) for a, n in enumerate(leaf.shape))
+                    for dtype, whole in wholes.items():
+                        read.clear()
+                        found = source.read_slice(leaf, where, dtype)
+                        assert found.dtype == dtype
+                        np.testing.assert_array_equal(found, whole[where], leaf.name)
+                    if leaf.stacked and axis == 0:  # of the other half's experts not a byte
+                        assert sum(read) == found.size * stored.itemsize
 
 
 def test_large_leaves_are_read_alone_and_cast_the_same(checkpoints, converted, monkeypatch):

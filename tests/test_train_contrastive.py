@@ -25,7 +25,7 @@ from dsvl2_jax.train.batch import TrainBatch
 from dsvl2_jax.train.contrastive import TextTower, same_captions, sigmoid_loss
 from dsvl2_jax.train.contrastive_step import ContrastiveMetrics, ContrastiveTrainer
 from dsvl2_jax.train.flops import contrastive_flops
-from dsvl2_jax.train.run import batch_layout, train
+from dsvl2_jax.train.run import batch_share, train
 from dsvl2_jax.train.settings import ContrastiveSettings, ParameterRule
 from dsvl2_jax.train.stages import assign
 from dsvl2_jax.vision import AttentionPool
@@ -110,7 +110,7 @@ def test_what_pads_a_caption_changes_no_bit_of_what_it_says():
 def test_a_row_is_a_caption_that_ends_in_eos_and_its_image_in_one_tile(toy):
     config, processor = open_model(toy)
     found = settings.load(toy / "config.toml", ["contrastive.text_length=6", "data.shuffle=false"])
-    pipeline = data.open_training(found, processor, config, shard=(0, 1), rows=IMAGES, accumulation=1)
+    pipeline = data.open_training(found, processor, config, data.Share(rows=IMAGES))
     step = next(pipeline)
     pipeline.close()
     ids, segments = step.batch.ids[0], step.batch.segments[0]
@@ -374,4 +374,4 @@ def test_accumulation_is_refused(toy):
     with pytest.raises(
         SettingsError, match=r"batch\.micro_sequences = 4 × 1 data shards = 4, but batch\.sequences = 8"
     ):
-        batch_layout(found, None)
+        batch_share(found, None)

@@ -22,7 +22,7 @@ from dsvl2_jax.config import Config
 from dsvl2_jax.errors import DataError
 from dsvl2_jax.processor import Processor
 from dsvl2_jax.train.batch import TrainBatch
-from dsvl2_jax.train.data import DataStats, Pipeline, StepData, fingerprint, open_training, open_validation
+from dsvl2_jax.train.data import DataStats, Pipeline, Share, StepData, fingerprint, open_training, open_validation
 from dsvl2_jax.train.data_files import open_data_file
 from dsvl2_jax.train.image_sources import FilePool
 from dsvl2_jax.train.samples import Unusable, open_sources
@@ -83,7 +83,7 @@ def make_settings(*paths: Path | str, weights: tuple[float, ...] = (), validatio
 
 
 def pipeline(settings: Settings, processor: Processor, config: Config, **sizes) -> Pipeline:
-    return open_training(settings, processor, config, **({"shard": (0, 1), "rows": 2, "accumulation": 2} | sizes))
+    return open_training(settings, processor, config, Share(**({"rows": 2, "accumulation": 2} | sizes)))
 
 
 def take(steps: Pipeline, count: int) -> list[StepData]:
@@ -174,11 +174,37 @@ def test_workers_give_the_same_data_and_states_and_continue(reference, root, pro
     steps.close()
 
 
-def test_a_state_of_another_number_of_processes_is_refused(reference, root, processor, config):
-    steps = pipeline(make_settings(root / "mixed.jsonl"), processor, config, shard=(0, 2))
-    with pytest.raises(DataError, match="process 0 of 1, this is 0 of 2"):
-        steps.set_state(json.loads(reference[True][1][0]))
-    steps.close()
+def test_a_state_goes_on_with_other_processes_rows_and_streams_of_its_own(root, processor, config):
+    """Two streams: the samples of every step are the same, whoever reads them, and so is what follows a state."""
+    settings = make_settings(root / "mixed.jsonl", root / "text.jsonl", streams=2)
+    splits = [[Share(rows=4)], [Share(rows=1, accumulation=4)], [Share((i,), 4) for i in (0, 1, 2, 3)]]
+    splits += [[Share((0, 2), 4), Share((1, 3), 4)], [Share((i,), 2, rows=1, accumulation=2) for i in (0, 1)]]
+    state, found = None, []
+    for split in splits:
+        processes = [open_training(settings, processor, config, share) for share in split]
+        if state is not None:
+            for steps in processes:
+                steps.set_state(json.loads(state))
+        parts = [take(steps, 2) for steps in processes]
+        found.append(
+            [sorted(row.tobytes() for part in parts for row in part[n].batch.ids.reshape(-1, 512)) for n in (0, 1)]
+        )
+        if state is None:  # the others go on after the first step
+            found[0] = [found[0][1], sorted(row.tobytes() for row in next(processes[0]).batch.ids.reshape(-1, 512))]
+        for steps in processes:
+            steps.close()
+        if state is None:
+            again = open_training(settings, processor, config, split[0])
+            next(again)
+            state = json.dumps(again.get_state())
+            again.close()
+    assert all(len(rows) == 4 for rows in found[0])
+    assert all(other == found[0] for other in found[1:])
+    assert [len(steps) for steps in (Share((0,), 2, accumulation=2).places(2), Share((1,), 2).places(1))] == [2, 1]
+    one = open_training(settings, processor, config, Share((1,), 2))
+    with pytest.raises(DataError, match="lacks stream 1 of"):
+        one.set_state({"streams": {"0": {}}})
+    one.close()
 
 
 ORPHANS = """
@@ -219,10 +245,11 @@ def alive(pid: int) -> bool:
 
 def test_processes_share_an_epoch_without_overlap(root, processor, config):
     epoch = Counter(f"{root / 'text.jsonl'}:{line}" for line in range(1, 13))
-    settings = make_settings(root / "text.jsonl", packing=False)
+    settings = make_settings(root / "text.jsonl", packing=False, streams=3)
     found = Counter()
     for index in range(3):
-        steps = pipeline(settings, processor, config, shard=(index, 3), rows=2, accumulation=1)
+        steps = pipeline(settings, processor, config, own=(index,), shards=3, rows=2, accumulation=1)
+        assert steps.parts == 3
         share = in_steps(take(steps, 2))
         steps.close()
         assert sum(share.values()) == 4
@@ -298,8 +325,8 @@ def test_long_samples_are_skipped_or_truncated_and_counted(root, processor, conf
 
 def test_validation_is_read_once_in_order_and_its_last_step_padded(root, processor, config):
     settings = make_settings(root / "text.jsonl", validation=(root / "mixed.jsonl", root / "text.jsonl"), packing=False)
-    sizes = {"rows": 4, "accumulation": 2}
-    held_out = open_validation(settings, processor, config, shard=(0, 1), **sizes)
+    share = Share(rows=4, accumulation=2)
+    held_out = open_validation(settings, processor, config, share)
     steps = list(held_out)
     good = [f"{root / 'mixed.jsonl'}:{n + 1}" for n in range(30) if n % 10 != 7]
     expected = good + [f"{root / 'text.jsonl'}:{n + 1}" for n in range(12)]
@@ -312,25 +339,23 @@ def test_validation_is_read_once_in_order_and_its_last_step_padded(root, process
     for one, other in zip(held_out, steps, strict=True):  # a second pass is the same
         assert_same(one, other)
     threaded = dataclasses.replace(settings, data=dataclasses.replace(settings.data, workers=3))
-    threaded_steps = list(open_validation(threaded, processor, config, shard=(0, 1), **sizes))
+    threaded_steps = list(open_validation(threaded, processor, config, share))
     for one, other in zip(threaded_steps, steps, strict=True):
         assert_same(one, other)
-    assert open_validation(make_settings(root / "text.jsonl"), processor, config, shard=(0, 1), **sizes) is None
+    assert open_validation(make_settings(root / "text.jsonl"), processor, config, share) is None
 
 
 def test_validation_is_the_same_for_any_number_of_processes(root, processor, config):
     settings = make_settings(root / "text.jsonl", validation=(root / "mixed.jsonl",))
-    whole = list(open_validation(settings, processor, config, shard=(0, 1), rows=2, accumulation=2))
+    whole = list(open_validation(settings, processor, config, Share(rows=2, accumulation=2)))
     parts = [
-        list(open_validation(settings, processor, config, shard=(index, 2), rows=1, accumulation=2))
-        for index in range(2)
+        list(open_validation(settings, processor, config, Share((index,), 2, accumulation=2))) for index in range(2)
     ]
     assert len(whole) == len(parts[0]) == len(parts[1])
     for step, left, right in zip(whole, *parts, strict=True):
         assert np.array_equal(step.batch.ids, np.concatenate([left.batch.ids, right.batch.ids], axis=1))
-        assert step.stats.tokens == left.stats.tokens + right.stats.tokens
-        assert step.stats.skipped_samples == left.stats.skipped_samples + right.stats.skipped_samples
-        assert sorted(step.sources) == sorted(left.sources + right.sources)
+        assert step.stats == left.stats == right.stats
+        assert step.sources == left.sources == right.sources
 
 
 def test_the_fingerprint_changes_with_any_byte(root, tmp_path):
@@ -407,7 +432,7 @@ def test_shards_of_samples_text_files_and_broken_lines(tmp_path, processor, conf
         tmp_path / "shard-*.tar", tmp_path / "*.txt", lines, packing=False, shuffle=False, max_broken_share=1.0
     )
     settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, validation=settings.data.train))
-    (step,) = open_validation(settings, processor, config, shard=(0, 1), rows=4, accumulation=1)
+    (step,) = open_validation(settings, processor, config, Share(rows=4))
     shard = tmp_path / "shard-0.tar"
     assert step.sources == [f"{shard}:a/1", f"{shard}:a/2", f"{tmp_path / 'story.txt'}:1", f"{lines}:2"]
     assert step.stats.skipped == {"record": 3}

@@ -178,7 +178,7 @@ def rows(toy):
     """The first step's batch of the toy's data."""
     config, processor = open_model(toy)
     found = settings.load(toy / "config.toml", ["data.shuffle=false"])
-    pipeline = data.open_training(found, processor, config, shard=(0, 1), rows=IMAGES, accumulation=1)
+    pipeline = data.open_training(found, processor, config, data.Share(rows=IMAGES))
     step = next(pipeline)
     pipeline.close()
     return step

@@ -149,7 +149,7 @@ def test_a_run_killed_twice_and_stopped_once_has_the_losses_of_one_left_alone(to
     assert set(stems(run)) == set(stems(uninterrupted)) == expected
     for name in expected:
         same(checkpoint.load_params(run / "checkpoints" / name, config_of(run)), uninterrupted / "checkpoints" / name)
-    state = [orbax_io.read_document(path / "checkpoints" / str(STEPS)) for path in (run, uninterrupted)]
+    state = [orbax_io.read_documents(path / "checkpoints" / str(STEPS)) for path in (run, uninterrupted)]
     assert state[0] == state[1]
 
 

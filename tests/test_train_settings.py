@@ -188,7 +188,8 @@ def test_what_a_resumed_run_may_change(file):
 def test_what_it_may_not(file):
     start = settings.load(file)
     assert settings.differences(start, change(start, "run", seed=1)) == ["run.seed: 0 at the start of the run, now 1"]
-    assert len(settings.differences(start, change(start, "compute", loss_chunk=512, mesh="data=2"))) == 2
+    assert len(settings.differences(start, change(start, "compute", loss_chunk=512, remat="none"))) == 2
+    assert len(settings.differences(start, change(start, "data", streams=2, workers=3))) == 1
     assert 'data.train.vl.path: "vl.jsonl" at the start of the run, now absent' in settings.differences(
         start, change(start, "data", train={"text": start.data.train["text"]})
     )

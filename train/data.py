@@ -1,17 +1,20 @@
 """The data pipeline: files to packed steps, with exact continuation (issue: mixture, shuffling, workers, sharding).
 
-    files ─ shuffle each epoch ─ shard ─ mix ─► read, tokenise, tile (workers) ─► drop unusable ─► pack ─► TrainBatch
+    files ─ shuffle each epoch ─ streams ─ mix ─► read, tokenise, tile (workers) ─► drop unusable ─► pack ─► TrainBatch
 
 Everything up to the workers is random access, so that where a run stands is one number: samples read. It does not
-depend on the number of workers, which may change between a run's start and its continuation.
+depend on the number of workers, processes or devices, which may change between a run's start and its continuation.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import itertools
 import logging
 import multiprocessing
+import operator
 import os
 import signal
 import threading
@@ -34,7 +37,16 @@ from dsvl2_jax.train.records import NO_ATTRIBUTE, NO_IMAGE, Pairs
 from dsvl2_jax.train.samples import Unusable, fingerprint, open_sources
 from dsvl2_jax.train.settings import DataSettings, Settings
 
-__all__ = ["DataStats", "Pipeline", "StepData", "Validation", "fingerprint", "open_training", "open_validation"]
+__all__ = [
+    "DataStats",
+    "Pipeline",
+    "Share",
+    "StepData",
+    "Validation",
+    "fingerprint",
+    "open_training",
+    "open_validation",
+]
 
 _LOG = logging.getLogger(__name__)
 
@@ -51,15 +63,20 @@ _SHARED_MEMORY_FROM = 1 << 16  # bytes; smaller arrays are cheaper to copy throu
 
 @dataclasses.dataclass(frozen=True)
 class DataStats:
-    """Counts since the start of the run (or of the validation), of this process."""
+    """Counts since the start of the run (or of the validation), of the streams that this process reads."""
 
-    samples: int = 0  # in the rows given out
+    samples: int = 0  # in the rows of these streams
     skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)  # reason → samples left out
     truncated: int = 0
     tokens: int = 0  # padding not counted
     padding_tokens: int = 0
     tiles: int = 0  # padding not counted
     padding_tiles: int = 0
+
+    def __add__(self, other: DataStats) -> DataStats:
+        counts = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)[2:]}
+        skipped = dict(sorted((Counter(self.skipped) + Counter(other.skipped)).items()))
+        return DataStats(self.samples + other.samples, skipped, **counts)
 
     @property
     def skipped_samples(self) -> int:
@@ -78,28 +95,39 @@ class DataStats:
 
 @dataclasses.dataclass(frozen=True)
 class StepData:
-    """One step's batch, the samples in it (``file:line``), and the counts up to and including it."""
+    """This process's part of a step's batch, the step's samples that it has read (``file:line``), and the counts."""
 
     batch: TrainBatch
     sources: list[str]
     stats: DataStats
 
 
-def open_training(
-    settings: Settings,
-    processor: Processor,
-    config: Config,
-    *,
-    shard: tuple[int, int],
-    rows: int,
-    accumulation: int,
-) -> Pipeline:
-    """The endless training data of one process.
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """How a step's rows are split, and which of them this process computes. The step's rows do not depend on it."""
 
-    Args:
-      shard: (index, count) of the processes that load data; each reads its own samples of every epoch.
-      rows: B, rows of an accumulation step in this process.
-      accumulation: A, accumulation steps.
+    own: Sequence[int] = (0,)  # data shards of this process, ascending
+    shards: int = 1  # of all processes
+    rows: int = 1  # of a data shard in an accumulation step
+    accumulation: int = 1  # A
+
+    def places(self, streams: int) -> list[tuple[int, int]]:
+        """(stream, row of its part of the step) of each row of this process's batch, accumulation step by step.
+
+        A stream's rows are those of neighbouring data shards, if the numbers allow it, so that few processes read it.
+        """
+        at_once = self.shards * self.rows
+        step = [(row * streams // at_once, a, row) for a in range(self.accumulation) for row in range(at_once)]
+        number = {(a, row): divmod(n, len(step) // streams) for n, (_, a, row) in enumerate(sorted(step))}
+        own = [shard * self.rows + row for shard in self.own for row in range(self.rows)]
+        return [number[a, row] for a in range(self.accumulation) for row in own]
+
+
+def open_training(settings: Settings, processor: Processor, config: Config, share: Share) -> Pipeline:
+    """The endless training data of one process: its share of every step's rows.
+
+    ``data.streams`` streams, each with its own samples of every epoch, give equally many rows to a step. A process
+    reads the streams that its rows are of.
 
     Raises:
       DataError: there is no source, or one has no file, no sample or no folder of images.
@@ -112,28 +140,22 @@ def open_training(
         samples = grain.MapDataset.source(source)
         if data.shuffle:
             samples = samples.shuffle(seed=(settings.run.seed * 1_000_003 + number) % 2**32)
-        epochs.append(samples.repeat()[shard[0] :: shard[1]])
-    mixed = grain.MapDataset.mix(epochs, weights=[source.weight for source in sources.values()])
-    total = -(-sum(map(len, opened)) // shard[1])
-    usable = _Usable(mixed, data, total, workers=data.workers)
+        epochs.append(samples.repeat())
+    weights = [source.weight for source in sources.values()]
+    total = -(-sum(map(len, opened)) // data.streams)
+    streams = {}
+    for stream in sorted({stream for stream, _ in share.places(data.streams)}):
+        mixed = grain.MapDataset.mix([epoch[stream :: data.streams] for epoch in epochs], weights=weights)
+        streams[stream] = _Usable(mixed, data, total, workers=data.workers)
     seed = settings.run.seed if data.shuffle else None
-    steps = _Steps(usable, opened[0].shape, seed, processor, config, rows=rows, accumulation=accumulation, ahead=True)
-    return Pipeline(steps, shard)
+    return Pipeline(_Steps(streams, data.streams, share, opened[0].shape, seed, processor, config, ahead=True))
 
 
-def open_validation(
-    settings: Settings,
-    processor: Processor,
-    config: Config,
-    *,
-    shard: tuple[int, int],
-    rows: int,
-    accumulation: int,
-) -> Validation | None:
+def open_validation(settings: Settings, processor: Processor, config: Config, share: Share) -> Validation | None:
     """The held-out samples of all validation files, in order, each once; None when the settings name no file.
 
-    Every process reads all of them and keeps its share of each step's rows, so that all have equally many steps
-    and the result is the same for any number of processes. Arguments and errors are those of `open_training`.
+    They are one stream, so that every process has equally many steps. Arguments and errors are those of
+    `open_training`.
     """
     if not settings.data.validation:
         return None
@@ -141,8 +163,7 @@ def open_validation(
     opened = open_sources("data.validation", data.validation, processor, data, pairs)
     samples = grain.MapDataset.concatenate([grain.MapDataset.source(source) for source in opened])
     usable = _Usable(samples, data, len(samples), threads=data.workers)
-    sizes = {"rows": rows, "accumulation": accumulation, "shard": shard}
-    return Validation(lambda: _Steps(usable, opened[0].shape, None, processor, config, **sizes))
+    return Validation(lambda: _Steps({0: usable}, 1, share, opened[0].shape, None, processor, config))
 
 
 def _reading(settings: Settings) -> tuple[DataSettings, Pairs | None]:
@@ -166,25 +187,32 @@ class Pipeline(Iterator[StepData]):
     are broken.
     """
 
-    def __init__(self, steps: _Steps, shard: tuple[int, int]):
-        self._steps, self._shard = steps, shard
+    def __init__(self, steps: _Steps):
+        self._steps = steps
         self._ahead = ThreadPrefetchDatasetIterator(steps, 1)
+        self.parts = steps.parts  # what this process reads is about one in so many
 
     def __next__(self) -> StepData:
         return next(self._ahead)
 
     def get_state(self) -> dict[str, Any]:
-        """Where the run stands, for JSON."""
-        return {"shard": list(self._shard), **copy.deepcopy(self._ahead.get_state())}
+        """Where the run stands, for JSON: ``streams`` has the place in each stream that this process reads."""
+        return copy.deepcopy(self._ahead.get_state())
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continues from `get_state`'s result. Raises DataError for a state of another number of processes."""
-        if tuple(state["shard"]) != tuple(self._shard):
+        """Continues from the result of `get_state`; of several processes' results, from their ``streams`` together.
+
+        Raises:
+          DataError: the place in a stream is not known.
+        """
+        if "rows" in state:  # of a run from before there were streams
+            state = {"streams": {"0": {key: state[key] for key in ("rows", "stats")}}}
+        if missing := [name for name in self._steps.names if name not in state["streams"]]:
             raise DataError(
-                f"the saved place in the data is that of process {state['shard'][0]} of {state['shard'][1]}, this is "
-                f"{self._shard[0]} of {self._shard[1]}. Continue with as many processes as the run was started with."
+                f"the saved place in the data lacks stream {', '.join(missing)} of data.streams; it has "
+                f"{', '.join(state['streams'])}. Go on from another checkpoint."
             )
-        self._ahead.set_state({key: copy.deepcopy(state[key]) for key in ("rows", "stats")})
+        self._ahead.set_state({"streams": {name: copy.deepcopy(state["streams"][name]) for name in self._steps.names}})
 
     def close(self) -> None:
         """Ends the threads and the worker processes."""
@@ -331,84 +359,89 @@ def _start_worker(index: int, count: int) -> None:
 
 
 class _Steps(Iterator[StepData]):
-    """Packs samples into rows, and rows into steps; this process's share of each step's rows is `shard`."""
+    """Packs each stream's samples into rows, and rows into this process's share of the steps."""
 
     def __init__(
         self,
-        samples: _Usable,
+        streams: Mapping[int, _Usable],
+        count: int,
+        share: Share,
         shape: RowShape,
         seed: int | None,
         processor: Processor,
         config: Config,
         *,
-        rows: int,
-        accumulation: int,
-        shard: tuple[int, int] = (0, 1),
         ahead: bool = False,
     ):
-        bins = samples.data.packing_bins if samples.data.packing else 1
-        self._samples = samples
-        self._packed = iter(packing.pack(samples, shape, bins, seed))
-        if ahead:
+        """``streams``: those that the share needs, of ``count``."""
+        self._streams, self._share, self._shape = streams, share, shape
+        self._places = share.places(count)
+        self._rows = share.shards * share.rows * share.accumulation // count  # of a stream in a step
+        self.names = list(map(str, streams))
+        self.parts = count / len(streams)
+        self._packed = {}
+        for number, samples in streams.items():
+            bins = samples.data.packing_bins if samples.data.packing else 1
+            packed = iter(packing.pack(samples, shape, bins, seed))
             # The packer gives out its bins all at once: the next ones are filled while these are trained on.
-            self._packed = ThreadPrefetchDatasetIterator(self._packed, bins)
-        self._shape, self._shard = shape, shard
-        self._rows, self._accumulation = rows, accumulation
+            self._packed[number] = ThreadPrefetchDatasetIterator(packed, bins) if ahead else packed
         self._tile_size, self._tokens_per_tile = processor.config.tile_size, config.tokens_per_tile
-        self._stats = DataStats()
+        self._stats = dict.fromkeys(streams, DataStats())
 
     def __next__(self) -> StepData:
-        index, count = self._shard
-        rows: list[packing.Row | None] = []
-        mine: list[packing.Row | None] = []
-        while len(rows) < self._accumulation * count * self._rows:
-            try:
-                rows.append(next(self._packed))
-            except StopIteration:
-                if not any(row is not None for row in rows):
-                    raise
-                rows.append(None)
-        for start in range(index * self._rows, len(rows), count * self._rows):
-            mine += rows[start : start + self._rows]
+        rows: dict[int, list[packing.Row | None]] = {}
+        for number, packed in self._packed.items():
+            rows[number] = list(itertools.islice(packed, self._rows))
+        if not any(rows.values()):
+            raise StopIteration
+        for number, found in rows.items():
+            found += [None] * (self._rows - len(found))
+            self._stats[number] += self._counted(found, self._streams[number])
         batch = packing.assemble(
-            mine,
+            [rows[stream][row] for stream, row in self._places],
             self._shape,
-            accumulation=self._accumulation,
+            accumulation=self._share.accumulation,
             tile_size=self._tile_size,
             tokens_per_tile=self._tokens_per_tile,
         )
-        self._stats = self._counted(mine)
-        return StepData(batch, [name for row in mine if row for name in row["name"]], self._stats)
+        names = [name for found in rows.values() for row in found if row for name in row["name"]]
+        return StepData(batch, names, functools.reduce(operator.add, self._stats.values()))
 
-    def _counted(self, rows: Sequence[packing.Row | None]) -> DataStats:
-        before, full = self._stats, [row for row in rows if row is not None]
-        skipped = Counter(before.skipped)
-        if self._samples.left_over and self._shard[0] == 0:
-            skipped.update(self._samples.left_over)
-            self._samples.left_over = []
+    def _counted(self, rows: Sequence[packing.Row | None], samples: _Usable) -> DataStats:
+        full = [row for row in rows if row is not None]
+        skipped = Counter(samples.left_over)
+        samples.left_over = []
         for row in full:
             skipped.update(reason for reasons in row["skipped"] for reason in reasons)
         tokens = sum(int((row["tokens_segment_ids"] > 0).sum()) for row in full)
         tiles = sum(len(sample_tiles) for row in full for sample_tiles in row["tiles"])
         return DataStats(
-            samples=before.samples + sum(len(row["name"]) for row in full),
-            skipped=dict(sorted(skipped.items())),
-            truncated=before.truncated + sum(map(sum, (row["truncated"] for row in full))),
-            tokens=before.tokens + tokens,
-            padding_tokens=before.padding_tokens + len(rows) * self._shape.tokens - tokens,
-            tiles=before.tiles + tiles,
-            padding_tiles=before.padding_tiles + len(rows) * self._shape.tiles - tiles,
+            samples=sum(len(row["name"]) for row in full),
+            skipped=skipped,
+            truncated=sum(map(sum, (row["truncated"] for row in full))),
+            tokens=tokens,
+            padding_tokens=len(rows) * self._shape.tokens - tokens,
+            tiles=tiles,
+            padding_tiles=len(rows) * self._shape.tiles - tiles,
         )
 
     def get_state(self) -> dict[str, Any]:
-        return {"rows": self._packed.get_state(), "stats": dataclasses.asdict(self._stats)}
+        return {
+            "streams": {
+                str(number): {"rows": packed.get_state(), "stats": dataclasses.asdict(self._stats[number])}
+                for number, packed in self._packed.items()
+            }
+        }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        self._packed.set_state(state["rows"])
-        self._stats = DataStats(**state["stats"])
+        for number, packed in self._packed.items():
+            packed.set_state(state["streams"][str(number)]["rows"])
+            self._stats[number] = DataStats(**state["streams"][str(number)]["stats"])
 
     def interrupt(self) -> None:
-        self._samples.interrupted = True
+        for samples in self._streams.values():
+            samples.interrupted = True
 
     def close(self) -> None:
-        self._packed.close()
+        for packed in self._packed.values():
+            packed.close()

@@ -1,7 +1,7 @@
 """What a run tells: a live view in a terminal or plain lines elsewhere, JSON lines always, TensorBoard on request.
 
-All of it is about the whole step; data counts of the other processes are taken to be like those of the first one,
-which alone reports.
+All of it is about the whole step; data counts of streams that only other processes read are taken to be like those
+that the first one reads, which alone reports.
 """
 
 from __future__ import annotations
@@ -51,14 +51,19 @@ class Report:
         *,
         devices: int,
         flops: StepFlops | None,
+        parts: float = 1,
         console: Console | None = None,
     ):
-        """``devices`` share the work of ``flops`` (None: no MFU). ``console``: standard error when not given."""
+        """``devices`` share the work of ``flops`` (None: no MFU). ``console``: standard error when not given.
+
+        ``parts``: the data counts given are those of one part in so many.
+        """
         self._settings = settings
         self._directory = Path(run_directory)
         self._active = jax.process_index() == 0
         self._devices = devices
         self._flops = flops
+        self._parts = parts
         self._peak = peak_flops(jax.devices()[0])
         self._schedule = learning_rate(settings.optimizer, settings.run.steps)
         self._rates = sorted({rule.rate for rule in settings.stage.parameters if rule.train}, reverse=True)
@@ -159,7 +164,7 @@ class Report:
         own = None if self._counts is None else {name: counts[name] - self._counts[name] for name in _COUNTED}
         self._counts = counts
         tokens = int(metrics.tokens)
-        samples, tiles = (own[name] * jax.process_count() for name in ("samples", "tiles")) if own else (None, None)
+        samples, tiles = (round(own[name] * self._parts) for name in ("samples", "tiles")) if own else (None, None)
         mfu = None
         if self._flops and self._peak and own and seconds > 0:
             mfu = self._flops.step(tokens, samples, tiles) / (seconds * self._devices * self._peak)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import math
 import os
 import signal
@@ -23,7 +25,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dsvl2_jax import checkpoint
+from dsvl2_jax import checkpoint, processes
 from dsvl2_jax.config import Config
 from dsvl2_jax.convert import rules
 from dsvl2_jax.convert.sizes import variant
@@ -34,24 +36,18 @@ from dsvl2_jax.processor import Processor
 from dsvl2_jax.sharding import make_mesh, parse_mesh
 from dsvl2_jax.train import data
 from dsvl2_jax.train.contrastive_step import ContrastiveMetrics, ContrastiveTrainer
-from dsvl2_jax.train.data import StepData
+from dsvl2_jax.train.data import Share, StepData
 from dsvl2_jax.train.regions import RegionTrainer
 from dsvl2_jax.train.report import Report
 from dsvl2_jax.train.run_directory import Identity, RunDirectory, Saved, model_identity, opened
-from dsvl2_jax.train.settings import Settings, load
+from dsvl2_jax.train.settings import Settings, load, to_toml
 from dsvl2_jax.train.step import StepMetrics, Trainer
 from dsvl2_jax.train.trainer import BaseTrainer, TrainState, data_shards
 
+# Steps from a signal to the last one: a process may be two steps ahead of the one that got it.
+_NOTICE = 3
+
 _TRAINERS = {"language": Trainer, "contrastive": ContrastiveTrainer, "regions": RegionTrainer}
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How a step's sequences are split."""
-
-    shard: tuple[int, int]  # index and number of the processes that load data
-    rows: int  # of an accumulation step, in this process
-    accumulation: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,33 +78,51 @@ def train(config: str | Path, overrides: Sequence[str] = ()) -> None:
     settings = load(config, overrides)
     enable_compilation_cache()
     mesh = training_mesh(settings)
-    layout = batch_layout(settings, mesh)
+    share = batch_share(settings, mesh)
     with _Signals() as signals, opened(settings.run.directory) as run:
-        steps = run.steps()
+        started, steps = processes.from_first(lambda: (run.started, run.steps()))
         # A run that has a checkpoint of its own no longer needs the one that it started from.
         source = run.model if steps else checkpoint.resolve(settings.model.checkpoint)
         model, processor = _open_model(settings, source)
-        training_data = dataclasses.replace(settings, data=dataclasses.replace(settings.data, validation={}))
-        identity = Identity(
-            model_identity(checkpoint.model_files(source)),
-            data.fingerprint(training_data),
-            {"processes": layout.shard[1], "rows": layout.rows, "accumulation steps": layout.accumulation},
-        )
-        if run.started:
+        identity = _identity(settings, source)
+        if processes.is_first() and started:
             run.check(settings, identity)
             run.write_settings(settings)
-        else:
+        elif processes.is_first():
             run.begin(settings, checkpoint.model_files(source), identity)
+        processes.gather("the run has begun")
+        if not run.started:
+            raise RunError(
+                f"run.directory {run.path}: does not show what process 0 has written there. Choose a directory on "
+                "storage that all processes share."
+            )
         objective = _TRAINERS[settings.stage.objective]
         trainer = objective(model, settings, processor.config.image_mean, processor.config.image_std, mesh)
-        options: dict[str, Any] = dataclasses.asdict(layout)
-        pipeline = data.open_training(settings, processor, model, **options)
+        pipeline = data.open_training(settings, processor, model, share)
         with contextlib.closing(pipeline):
-            validation = data.open_validation(settings, processor, model, **options)
-            state = _start(settings, trainer, run, source, mesh, pipeline)
+            validation = data.open_validation(settings, processor, model, share)
+            state = _start(settings, trainer, run, steps, source, mesh, pipeline)
             flops = trainer.flops()
-            with Report(run.path, settings, devices=jax.device_count(), flops=flops) as report:
+            with Report(run.path, settings, devices=jax.device_count(), flops=flops, parts=pipeline.parts) as report:
                 _Loop(settings, run, trainer, pipeline, validation, report, signals).run(state)
+
+
+def _identity(settings: Settings, source: Path) -> Identity:
+    """What the run is of; the same in all processes, validation data included."""
+
+    def files(train: bool) -> dict[str, str]:
+        other = {"validation" if train else "train": {}}
+        return data.fingerprint(dataclasses.replace(settings, data=dataclasses.replace(settings.data, **other)))
+
+    identity = Identity(model_identity(checkpoint.model_files(source)), files(train=True))
+    if processes.joined():
+        for what, content in (
+            ("the settings", to_toml(settings)),
+            ("the model", json.dumps(identity.model)),
+            ("the data", json.dumps([identity.data, files(train=False)])),
+        ):
+            processes.same_everywhere(what, f"one with SHA-256 {hashlib.sha256(content.encode()).hexdigest()}")
+    return identity
 
 
 def training_mesh(settings: Settings) -> Mesh | None:
@@ -127,8 +141,8 @@ def training_mesh(settings: Settings) -> Mesh | None:
     return None if devices == 1 else make_mesh(**sizes)
 
 
-def batch_layout(settings: Settings, mesh: Mesh | None) -> Layout:
-    """Rows and accumulation steps of this process.
+def batch_share(settings: Settings, mesh: Mesh | None) -> Share:
+    """Which rows of a step are this process's.
 
     Raises:
       SettingsError: the batch does not divide.
@@ -147,8 +161,7 @@ def batch_layout(settings: Settings, mesh: Mesh | None) -> Layout:
             f"= {batch.sequences}. This objective compares all images of a step, without accumulation: make "
             f"the two equal, as with batch.micro_sequences={batch.sequences // shards}."
         )
-    shard = (jax.process_index(), jax.process_count())
-    return Layout(shard, batch.micro_sequences * own, batch.sequences // at_once)
+    return Share(own, shards, batch.micro_sequences, batch.sequences // at_once)
 
 
 def _open_model(settings: Settings, source: Path) -> tuple[Config, Processor]:
@@ -167,12 +180,13 @@ def _start(
     settings: Settings,
     trainer: BaseTrainer,
     run: RunDirectory,
+    steps: list[int],
     source: Path,
     mesh: Mesh | None,
     pipeline: data.Pipeline,
 ) -> TrainState:
     """The state and the place in the data to go on from: the run's newest checkpoint, or its beginning."""
-    if steps := run.steps():
+    if steps:
         params = checkpoint.load_params(run.checkpoint(steps[-1]), trainer.config, mesh=mesh, fsdp=True)
         # The fresh optimizer state is let go of before the other is read.
         state = dataclasses.replace(trainer.init(params), optimizer=None)
@@ -210,12 +224,14 @@ class _Loop:
         self.signals = signals
         self.step = 0  # the last one given to the device
         self._settled = 0  # the last one whose metrics have been seen
+        self._saved = 0  # the last one that a checkpoint is of
+        self._stopped: str | None = None  # the signal that has stopped the run
         self._stacked = frozenset(leaf.path for leaf in rules.expand(trainer.config) if leaf.stacked)
         self._clock = time.monotonic()
 
     def run(self, state: TrainState) -> None:
         """Steps until the last one, or a signal. Raises what stops the run before."""
-        self.step = self._settled = int(state.step)
+        self.step = self._settled = self._saved = int(state.step)
         self.report.event("resume" if self.step else "start", self.step)
         try:
             self._finish(self._steps(state))
@@ -228,7 +244,7 @@ class _Loop:
         pending: _Pending | None = None
         self._clock = time.monotonic()
         with _Profile(settings.profile, self.directory.path / "profile") as profile:
-            while self.step < settings.steps and not self.signals.received:
+            while self.step < settings.steps and not self._stops():
                 samples = next(self.pipeline)
                 self.step += 1
                 profile.before(self.step)
@@ -248,6 +264,16 @@ class _Loop:
                 self._note(self.directory.poll())
         self._settle(pending)
         return state
+
+    def _stops(self) -> bool:
+        """True when a signal stops the run here: in all processes after the same step, whichever of them got it."""
+        if not processes.joined():
+            self._stopped = self.signals.received
+            return self._stopped is not None
+        wanted = self.signals.received and f"{self.signals.received} {self.step + _NOTICE}"
+        name, _, step = (processes.decide("stop", wanted) or "").partition(" ")
+        self._stopped = name if name and self.step >= int(step) else None
+        return self._stopped is not None
 
     def _settle(self, pending: _Pending | None) -> None:
         """Waits for a step's metrics, and reports them.
@@ -287,6 +313,7 @@ class _Loop:
 
     def _save(self, state: TrainState, validation_loss: float | None) -> None:
         self._note(self.directory.wait())
+        self._saved = self.step
         self.directory.save(
             self.step,
             self.trainer.params(state),
@@ -300,14 +327,15 @@ class _Loop:
         """Reports a checkpoint that has become complete, and deletes the ones that it makes superfluous."""
         if saved is not None:
             self.report.event("checkpoint", saved.step, seconds=saved.seconds)
-            self.directory.prune(self.settings.keep_last)
+            if processes.is_first():
+                self.directory.prune(self.settings.keep_last)
 
     def _finish(self, state: TrainState) -> None:
         """The last checkpoint, and what the user can do next."""
         step = self.step
         self._note(self.directory.wait())
-        received = self.signals.received
-        if step and step not in self.directory.steps():
+        received = self._stopped
+        if step > self._saved:
             validate = self.validation is not None and not received and step % self.settings.validate_every
             self._save(state, self._validate(state) if validate else None)
             self._note(self.directory.wait())
@@ -322,7 +350,8 @@ class _Loop:
         else:
             kept = f"a checkpoint of step {step} is written" if step else "there is nothing to save yet"
             text = f"stopped by {received}: {kept}. The same command goes on from there."
-        print(f"{path}: {text}", file=sys.stderr)
+        if processes.is_first():
+            print(f"{path}: {text}", file=sys.stderr)
 
 
 class _Signals(contextlib.AbstractContextManager):
@@ -345,8 +374,8 @@ class _Signals(contextlib.AbstractContextManager):
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
-        # Not print: the main thread may be inside it.
-        os.write(2, f"\n{self.received}: finishing the step, then writing a checkpoint.\n".encode())
+        if processes.is_first():  # not print: the main thread may be inside it
+            os.write(2, f"\n{self.received}: finishing the step, then writing a checkpoint.\n".encode())
 
 
 class _Profile(contextlib.AbstractContextManager):
@@ -374,4 +403,5 @@ class _Profile(contextlib.AbstractContextManager):
     def _stop(self) -> None:
         self._running = False
         jax.profiler.stop_trace()
-        print(f"{self._directory}: the trace of steps {self._first} to {self._last}", file=sys.stderr)
+        if processes.is_first():
+            print(f"{self._directory}: the trace of steps {self._first} to {self._last}", file=sys.stderr)

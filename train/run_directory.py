@@ -1,6 +1,6 @@
 """A training run on disk: what run it is, its checkpoints, and the lock that keeps a second process out.
 
-``run.json`` says which model, data and batch layout the run began with, ``config.toml`` with which settings, and
+``run.json`` says which model and data the run began with, ``config.toml`` with which settings, and
 ``model/`` holds the model's files. A checkpoint is a directory ``checkpoints/STEP``, which appears under that name
 when it is complete: the parameters, the optimizer's state, and a JSON document with the place in the data.
 """
@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from rich import filesize
 
-from dsvl2_jax import orbax_io
+from dsvl2_jax import orbax_io, processes
 from dsvl2_jax.checkpoint import CHECKPOINTS_NAME, MODEL_NAME, PARAMS_NAME, RUN_NAME, run_steps
 from dsvl2_jax.convert import rules
 from dsvl2_jax.convert.convert import carry_files
@@ -44,7 +44,6 @@ class Identity:
 
     model: Mapping[str, str]  # file name → hash, of `model_identity`
     data: Mapping[str, str]  # file → hash
-    layout: Mapping[str, int]  # processes, rows and accumulation steps of a process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Saved:
 
 @contextlib.contextmanager
 def opened(directory: str | Path) -> Iterator[RunDirectory]:
-    """The run directory, made when needed and held by this process alone.
+    """The run directory, made when needed and held by this process alone, for all processes of the run.
 
     What a killed process left of unfinished checkpoints is removed. When the block is left, a checkpoint that is
     being written is finished first, except on Ctrl-C.
@@ -75,14 +74,16 @@ def opened(directory: str | Path) -> Iterator[RunDirectory]:
       RunError: it holds something else than a run.
     """
     path = Path(directory).absolute()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"run.directory {path}: cannot be made ({error.strerror}); choose another.") from error
     busy = f"{path}: another process is training in this directory. Wait for it, or choose another run.directory."
-    with locked(path, busy) if _primary() else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
         run = RunDirectory(path)
-        run.clean()
+        if processes.is_first():
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise RunError(f"run.directory {path}: cannot be made ({error.strerror}); choose another.") from error
+            stack.enter_context(locked(path, busy))
+            run.clean()
         try:
             yield run
         except KeyboardInterrupt:
@@ -136,8 +137,6 @@ class RunDirectory:
 
     def begin(self, settings: Settings, model_source: Path, identity: Identity) -> None:
         """Writes what identifies the run. Nothing counts before ``run.json``, which comes last."""
-        if not _primary():
-            return
         shutil.rmtree(self.model, ignore_errors=True)
         self.model.mkdir()
         carry_files(model_source, self.model)
@@ -148,24 +147,18 @@ class RunDirectory:
 
     def write_settings(self, settings: Settings) -> None:
         """Keeps the settings that are in force now."""
-        if _primary():
-            write_text(self.path / CONFIG_NAME, settings_module.to_toml(settings))
+        write_text(self.path / CONFIG_NAME, settings_module.to_toml(settings))
 
     def check(self, settings: Settings, identity: Identity) -> None:
         """Refuses to go on with another run than the one that began here.
 
         Raises:
-          RunError: settings, model, data files or batch layout are not those of the start; all of them are listed.
+          RunError: settings, model or data files are not those of the start; all of them are listed.
         """
         before = self._identity()
         other = [
             *settings_module.differences(settings_module.load(self.path / CONFIG_NAME), settings),
             *_changes(before.model, identity.model, "model: "),
-            *(
-                f"{name} of the batch: {before.layout[name]} at the start of the run, now {identity.layout[name]}"
-                for name in before.layout
-                if before.layout[name] != identity.layout.get(name)
-            ),
         ]
         if other:
             raise RunError(
@@ -186,6 +179,7 @@ class RunDirectory:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             version = content.pop("version")
+            content.pop("layout", None)  # of processes and rows, which may change now
             if version == RUN_VERSION:
                 return Identity(**content)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -260,7 +254,7 @@ class RunDirectory:
         losses = {step: self._validation_loss(step) for step in steps}
         best = min(losses, key=lambda step: (losses[step], -step), default=0)
         for step in steps[:-keep_last]:
-            if _primary() and (step != best or math.isinf(losses[step])):
+            if processes.is_first() and (step != best or math.isinf(losses[step])):
                 doomed = self.checkpoint(step).with_name(f"{step}{_REMOVING}")
                 self.checkpoint(step).rename(doomed)
                 shutil.rmtree(doomed)
@@ -270,7 +264,7 @@ class RunDirectory:
         if step not in self._losses:
             loss = None
             with contextlib.suppress(Exception):
-                loss = orbax_io.read_document(self.checkpoint(step))["validation_loss"]
+                loss = orbax_io.read_documents(self.checkpoint(step))[0]["validation_loss"]
             self._losses[step] = math.inf if loss is None or math.isnan(loss) else loss
         return self._losses[step]
 
@@ -285,8 +279,12 @@ class RunDirectory:
         """
         path = self.checkpoint(step)
         try:
-            document = orbax_io.read_document(path)
-            return Restored(orbax_io.read_tree(path, _OPTIMIZER, optimizer), document["iterator"])
+            iterators = [document["iterator"] for document in orbax_io.read_documents(path)]
+            together: dict[str, Any] = {}
+            for iterator in iterators:
+                together |= iterator.get("streams", {})
+            iterator = {"streams": together} if together else iterators[0]
+            return Restored(orbax_io.read_tree(path, _OPTIMIZER, optimizer), iterator)
         except Exception as error:  # Orbax and tensorstore raise ValueError, KeyError, OSError, XlaRuntimeError …
             reason = str(error).strip().split("\n")[0]
             raise RunError(
@@ -317,7 +315,7 @@ class RunDirectory:
 
     def _remove_unfinished(self) -> None:
         directory = self.path / CHECKPOINTS_NAME
-        if _primary() and directory.is_dir():
+        if processes.is_first() and directory.is_dir():
             for path in (*orbax_io.unfinished(directory), *directory.glob(f"*{_REMOVING}")):
                 shutil.rmtree(path, ignore_errors=True)
                 if path.exists():
@@ -335,7 +333,3 @@ def _changes(before: Mapping[str, str], now: Mapping[str, str], prefix: str) -> 
         if before.get(name) != now.get(name):
             what = "is new" if name not in before else "is gone" if name not in now else "has changed"
             yield f"{prefix}{name} {what}"
-
-
-def _primary() -> bool:
-    return jax.process_index() == 0

@@ -54,7 +54,8 @@ class DataSettings:
     too_long: str = "skip"  # skip or truncate: samples longer than a row
     mask_prompt: bool = False  # True: loss on answers alone (stage 3); False: on all text
     shuffle: bool = True
-    workers: int = 0  # processes that read and tokenise; 0: the main one
+    workers: int = 0  # processes that read and tokenise a stream; 0: the main one
+    streams: int = 1  # parts that are read and packed apart, each by the processes that train on it; see docs/pods.md
     max_broken_share: float = 0.01  # of the samples read; above it the run stops
 
 
@@ -164,6 +165,8 @@ class Settings:
 COMMAND_LINE = "command line"
 # What a resumed run may change: none of it reaches the parameters.
 _MAY_CHANGE = (
+    "compute.mesh",
+    "batch.micro_sequences",
     "data.validation",
     "data.max_broken_share",
     "data.workers",
@@ -257,7 +260,8 @@ def differences(start: Settings, now: Settings) -> list[str]:
     """What keeps a run that began with ``start`` from going on with ``now`` exactly as it would have.
 
     Cadence of checkpoints, validation and logs, validation data, workers and the directory may change; ``run.steps``
-    only where no schedule depends on it (constant). Everything else reaches the losses, if only by rounding.
+    only where no schedule depends on it (constant). So may the mesh and how its devices split a step, which reach the
+    losses by rounding alone. Everything else reaches them.
 
     Returns:
       One line for each such field; empty when the run may go on.

@@ -34,6 +34,7 @@ _RANGES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "data.max_segments": _POSITIVE,
     "data.packing_bins": _POSITIVE,
     "data.workers": _NOT_NEGATIVE,
+    "data.streams": _POSITIVE,
     "data.max_broken_share": _SHARE,
     "batch.sequences": _POSITIVE,
     "batch.micro_sequences": _POSITIVE,
@@ -127,6 +128,8 @@ def together(settings: Settings) -> Iterator[Problem]:
         data = f" × data={shards}" if shards > 1 else ""
         unit = f"micro_sequences = {batch.micro_sequences}{data}"
         yield ("batch", "sequences"), f"{batch.sequences} is no multiple of {unit}."
+    if settings.data.streams > 0 and batch.sequences % settings.data.streams:
+        yield ("data", "streams"), f"{settings.data.streams} does not divide batch.sequences = {batch.sequences}."
     warmup = settings.optimizer.warmup_steps
     if warmup >= run.steps > 0:
         yield ("optimizer", "warmup_steps"), f"must be less than run.steps = {run.steps}, not {warmup}."

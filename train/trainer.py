@@ -81,8 +81,9 @@ class BaseTrainer:
         trained = {path: rule for path, rule in self.rules.items() if rule.train}
         self._optimizer = make_optimizer(settings, trained | dict(auxiliary or {}))
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
-        self._step = jax.jit(self._update, donate_argnums=0, out_shardings=(shardings, None))
-        self._evaluate = jax.jit(self._measure)
+        # Metrics are whole on every device, so that every process can look at them.
+        self._step = jax.jit(self._update, donate_argnums=0, out_shardings=(shardings, self._whole()))
+        self._evaluate = jax.jit(self._measure, out_shardings=self._whole())
         separate = {path: self._sharding(*leaf, False) for path, leaf in abstract_leaves(config).items()}
         self._separate = jax.jit(self._unstacked, out_shardings=separate)
 
