@@ -187,7 +187,8 @@ def walk(text: str) -> Cost:
 def _parse(text: str) -> tuple[dict[str, _Computation], str]:
     computations: dict[str, _Computation] = {}
     current, entry = None, None
-    for line in text.splitlines():
+    # An attribute of a kernel may hold text of several lines, which go on with `"name":` and end with `}}, …`.
+    for line in re.sub(r'\n(?="|\}\})', " ", text).splitlines():
         if current is None:
             if header := _HEADER.match(line):
                 current = computations[header[2]] = _Computation()
