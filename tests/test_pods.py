@@ -8,7 +8,7 @@ import pytest
 
 from dsvl2_jax.config import Config
 from dsvl2_jax.convert.sizes import released_config
-from dsvl2_jax.infer.plan import parse_job, plan
+from dsvl2_jax.infer.plan import Job, parse_job, plan
 from dsvl2_jax.infer.topologies import topology
 
 pytestmark = [
@@ -16,20 +16,49 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: make test-pods"),
 ]
 
+PREFILL, DECODE, ENCODE = Job("prefill", 8, 4096), Job("decode", 64, 4096), Job("encode", 32, 0)
+
+
+def planned(size: str, job: Job, name: str, mesh: dict[str, int] | None = None) -> dict:
+    found = plan(Config.from_dict(released_config(size)), job, topology(name), mesh)
+    assert found["compiled"] and found["fits"], found
+    # Loops over the experts' shares have as many turns as routing asks for, and are counted as if it were even.
+    assert not found["unknown_loops"] or found["mesh"]["expert"] > 1, found
+    return found
+
+
+@pytest.mark.parametrize("job", [PREFILL, DECODE, ENCODE], ids=lambda job: job.kind)
+@pytest.mark.parametrize(
+    ("size", "name"), [("base", "v5e-16"), ("base", "v5p-8"), ("base", "v6e-8"), ("small", "v5e-8")]
+)
+def test_models_fit_and_do_little_more_than_they_must(size, name, job):
+    found = planned(size, job, name)
+    assert found["flops_ratio"] <= 1.10
+    assert job.kind != "decode" or found["bytes_ratio"] <= 1.3
+
+
+@pytest.mark.parametrize("slots", [1, 16])
+@pytest.mark.parametrize(("size", "name"), [("base", "v5e-16"), ("small", "v5e-8")])
+def test_a_step_of_few_slots_reads_the_experts_that_it_visits(size, name, slots):
+    assert planned(size, Job("decode", slots, 4096), name)["bytes_ratio"] <= 1.3
+
+
+@pytest.mark.parametrize("job", [Job("prefill", 1, 4096), Job("decode", 16, 4096), Job("encode", 8, 0)], ids=str)
+def test_tiny_fits_one_chip(job):
+    assert planned("tiny", job, "v5e-1")["flops_ratio"] <= 1.10
+
+
+# 16 sequences of 4096 tokens a step, without pictures, float32 weights and moments.
+TEXT_ALONE = ["compute.remat=full", "data.tiles_per_sequence=1", "optimizer.state_dtype=float32"]
+
 
 @pytest.mark.parametrize(
-    ("size", "kind", "place"),
-    [
-        *(("tiny", kind, "v5e-4") for kind in ("prefill", "decode", "encode")),
-        *(("small", kind, "v5e-8") for kind in ("prefill", "decode", "encode")),
-        *(("base", kind, "v5p-8") for kind in ("prefill", "decode", "encode")),
-        ("tiny", "sft", "v6e-4"),
-        ("small", "sft", "v6e-16"),
-        ("base", "sft", "v5p-16"),
-    ],
+    ("name", "settings", "most"),
+    [("v6e-16", TEXT_ALONE, 7.0e9), ("v5e-16", [*TEXT_ALONE[:2], "optimizer.state_dtype=bfloat16"], 16e9)],
+    ids=["v6e-16", "v5e-16, bfloat16 moments"],
 )
-def test_whole_models_fit(size, kind, place):
-    config = Config.from_dict(released_config(size))
-    found = plan(config, parse_job(kind, None, None, None, model=size), topology(place))
-    assert found["compiled"] and found["fits"] and found["unknown_loops"] == [], found
-    assert found["flops_ratio"] >= 0.95
+def test_small_is_trained_on_sixteen_chips(name, settings, most):
+    job = parse_job("pretrain", 16, None, None, model="small", micro=1, overrides=settings)
+    found = planned("small", job, name, {"data": 4, "tensor": 1, "expert": 4})
+    assert found["bytes_per_device"]["temporaries"] <= most
+    assert found["flops_ratio"] <= 1.10

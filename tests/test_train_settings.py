@@ -126,7 +126,7 @@ def test_all_problems_come_in_one_message_with_their_origin(file):
         ("optimizer.warmup_steps=100", "must be less than run.steps = 100"),
         ("optimizer.schedule=linear", "none of cosine, step, constant"),
         ("batch.micro_sequences=3", "64 is no multiple of micro_sequences = 3"),
-        ("compute.mesh=data=3", "64 is no multiple of micro_sequences = 1 × data=3"),
+        ("compute.mesh=data=3", "64 is no multiple of micro_sequences = 1 × 3 data shards"),
         ("compute.mesh=date=3", "compute.mesh: unknown axis 'date'"),
         ("stage.parameters=[{match='('}]", "stage.parameters[0].match: '(' is not a regular expression"),
         ("stage.parameters=[{match='.', rate=0}]", "stage.parameters[0].rate: must be positive"),

@@ -117,16 +117,16 @@ def _stage(stage: StageSettings) -> Iterator[Problem]:
 
 def together(settings: Settings) -> Iterator[Problem]:
     """Fields that must fit each other."""
-    from dsvl2_jax.sharding import parse_mesh
+    from dsvl2_jax.sharding import batch_parts, parse_mesh
 
     batch, run, shards = settings.batch, settings.run, 1
     try:
-        shards = parse_mesh(settings.compute.mesh)["data"]
+        shards = batch_parts(parse_mesh(settings.compute.mesh))
     except UsageError as error:
         yield ("compute", "mesh"), str(error).removeprefix("--mesh: ")
     if batch.micro_sequences > 0 and batch.sequences % (batch.micro_sequences * shards):
-        data = f" × data={shards}" if shards > 1 else ""
-        unit = f"micro_sequences = {batch.micro_sequences}{data}"
+        parts = f" × {shards} data shards" if shards > 1 else ""
+        unit = f"micro_sequences = {batch.micro_sequences}{parts}"
         yield ("batch", "sequences"), f"{batch.sequences} is no multiple of {unit}."
     if settings.data.streams > 0 and batch.sequences % settings.data.streams:
         yield ("data", "streams"), f"{settings.data.streams} does not divide batch.sequences = {batch.sequences}."
