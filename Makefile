@@ -14,7 +14,7 @@ help:
 	@echo "make run     draw fresh pictures and ask the bundled model about them; SEED=7 draws others"
 	@echo "make test    run the whole test suite (sets up $(VENV) first)"
 	@echo "make eval-micro   ask the bundled model 500 held-out questions a task (CKPT=DIR asks another)"
-	@echo "make train-micro  train the bundled model from nothing, about two hours; goes on where it was stopped"
+	@echo "make train-micro  train the bundled model from nothing, about three and a half hours; goes on where it was stopped"
 	@echo "make .venv   only set up $(VENV); PYTHON=python3.12 picks another interpreter"
 	@echo "make lint    ruff: lint and format check"
 	@echo "make clean   remove $(VENV) and $(OUT)"
