@@ -16,7 +16,7 @@ help:
 	@echo "make test-pods    compile for TPU topologies, whole models included (no TPU needed; hours)"
 	@echo "make test-gpu-compile   the same for H100s (no GPU needed; fetches 4 GB into .venv-gpu)"
 	@echo "make eval-micro   ask the bundled model 500 held-out questions a task (CKPT=DIR asks another)"
-	@echo "make train-micro  train the bundled model from nothing, about two hours; goes on where it was stopped"
+	@echo "make train-micro  train the bundled model from nothing, about three and a half hours; goes on where it was stopped"
 	@echo "make .venv   only set up $(VENV); PYTHON=python3.12 picks another interpreter"
 	@echo "make lint    ruff: lint and format check"
 	@echo "make clean   remove $(VENV) and $(OUT)"

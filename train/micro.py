@@ -184,6 +184,8 @@ STAGES = (
     "places",
     "where",
     "all",
+    "sharpen",
+    "again",
     "sft",
 )
 LOG_NAME = "training.jsonl"
