@@ -209,9 +209,10 @@ class _Link:
         self._watcher.join(_LEAVING * 3)
         os._exit(status)
 
-    def _leave_word(self, status: int, message: str) -> None:
+    def _leave_word(self, status: int, message: str, *, gone: bool = False) -> None:
+        """``gone``: a process has ended that will not read this."""
         with contextlib.suppress(Exception):  # there is word already, or nobody to leave it with
-            word = {"process": self.index, "status": status, "message": message}
+            word = {"process": self.index, "status": status, "message": message, "gone": gone}
             self.client.key_value_set(_FAILED, json.dumps(word))
 
     def _watch(self) -> None:
@@ -227,11 +228,14 @@ class _Link:
         if alone or self.index == 0:
             by = f"error: process {word['process']}: " if word["process"] else "error: "
             print(word["message"].replace("error: ", by, 1), file=sys.stderr, flush=True)
-        if not alone:
+        # Who loses the service, which is in process 0, is aborted by jax; and so are all when a barrier is missed.
+        if word.get("gone"):
+            time.sleep(_GRACE if self.index == 0 else 0)
+        elif not alone:
             try:
                 self.client.wait_at_barrier("dsvl2/left", int(_LEAVING * 1000))
             except Exception:  # some have ended before
-                time.sleep(_GRACE if self.index == 0 else 0)  # who loses the service is aborted by jax
+                time.sleep(_GRACE if self.index == 0 else 0)
         os._exit(word["status"])
 
     def _beat(self) -> None:
@@ -251,7 +255,9 @@ class _Link:
                         what = (
                             f"dsvl2: error: process {key.rpartition('/')[2]} of {self.count} has ended without a word"
                         )
-                        self._leave_word(1, f"{what} (killed, out of memory, or its machine is gone). {_AGAIN}")
+                        self._leave_word(
+                            1, f"{what} (killed, out of memory, or its machine is gone). {_AGAIN}", gone=True
+                        )
             time.sleep(_BEAT)
 
 

@@ -178,7 +178,7 @@ def runs(tmp_path_factory) -> Path:
         leaf.path: random.standard_normal(leaf.shape, np.float32) for leaf in rules.expand(Config.from_file(source))
     }
     with opened(last) as run:
-        run.begin(settings.load(file), source, Identity(model_identity(source), {"data.jsonl": "abc"}, {"rows": 2}))
+        run.begin(settings.load(file), source, Identity(model_identity(source), {"data.jsonl": "abc"}))
         run.save(6, orbax_io.nest(flat), {"count": np.zeros(1, np.float32)}, {"at": 6})
         run.wait()
     for stage in micro.STAGES:

@@ -69,7 +69,7 @@ def test_the_chosen_mesh_holds_parameters_and_cache_with_room(released):
     for name, job in (("v5p-8", Job("decode", 64, 4096)), ("v5e-16", Job("decode", 64, 4096))):
         place = topology(name)
         sizes, reason = choose_mesh(config, job, place)
-        assert resident_bytes(config, job, sizes) <= 0.85 * place.memory and "leave room" in reason
+        assert resident_bytes(config, job, sizes) <= 0.85 * place.memory and "with room" in reason
     alone = Job("encode", 8, 0)
     assert choose_mesh(released["tiny"], alone, topology("v5p-8"))[0] == {"data": 4, "tensor": 1, "expert": 1}
     sizes, reason = choose_mesh(config, Job("decode", 64, 4096), topology("v5e-1"))

@@ -97,7 +97,7 @@ def test_axes_of_size_one_are_left_out():
 
 def test_a_dimension_is_split_over_those_axes_of_its_rule_that_divide_it():
     mesh = {"data": 2, "tensor": 2, "expert": 4}
-    assert partition_spec((16,), ("tiles",), mesh, ACTIVATION_RULES) == PartitionSpec(("data", "tensor", "expert"))
+    assert partition_spec((16,), ("tiles",), mesh, ACTIVATION_RULES) == PartitionSpec(("data", "expert", "tensor"))
     assert partition_spec((12,), ("tiles",), mesh, ACTIVATION_RULES) == PartitionSpec(("data", "tensor"))
     assert partition_spec((10,), ("heads",), mesh, ACTIVATION_RULES) == PartitionSpec("tensor")
     assert partition_spec((9,), ("tiles",), mesh, ACTIVATION_RULES) == PartitionSpec(None)
