@@ -143,7 +143,7 @@ def test_training_has_the_losses_of_one_process_on_any_mesh_and_goes_on_after_ki
     assert "process 0" in two.err(1) or "another task died" in two.err(1)
 
     # Four processes, of which two and two share a data shard, go on.
-    mesh = ("compute.mesh=data=2,expert=2", "batch.micro_sequences=2")
+    mesh = ("compute.mesh=data=2,tensor=2", "batch.micro_sequences=2")
     four = Group(tmp_path, 4, "train", config, *mesh)
     assert four.finish() == [0] * 4, four.err(0)
     assert list(losses(run)) == list(range(1, STEPS + 1))
