@@ -20,6 +20,9 @@ from dsvl2_jax.tpu_kernels import few_rows_matmul, megablox_outer
 
 MAX_BLOCK = 128
 
+# So few rows XLA multiplies with every matrix, on TPUs.
+FEW_ROWS = 32
+
 
 @jax.custom_vjp
 def grouped_matmul(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -92,7 +95,7 @@ def _ragged(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.
 
 
 def _tpu(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    if rows.shape[0] <= weights.shape[0]:  # most matrices have no row
+    if rows.shape[0] <= max(weights.shape[0], FEW_ROWS):
         return few_rows_matmul(rows, weights, group_sizes)
     return _ragged(rows, weights, group_sizes)
 

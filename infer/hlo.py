@@ -506,18 +506,30 @@ class _Walk:
                 total += user.arrays[0].size
             elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
                 continue  # changed in place
-            elif user.opcode == "bitcast":
+            elif user.opcode == "bitcast" and not user.root:
                 total += self._used(user, fused)
             elif user.opcode == "fusion":
                 (name,) = self._called(user)
                 inner = self._all[name]
                 places = [at for at, operand in enumerate(user.operands) if operand == parameter.name]
-                total += sum(self._used(inner.parameters[at], inner) for at in places)
+                given = [inner.parameters[at] for at in places]
+                if all(self._handed_on(value, inner) for value in given):
+                    total += self._used(user, fused)
+                else:
+                    total += sum(self._used(value, inner) for value in given)
             elif user.opcode == "tuple" or user.opcode == "get-tuple-element":
                 continue
             else:
                 return math.inf
         return total
+
+    @staticmethod
+    def _handed_on(parameter: _Instruction, fused: _Computation) -> bool:
+        """True when a fused computation gives a parameter another shape and nothing else."""
+        made = fused.root
+        while made.opcode == "bitcast":
+            made = fused[made.operands[0]]
+        return made is parameter
 
     def _result(self, name: str, fused: _Computation) -> float:
         """Bytes that a fused computation writes of a result: an update, when it changes an array in place."""

@@ -138,6 +138,61 @@ def test_tpu_programs_products_are_convolutions_and_fast_memory_is_free():
     assert cost.bytes == q + k + out  # k is copied into fast memory once, and read there
 
 
+# A weight that a fusion inside a fusion only gives another shape; a slice on its way to fast memory; a kernel whose
+# second operand is there already and whose attributes take three lines; and a collective that two fusions work on.
+PREFETCHED = """HloModule jit_step, is_scheduled=true
+
+%bitcast_fusion (p: bf16[64,32]) -> bf16[2,32,32] {
+  %p = bf16[64,32]{1,0} parameter(0)
+  ROOT %bitcast.1 = bf16[2,32,32]{2,1,0} bitcast(%p)
+}
+
+%fused (p.1: bf16[64,32], p.2: bf16[8,64]) -> bf16[8,32] {
+  %p.1 = bf16[64,32]{1,0} parameter(0)
+  %p.2 = bf16[8,64]{1,0} parameter(1)
+  %fusion.1 = bf16[2,32,32]{2,1,0} fusion(%p.1), kind=kLoop, calls=%bitcast_fusion
+  %bitcast.2 = bf16[64,32]{1,0} bitcast(%fusion.1)
+  ROOT %dot.1 = bf16[8,32]{1,0} dot(%p.2, %bitcast.2), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%gather.1 (p.3: bf16[16,8]) -> bf16[64,8] {
+  %p.3 = bf16[16,8]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[64,8]{1,0} all-gather(%p.3), channel_id=7, dimensions={0}
+}
+
+%gather.2 (p.4: bf16[16,8]) -> bf16[64,8] {
+  %p.4 = bf16[16,8]{1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[64,8]{1,0} all-gather(%p.4), channel_id=7, dimensions={0}
+}
+
+ENTRY %main (w: bf16[64,32], x: bf16[8,64], part: bf16[16,8], table: bf16[64,8]) -> bf16[8,32] {
+  %w = bf16[64,32]{1,0} parameter(0)
+  %x = bf16[8,64]{1,0} parameter(1)
+  %part = bf16[16,8]{1,0} parameter(2)
+  %table = bf16[64,8]{1,0} parameter(3)
+  %slice-start = (bf16[64,8]{1,0}, bf16[16,8]{1,0:S(1)}, u32[]{:S(2)}) slice-start(%table), slice={[0:16], [0:8]}
+  %slice-done = bf16[16,8]{1,0:S(1)} slice-done(%slice-start)
+  %begun = bf16[64,8]{1,0:S(1)} fusion(%part), kind=kCustom, calls=%gather.1
+  %ended = bf16[64,8]{1,0:S(1)} fusion(%part), kind=kCustom, calls=%gather.2
+  %kernel = bf16[8,8] custom-call(%x, %slice-done), custom_call_target="tpu_custom_call", frontend_attributes={k={
+"blocks":"8"
+}}, backend_config={"custom_call_config":{"cost_estimate":{"flops":"1000","bytes_accessed":"2000"}}}
+  ROOT %result = bf16[8,32]{1,0} fusion(%w, %x), kind=kOutput, calls=%fused
+}
+"""
+
+
+def test_what_is_prefetched_or_only_reshaped_counts_once():
+    cost = walk(PREFETCHED)
+    assert cost.flops == matmul(8, 64, 32) + 1000
+    fetched, part = 2 * 16 * 8, 2 * 2 * 16 * 8  # the slice; the part that is gathered, by both fusions
+    kernel = 2000 - 2 * 16 * 8  # without the operand in fast memory
+    product = 2 * (64 * 32 + 8 * 64 + 8 * 32)
+    assert cost.bytes == fetched + part + kernel + product
+    gathered = cost.collectives["all-gather"]
+    assert (gathered.count, gathered.bytes) == (1, 2 * 64 * 8)
+
+
 def test_collectives_are_counted_by_kind_with_their_bytes():
     mesh = make_mesh(data=8)
 
