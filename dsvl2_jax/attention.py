@@ -23,7 +23,7 @@ from dsvl2_jax.config import LanguageConfig
 from dsvl2_jax.gpu_attention import Attention, fused_attention, taken
 from dsvl2_jax.layers import RMSNorm, linear, partitioned, precision, rotary_tables, rotate_half, rotate_interleaved
 from dsvl2_jax.sharding import batch_axis, constrain, on_shards
-from dsvl2_jax.tpu_kernels import ATTENTION_BLOCK, splash_attention
+from dsvl2_jax.tpu_kernels import ATTENTION_BLOCK, latent_attention, splash_attention
 
 LayerCache = dict[str, jax.Array]
 
@@ -112,6 +112,34 @@ def _attend_block(
     weights = nn.softmax(scores, axis=-1).astype(values.dtype)
     spec = "bhts,bshd->bthd" if values.ndim == 4 else "bhts,bsd->bthd"
     return jnp.einsum(spec, weights, values, precision=precision(values.dtype))
+
+
+def attend_to_latents(
+    query: jax.Array,
+    rope_query: jax.Array,
+    latent: jax.Array,
+    rope_key: jax.Array,
+    positions: jax.Array,
+    scale: float,
+) -> jax.Array:
+    """`attend` of one token a row, [B, 1, H, …], to its latents; on TPUs, in bfloat16, by a kernel of ours."""
+
+    def plain(query: jax.Array, rope_query: jax.Array, latent: jax.Array, rope_key: jax.Array, positions: jax.Array):
+        return attend([query, rope_query], [latent, rope_key], latent, (None, positions), scale)
+
+    slots = latent.shape[1]
+    if latent.dtype != jnp.bfloat16 or slots % min(slots, ATTENTION_BLOCK):
+        return plain(query, rope_query, latent, rope_key, positions)
+
+    def kernel(query: jax.Array, rope_query: jax.Array, *rest: jax.Array) -> tuple[jax.Array]:
+        *cache, last = rest
+        return (latent_attention(query[:, 0], rope_query[:, 0], *cache, last[:, 0], scale)[:, None],)
+
+    heads, cache = ("slots", None, "heads", None), ("slots", None, None)
+    split = on_shards(kernel, (heads, heads, cache, cache, ("slots", None)), (heads,))
+    return lax.platform_dependent(
+        query, rope_query, latent, rope_key, positions, tpu=lambda *arrays: split(*arrays)[0], default=plain
+    )
 
 
 def attend_to_row(
@@ -292,7 +320,7 @@ class LatentAttention(nn.Module):
             q_latent = constrain(q_latent, rows, "length", "heads", "latent")
             # To the cache, which is split by slots, and back: cheaper than every device reading all of it.
             queries = [constrain(q, "slots", None, "heads", None) for q in (q_latent, q_rope)]
-            out = attend(queries, [latent, rope_key], latent, (None, positions), scale)  # [B, 1, H, R]
+            out = attend_to_latents(*queries, latent, rope_key, positions, scale)  # [B, 1, H, R]
             out = constrain(constrain(out, "slots", None, "heads", None), rows, "length", "heads", "latent")
             out = jnp.einsum("bthr,hvr->bthv", out, value_up, precision=exact)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
@@ -129,3 +130,91 @@ def splash_attention(
     first = (jnp.arange(length) - positions).astype(jnp.int32)  # of a sample: the same for all of its tokens
     by_head = ((a * s).swapaxes(1, 2) for a, s in ((query, scale), (key, 1), (value, 1)))
     return jax.vmap(kernel)(*by_head, SegmentIds(first, first)).swapaxes(1, 2)
+
+
+def latent_attention(
+    query: jax.Array,
+    rope_query: jax.Array,
+    latent: jax.Array,
+    rope_key: jax.Array,
+    positions: jax.Array,
+    scale: float,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """A decode step's attention over the latent cache, which is read once: every block serves scores and values.
+
+    Args:
+      query: [B, H, R]; rope_query: [B, H, P]. latent: [B, S, R]; rope_key: [B, S, P]. S is at most, or a multiple of,
+        `ATTENTION_BLOCK`.
+      positions: i32[B], the last slot that each row sees; blocks after it are not read.
+
+    Returns:
+      [B, H, R] in the dtype of ``latent``.
+    """
+    (b, h, r), p, slots = query.shape, rope_query.shape[-1], latent.shape[1]
+    block = min(ATTENTION_BLOCK, slots)
+    exact = precision(latent.dtype)
+
+    def kernel(last_ref, query_ref, rope_query_ref, latent_ref, key_ref, out_ref, most_ref, sum_ref, mixed_ref):
+        last, place = last_ref[pl.program_id(0)], pl.program_id(1)
+
+        @pl.when(place == 0)
+        def _():
+            most_ref[...] = jnp.full_like(most_ref, -jnp.inf)
+            sum_ref[...] = jnp.zeros_like(sum_ref)
+            mixed_ref[...] = jnp.zeros_like(mixed_ref)
+
+        @pl.when(place * block <= last)
+        def _():
+            def scores(left, right):
+                dims = (((1,), (1,)), ((), ()))
+                return lax.dot_general(left, right, dims, precision=exact, preferred_element_type=jnp.float32)
+
+            values = latent_ref[0]
+            found = scores(query_ref[0], values) + scores(rope_query_ref[0], key_ref[0])  # [H, block]
+            slot = place * block + lax.broadcasted_iota(jnp.int32, found.shape, 1)
+            found = jnp.where(slot <= last, found * scale, -jnp.inf)
+            most = jnp.maximum(most_ref[...], found.max(-1, keepdims=True))
+            kept, weights = jnp.exp(most_ref[...] - most), jnp.exp(found - most)
+            most_ref[...] = most
+            sum_ref[...] = sum_ref[...] * kept + weights.sum(-1, keepdims=True)
+            added = jnp.dot(weights.astype(values.dtype), values, precision=exact, preferred_element_type=jnp.float32)
+            mixed_ref[...] = mixed_ref[...] * kept + added
+
+        @pl.when(place == pl.num_programs(1) - 1)
+        def _():
+            out_ref[0] = (mixed_ref[...] / sum_ref[...]).astype(out_ref.dtype)
+
+    def row(i, j, last):
+        return i, 0, 0
+
+    def seen(i, j, last):
+        return i, jnp.minimum(j, last[i] // block), 0
+
+    itemsize = latent.dtype.itemsize
+    if not interpret:
+        latent, rope_key = (pltpu.with_memory_space_constraint(a, pltpu.HBM) for a in (latent, rope_key))
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(b, slots // block),
+            in_specs=[
+                pl.BlockSpec((1, h, r), row),
+                pl.BlockSpec((1, h, p), row),
+                pl.BlockSpec((1, block, r), seen),
+                pl.BlockSpec((1, block, p), seen),
+            ],
+            out_specs=pl.BlockSpec((1, h, r), row),
+            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in ((h, 1), (h, 1), (h, r))],
+        ),
+        out_shape=jax.ShapeDtypeStruct((b, h, r), latent.dtype),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * b * h * slots * (2 * r + p),
+            transcendentals=b * h * slots,
+            bytes_accessed=itemsize * b * (slots * (r + p) + h * (2 * r + p)),
+        ),
+        interpret=interpret,
+        name="latent_attention",
+    )(positions, query, rope_query, latent, rope_key)

@@ -9,7 +9,7 @@ import pytest
 
 from dsvl2_jax.attention import attend
 from dsvl2_jax.infer.hlo_gpu import splash_flops
-from dsvl2_jax.tpu_kernels import ATTENTION_BLOCK, splash_attention
+from dsvl2_jax.tpu_kernels import ATTENTION_BLOCK, latent_attention, splash_attention
 
 HEADS, KEYS, VALUES = 2, 24, 16
 # Interpreted products round their operands to no less than float32; the softmax is added up block by block.
@@ -41,6 +41,17 @@ def test_splash_attention_and_its_gradients_are_those_of_plain_attention(lengths
     for name, a, b in zip(("out", "query", "key", "value"), found, run(plain), strict=True):
         assert a.shape == b.shape, name
         np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE * np.abs(b).max(), err_msg=name)
+
+
+def test_latent_attention_is_plain_attention_of_one_token_a_row():
+    rng = np.random.default_rng(0)
+    last = jnp.asarray([0, 511, 512, 1000], jnp.int32)
+    sizes = (4, 3, 48), (4, 3, 8), (4, 2 * ATTENTION_BLOCK, 48), (4, 2 * ATTENTION_BLOCK, 8)
+    query, rope_query, latent, rope_key = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in sizes)
+    found = latent_attention(query, rope_query, latent, rope_key, last, 0.2, interpret=True)
+    seen = None, last[:, None]
+    expected = attend([query[:, None], rope_query[:, None]], [latent, rope_key], latent, seen, 0.2)[:, 0]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 
 
 def test_splash_kernels_cost_their_products_in_the_blocks_that_causality_leaves():
