@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from dsvl2_jax.gpu_kernels import addressable, declared
-from dsvl2_jax.sharding import ACTIVATION_RULES, ambient_mesh_shape, partition_spec
+from dsvl2_jax.sharding import on_shards
 
 MIN_PART = 16  # the least depth of a tensor core's product
 BLOCK = 64  # queries, and keys, that a program takes at a time
@@ -70,7 +70,7 @@ def fused_attention(
     Returns:
       [B, T, H, Dv].
     """
-    kernel = lambda *arrays: _on_shards(_forward, how, 1)(*arrays)[0]  # noqa: E731
+    kernel = lambda *arrays: _on_shards(_forward, how)(*arrays)[0]  # noqa: E731
     return lax.platform_dependent(query, key, value, positions, cuda=kernel, default=how.plain)
 
 
@@ -78,7 +78,7 @@ def _fused_forward(query, key, value, positions, how):
     def plain(*arrays):
         return how.plain(*arrays), jnp.zeros((query.shape[0], query.shape[2], query.shape[1]), jnp.float32)
 
-    kernel = _on_shards(_forward, how, 1)
+    kernel = _on_shards(_forward, how)
     out, divisor = lax.platform_dependent(query, key, value, positions, cuda=kernel, default=plain)
     # Named here, so that a policy which keeps the result does not run the kernel once more for the divisor.
     out, divisor = checkpoint_name(out, how.name), checkpoint_name(divisor, how.name)
@@ -90,31 +90,20 @@ def _fused_backward(how, residuals, cotangent):
         del out, divisor
         return jax.vjp(lambda *arrays: how.plain(*arrays, positions), query, key, value)[1](cotangent)
 
-    kernel = _on_shards(_backward, how, 3)
+    kernel = _on_shards(_backward, how)
     return (*lax.platform_dependent(*residuals, cotangent, cuda=kernel, default=plain), None)
 
 
 fused_attention.defvjp(_fused_forward, _fused_backward)
 
 
-def _on_shards(function: Callable, how: Attention, results: int) -> Callable:
-    """Each device its own rows and heads: XLA cannot split a kernel, and would gather all on every device."""
-    local = functools.partial(function, how)
-
-    def call(query, key, value, positions, *rest):
-        sizes = ambient_mesh_shape()
-        if sizes is None:
-            return local(query, key, value, positions, *rest)
-        array = partition_spec(query.shape, how.axes, sizes, ACTIVATION_RULES)
-        rows = partition_spec(positions.shape, how.axes[:2], sizes, ACTIVATION_RULES)
-        divisor = jax.sharding.PartitionSpec(array[0], array[2], array[1])
-        specs = (array, array, array, rows, *((array, divisor, array) if rest else ()))
-        outs = (array, divisor) if results == 1 else (array,) * results
-        return jax.shard_map(local, in_specs=specs, out_specs=outs, check_vma=False)(
-            query, key, value, positions, *rest
-        )
-
-    return call
+def _on_shards(function: Callable, how: Attention) -> Callable:
+    """`_forward` or `_backward` on each device's own rows and heads."""
+    arrays, divisor = how.axes, (how.axes[0], how.axes[2], how.axes[1])
+    given, made = (arrays, arrays, arrays, arrays[:2]), (arrays, divisor)
+    if function is _backward:
+        given, made = (*given, arrays, divisor, arrays), (arrays,) * 3
+    return on_shards(functools.partial(function, how), given, made)
 
 
 def _forward(how: Attention, query, key, value, positions):
