@@ -1,4 +1,4 @@
-"""What the TPU compiler makes of prefill, decode and encode: real widths, two layers."""
+"""What the TPU compiler makes of prefill, decode and encode: real widths, few layers."""
 
 from __future__ import annotations
 
@@ -25,23 +25,24 @@ PLACES = ("v5e-16", "v5p-8")
 
 
 @functools.cache
-def two_layers(size: str) -> Config:
-    """A dense layer and one of experts, of a released size."""
+def shortened(size: str, kind: str) -> Config:
+    """A released size with two layers, a dense one and one of experts; four where choosing a token costs much."""
     config = Config.from_dict(released_config(size))
-    return dataclasses.replace(config, language=dataclasses.replace(config.language, num_hidden_layers=2))
+    layers = 4 if kind == "decode" else 2
+    return dataclasses.replace(config, language=dataclasses.replace(config.language, num_hidden_layers=layers))
 
 
 @functools.cache
 def compiled(size: str, name: str, job: Job) -> str:
     """The optimized program."""
-    config, place = two_layers(size), topology(name)
+    config, place = shortened(size, job.kind), topology(name)
     mesh = plan_jobs.mesh_of(place, choose_mesh(Config.from_dict(released_config(size)), job, place)[0])
     return plan_jobs.lower(job.kind, config, mesh, batch=job.batch, sequence=job.sequence).compile().as_text()
 
 
 def ratios(size: str, name: str, job: Job) -> tuple[float, float]:
     """FLOPs and bytes of all devices together, as parts of the least."""
-    cost, least, devices = walk(compiled(size, name, job)), work(two_layers(size), job), topology(name).devices
+    cost, least, devices = walk(compiled(size, name, job)), work(shortened(size, job.kind), job), topology(name).devices
     return cost.flops * devices / least.flops, cost.bytes * devices / least.bytes
 
 
@@ -63,7 +64,7 @@ def test_a_decode_step_reads_each_weight_and_the_cache_once(size, name, slots):
 
 @pytest.mark.parametrize("size", ["small", "base"])
 def test_a_decode_step_gathers_no_weight_and_makes_no_keys(size):
-    text, cfg = compiled(size, "v5e-16", Job("decode", 64, 4096)), two_layers(size).language
+    text, cfg = compiled(size, "v5e-16", Job("decode", 64, 4096)), shortened(size, "decode").language
     smallest = cfg.hidden_size * (cfg.kv_lora_rank + cfg.qk_rope_head_dim)  # kv_a_proj_with_mqa
     heads = {cfg.qk_nope_head_dim, cfg.qk_nope_head_dim + cfg.qk_rope_head_dim, cfg.v_head_dim}
     for opcode, shape, _ in instructions(text):
