@@ -355,20 +355,22 @@ class _Walk:
                 return bound.get(index)
             if source.opcode == "while":
                 body = self._all[(source.attribute("body") or "").lstrip("%")]
-                start = self._constants(source.operands[0], inside, bound)
-                return start.get(index) if self._passed_on(body, index) else None
+                return self._element(source.operands[0], index, inside, bound) if self._passed_on(body, index) else None
         return None
 
-    def _constants(self, name: str, inside: _Computation, bound: Mapping[int, int]) -> dict[int, int]:
-        """Tuple index → value, of the elements of a tuple that are constants."""
+    def _element(self, name: str, index: int, inside: _Computation, bound: Mapping[int, int]) -> int | None:
+        """`_value` of one element of a tuple."""
         made = inside[name]
         while made.opcode in _PASSED_ON:
             made = inside[made.operands[0]]
         if made.opcode == "parameter":
-            return dict(bound)
-        if made.opcode != "tuple":
-            return {}
-        values = {index: self._value(operand, inside, bound) for index, operand in enumerate(made.operands)}
+            return bound.get(index)
+        return self._value(made.operands[index], inside, bound) if made.opcode == "tuple" else None
+
+    def _constants(self, name: str, inside: _Computation, bound: Mapping[int, int]) -> dict[int, int]:
+        """Tuple index → value, of the elements of a tuple that are constants."""
+        count = len(inside[name].arrays)
+        values = {index: self._element(name, index, inside, bound) for index in range(count)}
         return {index: value for index, value in values.items() if value is not None}
 
     def _passed_on(self, body: _Computation, index: int) -> bool:

@@ -77,6 +77,51 @@ def test_loops_over_data_are_counted_once_and_named():
     assert f"%{name} = " in text
 
 
+def test_many_loops_one_after_the_other_take_no_longer_than_they_should():
+    """Each gets what the one before it left: looking all of it up for each anew would take 2^40 steps."""
+    shape, loops = "(s32[], s32[], f32[8,8]{1,0})", []
+    for i in range(40):
+        loops += [
+            f"  %loop.{i} = {shape} while(%tuple.{i}), condition=%condition, body=%body",
+            *(f"  %e{j}.{i + 1} = {kind} get-tuple-element(%loop.{i}), index={j}" for j, kind in enumerate(KINDS)),
+            f"  %tuple.{i + 1} = {shape} tuple(%start, %e1.{i + 1}, %e2.{i + 1})",
+        ]
+    cost = walk(LOOPS.replace("LOOPS", "\n".join(loops)))
+    assert cost.unknown_loops == () and cost.flops == 40 * 3 * matmul(8, 8, 8)
+
+
+KINDS = ("s32[]", "s32[]", "f32[8,8]{1,0}")
+LOOPS = """HloModule jit_loops, is_scheduled=true
+
+%body (p: (s32[], s32[], f32[8,8])) -> (s32[], s32[], f32[8,8]) {
+  %p = (s32[], s32[], f32[8,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[] get-tuple-element(%p), index=1
+  %x = f32[8,8]{1,0} get-tuple-element(%p), index=2
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %y = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %out = (s32[], s32[], f32[8,8]{1,0}) tuple(%next, %n, %y)
+}
+
+%condition (q: (s32[], s32[], f32[8,8])) -> pred[] {
+  %q = (s32[], s32[], f32[8,8]{1,0}) parameter(0)
+  %j = s32[] get-tuple-element(%q), index=0
+  %end = s32[] get-tuple-element(%q), index=1
+  ROOT %less = pred[] compare(%j, %end), direction=LT
+}
+
+ENTRY %main (a: f32[8,8]) -> f32[8,8] {
+  %a = f32[8,8]{1,0} parameter(0)
+  %start = s32[] constant(0)
+  %turns = s32[] constant(3)
+  %tuple.0 = (s32[], s32[], f32[8,8]{1,0}) tuple(%start, %turns, %a)
+LOOPS
+  ROOT %result = f32[8,8]{1,0} get-tuple-element(%tuple.40), index=2
+}
+"""
+
+
 def test_of_two_branches_the_dearer_one_counts():
     def function(x, w, p):
         return jax.lax.cond(p > 0, lambda: x @ w @ w, lambda: x @ w)
