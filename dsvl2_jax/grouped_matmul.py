@@ -9,6 +9,7 @@ the matrices of groups that have rows.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -64,11 +65,14 @@ def grouped_transposed(rows: jax.Array, weights: jax.Array, group_sizes: jax.Arr
     )
 
 
-def grouped_outer(rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array) -> jax.Array:
+def grouped_outer(
+    rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array, total: jax.Array | None = None
+) -> jax.Array:
     """The gradient of the matrices: per group, rowsᵀ · cotangent.
 
     Args:
       rows: [M, I]. cotangent: [M, O]. group_sizes: i32[G], with a sum ≤ M.
+      total: [G, I, O] in the dtype of ``rows``, to which the products are added; in place where a kernel can.
 
     Returns:
       [G, I, O] in the dtype of ``rows``.
@@ -77,11 +81,20 @@ def grouped_outer(rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array)
         rows,
         cotangent,
         group_sizes,
+        total,
         tpu=_tpu_outer,
-        cuda=_cuda_outer,
-        rocm=_ragged_outer,
-        default=_blocked_outer,
+        cuda=_added(_cuda_outer),
+        rocm=_added(_ragged_outer),
+        default=_added(_blocked_outer),
     )
+
+
+def _added(outer: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    def add(rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array, total: jax.Array | None) -> jax.Array:
+        made = outer(rows, cotangent, group_sizes)
+        return made if total is None else total + made
+
+    return add
 
 
 def _in_a_group(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -118,10 +131,10 @@ def _ragged_outer(rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array)
     return lax.ragged_dot_general(rows, cotangent, group_sizes, dims, precision=precision(rows.dtype))
 
 
-def _tpu_outer(rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array) -> jax.Array:
+def _tpu_outer(rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array, total: jax.Array | None) -> jax.Array:
     # The compiler's own is the masked product of all rows for every group.
-    function = _ragged_outer if rows.dtype == jnp.float32 else megablox_outer
-    return function(rows, cotangent, group_sizes)
+    function = _added(_ragged_outer) if rows.dtype == jnp.float32 else megablox_outer
+    return function(rows, cotangent, group_sizes, total)
 
 
 def _block_size(rows: int, groups: int) -> int:

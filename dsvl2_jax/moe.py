@@ -285,7 +285,7 @@ def _in_shares_backward(shards: int, given: tuple[jax.Array, ...], cotangent: ja
             return grouped_transposed(rows, matrices, part.group_sizes)
 
         def outer(total: jax.Array, rows: jax.Array, rows_bar: jax.Array) -> jax.Array:
-            return total + grouped_outer(rows, rows_bar, part.group_sizes)
+            return grouped_outer(rows, rows_bar, part.group_sizes, total)
 
         rows = x[part.tokens]
         gated, lifted = (grouped_matmul(rows, matrices, part.group_sizes) for matrices in (gate, up))

@@ -90,14 +90,19 @@ def few_rows_matmul(
 
 
 def megablox_outer(
-    rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array, *, interpret: bool = False
+    rows: jax.Array,
+    cotangent: jax.Array,
+    group_sizes: jax.Array,
+    total: jax.Array | None = None,
+    *,
+    interpret: bool = False,
 ) -> jax.Array:
     """`dsvl2_jax.grouped_matmul.grouped_outer` by jax's megablox kernel, for operands of 16 bits."""
     (m, i), o = rows.shape, cotangent.shape[1]
     tile = min(OUTER_TILES[0], -(-m // LANES) * LANES)
     rows, cotangent = (jnp.pad(a, ((0, -m % tile), (0, 0))) for a in (rows, cotangent))
     tiles = tile, min(OUTER_TILES[1], i), min(OUTER_TILES[2], o)
-    return tgmm(rows.T, cotangent, group_sizes, rows.dtype, tiles, interpret=interpret)
+    return tgmm(rows.T, cotangent, group_sizes, rows.dtype, tiles, existing_out=total, interpret=interpret)
 
 
 def _block_width(inputs: int, outputs: int, itemsize: int) -> int:

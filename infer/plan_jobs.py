@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Compiled
 from jax.typing import DTypeLike
 
 from dsvl2_jax import model
@@ -150,3 +151,16 @@ def mesh_of(topology: Topology, sizes: dict[str, int]) -> Mesh:
       UsageError: the compiler is missing, or the product of the sizes is not the number of devices.
     """
     return make_mesh(**sizes, devices=devices(topology))
+
+
+def memory(compiled: Compiled, platform: str) -> dict[str, int]:
+    """Bytes that a program takes on each device: arguments, temporaries, and output that is in no argument's place.
+
+    The TPU compiler's limit is on its peak; ``temp_size_in_bytes`` counts some buffers twice there.
+    """
+    found = compiled.memory_analysis()
+    arguments, output = found.argument_size_in_bytes, found.output_size_in_bytes - found.alias_size_in_bytes
+    temporaries = found.temp_size_in_bytes
+    if platform == "tpu":
+        temporaries = max(0, found.peak_memory_in_bytes - arguments - output)
+    return {"arguments": arguments, "temporaries": temporaries, "output": output}

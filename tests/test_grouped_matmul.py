@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dsvl2_jax import grouped_matmul as kernels
-from dsvl2_jax.grouped_matmul import grouped_matmul
+from dsvl2_jax.grouped_matmul import grouped_matmul, grouped_outer
 from dsvl2_jax.tpu_kernels import few_rows_matmul, megablox_outer
 
 INPUTS, OUTPUTS = 6, 10
@@ -68,11 +68,12 @@ def dense(rows, weights, cotangent, group_sizes) -> tuple[np.ndarray, np.ndarray
     return out, rows_bar, weights_bar
 
 
-def assert_close(found: jax.Array, expected: np.ndarray, dtype: str) -> None:
+def assert_close(found: jax.Array, expected: np.ndarray, dtype: str, roundings: int = 1) -> None:
     found = np.asarray(found, np.float64)
     assert found.shape == expected.shape
     assert not found[expected == 0].any()  # of rows beyond the groups and of empty groups: exactly
-    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCES[dtype] * np.abs(expected).max(initial=0))
+    atol = roundings * TOLERANCES[dtype] * np.abs(expected).max(initial=0)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
 
 
 def check(shape: str, dtype: str, sizes: list[int]) -> None:
@@ -85,6 +86,9 @@ def check(shape: str, dtype: str, sizes: list[int]) -> None:
         assert_close(found, out, dtype)
     for kernel in OUTER.values():
         assert_close(compiled(kernel)(rows, cotangent, group_sizes), weights_bar, dtype)
+    added = weights_bar + np.asarray(weights, np.float64)
+    assert_close(compiled(OUTER["megablox"])(rows, cotangent, group_sizes, weights), added, dtype)
+    assert_close(compiled(grouped_outer)(rows, cotangent, group_sizes, weights), added, dtype, roundings=2)
     found = compiled(vjp)(rows, weights, group_sizes, cotangent)
     assert {a.dtype.name for a in found} == {dtype}
     for array, expected in zip(found, (out, rows_bar, weights_bar), strict=True):

@@ -7,7 +7,11 @@ import functools
 import importlib.util
 import math
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dsvl2_jax.config import Config
 from dsvl2_jax.convert.sizes import released_config
@@ -70,3 +74,30 @@ def test_a_decode_step_gathers_no_weight_and_makes_no_keys(size):
     for opcode, shape, _ in instructions(text):
         assert not (opcode.startswith("all-gather") and math.prod(shape) >= smallest), shape
         assert not (4096 in shape and heads & set(shape) and math.prod(shape) > 4096 * max(heads)), shape
+
+
+def test_the_compilers_limit_is_on_the_peak():
+    # What trains a stack of layers: temp_size_in_bytes counts the gradients twice.
+    place = topology("v5e-1")
+    mesh = plan_jobs.mesh_of(place, {"data": 1, "tensor": 1, "expert": 1})
+
+    def array(dtype: str, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    def loss(weights: list[jax.Array], x: jax.Array) -> jax.Array:
+        def layer(x: jax.Array, own: list[jax.Array]) -> tuple[jax.Array, None]:
+            return jnp.tanh(x @ own[0]) @ own[1].T, None
+
+        x, _ = lax.scan(jax.checkpoint(layer), x, weights)
+        return jnp.square(x.astype(jnp.float32)).sum()
+
+    def step(weights: list[jax.Array], x: jax.Array, unused: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+        gradients = jax.grad(loss)([w.astype(jnp.bfloat16) for w in weights], x)
+        return [w - g.astype(w.dtype) for w, g in zip(weights, gradients, strict=True)], unused
+
+    weights = [array("float32", 26, 8192, 1408)] * 2
+    given = weights, array("bfloat16", 4096, 8192), array("bfloat16", 4_500_000, 1024)
+    program = jax.jit(step, donate_argnums=(0, 2)).lower(*given).compile()
+    taken, found = plan_jobs.memory(program, "tpu"), program.memory_analysis()
+    assert taken["arguments"] == found.argument_size_in_bytes and taken["output"] < 1e4
+    assert sum(taken.values()) < place.memory < taken["arguments"] + found.temp_size_in_bytes

@@ -39,27 +39,17 @@ REMAT: dict[str, Callable[[Callable], Callable]] = {
 
 
 def compute_params(params: Params, dtype: DTypeLike | None) -> tuple[Params, jnp.dtype]:
-    """Casts all but the layers to the dtype of computation (layers are cast one at a time), and returns that dtype."""
+    """Casts to the dtype of computation, and returns that dtype.
+
+    Stacks of layers are cast whole: the TPU compiler does so anyway, and their gradients, which come in this dtype, are
+    then kept in it until the optimizer takes them.
+    """
     dtype = jnp.dtype(dtype or params["language"]["embed_tokens"].dtype)
-    layered = {"vision": "blocks_", "language": "layers_"}
-    cast = {
-        part: {
-            name: value if name.startswith(layered[part]) else _cast(value, dtype, (part, name))
-            for name, value in params[part].items()
-        }
-        if part in layered
-        else _cast(params[part], dtype, (part,))
-        for part in params
-    }
-    return cast, dtype
 
-
-def _cast(tree: Any, dtype: jnp.dtype, prefix: tuple[str, ...] = ()) -> Any:
     def leaf(path: tuple, value: jax.Array) -> jax.Array:
-        keys = (*prefix, *(key.key for key in path))
-        return value.astype(jnp.float32 if stays_float32(keys) else dtype)
+        return value.astype(jnp.float32 if stays_float32(tuple(key.key for key in path)) else dtype)
 
-    return jax.tree_util.tree_map_with_path(leaf, tree)
+    return jax.tree_util.tree_map_with_path(leaf, params), dtype
 
 
 def _gathered(own: Params, run: LayerRun, config: Config) -> Params:
@@ -76,16 +66,14 @@ def _gathered(own: Params, run: LayerRun, config: Config) -> Params:
     return jax.tree_util.tree_map_with_path(leaf, own)
 
 
-def _through(
-    run: LayerRun, params: Params, config: Config, layer: Callable, x: jax.Array, remat: str, dtype: jnp.dtype
-) -> Any:
+def _through(run: LayerRun, params: Params, config: Config, layer: Callable, x: jax.Array, remat: str) -> Any:
     """Applies the layers of a run: ``layer(params of one layer, x) → (x, what it reports)``.
 
     Returns the last x and the reports, stacked over the layers.
     """
 
     def one(x: jax.Array, own: Params) -> tuple[jax.Array, Any]:
-        return layer(_gathered(_cast(own, dtype, (run.part, run.name)), run, config), x)
+        return layer(_gathered(own, run, config), x)
 
     body = REMAT[remat](one)
     if run.stacked and run.name in params:
@@ -107,7 +95,7 @@ def encode_tiles(
 
     x = model.embed_patches(params, config, tiles, mean, std)
     for run in layer_runs(config)["vision"]:
-        x, _ = _through(run, params["vision"], config, apply, x, remat, dtype)
+        x, _ = _through(run, params["vision"], config, apply, x, remat)
     return x
 
 
@@ -147,7 +135,7 @@ def hidden_states(
             x, _, routing = module.apply({"params": own}, x, positions, valid, None, False)
             return x, None if routing is None else statistics(routing)
 
-        x, report = _through(run, params["language"], config, layer, x, remat, dtype)
+        x, report = _through(run, params["language"], config, layer, x, remat)
         if report is not None:
             losses.append(report[0])
             loads.append(report[1])
