@@ -111,11 +111,7 @@ def _load(config: Config, job: Job, sizes: dict[str, int]) -> float:
         rows = job.batch if job.settings is None else job.settings.batch.micro_sequences * sizes["data"]
         heads = (rows, job.sequence, cfg.num_attention_heads, 1)
         return 1 / _parts(heads, ("batch", "length", "heads", "head_dim"), sizes, ACTIVATION_RULES)
-    visited = 0.0
-    if cfg.n_routed_experts:
-        shards = _parts((cfg.n_routed_experts,), ("expert",), sizes, PARAM_RULES)
-        share = -(-job.batch * cfg.num_experts_per_tok // shards)  # assignments that a device works on at a time
-        visited = min(1.0, share * shards / cfg.n_routed_experts)
+    visited = min(1.0, job.batch * cfg.num_experts_per_tok / cfg.n_routed_experts) if cfg.n_routed_experts else 0.0
     read = _cache_bytes(config, job, sizes)
     for path, held in _weight_bytes(config, sizes).items():
         if path[0] == "language" and path[1] != "embed_tokens":
