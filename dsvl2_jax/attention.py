@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from dsvl2_jax.config import LanguageConfig
 from dsvl2_jax.gpu_attention import Attention, fused_attention, taken
 from dsvl2_jax.layers import RMSNorm, linear, partitioned, precision, rotary_tables, rotate_half, rotate_interleaved
-from dsvl2_jax.sharding import batch_axis, constrain, on_shards
+from dsvl2_jax.sharding import batch_axis, constrain, on_shards, split_over
 from dsvl2_jax.tpu_kernels import ATTENTION_BLOCK, latent_attention, splash_attention
 
 LayerCache = dict[str, jax.Array]
@@ -41,14 +41,33 @@ def write_cache(cache: LayerCache, new: LayerCache, positions: jax.Array) -> Lay
 
     A dynamic slice per row (not a scatter) keeps the update in place when the cache is donated.
     """
+    return {name: _write(cache[name], new[name], positions[:, 0]) for name in cache}
 
-    def placed(array: jax.Array) -> jax.Array:
-        return constrain(array, "slots", None, *(("kv_heads", "head_dim") if array.ndim == 4 else ("latent",)))
+
+def _write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+    entry = ("kv_heads", "head_dim") if cache.ndim == 4 else ("latent",)
+    whole, split = ("slots", None, *entry), ("slots", "cache_length", *entry)
+    names, _ = split_over(cache.shape, split, 1)
 
     def row(old: jax.Array, update: jax.Array, start: jax.Array) -> jax.Array:
-        return lax.dynamic_update_slice_in_dim(old, update.astype(old.dtype), start, axis=0)
+        if names:
+            # This device has a part of the row, and writes those entries that belong into it.
+            start -= lax.axis_index(names) * old.shape[0]
+            length = min(len(update), len(old))
+            at = jnp.clip(start, 0, len(old) - length)
+            index = at - start + jnp.arange(length)
+            inside = ((index >= 0) & (index < len(update))).reshape(length, *[1] * (old.ndim - 1))
+            update = jnp.where(inside, update.take(index, 0, mode="clip"), lax.dynamic_slice_in_dim(old, at, length))
+            start = at
+        return lax.dynamic_update_slice_in_dim(old, update, start, axis=0)
 
-    return {n: placed(jax.vmap(row)(cache[n], placed(new[n]), positions[:, 0])) for n in cache}
+    def rows(*arrays: jax.Array) -> tuple[jax.Array]:
+        return (jax.vmap(row)(*arrays),)
+
+    new = new.astype(cache.dtype)
+    if names:
+        return on_shards(rows, (split, whole, whole[:1]), (split,), [cache])(cache, new, start)[0]
+    return constrain(rows(cache, constrain(new, *whole), start)[0], *whole)
 
 
 def attend(
@@ -122,21 +141,30 @@ def attend_to_latents(
     positions: jax.Array,
     scale: float,
 ) -> jax.Array:
-    """`attend` of one token a row, [B, 1, H, …], to its latents; on TPUs, in bfloat16, by a kernel of ours."""
+    """`attend` of one token a row, [B, 1, H, …], to its latents; on TPUs, in bfloat16, by a kernel of ours.
+
+    Where a row's latents are on several devices, each attends to its own, and the results are weighted and added.
+    """
 
     def plain(query: jax.Array, rope_query: jax.Array, latent: jax.Array, rope_key: jax.Array, positions: jax.Array):
         return attend([query, rope_query], [latent, rope_key], latent, (None, positions), scale)
 
-    slots = latent.shape[1]
+    whole, cache = ("slots", None, None, None), ("slots", "cache_length", None)
+    names, parts = split_over(latent.shape, cache, 1)
+    slots = latent.shape[1] // parts
     if latent.dtype != jnp.bfloat16 or slots % min(slots, ATTENTION_BLOCK):
         return plain(query, rope_query, latent, rope_key, positions)
 
     def kernel(query: jax.Array, rope_query: jax.Array, *rest: jax.Array) -> tuple[jax.Array]:
         *cache, last = rest
-        return (latent_attention(query[:, 0], rope_query[:, 0], *cache, last[:, 0], scale)[:, None],)
+        first = lax.axis_index(names) * slots if names else 0
+        out, weight = latent_attention(query[:, 0], rope_query[:, 0], *cache, last[:, 0] - first, scale)
+        if names:
+            share = jnp.exp(weight - lax.pmax(weight, names))
+            out = lax.psum(out * share, names) / lax.psum(share, names)
+        return (out.astype(query.dtype)[:, None],)
 
-    heads, cache = ("slots", None, "heads", None), ("slots", None, None)
-    split = on_shards(kernel, (heads, heads, cache, cache, ("slots", None)), (heads,))
+    split = on_shards(kernel, (whole, whole, cache, cache, ("slots", None)), (whole,), [query])
     return lax.platform_dependent(
         query, rope_query, latent, rope_key, positions, tpu=lambda *arrays: split(*arrays)[0], default=plain
     )
@@ -229,9 +257,11 @@ class MultiHeadAttention(nn.Module):
         value = value.astype(self.dtype)
         if read_cache:
             beside = "slots" if rows == "rows" else rows  # a decode step goes to the cache, longer ones fetch it
-            query, key, value = (constrain(a, beside, None, "heads", "head_dim") for a in (query, key, value))
+            length, own = ("cache_length", None) if rows == "rows" else (None, "heads")
+            query = constrain(query, beside, None, own, "head_dim")
+            key, value = (constrain(a, beside, length, "heads", "head_dim") for a in (key, value))
             out = attend([query], [key], value, (None, positions), width**-0.5)
-            out = constrain(out, beside, None, "heads", "head_dim")
+            out = constrain(out, beside, None, own, "head_dim")
         else:
             out = attend_to_row([query], [key], value, positions, width**-0.5)
         out = checkpoint_name(constrain(out, rows, "length", "heads", "head_dim"), ATTENTION_OUTPUT)
@@ -319,9 +349,9 @@ class LatentAttention(nn.Module):
             q_latent = jnp.einsum("bthn,hnr->bthr", q_nope, key_up, precision=exact)
             q_latent = constrain(q_latent, rows, "length", "heads", "latent")
             # To the cache, which is split by slots, and back: cheaper than every device reading all of it.
-            queries = [constrain(q, "slots", None, "heads", None) for q in (q_latent, q_rope)]
+            queries = [constrain(q, "slots", None, None, None) for q in (q_latent, q_rope)]
             out = attend_to_latents(*queries, latent, rope_key, positions, scale)  # [B, 1, H, R]
-            out = constrain(constrain(out, "slots", None, "heads", None), rows, "length", "heads", "latent")
+            out = constrain(constrain(out, "slots", None, None, None), rows, "length", "heads", "latent")
             out = jnp.einsum("bthr,hvr->bthv", out, value_up, precision=exact)
         else:
             latent, rope_key = (constrain(a, rows, None, "latent") for a in (latent, rope_key))

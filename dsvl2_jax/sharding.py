@@ -52,6 +52,7 @@ ACTIVATION_RULES: Rules = {
     "batch": ("data", "expert"),  # of prefill and training
     "rows": ("data",),  # of a decode step, where the weights stay and a few tokens visit them
     "slots": ("data", "tensor", "expert"),  # of the cache, and of all that meets it
+    "cache_length": ("data", "tensor", "expert"),  # what fewer slots than devices leave free
     "length": (),
     "embed": (),
     "heads": ("tensor", "expert"),
@@ -157,8 +158,18 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, axes, mesh_shape, ACTIVATION_RULES))
 
 
+def split_over(shape: Sequence[int], axes: Sequence[str | None], dimension: int) -> tuple[tuple[str, ...], int]:
+    """The axes of the ambient mesh that an activation's dimension is split over, and into how many parts."""
+    sizes = ambient_mesh_shape() or {}
+    names = mesh_axes(partition_spec(shape, axes, sizes, ACTIVATION_RULES)[dimension])
+    return names, math.prod(sizes[name] for name in names)
+
+
 def on_shards(
-    function: Callable[..., Any], in_axes: Sequence[Sequence[str | None]], out_axes: Sequence[Sequence[str | None]]
+    function: Callable[..., Any],
+    in_axes: Sequence[Sequence[str | None]],
+    out_axes: Sequence[Sequence[str | None]],
+    out_like: Sequence[Any] | None = None,
 ) -> Callable[..., Any]:
     """``function`` on each device's own part of its arguments; without a mesh, ``function``.
 
@@ -167,6 +178,7 @@ def on_shards(
     Args:
       function: from arrays to a tuple of arrays.
       in_axes, out_axes: logical axes of each, of `ACTIVATION_RULES`.
+      out_like: what has the shapes of the results, for a function that knows of other devices.
     """
 
     def call(*arrays: jax.Array) -> Any:
@@ -177,7 +189,7 @@ def on_shards(
         def specs(shapes: Sequence[Any], axes: Sequence[Sequence[str | None]]) -> tuple[PartitionSpec, ...]:
             return tuple(partition_spec(a.shape, b, sizes, ACTIVATION_RULES) for a, b in zip(shapes, axes, strict=True))
 
-        outs = specs(jax.eval_shape(function, *arrays), out_axes)
+        outs = specs(jax.eval_shape(function, *arrays) if out_like is None else out_like, out_axes)
         return jax.shard_map(function, in_specs=specs(arrays, in_axes), out_specs=outs, check_vma=False)(*arrays)
 
     return call

@@ -146,22 +146,24 @@ def latent_attention(
     scale: float,
     *,
     interpret: bool = False,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """A decode step's attention over the latent cache, which is read once: every block serves scores and values.
 
     Args:
       query: [B, H, R]; rope_query: [B, H, P]. latent: [B, S, R]; rope_key: [B, S, P]. S is at most, or a multiple of,
         `ATTENTION_BLOCK`.
-      positions: i32[B], the last slot that each row sees; blocks after it are not read.
+      positions: i32[B], the last slot that each row sees, negative for none; blocks after it are not read.
 
     Returns:
-      [B, H, R] in the dtype of ``latent``.
+      f32[B, H, R], zero for rows that see nothing, and f32[B, H, 1], the logarithm of the sum that they are divided by.
     """
     (b, h, r), p, slots = query.shape, rope_query.shape[-1], latent.shape[1]
     block = min(ATTENTION_BLOCK, slots)
     exact = precision(latent.dtype)
 
-    def kernel(last_ref, query_ref, rope_query_ref, latent_ref, key_ref, out_ref, most_ref, sum_ref, mixed_ref):
+    def kernel(
+        last_ref, query_ref, rope_query_ref, latent_ref, key_ref, out_ref, log_ref, most_ref, sum_ref, mixed_ref
+    ):
         last, place = last_ref[pl.program_id(0)], pl.program_id(1)
 
         @pl.when(place == 0)
@@ -189,13 +191,15 @@ def latent_attention(
 
         @pl.when(place == pl.num_programs(1) - 1)
         def _():
-            out_ref[0] = (mixed_ref[...] / sum_ref[...]).astype(out_ref.dtype)
+            total = sum_ref[...]
+            out_ref[0] = mixed_ref[...] / jnp.where(total > 0, total, 1)
+            log_ref[0] = most_ref[...] + jnp.log(total)
 
     def row(i, j, last):
         return i, 0, 0
 
     def seen(i, j, last):
-        return i, jnp.minimum(j, last[i] // block), 0
+        return i, jnp.minimum(j, jnp.maximum(last[i], 0) // block), 0
 
     itemsize = latent.dtype.itemsize
     if not interpret:
@@ -211,14 +215,14 @@ def latent_attention(
                 pl.BlockSpec((1, block, r), seen),
                 pl.BlockSpec((1, block, p), seen),
             ],
-            out_specs=pl.BlockSpec((1, h, r), row),
+            out_specs=[pl.BlockSpec((1, h, r), row), pl.BlockSpec((1, h, 1), row)],
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in ((h, 1), (h, 1), (h, r))],
         ),
-        out_shape=jax.ShapeDtypeStruct((b, h, r), latent.dtype),
+        out_shape=[jax.ShapeDtypeStruct((b, h, width), jnp.float32) for width in (r, 1)],
         cost_estimate=pl.CostEstimate(
             flops=2 * b * h * slots * (2 * r + p),
             transcendentals=b * h * slots,
-            bytes_accessed=itemsize * b * (slots * (r + p) + h * (2 * r + p)),
+            bytes_accessed=itemsize * b * (slots * (r + p) + h * (r + p)) + 4 * b * h * (r + 1),
         ),
         interpret=interpret,
         name="latent_attention",

@@ -58,7 +58,7 @@ def init_cache(config: Config, batch: int, slots: int, dtype: DTypeLike) -> Cach
 
     def layer() -> dict[str, jax.Array]:
         return {
-            name: constrain(jnp.zeros((batch, slots, *shape), dtype), "slots", None, *axes)
+            name: constrain(jnp.zeros((batch, slots, *shape), dtype), "slots", "cache_length", *axes)
             for name, (shape, axes) in layout.items()
         }
 

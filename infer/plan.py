@@ -91,7 +91,7 @@ def _cache_bytes(config: Config, job: Job, sizes: dict[str, int]) -> float:
     if job.kind != "encode":
         for entry, axes in cache_layout(config.language).values():
             shape = (job.batch, job.sequence, *entry)
-            parts = _parts(shape, ("slots", None, *axes), sizes, ACTIVATION_RULES)
+            parts = _parts(shape, ("slots", "cache_length", *axes), sizes, ACTIVATION_RULES)
             total += config.language.num_hidden_layers * ITEMSIZE * math.prod(shape) / parts
     return total
 

@@ -95,7 +95,7 @@ def _cache(config: Config, mesh: Mesh, batch: int, slots: int, dtype: DTypeLike)
 
     def layer() -> dict[str, jax.ShapeDtypeStruct]:
         return {
-            name: _array(mesh, dtype, (batch, slots, *shape), "slots", None, *axes)
+            name: _array(mesh, dtype, (batch, slots, *shape), "slots", "cache_length", *axes)
             for name, (shape, axes) in layout.items()
         }
 

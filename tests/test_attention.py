@@ -13,6 +13,7 @@ from dsvl2_jax import attention
 from dsvl2_jax.attention import LatentAttention, MultiHeadAttention, attend
 from dsvl2_jax.config import LanguageConfig
 from dsvl2_jax.layers import rotary_tables, rotate_half, rotate_interleaved
+from dsvl2_jax.sharding import make_mesh
 
 ROWS, LENGTH, SLOTS = 2, 9, 16
 
@@ -207,3 +208,19 @@ def test_rotary_tables_stay_float32_and_exact_at_the_context_s_end():
     # float32 angles near 4095 are themselves rounded to 2.4e-4.
     np.testing.assert_allclose(cos[0, 0], np.cos(4095 * frequencies), atol=1e-3)
     np.testing.assert_allclose(sin[0, 0], np.sin(4095 * frequencies), atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 3, 5, 16])
+@pytest.mark.parametrize("entry", [(6,), (3, 4)], ids=["latent", "heads"])
+def test_a_cache_whose_rows_are_split_is_written_as_a_whole_one(rows, tokens, entry):
+    rng = np.random.default_rng(0)
+    cache, new = (jnp.asarray(rng.normal(size=(rows, n, *entry)), jnp.float32) for n in (32, tokens))
+    write = jax.jit(lambda *arrays: attention.write_cache({"a": arrays[0]}, {"a": arrays[1]}, arrays[2])["a"])
+    for start in (0, 2, 5, 30 - tokens, 32 - tokens):
+        positions = start + jnp.arange(tokens) + jnp.zeros((rows, 1), jnp.int32)
+        expected = cache.at[:, start : start + tokens].set(new)
+        with jax.set_mesh(make_mesh(data=2, tensor=2, expert=2)):
+            found = write(cache, new, positions)
+        assert found.sharding.shard_shape(found.shape)[:2] == (1, 32 // (8 // rows))
+        np.testing.assert_array_equal(found, expected)
