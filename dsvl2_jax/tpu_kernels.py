@@ -22,7 +22,7 @@ from dsvl2_jax.layers import precision
 BLOCK_BYTES = 4 << 20
 LANES = 128
 # Of a matrix's gradient, summed in float32 in fast memory: rows, inputs and outputs at a time.
-OUTER_TILES = 512, 1024, 1024
+OUTER_TILES = 512, 1024, 512
 
 ATTENTION_BLOCK = 512  # queries, and keys, at a time
 _BLOCKS = (

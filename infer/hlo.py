@@ -78,7 +78,7 @@ class Cost:
       flops: of matrix products, convolutions and kernels that declare theirs; a multiplication with its addition is 2.
       bytes: read from and written to main memory, each operation's operands and results once.
       collectives: kind → how often and how much.
-      unknown_loops: loops whose number of turns depends on data; their bodies count once.
+      unknown_loops: loops whose number of turns depends on data; their bodies count once, or as `walk` was told.
     """
 
     flops: float = 0.0
@@ -171,17 +171,18 @@ class _Computation(dict[str, _Instruction]):
         return found
 
 
-def walk(text: str) -> Cost:
+def walk(text: str, unknown_turns: float = 1.0) -> Cost:
     """The cost of a compiled program.
 
     Args:
       text: of `jax.stages.Compiled.as_text`: the optimized program of one device.
+      unknown_turns: of a loop whose number of turns depends on data.
 
     Raises:
       ValueError: the text has no entry computation.
     """
     computations, entry = _parse(text)
-    return _Walk(computations).computation(entry, {})
+    return _Walk(computations, unknown_turns).computation(entry, {})
 
 
 def _parse(text: str) -> tuple[dict[str, _Computation], str]:
@@ -232,8 +233,9 @@ def _split(text: str) -> tuple[str, str]:
 class _Walk:
     """One walk over a program. ``bound``: tuple index → value, of a loop's parameters that are known constants."""
 
-    def __init__(self, computations: Mapping[str, _Computation]):
+    def __init__(self, computations: Mapping[str, _Computation], unknown_turns: float):
         self._all = computations
+        self._unknown_turns = unknown_turns
         # Channel of a collective that runs beside other work, part by part in several fusions → the first of them.
         self._begun: dict[str, str] = {}
 
@@ -277,7 +279,7 @@ class _Walk:
         turns = self._turns(i, body, condition, start, kept)
         names = [i.attribute(name).lstrip("%") for name in ("body", "condition")]
         once = sum((self.computation(name, kept) for name in names), Cost())
-        return once * turns if turns is not None else once + Cost(unknown_loops=(i.name,))
+        return once * turns if turns is not None else once * self._unknown_turns + Cost(unknown_loops=(i.name,))
 
     def _turns(
         self,

@@ -226,9 +226,10 @@ def plan(
         return report | {"fits": False, "problem": problem, "would_fit": _advice(config, job, topology)}
     say("counting")
     taken = plan_jobs.memory(compiled, topology.platform)
-    cost = walk(compiled.as_text())
+    text = compiled.as_text()
+    cost, mean = walk(text), walk(text, mean_turns(config, job, sizes))
     fits = sum(taken.values()) <= topology.memory
-    report |= {"fits": fits, "bytes_per_device": taken} | _costs(cost, least, job, topology)
+    report |= {"fits": fits, "bytes_per_device": taken} | _costs(cost, mean, least, job, topology)
     return report if fits else report | {"would_fit": _advice(config, job, topology)}
 
 
@@ -252,14 +253,29 @@ def _uncompiled(problem: str, report: dict[str, Any], config: Config, job: Job, 
     }
 
 
-def _costs(cost: Cost, least: plan_work.Work, job: Job, topology: Topology) -> dict[str, Any]:
+def mean_turns(config: Config, job: Job, sizes: dict[str, int]) -> float:
+    """Of the loop over shares of the experts' work (see `dsvl2_jax.moe`), on the mean device, when routing is even.
+
+    The busiest takes one; but of a step with fewer assignments than devices, some have none.
+    """
+    if job.kind != "decode" or not config.language.n_routed_experts:
+        return 1.0
+    shards = _parts((config.language.n_routed_experts,), ("expert",), sizes, PARAM_RULES)
+    assignments = (
+        job.batch * config.language.num_experts_per_tok / _parts((job.batch,), ("rows",), sizes, ACTIVATION_RULES)
+    )
+    return assignments / (shards * -(-assignments // shards))
+
+
+def _costs(cost: Cost, mean: Cost, least: plan_work.Work, job: Job, topology: Topology) -> dict[str, Any]:
+    """``cost``: of the busiest device, for the time; ``mean``: of the mean one, for what all do together."""
     seconds = max(cost.flops / topology.flops, cost.bytes / topology.bandwidth)
     unit, made = job.unit
     return {
         "flops": cost.flops,
         "bytes": cost.bytes,
-        "flops_ratio": cost.flops * topology.devices / least.flops,
-        "bytes_ratio": cost.bytes * topology.devices / least.bytes,
+        "flops_ratio": mean.flops * topology.devices / least.flops,
+        "bytes_ratio": mean.bytes * topology.devices / least.bytes,
         "collectives": {kind: dataclasses.asdict(found) for kind, found in sorted(cost.collectives.items())},
         "unknown_loops": list(cost.unknown_loops),
         "roofline_seconds": seconds,

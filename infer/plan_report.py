@@ -146,7 +146,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         out.append(f"  {kind:<20} {moved['count']:.0f} times, {moved['bytes'] / 1e6:.2f} MB")
     out.append(_roofline(found))
     if found["unknown_loops"]:
-        out.append(f"  counted once, since their turns depend on data: {', '.join(found['unknown_loops'])}")
+        names = ", ".join(found["unknown_loops"])
+        out.append(f"  turns depend on data, and are counted as even routing would have them: {names}")
     kept = ", kept from an earlier call (--no-cache compiles anew)" if found.get("from_cache") else ""
     return [*out, f"  compiled in {found['compile_seconds']:.0f} s{kept}"]
 

@@ -75,6 +75,7 @@ def test_loops_over_data_are_counted_once_and_named():
     assert cost.flops == matmul(16, 16, 16)
     (name,) = cost.unknown_loops
     assert f"%{name} = " in text
+    assert walk(text, 2.5).flops == 2.5 * matmul(16, 16, 16)
 
 
 def test_many_loops_one_after_the_other_take_no_longer_than_they_should():

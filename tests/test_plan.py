@@ -15,7 +15,7 @@ from dsvl2_jax.config import Config
 from dsvl2_jax.convert.sizes import released_config
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.infer import plan_cache, plan_jobs, plan_table, plan_train, plan_work
-from dsvl2_jax.infer.plan import Job, choose_mesh, meshes, parse_job, plan, resident_bytes
+from dsvl2_jax.infer.plan import Job, choose_mesh, mean_turns, meshes, parse_job, plan, resident_bytes
 from dsvl2_jax.infer.plan_report import config_of, lines
 from dsvl2_jax.infer.topologies import target_config, topology
 from dsvl2_jax.sharding import batch_parts, make_mesh
@@ -74,6 +74,15 @@ def test_the_chosen_mesh_holds_parameters_and_cache_with_room(released):
     assert choose_mesh(released["tiny"], alone, topology("v5p-8"))[0] == {"data": 4, "tensor": 1, "expert": 1}
     sizes, reason = choose_mesh(config, Job("decode", 64, 4096), topology("v5e-1"))
     assert sizes == {"data": 1, "tensor": 1, "expert": 1} and "no mesh leaves room" in reason
+
+
+def test_few_assignments_leave_devices_without_a_share(released):
+    def turns(slots: int, **sizes: int) -> float:
+        return mean_turns(released["base"], Job("decode", slots, 4096), {"data": 1, "tensor": 1, "expert": 1} | sizes)
+
+    assert turns(1, expert=8) == 6 / 8  # six experts, one on each of eight devices at a time
+    assert turns(2, data=2, expert=4) == 6 / (4 * 2)
+    assert turns(4, expert=8) == turns(64, expert=16) == turns(1) == 1
 
 
 def test_bytes_that_stay_are_those_of_parameters_and_cache(released):

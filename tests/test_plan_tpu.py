@@ -15,9 +15,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dsvl2_jax.config import Config
 from dsvl2_jax.convert.sizes import released_config
+from dsvl2_jax.grouped_matmul import grouped_outer
 from dsvl2_jax.infer import plan_jobs
 from dsvl2_jax.infer.hlo import instructions, walk
-from dsvl2_jax.infer.plan import Job, choose_mesh, work
+from dsvl2_jax.infer.plan import Job, choose_mesh, mean_turns, work
 from dsvl2_jax.infer.topologies import topology
 
 pytestmark = [
@@ -46,7 +47,9 @@ def compiled(size: str, name: str, job: Job) -> str:
 
 def ratios(size: str, name: str, job: Job) -> tuple[float, float]:
     """FLOPs and bytes of all devices together, as parts of the least."""
-    cost, least, devices = walk(compiled(size, name, job)), work(shortened(size, job.kind), job), topology(name).devices
+    place, full = topology(name), Config.from_dict(released_config(size))
+    turns = mean_turns(full, job, choose_mesh(full, job, place)[0])
+    cost, least, devices = walk(compiled(size, name, job), turns), work(shortened(size, job.kind), job), place.devices
     return cost.flops * devices / least.flops, cost.bytes * devices / least.bytes
 
 
@@ -57,7 +60,7 @@ def test_no_product_is_computed_twice(size, name, job):
     assert ratios(size, name, job)[0] <= 1.10
 
 
-@pytest.mark.parametrize("slots", [16, 64])
+@pytest.mark.parametrize("slots", [1, 16, 64])
 @pytest.mark.parametrize("size", ["small", "base"])
 @pytest.mark.parametrize("name", PLACES)
 def test_a_decode_step_reads_each_weight_and_the_cache_once(size, name, slots):
@@ -74,6 +77,22 @@ def test_a_decode_step_gathers_no_weight_and_makes_no_keys(size):
     for opcode, shape, _ in instructions(text):
         assert not (opcode.startswith("all-gather") and math.prod(shape) >= smallest), shape
         assert not (4096 in shape and heads & set(shape) and math.prod(shape) > 4096 * max(heads)), shape
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+@pytest.mark.parametrize("name", ["v5e-1", "v6e-1"])
+def test_gradients_of_experts_fit_into_fast_memory(size, name):
+    cfg = shortened(size, "sft").language
+    mesh = plan_jobs.mesh_of(topology(name), {"data": 1, "tensor": 1, "expert": 1})
+
+    def array(dtype: str, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    for inputs, outputs in ((cfg.hidden_size, cfg.moe_intermediate_size), (cfg.moe_intermediate_size, cfg.hidden_size)):
+        rows, bars = array("bfloat16", 24576, inputs), array("bfloat16", 24576, outputs)
+        total = array("bfloat16", 16, inputs, outputs)
+        program = jax.jit(grouped_outer, donate_argnums=3).lower(rows, bars, array("int32", 16), total).compile()
+        assert "tgmm" in program.as_text()
 
 
 def test_the_compilers_limit_is_on_the_peak():
