@@ -46,8 +46,8 @@ def write_cache(cache: LayerCache, new: LayerCache, positions: jax.Array) -> Lay
 
 def _write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     entry = ("kv_heads", "head_dim") if cache.ndim == 4 else ("latent",)
-    whole, split = ("slots", None, *entry), ("slots", "cache_length", *entry)
-    names, _ = split_over(cache.shape, split, 1)
+    axes = "slots", "cache_length", *entry
+    names, _ = split_over(cache.shape, axes, 1)
 
     def row(old: jax.Array, update: jax.Array, start: jax.Array) -> jax.Array:
         if names:
@@ -66,8 +66,9 @@ def _write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
 
     new = new.astype(cache.dtype)
     if names:
-        return on_shards(rows, (split, whole, whole[:1]), (split,), [cache])(cache, new, start)[0]
-    return constrain(rows(cache, constrain(new, *whole), start)[0], *whole)
+        whole = "slots", *[None] * (cache.ndim - 1)
+        return on_shards(rows, (axes, whole, whole[:1]), (axes,), [cache])(cache, new, start)[0]
+    return constrain(rows(cache, constrain(new, "slots", None, *entry), start)[0], *axes)
 
 
 def attend(

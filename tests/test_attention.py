@@ -212,7 +212,7 @@ def test_rotary_tables_stay_float32_and_exact_at_the_context_s_end():
 
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("tokens", [1, 3, 5, 16])
-@pytest.mark.parametrize("entry", [(6,), (3, 4)], ids=["latent", "heads"])
+@pytest.mark.parametrize("entry", [(6,), (3, 4), (4, 4)], ids=["latent", "3 heads", "4 heads"])
 def test_a_cache_whose_rows_are_split_is_written_as_a_whole_one(rows, tokens, entry):
     rng = np.random.default_rng(0)
     cache, new = (jnp.asarray(rng.normal(size=(rows, n, *entry)), jnp.float32) for n in (32, tokens))
