@@ -375,7 +375,7 @@ def bench(
         keep: for convert, where to leave the converted checkpoint.
         repeats: for convert, how often cp and the conversion run in turn.
         dtype: for generate and load.
-        mesh: for generate and load; load without it splits over expert, and over tensor too when four divides processes.
+        mesh: for generate and load; without it load splits over expert, from 4 processes on over tensor too.
         new_tokens: for generate.
         processes: for load, how many share the model on this machine, with one CPU device each.
         rows: for train, sequences of a step.
