@@ -12,6 +12,7 @@ import ctypes
 import json
 import logging
 import math
+import sys
 import time
 from collections.abc import Awaitable, Iterator, Mapping
 from pathlib import Path
@@ -190,9 +191,19 @@ def read(path: Path, leaves: Mapping[LeafPath, jax.ShapeDtypeStruct]) -> dict[Le
     context = ocp.Context()
     context.pytree_options.loading.partial_load = True
     with context:
-        arrays = dict(unnest(ocp.load(where, nest(leaves), **options)))
+        try:
+            arrays = dict(unnest(ocp.load(where, nest(leaves), **options)))
+        except Exception:
+            _silence_late_reads()
+            raise
     _give_memory_back()
     return arrays
+
+
+def _silence_late_reads() -> None:
+    """When a read fails, those beside it end later, in a closed event loop: Python would print a traceback of each."""
+    show = sys.unraisablehook
+    sys.unraisablehook = lambda late: None if str(late.exc_value) == "Event loop is closed" else show(late)
 
 
 def _give_memory_back() -> None:
