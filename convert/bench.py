@@ -169,7 +169,7 @@ def _write_text_files(directory: Path, config_json: dict) -> None:
 
 
 def _time_copy(source: Path, target: Path) -> float:
-    _forget(source)
+    forget(source)
     started = time.perf_counter()
     subprocess.run(["cp", "-r", source, target], check=True)
     sync_tree(target)
@@ -178,7 +178,7 @@ def _time_copy(source: Path, target: Path) -> float:
 
 def _time_conversion(source: Path, target: Path) -> tuple[float, int]:
     """(seconds, peak resident bytes) of a conversion in a process of its own, which syncs by itself."""
-    _forget(source)
+    forget(source)
     started = time.perf_counter()
     child = subprocess.Popen([sys.executable, "-m", "dsvl2_jax", "convert", str(source), str(target)])
     _, status, usage = os.wait4(child.pid, 0)
@@ -189,10 +189,10 @@ def _time_conversion(source: Path, target: Path) -> tuple[float, int]:
     return seconds, usage.ru_maxrss * 1024
 
 
-def _forget(directory: Path) -> None:
-    """Drops a directory's files from the page cache, so that both contestants read them from the disk."""
+def forget(directory: Path) -> None:
+    """Drops a directory's files from the page cache, so that they are read from the disk again."""
     os.sync()
-    for file in directory.iterdir():
+    for file in filter(Path.is_file, directory.rglob("*")):
         descriptor = os.open(file, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)

@@ -30,6 +30,7 @@ from dsvl2_jax.convert import rules
 from dsvl2_jax.convert.source import INDEX_NAME, Source, aligned_empty, numpy_dtype
 from dsvl2_jax.convert.staging import refuse_existing, staged
 from dsvl2_jax.errors import CheckpointError, UsageError
+from dsvl2_jax.model import entry_axes
 from dsvl2_jax.processor import ProcessorConfig
 from dsvl2_jax.tokenizer import Tokenizer
 
@@ -217,8 +218,7 @@ def _carve(block: np.ndarray, plan: dict) -> dict[orbax_io.LeafPath, np.ndarray]
 @contextlib.contextmanager
 def _writing(path: Path, config: Config) -> Iterator[orbax_io.ParamWriter]:
     """A writer that is not writing any more when the block is left, however it is left."""
-    stacked = frozenset(leaf.path for leaf in rules.expand(config) if leaf.stacked)
-    writer = orbax_io.ParamWriter(path, stacked)
+    writer = orbax_io.ParamWriter(path, entry_axes(config))
     try:
         yield writer
     except BaseException:

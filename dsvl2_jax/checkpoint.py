@@ -333,8 +333,8 @@ def read_leaves(
         except Exception as error:  # Orbax and tensorstore raise ValueError, KeyError, OSError, XlaRuntimeError …
             names = ", ".join("/".join(path) for path in batch[:3])
             raise CheckpointError(
-                f"{params}: cannot read {names}{' …' if len(batch) > 3 else ''} ({_first_line(error)}). The checkpoint "
-                "is damaged: convert it again."
+                f"{params}: damaged: {_reason(error)} (while {names}{' …' if len(batch) > 3 else ''} were read). "
+                f"{_remedy(params.parent)}"
             ) from error
         for path in batch:
             array = arrays.pop(path)
@@ -347,7 +347,7 @@ def _stored(params: Path, config: Config) -> Stored:
         stored = orbax_io.read_shapes(params)
     except Exception as error:
         raise CheckpointError(
-            f"{params}: not a readable Orbax checkpoint ({_first_line(error)}). Convert the checkpoint again."
+            f"{params}: not a readable Orbax checkpoint ({_reason(error)}). {_remedy(params.parent)}"
         ) from error
     leaves = {leaf.path: leaf for leaf in rules.expand(config)}
     problems = [f"missing: {'/'.join(path)}" for path in leaves if path not in stored]
@@ -380,6 +380,15 @@ def batches(stored: Stored, batch_bytes: int = BATCH_BYTES) -> Iterator[list[orb
         yield batch
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
+    """The first line of the error that led to this one: Orbax wraps tensorstore's, which names array and file."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def _remedy(directory: Path) -> str:
+    if _run_of(directory) is None:
+        return "Copy or convert the checkpoint again."
+    return f"Copy it again, or remove {directory}: the run then goes on from the checkpoint before it."

@@ -349,7 +349,7 @@ def _training_extra() -> Iterator[None]:
 
 
 def bench(
-    job: Positional[Literal["convert", "generate", "train"]],
+    job: Positional[Literal["convert", "generate", "load", "train"]],
     ckpt: Checkpoint = None,
     *,
     size: Literal["tiny", "small", "base"] = "tiny",
@@ -359,23 +359,25 @@ def bench(
     dtype: Dtype = "float32",
     mesh: str | None = None,
     new_tokens: int = 32,
+    processes: int = 2,
     rows: int = 2,
     length: int = 1024,
     steps: int = 3,
     rounds: int = 3,
 ) -> None:
-    """Measure conversion (against cp), generation (tokens per second) or a training step (against PyTorch).
+    """Measure conversion (against cp), generation, loading onto a mesh of processes, or training (against PyTorch).
 
     Args:
         job: what to measure.
-        ckpt: for generate; without it, the bundled model.
-        size: for convert, the released size whose shapes the random checkpoint gets.
-        directory: for convert, where to work; tiny needs 27 GB free.
+        ckpt: for generate; without it, the bundled model. For load; without it, a random one in both layouts.
+        size: for convert and load, the released size whose shapes the random checkpoint gets.
+        directory: for convert and load, where to work; tiny needs 27 GB free to convert, 14 GB to load.
         keep: for convert, where to leave the converted checkpoint.
         repeats: for convert, how often cp and the conversion run in turn.
-        dtype: for generate.
-        mesh: for generate.
+        dtype: for generate and load.
+        mesh: for generate and load; without it load splits over expert, from 4 processes on over tensor too.
         new_tokens: for generate.
+        processes: for load, how many share the model on this machine, with one CPU device each.
         rows: for train, sequences of a step.
         length: for train, tokens of a sequence.
         steps: for train, steps of a side before it is the other one's turn.
@@ -390,6 +392,10 @@ def bench(
             from dsvl2_jax.train.bench import bench_train
 
             bench_train(rows=rows, length=length, steps=steps, rounds=rounds)
+    elif job == "load":
+        from dsvl2_jax.infer.load_bench import bench_load
+
+        bench_load(ckpt, size=size, count=processes, mesh=mesh, dtype=dtype, directory=directory)
     else:
         from dsvl2_jax.infer.bench import bench_generate
 

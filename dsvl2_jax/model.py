@@ -125,6 +125,13 @@ def abstract_leaves(config: Config) -> dict[tuple[str, ...], tuple[tuple[int, ..
     return {path: (shapes[path].shape, axes[path]) for path in shapes}
 
 
+def entry_axes(config: Config) -> dict[tuple[str, ...], int]:
+    """Path → the axis of experts or heads that a mesh may split, of every parameter that has one."""
+    names = ("expert", "heads", "kv_heads")
+    leaves = abstract_leaves(config).items()
+    return {path: axis for path, (_, axes) in leaves for axis, name in enumerate(axes) if name in names}
+
+
 def param_shardings(config: Config, mesh: Mesh, *, fsdp: bool = False) -> dict[str, Any]:
     """A NamedSharding for every parameter, by `PARAM_RULES`; with ``fsdp`` by `split_further` too."""
     sizes = dict(mesh.shape)

@@ -7,10 +7,14 @@ document, written asynchronously from arrays on devices (a training run). Leaves
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import logging
+import math
+import sys
 import time
-from collections.abc import Awaitable, Iterator, Mapping, Set
+from collections.abc import Awaitable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +25,8 @@ import orbax.checkpoint.experimental.v1 as ocp
 LeafPath = tuple[str, ...]
 
 # Larger leaves are cut into pieces of at most this size, so that a sharded restore reads little more than
-# it needs.
-CHUNK_BYTES = 64 << 20
+# it needs: a piece is always read whole.
+CHUNK_BYTES = 1 << 20
 
 _DOCUMENT = "data"  # the JSON document among the named trees of a checkpoint
 _METADATA = "_CHECKPOINT_METADATA"  # the file in a checkpoint that Orbax writes last
@@ -36,11 +40,11 @@ class ParamWriter:
     not change before `wait` returns. Data files are flushed to disk as they are written.
     """
 
-    def __init__(self, path: Path, stacked: Set[LeafPath]):
-        """``stacked``: leaves with one entry per expert on their first axis, which are cut there when large."""
+    def __init__(self, path: Path, entries: Mapping[LeafPath, int]):
+        """``entries``: leaf → its axis of experts or heads, of which large leaves store each entry by itself."""
         self._path = path.absolute()
         self._pending: Any = None
-        self._context = _saving_context(stacked)
+        self._context = _saving_context(entries)
         self._context.memory_options.deepcopy_host_arrays = False
 
     def write(self, leaves: Mapping[LeafPath, np.ndarray]) -> None:
@@ -70,7 +74,7 @@ class Saving:
         path: Path,
         trees: Mapping[str, Any],
         document: Mapping[str, Any],
-        stacked: Set[LeafPath] = frozenset(),
+        entries: Mapping[LeafPath, int] | None = None,
     ):
         """Copies the arrays to the host and begins to write; called by every process.
 
@@ -78,12 +82,12 @@ class Saving:
           path: must not exist.
           trees: name → nested dicts, tuples and lists of `jax.Array`. They may be donated or deleted at once.
           document: anything JSON can hold; each process keeps its own.
-          stacked: as for `ParamWriter`, of the leaves of every tree.
+          entries: as for `ParamWriter`, of the leaves of every tree.
         """
         logging.getLogger("absl").addFilter(_is_not_raised_too)
         self._started = time.monotonic()
         self.seconds: float | None = None  # from the call to the end of writing, when `done` has seen it
-        with _saving_context(stacked):
+        with _saving_context(entries or {}):
             self._response = ocp.save_checkpointables_async(path.absolute(), {**trees, _DOCUMENT: _Document(document)})
 
     def done(self) -> bool:
@@ -187,7 +191,25 @@ def read(path: Path, leaves: Mapping[LeafPath, jax.ShapeDtypeStruct]) -> dict[Le
     context = ocp.Context()
     context.pytree_options.loading.partial_load = True
     with context:
-        return dict(unnest(ocp.load(where, nest(leaves), **options)))
+        try:
+            arrays = dict(unnest(ocp.load(where, nest(leaves), **options)))
+        except Exception:
+            _silence_late_reads()
+            raise
+    _give_memory_back()
+    return arrays
+
+
+def _silence_late_reads() -> None:
+    """When a read fails, those beside it end later, in a closed event loop: Python would print a traceback of each."""
+    show = sys.unraisablehook
+    sys.unraisablehook = lambda late: None if str(late.exc_value) == "Event loop is closed" else show(late)
+
+
+def _give_memory_back() -> None:
+    """Gives what tensorstore has freed to the system; glibc keeps it, 0.5 GB of a load on tiny's scale."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _place(path: Path) -> tuple[Path, dict[str, str]]:
@@ -196,13 +218,13 @@ def _place(path: Path) -> tuple[Path, dict[str, str]]:
     return (path.parent, {"checkpointable_name": path.name}) if is_checkpoint(path.parent) else (path, {})
 
 
-def _saving_context(stacked: Set[LeafPath]) -> ocp.Context:
+def _saving_context(entries: Mapping[LeafPath, int]) -> ocp.Context:
     def storage_options(keys: Any, value: Any) -> Any:
-        del value
         storage = ocp.options.ArrayOptions.Saving.StorageOptions
-        # Orbax cuts an axis named here down to single entries: right for experts, ruinous for a vocabulary.
-        axes = (0,) if tuple(getattr(key, "key", None) for key in keys) in stacked else ()
-        return storage(chunk_byte_size=CHUNK_BYTES, shard_axes=axes)
+        axis = entries.get(tuple(getattr(key, "key", None) for key in keys))
+        large = math.prod(value.shape) * value.dtype.itemsize > CHUNK_BYTES
+        # Orbax cuts an axis named here down to single entries: right for experts and heads, ruinous for a vocabulary.
+        return storage(chunk_byte_size=CHUNK_BYTES, shard_axes=(axis,) if large and axis is not None else ())
 
     context = ocp.Context()
     saving = context.array_options.saving

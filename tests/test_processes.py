@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -74,6 +75,18 @@ class Group:
             time.sleep(0.002)
         self.processes.pop(i).kill()
         return self.finish(END)
+
+
+def assert_said_once(group, statuses, message):
+    assert group.finish() == statuses, group.err(0)
+    (error,) = group.errors(0)
+    assert message in error
+    assert group.errors(1) == []
+
+
+def largest_file(directory, pattern="*"):
+    files = [file for file in directory.rglob(pattern) if file.is_file()]
+    return max(files, key=lambda file: file.stat().st_size)
 
 
 PROMPT = ("--image", "images/shapes.png", "--prompt", "What colour is the circle?", "--max-new-tokens", "8", "--json")
@@ -150,6 +163,32 @@ def test_training_has_the_losses_of_one_process_on_any_mesh_and_goes_on_after_ki
     np.testing.assert_allclose(list(losses(run).values()), list(expected.values()), rtol=1e-5)
     assert saved() == [str(EVERY), str(STEPS)]
 
+    # A run's checkpoint has no list of its files: the array that cannot be read is named, and the way out.
+    newest = run / "checkpoints" / str(STEPS)
+    largest_file(newest / "params").unlink()
+    broken = Group(tmp_path, 2, "generate", run, "--prompt", "red", "--mesh", "tensor=2")
+    assert_said_once(broken, [1, 1], f"{newest / 'params'}: damaged: ")
+    assert f"or remove {newest}: the run then goes on from" in broken.errors(0)[0]
+    assert "Traceback" not in broken.err(0) + broken.err(1)
+
+
+def test_a_checkpoint_that_lacks_a_file_is_said_once_and_ends_all_processes_alike(checkpoints, tmp_path):
+    from dsvl2_jax.convert.convert import convert
+
+    released = Path(shutil.copytree(checkpoints / "mini-base", tmp_path / "released"))
+    convert(released, tmp_path / "converted")
+    data = largest_file(tmp_path / "converted" / "params")
+    shard = largest_file(released, "*.safetensors")
+    for file in (data, shard):
+        file.unlink()
+    command = ("--prompt", "red", "--mesh", "tensor=2")
+    groups = [Group(tmp_path, 2, "generate", tmp_path / name, *command) for name in ("converted", "released")]
+    name = data.relative_to(tmp_path / "converted")
+    assert_said_once(groups[0], [1, 1], "converted checkpoint is damaged; copy or convert it again")
+    assert f"{name}: missing, expected " in groups[0].err(0)
+    assert_said_once(groups[1], [1, 1], "released: the shards are not those of model.safetensors.index.json")
+    assert f"{shard}: this shard is missing. Download it" in groups[1].err(0)
+
 
 def test_what_is_wrong_is_said_once_and_ends_all_processes_alike(tmp_path):
     prompt = ("generate", "--prompt", "red", "--mesh")
@@ -161,10 +200,7 @@ def test_what_is_wrong_is_said_once_and_ends_all_processes_alike(tmp_path):
         (Group(tmp_path, 2, *prompt, "tensor=2", "--image", "no.png"), [1, 1], "no.png"),
     ]
     for group, statuses, message in cases:
-        assert group.finish() == statuses, group.err(0)
-        (error,) = group.errors(0)
-        assert message in error
-        assert group.errors(1) == []
+        assert_said_once(group, statuses, message)
     for there in (0, 1):
         alone = Group(tmp_path, 2, *prompt, "tensor=2", "--connect-timeout", "3", missing=[1 - there])
         assert alone.finish() == [1]

@@ -31,7 +31,7 @@ from dsvl2_jax.convert import rules
 from dsvl2_jax.convert.sizes import variant
 from dsvl2_jax.errors import DSVL2Error, RunError, SettingsError
 from dsvl2_jax.infer.engine import enable_compilation_cache
-from dsvl2_jax.model import init_params
+from dsvl2_jax.model import entry_axes, init_params
 from dsvl2_jax.processor import Processor
 from dsvl2_jax.sharding import make_mesh, parse_mesh
 from dsvl2_jax.train import data
@@ -226,7 +226,7 @@ class _Loop:
         self._settled = 0  # the last one whose metrics have been seen
         self._saved = 0  # the last one that a checkpoint is of
         self._stopped: str | None = None  # the signal that has stopped the run
-        self._stacked = frozenset(leaf.path for leaf in rules.expand(trainer.config) if leaf.stacked)
+        self._entries = entry_axes(trainer.config)
         self._clock = time.monotonic()
 
     def run(self, state: TrainState) -> None:
@@ -320,7 +320,7 @@ class _Loop:
             state.optimizer,
             self.pipeline.get_state(),
             validation_loss=validation_loss,
-            stacked=self._stacked,
+            entries=self._entries,
         )
 
     def _note(self, saved: Saved | None) -> None:

@@ -14,7 +14,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +197,7 @@ class RunDirectory:
         iterator: Mapping[str, Any],
         *,
         validation_loss: float | None = None,
-        stacked: Set[orbax_io.LeafPath] = frozenset(),
+        entries: Mapping[orbax_io.LeafPath, int] | None = None,
     ) -> None:
         """Begins to write the checkpoint of ``step``, after the one before is complete.
 
@@ -207,7 +207,7 @@ class RunDirectory:
           optimizer: its state, any pytree of arrays.
           iterator: the data pipeline's state, JSON.
           validation_loss: measured at this step, to know the best checkpoint.
-          stacked: of `orbax_io.ParamWriter`.
+          entries: of `orbax_io.ParamWriter`.
 
         Raises:
           RunError: the disk has not room enough, or the checkpoint before could not be written.
@@ -219,7 +219,7 @@ class RunDirectory:
         document = {"step": step, "iterator": iterator, "validation_loss": validation_loss}
         try:
             writing = orbax_io.Saving(
-                self.checkpoint(step), {PARAMS_NAME: params, _OPTIMIZER: optimizer}, document, stacked
+                self.checkpoint(step), {PARAMS_NAME: params, _OPTIMIZER: optimizer}, document, entries
             )
         except Exception as error:
             raise self._failed(step, size, error) from error
