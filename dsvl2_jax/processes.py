@@ -228,14 +228,12 @@ class _Link:
         if alone or self.index == 0:
             by = f"error: process {word['process']}: " if word["process"] else "error: "
             print(word["message"].replace("error: ", by, 1), file=sys.stderr, flush=True)
-        # Who loses the service, which is in process 0, is aborted by jax; and so are all when a barrier is missed.
-        if word.get("gone"):
-            time.sleep(_GRACE if self.index == 0 else 0)
-        elif not alone:
-            try:
+        # Who loses the service, which is in process 0, is aborted by jax; and so are all when a barrier is missed. After
+        # the barrier too the others may be slower to end than process 0 is.
+        if not word.get("gone") and not alone:
+            with contextlib.suppress(Exception):  # some have ended before
                 self.client.wait_at_barrier("dsvl2/left", int(_LEAVING * 1000))
-            except Exception:  # some have ended before
-                time.sleep(_GRACE if self.index == 0 else 0)
+        time.sleep(_GRACE if self.index == 0 else 0)
         os._exit(word["status"])
 
     def _beat(self) -> None:

@@ -18,6 +18,7 @@ import toy_run
 from dsvl2_jax import checkpoint, orbax_io
 from dsvl2_jax.convert import rules
 from dsvl2_jax.errors import CheckpointError, RunError
+from dsvl2_jax.model import entry_axes
 from dsvl2_jax.train import run_directory, settings
 from dsvl2_jax.train.run_directory import Identity, model_identity, opened
 
@@ -77,12 +78,11 @@ def test_a_checkpoint_comes_back_bit_for_bit_though_its_arrays_are_donated(begun
     some = {"/".join(path): leaf for path, leaf in list(orbax_io.unnest(params))[:3]}
     transform = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(mu_dtype=jnp.bfloat16))
     _, optimizer = jax.jit(lambda x: transform.update(x, transform.init(x)))(some)
-    stacked = frozenset(leaf.path for leaf in rules.expand(config) if leaf.stacked)
     iterator = {"rows": {"next": 3, "names": ["a", None]}, "share": 0.1}
     kept = jax.tree.map(np.array, (params, optimizer))
     given = jax.device_put(kept)
     with begun() as run:
-        run.save(7, *given, iterator, stacked=stacked)
+        run.save(7, *given, iterator, entries=entry_axes(config))
         for leaf in jax.tree.leaves(given):
             leaf.delete()
         saved = run.wait()
