@@ -172,10 +172,11 @@ class _Link:
         self.client, self.index, self.count = state.client, state.process_id, state.num_processes
         self.address = state.coordinator_address
         self._rounds = 0
-        self._ending = False
+        self._ending = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._beater = threading.Thread(target=self._beat, daemon=True)
         self._watcher.start()
-        threading.Thread(target=self._beat, daemon=True).start()
+        self._beater.start()
 
     def gather(self, value: str) -> list[str]:
         self._rounds += 1
@@ -198,8 +199,11 @@ class _Link:
 
         if message is None:
             self.gather("done")  # the others may still have much to write, or fail
-            self._ending = True
-            jax.distributed.shutdown()
+            self._ending.set()
+            self._beater.join(_LEAVING)
+            jax.distributed.shutdown()  # ends the watcher's waiting
+            # A thread that came back from jax's client while Python ends would abort the process.
+            self._watcher.join(_LEAVING)
             return
         gone = any(sign in message for sign in _PEER_GONE)
         # The watcher ends this process when there is word of another failure. Who notices that a peer has gone waits
@@ -223,13 +227,13 @@ class _Link:
             alone = True
             text = f"dsvl2: error: process 0 ({self.address}) has ended or cannot be reached any more. {_AGAIN}"
             word = {"process": self.index, "status": 1, "message": text}
-        if self._ending:
+        if self._ending.is_set():
             return
         if alone or self.index == 0:
             by = f"error: process {word['process']}: " if word["process"] else "error: "
             print(word["message"].replace("error: ", by, 1), file=sys.stderr, flush=True)
-        # Who loses the service, which is in process 0, is aborted by jax; and so are all when a barrier is missed. After
-        # the barrier too the others may be slower to end than process 0 is.
+        # Who loses the service, which is in process 0, is aborted by jax; and so are all when a barrier is missed.
+        # After the barrier too the others may be slower to end than process 0 is.
         if not word.get("gone") and not alone:
             with contextlib.suppress(Exception):  # some have ended before
                 self.client.wait_at_barrier("dsvl2/left", int(_LEAVING * 1000))
@@ -240,7 +244,7 @@ class _Link:
         """Heartbeats; process 0 also listens to those of the others."""
         heard: dict[str, tuple[str, float]] = {}
         number = 0
-        while not self._ending:
+        while not self._ending.wait(_BEAT if number else 0):
             number += 1
             with contextlib.suppress(Exception):  # the watcher sees to it
                 self.client.key_value_set(f"{_ALIVE}{self.index}", str(number), allow_overwrite=True)
@@ -256,7 +260,6 @@ class _Link:
                         self._leave_word(
                             1, f"{what} (killed, out of memory, or its machine is gone). {_AGAIN}", gone=True
                         )
-            time.sleep(_BEAT)
 
 
 _AGAIN = "Start the same command again; training goes on from its last complete checkpoint."
