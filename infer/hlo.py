@@ -602,7 +602,7 @@ def instructions(text: str) -> Iterator[tuple[str, tuple[int, ...], str]]:
 def buffers(text: str) -> Iterator[tuple[str, tuple[int, ...], str]]:
     """As `instructions`, without the insides of fusions: arrays that memory holds, and views of them."""
     computations, _ = _parse(text)
-    program = _Walk(computations)
+    program = _Walk(computations, unknown_turns=1.0)
     every = [instruction for computation in computations.values() for instruction in computation.values()]
     fused = {name for instruction in every if instruction.opcode == "fusion" for name in program._called(instruction)}
     for name, computation in computations.items():

@@ -1,4 +1,4 @@
-"""What the TPU compiler makes of prefill, decode and encode: real widths, few layers."""
+"""What the TPU compiler makes of prefill, decode, encode and training steps: real widths, few layers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dsvl2_jax.config import Config
 from dsvl2_jax.convert.sizes import released_config
 from dsvl2_jax.grouped_matmul import grouped_outer
-from dsvl2_jax.infer import plan_jobs
+from dsvl2_jax.infer import plan_jobs, plan_train
 from dsvl2_jax.infer.hlo import instructions, walk
-from dsvl2_jax.infer.plan import Job, choose_mesh, mean_turns, work
+from dsvl2_jax.infer.plan import Job, choose_mesh, mean_turns, parse_job, work
 from dsvl2_jax.infer.topologies import topology
 
 pytestmark = [
@@ -58,6 +58,17 @@ def ratios(size: str, name: str, job: Job) -> tuple[float, float]:
 @pytest.mark.parametrize("name", PLACES)
 def test_no_product_is_computed_twice(size, name, job):
     assert ratios(size, name, job)[0] <= 1.10
+
+
+@pytest.mark.parametrize(("size", "stage"), [("tiny", "align"), ("small", "pretrain"), ("base", "sft")])
+@pytest.mark.parametrize("name", PLACES)
+def test_a_training_step_computes_no_product_twice(size, stage, name):
+    full, place = shortened(size, stage), topology(name)
+    config = dataclasses.replace(full, vision=dataclasses.replace(full.vision, layers=2))
+    job = parse_job(stage, 16, None, None, model=size, micro=1)
+    mesh = plan_jobs.mesh_of(place, {"data": place.devices // 4, "tensor": 1, "expert": 4})
+    program = plan_train.lower(config, job.settings, mesh).compile()
+    assert walk(program.as_text()).flops * place.devices <= 1.10 * work(config, job).flops
 
 
 @pytest.mark.parametrize("slots", [1, 16, 64])
