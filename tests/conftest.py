@@ -19,6 +19,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import hypothesis
+import jax
 import pytest
 
 # How long an example takes says nothing on a shared machine.
@@ -80,3 +81,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
         names = [v for v in values if str(v).startswith(prefix)] if prefix is not None else []
         item.add_marker(pytest.mark.xdist_group("-".join([item.path.stem, *names])))
     return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Frees a group's programs: they hold memory maps, and a worker that has 65,530 of them is killed by the next."""
+    yield
+    if nextitem is not None and _group(nextitem) != _group(item):
+        jax.clear_caches()
+
+
+def _group(item: pytest.Item) -> str:
+    return item.get_closest_marker("xdist_group").args[0]

@@ -118,9 +118,9 @@ def checked(monkeypatch: pytest.MonkeyPatch, config: Config, job: Job, place: st
     """Plans a job, and looks at its program. ``most``: bytes of temporaries."""
     texts: list[str] = []
 
-    def keep(text: str) -> Any:
+    def keep(text: str, *turns: float) -> Any:
         texts.append(text)
-        return walk(text)
+        return walk(text, *turns)
 
     monkeypatch.setattr(planner, "walk", keep)
     found = planner.plan(config, job, topology(place))

@@ -21,10 +21,7 @@ from dsvl2_jax.infer.hlo import instructions, walk
 from dsvl2_jax.infer.plan import Job, choose_mesh, mean_turns, parse_job, work
 from dsvl2_jax.infer.topologies import topology
 
-pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the tpu extra"),
-    pytest.mark.xdist_group("tpu compiler"),
-]
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the tpu extra")
 
 PLACES = ("v5e-16", "v5p-8")
 
@@ -33,8 +30,8 @@ PLACES = ("v5e-16", "v5p-8")
 def shortened(size: str, kind: str) -> Config:
     """A released size with two layers, a dense one and one of experts; four where choosing a token costs much."""
     config = Config.from_dict(released_config(size))
-    layers = 4 if kind == "decode" else 2
-    return dataclasses.replace(config, language=dataclasses.replace(config.language, num_hidden_layers=layers))
+    language = dataclasses.replace(config.language, num_hidden_layers=4 if kind == "decode" else 2)
+    return dataclasses.replace(config, language=language, vision=dataclasses.replace(config.vision, layers=2))
 
 
 @functools.cache
@@ -60,15 +57,15 @@ def test_no_product_is_computed_twice(size, name, job):
     assert ratios(size, name, job)[0] <= 1.10
 
 
-@pytest.mark.parametrize(("size", "stage"), [("tiny", "align"), ("small", "pretrain"), ("base", "sft")])
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize(
+    ("size", "stage", "name"), [("tiny", "align", "v5p-8"), ("small", "pretrain", "v5e-16"), ("base", "sft", "v5p-8")]
+)
 def test_a_training_step_computes_no_product_twice(size, stage, name):
-    full, place = shortened(size, stage), topology(name)
-    config = dataclasses.replace(full, vision=dataclasses.replace(full.vision, layers=2))
-    job = parse_job(stage, 16, None, None, model=size, micro=1)
+    config, place = shortened(size, stage), topology(name)
+    job = parse_job(stage, 2 * place.devices, 1024, None, model=size, micro=1, overrides=["data.tiles_per_sequence=1"])
     mesh = plan_jobs.mesh_of(place, {"data": place.devices // 4, "tensor": 1, "expert": 4})
     program = plan_train.lower(config, job.settings, mesh).compile()
-    assert walk(program.as_text()).flops * place.devices <= 1.10 * work(config, job).flops
+    assert 0.9 <= walk(program.as_text()).flops * place.devices / work(config, job).flops <= 1.10
 
 
 @pytest.mark.parametrize("slots", [1, 16, 64])
