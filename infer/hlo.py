@@ -139,6 +139,17 @@ class _Instruction:
         text = self.attribute(name)
         return [int(number) for number in text.split(",")] if text else []
 
+    @property
+    def called(self) -> list[str]:
+        """The computations that it calls, by name."""
+        at = _CALLED.search(self.attributes)
+        if at is None:
+            return []
+        if self.opcode == "conditional" and "branch_computations" not in at[0]:
+            return re.findall(r"(?:true|false)_computation=%([\w.\-]+)", self.attributes)
+        rest = self.attributes[at.end() :]
+        return _NAME.findall(rest[: rest.index("}")]) if rest.startswith("{") else _NAME.findall(rest)[:1]
+
     @functools.cached_property
     def config(self) -> dict[str, object]:
         """``backend_config``, empty when there is none."""
@@ -252,23 +263,14 @@ class _Walk:
         if i.opcode == "while":
             return self._loop(i, inside, bound)
         if i.opcode == "conditional":
-            branches = [self.computation(name, {}) for name in self._called(i)]
+            branches = [self.computation(name, {}) for name in i.called]
             return max(branches, key=lambda cost: (cost.flops, cost.bytes))
         if i.opcode in ("call", "async-start"):
-            return sum((self.computation(name, {}) for name in self._called(i)), Cost())
+            return sum((self.computation(name, {}) for name in i.called), Cost())
         if i.opcode == "fusion":
-            (name,) = self._called(i)
+            (name,) = i.called
             return self._matmuls(name) + Cost(bytes=self._fusion_bytes(i, inside, name))
         return self._own(i, inside) + Cost(bytes=self._moved(i, inside))
-
-    def _called(self, i: _Instruction) -> list[str]:
-        at = _CALLED.search(i.attributes)
-        if at is None:
-            return []
-        if i.opcode == "conditional" and "branch_computations" not in at[0]:
-            return re.findall(r"(?:true|false)_computation=%([\w.\-]+)", i.attributes)
-        rest = i.attributes[at.end() :]
-        return _NAME.findall(rest[: rest.index("}")]) if rest.startswith("{") else _NAME.findall(rest)[:1]
 
     # ---- loops
 
@@ -313,7 +315,7 @@ class _Walk:
         if root.opcode == "compare":
             return root.attribute("direction") or "", *root.operands  # type: ignore[return-value]
         if root.opcode == "fusion":
-            (name,) = self._called(root)
+            (name,) = root.called
             fused = self._all[name]
             found = self._comparison(fused.root, fused)
             if found is None:
@@ -387,7 +389,7 @@ class _Walk:
         while found.opcode in _PASSED_ON:
             found = body[found.operands[0]]
         if found.opcode == "fusion":
-            (name,) = self._called(found)
+            (name,) = found.called
             fused = self._all[name]
             added = fused.root
             if added.opcode != "add":
@@ -412,7 +414,7 @@ class _Walk:
         cost = Cost()
         for i in self._all[name].values():
             if i.opcode == "fusion":
-                cost += sum((self._matmuls(called) for called in self._called(i)), Cost())
+                cost += sum((self._matmuls(called) for called in i.called), Cost())
             elif i.opcode not in _FREE and not self._is_continued(i, name):
                 cost += self._own(i, self._all[name])
         return cost
@@ -513,7 +515,7 @@ class _Walk:
             elif user.opcode == "bitcast" and not user.root:
                 total += self._used(user, fused)
             elif user.opcode == "fusion":
-                (name,) = self._called(user)
+                (name,) = user.called
                 inner = self._all[name]
                 places = [at for at, operand in enumerate(user.operands) if operand == parameter.name]
                 given = [inner.parameters[at] for at in places]
@@ -545,7 +547,7 @@ class _Walk:
         if made.opcode == "scatter":
             return fused[made.operands[-1]].arrays[0].size
         if made.opcode == "fusion":
-            (called,) = self._called(made)
+            (called,) = made.called
             return self._result(self._all[called].root.name, self._all[called])
         return math.inf
 
@@ -602,9 +604,8 @@ def instructions(text: str) -> Iterator[tuple[str, tuple[int, ...], str]]:
 def buffers(text: str) -> Iterator[tuple[str, tuple[int, ...], str]]:
     """As `instructions`, without the insides of fusions: arrays that memory holds, and views of them."""
     computations, _ = _parse(text)
-    program = _Walk(computations, unknown_turns=1.0)
     every = [instruction for computation in computations.values() for instruction in computation.values()]
-    fused = {name for instruction in every if instruction.opcode == "fusion" for name in program._called(instruction)}
+    fused = {name for instruction in every if instruction.opcode == "fusion" for name in instruction.called}
     for name, computation in computations.items():
         for instruction in computation.values() if name not in fused else ():
             for array in instruction.arrays:

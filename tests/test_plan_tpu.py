@@ -28,7 +28,10 @@ PLACES = ("v5e-16", "v5p-8")
 
 @functools.cache
 def shortened(size: str, kind: str) -> Config:
-    """A released size with two layers, a dense one and one of experts; four where choosing a token costs much."""
+    """A released size with two layers, a dense one and one of experts, and two of the encoder's.
+
+    Four to decode, where choosing a token costs much.
+    """
     config = Config.from_dict(released_config(size))
     language = dataclasses.replace(config.language, num_hidden_layers=4 if kind == "decode" else 2)
     return dataclasses.replace(config, language=language, vision=dataclasses.replace(config.vision, layers=2))
