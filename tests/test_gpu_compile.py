@@ -151,7 +151,7 @@ def shallow(size: str) -> Config:
 @pytest.mark.parametrize("kind", ["prefill", "decode", "encode", "sft"])
 def test_layers_compile_for_an_h100(monkeypatch, size, kind):
     batch = {"prefill": 1, "decode": 16, "encode": 4, "sft": 1}[kind]
-    job = parse_job(kind, batch, None if kind == "encode" else 2304, None, model=size)  # no width of a model
+    job = parse_job(kind, batch, None if kind == "encode" else 2176, None, model=size)  # no width of a model
     found = checked(monkeypatch, shallow(size), job, "h100-1", 4 * GB)
     assert found["fits"] and 0.9 <= found["flops_ratio"] <= 1.5
 
