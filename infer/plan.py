@@ -214,6 +214,7 @@ def plan(
         lowered = plan_jobs.lower(job.kind, config, mesh, batch=job.batch, sequence=job.sequence)
     else:
         lowered = plan_train.lower(config, job.settings, mesh)
+    traced = time.monotonic()
     say("compiling")
     try:
         compiled = lowered.compile()
@@ -221,15 +222,16 @@ def plan(
         if "RESOURCE_EXHAUSTED" not in str(error) and "memory" not in str(error):
             raise
         problem = str(error).splitlines()[0]
-    report |= {"compiled": True, "compile_seconds": round(time.monotonic() - begun, 1)}
+    taken = {"trace_seconds": traced - begun, "compile_seconds": time.monotonic() - traced}
+    report |= {"compiled": True} | {name: round(seconds, 1) for name, seconds in taken.items()}
     if compiled is None:
         return report | {"fits": False, "problem": problem, "would_fit": _advice(config, job, topology)}
     say("counting")
-    taken = plan_jobs.memory(compiled, topology.platform)
+    held = plan_jobs.memory(compiled, topology.platform)
     text = compiled.as_text()
     cost, mean = walk(text), walk(text, mean_turns(config, job, sizes))
-    fits = sum(taken.values()) <= topology.memory
-    report |= {"fits": fits, "bytes_per_device": taken} | _costs(cost, mean, least, job, topology)
+    fits = sum(held.values()) <= topology.memory
+    report |= {"fits": fits, "bytes_per_device": held} | _costs(cost, mean, least, job, topology)
     return report if fits else report | {"would_fit": _advice(config, job, topology)}
 
 

@@ -149,7 +149,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         names = ", ".join(found["unknown_loops"])
         out.append(f"  turns depend on data, and are counted as even routing would have them: {names}")
     kept = ", kept from an earlier call (--no-cache compiles anew)" if found.get("from_cache") else ""
-    return [*out, f"  compiled in {found['compile_seconds']:.0f} s{kept}"]
+    return [*out, f"  traced in {found['trace_seconds']:.0f} s, compiled in {found['compile_seconds']:.0f} s{kept}"]
 
 
 def _roofline(found: dict[str, Any]) -> str:

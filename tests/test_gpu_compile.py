@@ -115,7 +115,7 @@ def test_library_attention_is_counted():
 
 
 def checked(monkeypatch: pytest.MonkeyPatch, config: Config, job: Job, place: str, most: float) -> dict[str, Any]:
-    """Plans a job, and looks at its program. ``most``: bytes of temporaries."""
+    """Plans a job, and looks at its program. ``most``: bytes of temporaries, beside the gradients."""
     texts: list[str] = []
 
     def keep(text: str, *turns: float) -> Any:
@@ -126,7 +126,10 @@ def checked(monkeypatch: pytest.MonkeyPatch, config: Config, job: Job, place: st
     found = planner.plan(config, job, topology(place))
     assert found["compiled"], found.get("problem", found)
     assert not found["unknown_loops"] or found["mesh"]["expert"] > 1  # the experts' shares: as many as routing asks for
-    assert found["bytes_per_device"]["temporaries"] <= most
+    taken = found["bytes_per_device"]
+    # A training step's arguments are what must be there but for the gradients, which it makes.
+    gradients = 0.0 if job.settings is None else max(0.0, found["resident_bytes"] - taken["arguments"])
+    assert taken["temporaries"] - gradients <= most
     sizes, language = found["mesh"], config.language
     if job.kind == "encode":
         assert not whole_scores(texts[0], config.vision.patches, 1)
@@ -152,7 +155,7 @@ def shallow(size: str) -> Config:
 def test_layers_compile_for_an_h100(monkeypatch, size, kind):
     batch = {"prefill": 1, "decode": 16, "encode": 4, "sft": 1}[kind]
     job = parse_job(kind, batch, None if kind == "encode" else 2176, None, model=size)  # no width of a model
-    found = checked(monkeypatch, shallow(size), job, "h100-1", 4 * GB)
+    found = checked(monkeypatch, shallow(size), job, "h100-1", 2 * GB)
     assert found["fits"] and 0.9 <= found["flops_ratio"] <= 1.5
 
 
