@@ -115,7 +115,7 @@ def test_library_attention_is_counted():
 
 
 def checked(monkeypatch: pytest.MonkeyPatch, config: Config, job: Job, place: str, most: float) -> dict[str, Any]:
-    """Plans a job, and looks at its program. ``most``: bytes of temporaries, beside the gradients."""
+    """Plans a job, and looks at its program. ``most``: bytes of temporaries, beside weights and gradients."""
     texts: list[str] = []
 
     def keep(text: str, *turns: float) -> Any:
@@ -127,9 +127,10 @@ def checked(monkeypatch: pytest.MonkeyPatch, config: Config, job: Job, place: st
     assert found["compiled"], found.get("problem", found)
     assert not found["unknown_loops"] or found["mesh"]["expert"] > 1  # the experts' shares: as many as routing asks for
     taken = found["bytes_per_device"]
-    # A training step's arguments are what must be there but for the gradients, which it makes.
+    # What must be there and is no argument of a training step are its gradients, summed in float32. Weights and one
+    # sequence's gradients in the dtype of computation take as much again.
     gradients = 0.0 if job.settings is None else max(0.0, found["resident_bytes"] - taken["arguments"])
-    assert taken["temporaries"] - gradients <= most
+    assert taken["temporaries"] - 2 * gradients <= most
     sizes, language = found["mesh"], config.language
     if job.kind == "encode":
         assert not whole_scores(texts[0], config.vision.patches, 1)
@@ -150,16 +151,18 @@ def shallow(size: str) -> Config:
     return dataclasses.replace(config, language=language, vision=dataclasses.replace(config.vision, layers=1))
 
 
+# Lengths and slots, and slots times experts, are no width of a model here, so that shapes tell what is what.
+
+
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])
 @pytest.mark.parametrize("kind", ["prefill", "decode", "encode", "sft"])
 def test_layers_compile_for_an_h100(monkeypatch, size, kind):
     batch = {"prefill": 1, "decode": 16, "encode": 4, "sft": 1}[kind]
-    job = parse_job(kind, batch, None if kind == "encode" else 2176, None, model=size)  # no width of a model
+    job = parse_job(kind, batch, None if kind == "encode" else 2176, None, model=size)
     found = checked(monkeypatch, shallow(size), job, "h100-1", 2 * GB)
     assert found["fits"] and 0.9 <= found["flops_ratio"] <= 1.5
 
 
-# Temporaries of a device, GB: what leaves room beside parameters, cache and optimizer state.
 WHOLE = [
     *(("h100-1", size, kind) for size in ("tiny", "small") for kind in ("prefill", "decode", "encode", "sft")),
     *(("h100-8", size, kind) for size in ("tiny", "small", "base") for kind in ("prefill", "decode", "encode", "sft")),
@@ -170,7 +173,8 @@ WHOLE = [
 @pytest.mark.parametrize(("place", "size", "kind"), WHOLE)
 def test_whole_models_compile_and_fit(monkeypatch, place, size, kind):
     config = Config.from_dict(released_config(size))
-    job = parse_job(kind, None, None, None, model=size)
-    found = checked(monkeypatch, config, job, place, 40 * GB)
+    batch, length = {"decode": (72, 3968), "encode": (32, None)}.get(kind, (None, 3968))
+    job = parse_job(kind, batch, length, None, model=size)
+    found = checked(monkeypatch, config, job, place, 10 * GB)
     too_large = place == "h100-1" and size == "small" and kind == "sft"  # 258 GB of state
     assert found["fits"] != too_large

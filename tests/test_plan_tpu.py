@@ -11,15 +11,19 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsvl2_jax.config import Config
 from dsvl2_jax.convert.sizes import released_config
+from dsvl2_jax.errors import UsageError
 from dsvl2_jax.grouped_matmul import grouped_outer
 from dsvl2_jax.infer import plan_jobs, plan_train
 from dsvl2_jax.infer.hlo import instructions, walk
-from dsvl2_jax.infer.plan import Job, choose_mesh, mean_turns, parse_job, work
+from dsvl2_jax.infer.plan import Job, choose_mesh, mean_turns, meshes, parse_job, work
+from dsvl2_jax.infer.plan_table import PLACES as EVERY_PLACE
 from dsvl2_jax.infer.topologies import topology
+from dsvl2_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the tpu extra")
 
@@ -51,6 +55,24 @@ def ratios(size: str, name: str, job: Job) -> tuple[float, float]:
     turns = mean_turns(full, job, choose_mesh(full, job, place)[0])
     cost, least, devices = walk(compiled(size, name, job), turns), work(shortened(size, job.kind), job), place.devices
     return cost.flops * devices / least.flops, cost.bytes * devices / least.bytes
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY_PLACE if topology(name).platform == "tpu"])
+def test_every_mesh_can_be_laid_on_a_slice(name):
+    # jax.make_mesh refuses data=8, expert=2 on 4 x 4 chips of v6e.
+    place = topology(name)
+    devices = plan_jobs.devices(place)
+    for sizes in meshes(place.devices):
+        mesh = make_mesh(**sizes, devices=devices)
+        assert dict(mesh.shape) == sizes and set(mesh.devices.flat) == set(devices)
+
+
+def test_slices_share_the_data_axis():
+    devices = list(topologies.get_topology_desc(platform="tpu", topology_name="v6e:2x4", num_slices=2).devices)
+    mesh = make_mesh(data=4, tensor=2, expert=2, devices=devices)
+    assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{0}, {0}, {1}, {1}]
+    with pytest.raises(UsageError, match="data must be a multiple of 2"):
+        make_mesh(data=1, tensor=4, expert=4, devices=devices)
 
 
 @pytest.mark.parametrize("job", [Job("prefill", 8, 4096), Job("encode", 32, 0)], ids=lambda job: job.kind)
