@@ -175,6 +175,6 @@ def test_whole_models_compile_and_fit(monkeypatch, place, size, kind):
     config = Config.from_dict(released_config(size))
     batch, length = {"decode": (72, 3968), "encode": (32, None)}.get(kind, (None, 3968))
     job = parse_job(kind, batch, length, None, model=size)
-    found = checked(monkeypatch, config, job, place, 10 * GB)
+    found = checked(monkeypatch, config, job, place, 20 * GB)  # layers are gathered whole, and so are their gradients
     too_large = place == "h100-1" and size == "small" and kind == "sft"  # 258 GB of state
     assert found["fits"] != too_large
