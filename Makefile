@@ -13,8 +13,8 @@ CKPT ?=
 help:
 	@echo "make run     draw fresh pictures and ask the bundled model about them; SEED=7 draws others"
 	@echo "make test    run the whole test suite (sets up $(VENV) first)"
-	@echo "make test-pods    compile for TPU topologies, whole models included (no TPU needed; hours)"
-	@echo "make test-gpu-compile   the same for H100s (no GPU needed; fetches 4 GB into .venv-gpu)"
+	@echo "make test-pods    compile for TPU topologies, whole models included (no TPU needed; half an hour)"
+	@echo "make test-gpu-compile   the same for H100s (no GPU needed; fetches 4 GB into .venv-gpu; a quarter of an hour)"
 	@echo "make eval-micro   ask the bundled model 500 held-out questions a task (CKPT=DIR asks another)"
 	@echo "make train-micro  train the bundled model from nothing, about three and a half hours; goes on where it was stopped"
 	@echo "make .venv   only set up $(VENV); PYTHON=python3.12 picks another interpreter"

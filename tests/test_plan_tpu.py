@@ -21,13 +21,11 @@ from dsvl2_jax.grouped_matmul import grouped_outer
 from dsvl2_jax.infer import plan_jobs, plan_train
 from dsvl2_jax.infer.hlo import instructions, walk
 from dsvl2_jax.infer.plan import Job, choose_mesh, mean_turns, meshes, parse_job, work
-from dsvl2_jax.infer.plan_table import PLACES as EVERY_PLACE
+from dsvl2_jax.infer.plan_table import PLACES
 from dsvl2_jax.infer.topologies import topology
 from dsvl2_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the tpu extra")
-
-PLACES = ("v5e-16", "v5p-8")
 
 
 @functools.cache
@@ -57,7 +55,7 @@ def ratios(size: str, name: str, job: Job) -> tuple[float, float]:
     return cost.flops * devices / least.flops, cost.bytes * devices / least.bytes
 
 
-@pytest.mark.parametrize("name", [name for name in EVERY_PLACE if topology(name).platform == "tpu"])
+@pytest.mark.parametrize("name", [name for name in PLACES if topology(name).platform == "tpu"])
 def test_every_mesh_can_be_laid_on_a_slice(name):
     # jax.make_mesh refuses data=8, expert=2 on 4 x 4 chips of v6e.
     place = topology(name)
@@ -75,11 +73,16 @@ def test_slices_share_the_data_axis():
         make_mesh(data=1, tensor=4, expert=4, devices=devices)
 
 
-@pytest.mark.parametrize("job", [Job("prefill", 8, 4096), Job("encode", 32, 0)], ids=lambda job: job.kind)
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])
-@pytest.mark.parametrize("name", PLACES)
-def test_no_product_is_computed_twice(size, name, job):
-    assert ratios(size, name, job)[0] <= 1.10
+@pytest.mark.parametrize("name", ["v5e-16", "v5p-8"])
+def test_a_prefill_computes_no_product_twice(size, name):
+    assert ratios(size, name, Job("prefill", 8, 4096))[0] <= 1.10
+
+
+# Of the encoder only the adaptor's width differs between sizes.
+@pytest.mark.parametrize(("size", "name"), [("tiny", "v5p-8"), ("small", "v5e-16"), ("base", "v5p-8")])
+def test_an_encoder_computes_no_product_twice(size, name):
+    assert ratios(size, name, Job("encode", 32, 0))[0] <= 1.10
 
 
 @pytest.mark.parametrize(
@@ -93,9 +96,8 @@ def test_a_training_step_computes_no_product_twice(size, stage, name):
     assert 0.9 <= walk(program.as_text()).flops * place.devices / work(config, job).flops <= 1.10
 
 
-@pytest.mark.parametrize("slots", [1, 16, 64])
 @pytest.mark.parametrize("size", ["small", "base"])
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize(("name", "slots"), [("v5e-16", 1), ("v5e-16", 16), ("v5e-16", 64), ("v5p-8", 64)])
 def test_a_decode_step_reads_each_weight_and_the_cache_once(size, name, slots):
     job = Job("decode", slots, 4096)
     flops, read = ratios(size, name, job)
