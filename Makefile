@@ -13,7 +13,7 @@ CKPT ?=
 help:
 	@echo "make run     draw fresh pictures and ask the bundled model about them; SEED=7 draws others"
 	@echo "make test    run the whole test suite (sets up $(VENV) first)"
-	@echo "make test-pods    compile for TPU topologies, whole models included (no TPU needed; half an hour)"
+	@echo "make test-pods    compile for TPU topologies, whole models included (no TPU needed; more than half an hour)"
 	@echo "make test-gpu-compile   the same for H100s (no GPU needed; fetches 4 GB into .venv-gpu; a quarter of an hour)"
 	@echo "make eval-micro   ask the bundled model 500 held-out questions a task (CKPT=DIR asks another)"
 	@echo "make train-micro  train the bundled model from nothing, about three and a half hours; goes on where it was stopped"
@@ -70,7 +70,7 @@ test: $(TEST_INSTALLED)
 
 # Each compiler in an environment of its own: with one installed, jax would look for its devices in every other run.
 test-pods:
-	$(MAKE) compile-tests VENV=.venv-tpu EXTRA=tpu FILES="tests/test_pods.py tests/test_plan.py"
+	$(MAKE) compile-tests VENV=.venv-tpu EXTRA=tpu FILES="tests/test_pods.py tests/test_plan.py tests/test_plan_tpu.py"
 
 test-gpu-compile:
 	$(MAKE) compile-tests VENV=.venv-gpu EXTRA=cuda FILES=tests/test_gpu_compile.py

@@ -222,16 +222,19 @@ def plan(
         if "RESOURCE_EXHAUSTED" not in str(error) and "memory" not in str(error):
             raise
         problem = str(error).splitlines()[0]
-    taken = {"trace_seconds": traced - begun, "compile_seconds": time.monotonic() - traced}
-    report |= {"compiled": True} | {name: round(seconds, 1) for name, seconds in taken.items()}
+    report |= {
+        "compiled": True,
+        "trace_seconds": round(traced - begun, 1),
+        "compile_seconds": round(time.monotonic() - traced, 1),
+    }
     if compiled is None:
         return report | {"fits": False, "problem": problem, "would_fit": _advice(config, job, topology)}
     say("counting")
-    held = plan_jobs.memory(compiled, topology.platform)
+    taken = plan_jobs.memory(compiled, topology.platform)
     text = compiled.as_text()
     cost, mean = walk(text), walk(text, mean_turns(config, job, sizes))
-    fits = sum(held.values()) <= topology.memory
-    report |= {"fits": fits, "bytes_per_device": held} | _costs(cost, mean, least, job, topology)
+    fits = sum(taken.values()) <= topology.memory
+    report |= {"fits": fits, "bytes_per_device": taken} | _costs(cost, mean, least, job, topology)
     return report if fits else report | {"would_fit": _advice(config, job, topology)}
 
 

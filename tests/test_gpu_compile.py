@@ -127,15 +127,18 @@ def checked(monkeypatch: pytest.MonkeyPatch, config: Config, job: Job, place: st
     assert found["compiled"], found.get("problem", found)
     assert not found["unknown_loops"] or found["mesh"]["expert"] > 1  # the experts' shares: as many as routing asks for
     taken = found["bytes_per_device"]
-    # What must be there and is no argument of a training step are its gradients, summed in float32. Weights and one
-    # sequence's gradients in the dtype of computation take as much again.
-    gradients = 0.0 if job.settings is None else max(0.0, found["resident_bytes"] - taken["arguments"])
-    assert taken["temporaries"] - 2 * gradients <= most
     sizes, language = found["mesh"], config.language
+    shards = batch_parts(sizes)
+    gradients = 0.0
+    if job.settings is not None:
+        # What must be there and is no argument of a training step are its gradients, in float32. Where they are summed
+        # over several sequences, one's own and the weights, in the dtype of computation, take as much again.
+        gradients = max(0.0, found["resident_bytes"] - taken["arguments"])
+        gradients *= 2 if job.batch > job.settings.batch.micro_sequences * shards else 1
+    assert taken["temporaries"] - gradients <= most
     if job.kind == "encode":
         assert not whole_scores(texts[0], config.vision.patches, 1)
         return found
-    shards = batch_parts(sizes)
     at_a_time = job.batch // shards if job.settings is None else job.settings.batch.micro_sequences
     tokens = max(1, at_a_time) * (1 if job.kind == "decode" else job.sequence)
     experts = language.n_routed_experts // sizes["expert"]
@@ -152,8 +155,6 @@ def shallow(size: str) -> Config:
 
 
 # Lengths and slots, and slots times experts, are no width of a model here, so that shapes tell what is what.
-
-
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])
 @pytest.mark.parametrize("kind", ["prefill", "decode", "encode", "sft"])
 def test_layers_compile_for_an_h100(monkeypatch, size, kind):
