@@ -19,18 +19,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsvl2_jax import checkpoint, model
-from dsvl2_jax.batch import Batch, collate
-from dsvl2_jax.config import TEXT_POSITION, Config
+from dsvl2_jax.checkpoint.load import load_params, open_model, resolve
 from dsvl2_jax.errors import ConversationError, UsageError
-from dsvl2_jax.grounding import Box, parse_boxes
 from dsvl2_jax.infer import decode
-from dsvl2_jax.infer.cache import batch_bucket, length_bucket, tile_bucket
+from dsvl2_jax.infer.buckets import batch_bucket, length_bucket, tile_bucket
 from dsvl2_jax.infer.sampling import SamplingArrays, SamplingParams
-from dsvl2_jax.infer.timing import Timing, compile_log
-from dsvl2_jax.model import Params
-from dsvl2_jax.processor import ModelInputs, Processor
-from dsvl2_jax.tokenizer import StreamDecoder
+from dsvl2_jax.inputs.batch import Batch, collate
+from dsvl2_jax.inputs.grounding import Box, parse_boxes
+from dsvl2_jax.inputs.processor import ModelInputs, Processor
+from dsvl2_jax.inputs.tokenizer import StreamDecoder
+from dsvl2_jax.model import deepseek_vl2 as model
+from dsvl2_jax.model.config import TEXT_POSITION, Config
+from dsvl2_jax.model.deepseek_vl2 import Params
+from dsvl2_jax.runtime.timing import Timing, compile_log
 
 # Tokens between two looks at the host: stop strings are seen, and text is streamed, this often.
 STREAM_STEPS = 8
@@ -95,9 +96,9 @@ def load(path: str | Path | None = None, dtype: str | None = "float32", mesh: Me
     """
     compile_log()
     enable_compilation_cache()
-    directory = checkpoint.resolve(path)
-    config, processor = checkpoint.open_model(directory)
-    params = checkpoint.load_params(directory, config, dtype=dtype, mesh=mesh)
+    directory = resolve(path)
+    config, processor = open_model(directory)
+    params = load_params(directory, config, dtype=dtype, mesh=mesh)
     return Model(config, params, processor, mesh)
 
 
