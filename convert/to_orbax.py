@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import json
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,26 +19,18 @@ from typing import Any, Literal
 
 import numpy as np
 from rich import filesize
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from dsvl2_jax.checkpoint.load import (
-    MANIFEST_NAME,
-    MANIFEST_VERSION,
-    PARAMS_NAME,
-    batches,
-    kind,
-    orbax_io,
-    resolve,
-    rules,
-)
-from dsvl2_jax.checkpoint.safetensors_source import INDEX_NAME, Source, aligned_empty, numpy_dtype
+from dsvl2_jax.checkpoint import orbax_io, rules
+from dsvl2_jax.checkpoint.load import batches
+from dsvl2_jax.checkpoint.locate import MANIFEST_NAME, MANIFEST_VERSION, PARAMS_NAME, carry_files, kind, resolve
+from dsvl2_jax.checkpoint.safetensors_source import Source, aligned_empty, leaf_bytes, numpy_dtype
 from dsvl2_jax.checkpoint.staging import refuse_existing, staged
 from dsvl2_jax.errors import CheckpointError, UsageError
 from dsvl2_jax.inputs.processor import ProcessorConfig
 from dsvl2_jax.inputs.tokenizer import Tokenizer
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import entry_axes
+from dsvl2_jax.runtime.progress import progress
 
 DEFAULT_MAX_MEMORY = 1 << 30
 
@@ -54,9 +45,6 @@ _UNITS = {"": 1, "B": 1} | {
     for power, prefix in enumerate("KMGT", start=1)
     for suffix, base in (("", 1000), ("B", 1000), ("iB", 1024))
 }
-_CARRIED_SUFFIXES = (".json", ".jinja", ".md", ".model", ".txt")
-_CARRIED_NAMES = ("LICENSE", "LICENCE", "NOTICE")
-_CARRIED_BYTES = 256 << 20  # a larger file is no configuration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,10 +148,6 @@ def parse_bytes(text: int | str) -> int:
     return size
 
 
-def leaf_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-
-
 def writing_bytes(size: int) -> int:
     """Memory that a batch takes while it is written: Orbax copies what it cuts into chunks, once as they are and
     once encoded."""
@@ -234,15 +218,6 @@ def _writing(path: Path, config: Config) -> Iterator[orbax_io.ParamWriter]:
         raise
 
 
-def carry_files(source: Path, target: Path) -> None:
-    """Copies configuration, tokenizer, licence and documentation files, so that ``target`` is complete by itself."""
-    for file in sorted(source.iterdir()):
-        named = file.suffix in _CARRIED_SUFFIXES or file.name.startswith(_CARRIED_NAMES)
-        generated = file.name in (INDEX_NAME, MANIFEST_NAME)
-        if file.is_file() and named and not generated and file.stat().st_size <= _CARRIED_BYTES:
-            shutil.copyfile(file, target / file.name)
-
-
 def write_manifest(directory: Path, plan: dict, *, source: str, mixed: dict[str, str]) -> None:
     """Writes the file that makes a converted directory complete.
 
@@ -264,13 +239,3 @@ def write_manifest(directory: Path, plan: dict, *, source: str, mixed: dict[str,
         },
     }
     (directory / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def progress(what: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """A bar with bytes, speed and time left on standard error when that is a terminal; yields advance(bytes)."""
-    console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total_bytes)
-        yield lambda count: bar.advance(task, count)

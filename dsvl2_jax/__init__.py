@@ -16,7 +16,7 @@ from typing import Any
 _EXPORTS = {
     "Config": "dsvl2_jax.model.config",
     "DSVL2Error": "dsvl2_jax.errors",
-    "Generation": "dsvl2_jax.infer.engine",
+    "Generation": "dsvl2_jax.infer.answer",
     "Model": "dsvl2_jax.infer.engine",
     "Processor": "dsvl2_jax.inputs.processor",
     "SamplingParams": "dsvl2_jax.infer.sampling",

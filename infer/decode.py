@@ -8,9 +8,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dsvl2_jax.infer.buckets import init_cache
 from dsvl2_jax.infer.sampling import SamplingArrays, choose
 from dsvl2_jax.model import deepseek_vl2 as model
+from dsvl2_jax.model.cache import init_cache
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.decoder import Cache
 from dsvl2_jax.model.deepseek_vl2 import Params

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import transformers
 
-from dsvl2_jax.checkpoint.load import rules
+from dsvl2_jax.checkpoint import rules
 from dsvl2_jax.checkpoint.orbax_io import nest
 from dsvl2_jax.model.config import Config
 

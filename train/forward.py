@@ -102,7 +102,7 @@ def encode_tiles(
 def adapt_tiles(
     params: Params, config: Config, tiles: jax.Array, mean: ArrayLike, std: ArrayLike, dtype: jnp.dtype, remat: str
 ) -> jax.Array:
-    """u8[N, S, S, 3] → [N, tokens per tile, D]; ``params`` of `compute_params`. See `dsvl2_jax.model.deepseek_vl2.adapt_tiles`."""
+    """u8[N, S, S, 3] → [N, tokens per tile, D]; ``params`` of `compute_params`. As the function of the model."""
     return model.adapt_patches(params, config, encode_tiles(params, config, tiles, mean, std, dtype, remat))
 
 

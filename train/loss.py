@@ -16,10 +16,10 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from dsvl2_jax.inputs.batch import IGNORED_LABEL
+from dsvl2_jax.kernels.precision import matmul_precision
 from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model.config import Config, LanguageConfig
 from dsvl2_jax.model.deepseek_vl2 import Params
-from dsvl2_jax.model.layers import precision
 from dsvl2_jax.model.moe import Routing
 from dsvl2_jax.sharding import constrain
 from dsvl2_jax.train import forward
@@ -142,7 +142,7 @@ def _head(
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
     b, t, _ = hidden.shape
     chunk = min(chunk, t)
-    exact = precision(hidden.dtype)
+    exact = matmul_precision(hidden.dtype)
     # The vocabulary stays split over `tensor` and `expert`, and rows come to it: [D, V] is larger than they are.
     rows = "rows", "length", "embed"
     hidden, kernel = constrain(hidden, *rows), constrain(kernel, "embed", "vocab")

@@ -25,14 +25,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dsvl2_jax.checkpoint.load import load_params, model_files, open_model, resolve, rules
+from dsvl2_jax.checkpoint import rules
+from dsvl2_jax.checkpoint.load import load_params
+from dsvl2_jax.checkpoint.locate import model_files, open_model, resolve
 from dsvl2_jax.errors import DSVL2Error, RunError, SettingsError
-from dsvl2_jax.infer.engine import enable_compilation_cache
 from dsvl2_jax.inputs.processor import Processor
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import entry_axes, init_params
 from dsvl2_jax.model.released import variant
 from dsvl2_jax.runtime import processes
+from dsvl2_jax.runtime.compile_cache import enable_compilation_cache
 from dsvl2_jax.sharding import make_mesh, parse_mesh
 from dsvl2_jax.train.data import pipeline as data
 from dsvl2_jax.train.data.pipeline import Share, StepData

@@ -21,9 +21,9 @@ from typing import Any
 import jax
 from rich import filesize
 
-from dsvl2_jax.checkpoint.load import CHECKPOINTS_NAME, MODEL_NAME, PARAMS_NAME, RUN_NAME, orbax_io, rules, run_steps
+from dsvl2_jax.checkpoint import orbax_io, rules
+from dsvl2_jax.checkpoint.locate import CHECKPOINTS_NAME, MODEL_NAME, PARAMS_NAME, RUN_NAME, carry_files, run_steps
 from dsvl2_jax.checkpoint.staging import is_disk_full, locked, write_text
-from dsvl2_jax.convert.to_orbax import carry_files
 from dsvl2_jax.errors import RunError
 from dsvl2_jax.runtime import processes
 from dsvl2_jax.train.settings.schema import Settings
@@ -267,7 +267,7 @@ class RunDirectory:
         return self._losses[step]
 
     def restore(self, step: int, optimizer: Any) -> Restored:
-        """Optimizer and place in the data of a checkpoint; `dsvl2_jax.checkpoint.load.load_params` reads its parameters.
+        """Optimizer and place in the data of a checkpoint; `load_params` reads its parameters.
 
         Args:
           optimizer: tree of `jax.ShapeDtypeStruct` with shardings.

@@ -334,3 +334,7 @@ def copy_rows(out: np.ndarray, rows: np.ndarray) -> None:
     """``out[...] = rows``, fast when one of them is a transposed view."""
     for start in range(0, len(rows), ROWS_PER_COPY):
         out[start : start + ROWS_PER_COPY] = rows[start : start + ROWS_PER_COPY]
+
+
+def leaf_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize

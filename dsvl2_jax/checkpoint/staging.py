@@ -17,8 +17,9 @@ from pathlib import Path
 
 from rich import filesize
 
-from dsvl2_jax.checkpoint.load import PARTIAL_SUFFIX
 from dsvl2_jax.errors import CheckpointError
+
+PARTIAL_SUFFIX = ".dsvl2-partial"  # the name under which a directory is written before it is complete
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _MARGIN = 16 << 20  # bytes beyond the tensors: metadata, indices, file-system blocks

@@ -2,8 +2,8 @@
 
 XLA lowers ``jax.lax.ragged_dot`` on GPU to dense products over all groups, [G, M, O] of memory and G times the work.
 Here the rows of a group are cut into blocks, each of which reads its own group's matrix: the work of the rows that are
-there, and no memory besides the result. `dsvl2_jax.kernels.grouped_matmul` calls them; the FLOPs that they declare are read by
-`dsvl2_jax.apps.plan.hlo`.
+there, and no memory besides the result. `dsvl2_jax.kernels.grouped_matmul` calls them; the FLOPs that they declare
+are read by `dsvl2_jax.apps.plan.hlo`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from dsvl2_jax.model.layers import precision
+from dsvl2_jax.kernels.precision import matmul_precision
 
 BLOCK_OUT = 128  # columns of a result that a program makes
 MIN_BLOCK = 16  # the least that a tensor core's product takes
@@ -73,7 +73,7 @@ def grouped_product(
     step, params = _tuning(rows.dtype, block)
     group, start, stop = _blocks(group_sizes, block, pl.cdiv(count, block) + groups)
     kernel = functools.partial(
-        _product_kernel, block=block, step=step, transposed=transposed, exact=precision(rows.dtype)
+        _product_kernel, block=block, step=step, transposed=transposed, exact=matmul_precision(rows.dtype)
     )
     return pl.pallas_call(
         kernel,
@@ -104,7 +104,7 @@ def grouped_outer(
     step, params = _tuning(rows.dtype, BLOCK_OUT)
     stop = jnp.cumsum(group_sizes, dtype=jnp.int32)
     return pl.pallas_call(
-        functools.partial(_outer_kernel, step=step, exact=precision(rows.dtype)),
+        functools.partial(_outer_kernel, step=step, exact=matmul_precision(rows.dtype)),
         grid=(pl.cdiv(width, BLOCK_OUT), pl.cdiv(inner, BLOCK_OUT), groups),
         out_shape=jax.ShapeDtypeStruct((groups, inner, width), rows.dtype),
         compiler_params=params,

@@ -2,8 +2,8 @@
 
 One function, `grouped_matmul`, picks the kernel of the platform that the program is lowered for:
 ``jax.lax.ragged_dot`` on TPU (native there; kernels for few rows and for gradients), the kernels of
-`dsvl2_jax.kernels.gpu_grouped_matmul` on NVIDIA GPUs (where ``ragged_dot`` is dense), and a blocked loop elsewhere that touches only
-the matrices of groups that have rows.
+`dsvl2_jax.kernels.gpu_grouped_matmul` on NVIDIA GPUs (where ``ragged_dot`` is dense), and a blocked loop elsewhere
+that touches only the matrices of groups that have rows.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsvl2_jax.kernels import gpu_grouped_matmul
+from dsvl2_jax.kernels.precision import matmul_precision
 from dsvl2_jax.kernels.tpu import few_rows_matmul, megablox_outer
-from dsvl2_jax.model.layers import precision
 
 MAX_BLOCK = 128
 
@@ -103,7 +103,7 @@ def _in_a_group(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
 
 
 def _ragged(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    out = lax.ragged_dot(rows, weights, group_sizes, precision=precision(rows.dtype))
+    out = lax.ragged_dot(rows, weights, group_sizes, precision=matmul_precision(rows.dtype))
     return _in_a_group(out, group_sizes)
 
 
@@ -130,7 +130,7 @@ def _ragged_outer(rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array)
     dims = lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
     )
-    return lax.ragged_dot_general(rows, cotangent, group_sizes, dims, precision=precision(rows.dtype))
+    return lax.ragged_dot_general(rows, cotangent, group_sizes, dims, precision=matmul_precision(rows.dtype))
 
 
 def _tpu_outer(rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array, total: jax.Array | None) -> jax.Array:
@@ -165,7 +165,7 @@ def _blocked(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax
     block = _block_size(count, groups)
     group, start, used = _blocks(group_sizes, block, count // block + groups)
     padded = jnp.pad(rows, ((0, block), (0, 0)))
-    exact = precision(rows.dtype)
+    exact = matmul_precision(rows.dtype)
 
     def body(i: jax.Array, out: jax.Array) -> jax.Array:
         x = lax.dynamic_slice_in_dim(padded, start[i], block)
@@ -184,7 +184,7 @@ def _blocked_outer(rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array
     group, start, used = _blocks(group_sizes, block, count // block + groups)
     ends = jnp.cumsum(group_sizes)
     padded, padded_bar = (jnp.pad(a, ((0, block), (0, 0))) for a in (rows, cotangent))
-    exact = precision(rows.dtype)
+    exact = matmul_precision(rows.dtype)
 
     def body(i: jax.Array, out: jax.Array) -> jax.Array:
         x = lax.dynamic_slice_in_dim(padded, start[i], block)

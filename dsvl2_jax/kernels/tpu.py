@@ -16,7 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     make_splash_mha_single_device,
 )
 
-from dsvl2_jax.model.layers import precision
+from dsvl2_jax.kernels.precision import matmul_precision
 
 # Of a block of a matrix; the pipeline holds two.
 BLOCK_BYTES = 4 << 20
@@ -55,7 +55,7 @@ def few_rows_matmul(
         @pl.when(here)
         def _():
             product = jnp.dot(
-                row_ref[0], matrix_ref[0], precision=precision(rows.dtype), preferred_element_type=jnp.float32
+                row_ref[0], matrix_ref[0], precision=matmul_precision(rows.dtype), preferred_element_type=jnp.float32
             )
             out_ref[0] = product.astype(out_ref.dtype)
 
@@ -159,7 +159,7 @@ def latent_attention(
     """
     (b, h, r), p, slots = query.shape, rope_query.shape[-1], latent.shape[1]
     block = min(ATTENTION_BLOCK, slots)
-    exact = precision(latent.dtype)
+    exact = matmul_precision(latent.dtype)
 
     def kernel(
         last_ref, query_ref, rope_query_ref, latent_ref, key_ref, out_ref, log_ref, most_ref, sum_ref, mixed_ref

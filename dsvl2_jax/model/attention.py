@@ -20,17 +20,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from dsvl2_jax.kernels.gpu_attention import Attention, fused_attention, taken
+from dsvl2_jax.kernels.precision import matmul_precision
 from dsvl2_jax.kernels.tpu import ATTENTION_BLOCK, latent_attention, splash_attention
 from dsvl2_jax.model.config import LanguageConfig
-from dsvl2_jax.model.layers import (
-    RMSNorm,
-    linear,
-    partitioned,
-    precision,
-    rotary_tables,
-    rotate_half,
-    rotate_interleaved,
-)
+from dsvl2_jax.model.layers import RMSNorm, linear, partitioned, rotary_tables, rotate_half, rotate_interleaved
 from dsvl2_jax.sharding import batch_axis, constrain, on_shards, split_over
 
 LayerCache = dict[str, jax.Array]
@@ -126,7 +119,7 @@ def _attend_block(
             "bthd,bshd->bhts" if key.ndim == 4 else "bthd,bsd->bhts",
             query,
             key.astype(query.dtype),
-            precision=precision(query.dtype),
+            precision=matmul_precision(query.dtype),
             preferred_element_type=jnp.float32,
         )
         for query, key in zip(queries, keys, strict=True)
@@ -139,7 +132,7 @@ def _attend_block(
     scores = jnp.where(visible[:, None], scores * scale, jnp.finfo(jnp.float32).min)
     weights = nn.softmax(scores, axis=-1).astype(values.dtype)
     spec = "bhts,bshd->bthd" if values.ndim == 4 else "bhts,bsd->bthd"
-    return jnp.einsum(spec, weights, values, precision=precision(values.dtype))
+    return jnp.einsum(spec, weights, values, precision=matmul_precision(values.dtype))
 
 
 def attend_to_latents(
@@ -184,7 +177,7 @@ def attend_to_row(
 ) -> jax.Array:
     """`attend` of rows to themselves, each token to those before it in its own sample; ``positions``: i32[B, T].
 
-    On GPUs, in bfloat16, by the kernels of `dsvl2_jax.kernels.gpu_attention`; on TPUs, in bfloat16, by jax's splash kernel.
+    In bfloat16: on GPUs by the kernels of `dsvl2_jax.kernels.gpu_attention`, on TPUs by jax's splash kernel.
     """
     if len(queries) == 1 and taken(queries[0], values):
 
@@ -353,7 +346,7 @@ class LatentAttention(nn.Module):
         ).astype(self.dtype)
         key_up, value_up = kernel[:, :nope], kernel[:, nope:]
         scale = (nope + rope) ** -0.5
-        exact = precision(self.dtype)
+        exact = matmul_precision(self.dtype)
         if x_btd.shape[1] == 1 and read_cache:
             q_latent = jnp.einsum("bthn,hnr->bthr", q_nope, key_up, precision=exact)
             q_latent = constrain(q_latent, rows, "length", "heads", "latent")

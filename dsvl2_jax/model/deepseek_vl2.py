@@ -228,7 +228,7 @@ def prefill(
     Args:
       embeddings: [B, T, D], right-padded.
       lengths: i32[B], real tokens of each row in this call (0 … T).
-      cache: see `dsvl2_jax.infer.buckets.init_cache`; slot index = position. Needs start + T slots.
+      cache: see `dsvl2_jax.model.cache.init_cache`; slot index = position. Needs start + T slots.
       start: i32[B], tokens already in the cache. None: nothing is, and the cache is not read.
 
     Returns:

@@ -14,14 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from dsvl2_jax.kernels.precision import matmul_precision
 from dsvl2_jax.sharding import batch_axis, constrain
 
 Axes = tuple[str | None, ...]
-
-
-def precision(dtype: DTypeLike) -> lax.Precision:
-    """float32 products keep float32 accuracy; TPUs and GPUs would otherwise round the operands."""
-    return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else lax.Precision.DEFAULT
 
 
 def partitioned(init: nn.initializers.Initializer, axes: Axes) -> nn.initializers.Initializer:
@@ -46,7 +42,7 @@ def linear(
         dtype=dtype,
         kernel_init=partitioned(nn.initializers.normal(std), axes),
         bias_init=partitioned(nn.initializers.zeros, axes[contract:]),
-        precision=precision(dtype),
+        precision=matmul_precision(dtype),
         name=name,
     )
 

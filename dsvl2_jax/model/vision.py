@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from dsvl2_jax.kernels.gpu_attention import Attention, fused_attention, taken
+from dsvl2_jax.kernels.precision import matmul_precision
 from dsvl2_jax.model.config import VisionConfig
-from dsvl2_jax.model.layers import linear, partitioned, precision
+from dsvl2_jax.model.layers import linear, partitioned
 from dsvl2_jax.sharding import constrain
 
 INIT_STD = 0.02
@@ -45,7 +46,7 @@ class VisionAttention(nn.Module):
         scale = cfg.head_dim**-0.5
 
         def plain(q: jax.Array, k: jax.Array, v: jax.Array, _: jax.Array) -> jax.Array:
-            exact = precision(self.dtype)
+            exact = matmul_precision(self.dtype)
             scores = jnp.einsum("nphd,nqhd->nhpq", q, k, precision=exact, preferred_element_type=jnp.float32) * scale
             if seen_np is not None:
                 scores = jnp.where(seen_np[:, None, None], scores, -jnp.inf)
@@ -100,7 +101,7 @@ class AttentionPool(nn.Module):
     @nn.compact
     def __call__(self, x_npw: jax.Array) -> jax.Array:
         """[N, P, W], after the encoder's final norm → [N, W]."""
-        cfg, exact = self.config, precision(self.dtype)
+        cfg, exact = self.config, matmul_precision(self.dtype)
         width, hidden = cfg.width, cfg.mlp_dim
 
         def declare(name: str, *shape: int) -> jax.Array:

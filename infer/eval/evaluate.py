@@ -16,14 +16,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dsvl2_jax.apps.cli import generate as commands
-from dsvl2_jax.checkpoint.load import RUN_NAME, resolve
+from dsvl2_jax.checkpoint import locate
+from dsvl2_jax.checkpoint.locate import RUN_NAME
 from dsvl2_jax.checkpoint.staging import write_text
 from dsvl2_jax.errors import ConversationError, DataError, DSVL2Error, UsageError
-from dsvl2_jax.infer import engine
+from dsvl2_jax.infer.answer import Generation
+from dsvl2_jax.infer.engine import Model, Room
 from dsvl2_jax.infer.eval.report import Thumbnails, write_report
 from dsvl2_jax.infer.eval.results import EvalRun, checkpoint_digest, file_digest, open_run
 from dsvl2_jax.infer.eval.samples import Sample, read_samples, score
+from dsvl2_jax.infer.loading import LoadOptions, load
 from dsvl2_jax.inputs.image_sources import ImageStore, open_images, resolve
 from dsvl2_jax.inputs.images import load_image, select_best_resolution
 from dsvl2_jax.inputs.processor import MAX_TILED_IMAGES, ModelInputs, Processor, extended_candidate_resolutions
@@ -84,7 +86,7 @@ def evaluate(ckpt: str | None, data: Path, options: EvalOptions) -> dict[str, An
         return {}
     store = open_images(options.images, str(data))
     samples = read_samples(data, store, metric=options.metric, template=options.prompt_template, limit=options.limit)
-    directory = resolve(ckpt)
+    directory = locate.resolve(ckpt)
     name = "bundled" if ckpt is None else checkpoint_name(directory)
     out = Path("eval") / name / data.stem if options.out is None else options.out
     identity = {
@@ -97,7 +99,7 @@ def evaluate(ckpt: str | None, data: Path, options: EvalOptions) -> dict[str, An
         missing = [sample for sample in samples if sample.line not in run.results]
         seconds = 0.0
         if processes.from_first(lambda: bool(missing)):
-            model = commands.load(ckpt, commands.LoadOptions(options.dtype, options.mesh))
+            model = load(ckpt, LoadOptions(options.dtype, options.mesh))
             _extend_candidates(model.processor, options.candidates)
             started = time.perf_counter()
             _answer_all(model, missing, len(samples), store, data, run, thumbnails, options)
@@ -123,7 +125,7 @@ def evaluate(ckpt: str | None, data: Path, options: EvalOptions) -> dict[str, An
 def _follow(ckpt: str | None, options: EvalOptions) -> None:
     """What the other processes do while process 0 evaluates: the same batches."""
     if processes.from_first(bool):
-        model = commands.load(ckpt, commands.LoadOptions(options.dtype, options.mesh))
+        model = load(ckpt, LoadOptions(options.dtype, options.mesh))
         while (work := processes.from_first(lambda: None)) is not None:
             inputs, room = work
             model.generate(inputs, options.max_new_tokens, at_least=room)
@@ -196,7 +198,7 @@ def _extend_candidates(processor: Processor, max_tiles: int | None) -> None:
 
 
 def _answer_all(
-    model: engine.Model,
+    model: Model,
     missing: Sequence[Sample],
     total: int,
     store: ImageStore,
@@ -235,7 +237,7 @@ def _answer_all(
             inputs = [p.inputs for p in prepared if p.inputs is not None]
             # As many tiles as if every prompt had the most: a batch of mixed ones runs the program of its largest.
             most_tiles = max((len(i.tiles) for i in inputs), default=0)
-            room = engine.Room(rows=rows, tiles=rows * most_tiles)
+            room = Room(rows=rows, tiles=rows * most_tiles)
             processes.from_first(lambda work=(inputs, room): work)
             generations = iter(model.generate(inputs, options.max_new_tokens, at_least=room))
             run.append(result_of(p, None if p.inputs is None else next(generations)) for p in prepared)
@@ -245,7 +247,7 @@ def _answer_all(
     processes.from_first(lambda: None)  # there is no more
 
 
-def result_of(prepared: _Prepared, generation: engine.Generation | None) -> Result:
+def result_of(prepared: _Prepared, generation: Generation | None) -> Result:
     """The line of results.jsonl of one sample."""
     sample = prepared.sample
     result: Result = {

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsvl2_jax.checkpoint.load import PARAMS_NAME, model_files
+from dsvl2_jax.checkpoint.locate import PARAMS_NAME, model_files
 from dsvl2_jax.checkpoint.staging import locked, write_text
 from dsvl2_jax.errors import RunError
 

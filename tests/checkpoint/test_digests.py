@@ -7,7 +7,7 @@ import shutil
 import subprocess
 
 import pytest
-import released
+import released_checkpoint
 
 import dsvl2_jax
 from dsvl2_jax.checkpoint.safetensors_source import DIGESTS_NAME, Source, check_digests, digests
@@ -17,7 +17,7 @@ from dsvl2_jax.errors import CheckpointError
 @pytest.fixture
 def mini(checkpoints, tmp_path):
     """A checkpoint with the digests of all its files."""
-    directory = released.copy(checkpoints / "mini-tiny", tmp_path / "mini")
+    directory = released_checkpoint.copy(checkpoints / "mini-tiny", tmp_path / "mini")
     names = sorted(file.name for file in directory.iterdir())
     (directory / DIGESTS_NAME).write_text(digests(directory, names))
     return directory

@@ -5,10 +5,11 @@ import os
 import jax
 import numpy as np
 import pytest
-import released
+import released_checkpoint
 
-from dsvl2_jax.checkpoint import load, orbax_io
-from dsvl2_jax.checkpoint.load import MANIFEST_NAME, PARAMS_NAME, batches, kind, load_params, resolve, rules
+from dsvl2_jax.checkpoint import load, orbax_io, rules
+from dsvl2_jax.checkpoint.load import batches, load_params
+from dsvl2_jax.checkpoint.locate import MANIFEST_NAME, PARAMS_NAME, kind, resolve
 from dsvl2_jax.checkpoint.safetensors_source import Source
 from dsvl2_jax.convert.to_orbax import convert
 from dsvl2_jax.errors import CheckpointError, UsageError
@@ -31,7 +32,7 @@ def converted(checkpoints, tmp_path_factory):
 @pytest.fixture
 def broken(converted, tmp_path):
     """A converted directory that the test may damage."""
-    return released.copy(converted["mini-base"], tmp_path / "broken")
+    return released_checkpoint.copy(converted["mini-base"], tmp_path / "broken")
 
 
 def flat(params):
@@ -129,7 +130,7 @@ DAMAGE = {
     "no manifest": (lambda d: (d / MANIFEST_NAME).unlink(), "did not finish"),
     "manifest that is no json": (lambda d: (d / MANIFEST_NAME).write_text("{"), "cannot be read"),
     "manifest of another version": (
-        lambda d: released.edit_json(d / MANIFEST_NAME, lambda m: m.update(version=99)),
+        lambda d: released_checkpoint.edit_json(d / MANIFEST_NAME, lambda m: m.update(version=99)),
         "version 99",
     ),
     "missing data file": (lambda d: data_files(d)[0].unlink(), "missing, expected"),
@@ -137,11 +138,15 @@ DAMAGE = {
     "overwritten metadata": (lambda d: overwrite(d / "params" / "state" / "_METADATA"), "not a readable Orbax"),
     "overwritten index": (lambda d: overwrite(d / "params" / "state" / "manifest.ocdbt"), "convert"),
     "config of another model": (
-        lambda d: released.edit_json(d / "config.json", lambda c: c["language_config"].update(num_hidden_layers=2)),
+        lambda d: released_checkpoint.edit_json(
+            d / "config.json", lambda c: c["language_config"].update(num_hidden_layers=2)
+        ),
         "unexpected: language/layers_2",
     ),
     "config of another shape": (
-        lambda d: released.edit_json(d / "config.json", lambda c: c["language_config"].update(vocab_size=1000)),
+        lambda d: released_checkpoint.edit_json(
+            d / "config.json", lambda c: c["language_config"].update(vocab_size=1000)
+        ),
         r"embed_tokens: found \[1024, 64\], expected \[1000, 64\]",
     ),
 }

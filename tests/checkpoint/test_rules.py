@@ -10,15 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsvl2_jax.checkpoint.load import rules
+from dsvl2_jax.checkpoint import rules
 from dsvl2_jax.errors import CheckpointError
-from dsvl2_jax.model import released
 from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.released import SIZES, released_config, variant
 
 dimension = st.integers(1, 7)
 
 
-@pytest.fixture(scope="session", params=released.SIZES)
+@pytest.fixture(scope="session", params=SIZES)
 def released(request, data):
     """(config, name → shape) of a released model."""
     config = Config.from_file(data / "reference" / f"released_config_{request.param}.json")
@@ -45,10 +45,10 @@ def test_parameters_and_tensors_have_the_same_number_of_elements(released):
 
 
 def test_the_built_in_sizes_are_the_released_configurations(data):
-    for size in released.SIZES:
+    for size in SIZES:
         reference = Config.from_file(data / "reference" / f"released_config_{size}.json")
-        assert Config.from_dict(released.released_config(size)) == reference
-        assert released.variant(reference) == size
+        assert Config.from_dict(released_config(size)) == reference
+        assert variant(reference) == size
 
 
 @given(st.lists(dimension, min_size=2, max_size=4), st.integers(1, 3))

@@ -5,7 +5,7 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
-import released
+import released_checkpoint
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +19,7 @@ from dsvl2_jax.model.config import Config
 
 @pytest.fixture
 def mini(checkpoints, tmp_path):
-    return released.copy(checkpoints / "mini-base", tmp_path / "mini")
+    return released_checkpoint.copy(checkpoints / "mini-base", tmp_path / "mini")
 
 
 @pytest.mark.parametrize("size", released.SIZES)
@@ -50,13 +50,13 @@ def test_both_layouts_of_a_healthy_checkpoint_are_usable(mini, tmp_path, capsys)
 
 
 def test_numbers_that_are_not_finite_are_counted_in_both_layouts(mini, tmp_path, capsys):
-    tensors = released.tensors(mini)
+    tensors = released_checkpoint.tensors(mini)
     name = "language.model.layers.1.mlp.experts.3.up_proj.weight"
     tensors[name][0, :2] = torch.nan
     tensors[name][1, 0] = -torch.inf
     tensors["view_seperator"] = tensors["view_seperator"].float()
     tensors["view_seperator"][5] = torch.inf
-    released.put(mini, tensors)
+    released_checkpoint.put(mini, tensors)
     convert(mini, tmp_path / "converted")
     assert examine(mini).non_finite == {"view_seperator": {"nan": 0, "inf": 1}, name: {"nan": 2, "inf": 1}}
     report = examine(tmp_path / "converted")
@@ -73,13 +73,13 @@ def test_counting_by_bits_is_what_numpy_counts(values, dtype):
 
 
 def test_every_problem_is_in_one_report(mini):
-    tensors = released.tensors(mini)
+    tensors = released_checkpoint.tensors(mini)
     del tensors["image_newline"]
     tensors["extra"] = torch.zeros(2, dtype=torch.int64)
-    released.put(mini, tensors)
-    released.edit_json(mini / "processor_config.json", lambda c: c.pop("patch_size"))
+    released_checkpoint.put(mini, tensors)
+    released_checkpoint.edit_json(mini / "processor_config.json", lambda c: c.pop("patch_size"))
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        released.edit_json(mini / name, lambda c: c.pop("eos_token", None))
+        released_checkpoint.edit_json(mini / name, lambda c: c.pop("eos_token", None))
     report = examine(mini)
     assert not report.ok
     text = "\n".join(report.problems)

@@ -14,15 +14,17 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-import released
+import released_checkpoint
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dsvl2_jax.apps.bench import convert as bench
-from dsvl2_jax.checkpoint import staging
-from dsvl2_jax.checkpoint.load import PARAMS_NAME, PARTIAL_SUFFIX, load_params, orbax_io, resolve
+from dsvl2_jax.checkpoint import orbax_io, staging
+from dsvl2_jax.checkpoint.load import load_params
+from dsvl2_jax.checkpoint.locate import PARAMS_NAME, resolve
 from dsvl2_jax.checkpoint.safetensors_source import Source
+from dsvl2_jax.checkpoint.staging import PARTIAL_SUFFIX
 from dsvl2_jax.convert import to_orbax
 from dsvl2_jax.convert.to_orbax import convert, parse_bytes
 from dsvl2_jax.convert.to_safetensors import export
@@ -35,21 +37,21 @@ EXPERT = "language.model.layers.1.mlp.experts.{}.up_proj.weight"
 @pytest.fixture
 def mini(checkpoints, tmp_path):
     """A copy of mini-small that the test may damage."""
-    return released.copy(checkpoints / "mini-small", tmp_path / "mini")
+    return released_checkpoint.copy(checkpoints / "mini-small", tmp_path / "mini")
 
 
 def round_trip(source, tmp_path, **options):
     """The tensors after convert and export."""
     convert(source, tmp_path / "converted", **options)
     export(tmp_path / "converted", tmp_path / "exported")
-    return released.tensors(tmp_path / "exported")
+    return released_checkpoint.tensors(tmp_path / "exported")
 
 
 @pytest.mark.parametrize("name", ["mini-tiny", "mini-small", "mini-base", "mini-small-f32"])
 def test_round_trip_is_bit_identical(checkpoints, tmp_path, name):
     source = checkpoints / name
-    released.assert_same_tensors(round_trip(source, tmp_path), released.tensors(source))
-    carried = {file.name for file in source.iterdir() if file.suffix == ".json"} - {released.INDEX}
+    released_checkpoint.assert_same_tensors(round_trip(source, tmp_path), released_checkpoint.tensors(source))
+    carried = {file.name for file in source.iterdir() if file.suffix == ".json"} - {released_checkpoint.INDEX}
     for directory in (tmp_path / "converted", tmp_path / "exported"):
         for file in carried:
             assert (directory / file).read_bytes() == (source / file).read_bytes()
@@ -57,8 +59,8 @@ def test_round_trip_is_bit_identical(checkpoints, tmp_path, name):
 
 def test_tensors_of_different_dtypes_round_trip(mini, tmp_path):
     dtypes, random = (torch.float32, torch.float16, torch.bfloat16), np.random.default_rng(0)
-    tensors = {name: t.to(dtypes[random.integers(3)]) for name, t in released.tensors(mini).items()}
-    released.put(mini, tensors, shards=3)
+    tensors = {name: t.to(dtypes[random.integers(3)]) for name, t in released_checkpoint.tensors(mini).items()}
+    released_checkpoint.put(mini, tensors, shards=3)
     result = convert(mini, tmp_path / "out")
     assert "another dtype" in result.notes[0]
     config = Config.from_file(mini)
@@ -74,16 +76,16 @@ def test_tensors_of_different_dtypes_round_trip(mini, tmp_path):
         }[tensors["language.model.embed_tokens.weight"].dtype]
     )
     export(tmp_path / "out", tmp_path / "back")
-    released.assert_same_tensors(released.tensors(tmp_path / "back"), tensors)
+    released_checkpoint.assert_same_tensors(released_checkpoint.tensors(tmp_path / "back"), tensors)
 
 
 def test_a_single_file_and_licence_files_convert(mini, tmp_path):
-    tensors = released.tensors(mini)
-    released.put(mini, tensors, shards=1)
+    tensors = released_checkpoint.tensors(mini)
+    released_checkpoint.put(mini, tensors, shards=1)
     for name in ("LICENSE", "README.md", "tokenizer.model"):
         (mini / name).write_text(name)
     (mini / "pytorch_model.bin").write_text("not carried")
-    released.assert_same_tensors(round_trip(mini, tmp_path), tensors)
+    released_checkpoint.assert_same_tensors(round_trip(mini, tmp_path), tensors)
     assert {"LICENSE", "README.md", "tokenizer.model"} < {file.name for file in (tmp_path / "converted").iterdir()}
     assert not (tmp_path / "converted" / "pytorch_model.bin").exists()
 
@@ -91,13 +93,15 @@ def test_a_single_file_and_licence_files_convert(mini, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_dtype_casts_every_tensor_as_torch_does(checkpoints, tmp_path, dtype):
     source = checkpoints / ("mini-small" if dtype == "float32" else "mini-small-f32")
-    expected = {name: t.to(getattr(torch, dtype)) for name, t in released.tensors(source).items()}
-    released.assert_same_tensors(round_trip(source, tmp_path, dtype=dtype), expected)
+    expected = {name: t.to(getattr(torch, dtype)) for name, t in released_checkpoint.tensors(source).items()}
+    released_checkpoint.assert_same_tensors(round_trip(source, tmp_path, dtype=dtype), expected)
 
 
 def test_little_memory_changes_nothing(checkpoints, tmp_path):
     source = checkpoints / "mini-small"
-    released.assert_same_tensors(round_trip(source, tmp_path, max_memory="1B"), released.tensors(source))
+    released_checkpoint.assert_same_tensors(
+        round_trip(source, tmp_path, max_memory="1B"), released_checkpoint.tensors(source)
+    )
 
 
 def test_many_batches_in_flight_and_chunked_leaves_change_nothing(checkpoints, tmp_path, monkeypatch):
@@ -106,7 +110,9 @@ def test_many_batches_in_flight_and_chunked_leaves_change_nothing(checkpoints, t
     for name in ("mini-tiny", "mini-base"):
         (tmp_path / name).mkdir()
         source = checkpoints / name
-        released.assert_same_tensors(round_trip(source, tmp_path / name), released.tensors(source))
+        released_checkpoint.assert_same_tensors(
+            round_trip(source, tmp_path / name), released_checkpoint.tensors(source)
+        )
 
 
 def test_memory_stays_near_the_largest_parameter(tmp_path, data):
@@ -287,32 +293,34 @@ def cut(file, size):
 
 
 def change_tensors(directory, edit):
-    tensors = released.tensors(directory)
+    tensors = released_checkpoint.tensors(directory)
     edit(tensors)
-    released.put(directory, tensors)
+    released_checkpoint.put(directory, tensors)
 
 
 def set_language(directory, **values):
-    released.edit_json(directory / "config.json", lambda c: c["language_config"].update(values))
+    released_checkpoint.edit_json(directory / "config.json", lambda c: c["language_config"].update(values))
 
 
 def remove_language(directory, key):
-    released.edit_json(directory / "config.json", lambda c: c["language_config"].pop(key))
+    released_checkpoint.edit_json(directory / "config.json", lambda c: c["language_config"].pop(key))
 
 
 def add_to_index(directory):
-    released.edit_json(
-        directory / released.INDEX, lambda i: i["weight_map"].update({"ghost": shard(directory, 0).name})
+    released_checkpoint.edit_json(
+        directory / released_checkpoint.INDEX, lambda i: i["weight_map"].update({"ghost": shard(directory, 0).name})
     )
 
 
 def remove_from_index(directory):
-    released.edit_json(directory / released.INDEX, lambda i: i["weight_map"].pop("view_seperator"))
+    released_checkpoint.edit_json(
+        directory / released_checkpoint.INDEX, lambda i: i["weight_map"].pop("view_seperator")
+    )
 
 
 def escape_with_index(directory):
-    released.edit_json(
-        directory / released.INDEX, lambda i: i["weight_map"].update(view_seperator="../other.safetensors")
+    released_checkpoint.edit_json(
+        directory / released_checkpoint.INDEX, lambda i: i["weight_map"].update(view_seperator="../other.safetensors")
     )
 
 
@@ -345,15 +353,31 @@ BAD = {
         CheckpointError,
         ["model-00002", "not a complete safetensors file"],
     ),
-    "index naming an absent tensor": (add_to_index, CheckpointError, [released.INDEX, "ghost", "does not have it"]),
-    "tensor not in the index": (remove_from_index, CheckpointError, ["view_seperator", "is not in", released.INDEX]),
-    "index leaving its directory": (escape_with_index, CheckpointError, [released.INDEX, "../other.safetensors"]),
-    "index that is no json": (
-        lambda d: (d / released.INDEX).write_text("{"),
+    "index naming an absent tensor": (
+        add_to_index,
         CheckpointError,
-        [released.INDEX, "not an index"],
+        [released_checkpoint.INDEX, "ghost", "does not have it"],
     ),
-    "shards without index": (lambda d: (d / released.INDEX).unlink(), CheckpointError, ["4 .safetensors files"]),
+    "tensor not in the index": (
+        remove_from_index,
+        CheckpointError,
+        ["view_seperator", "is not in", released_checkpoint.INDEX],
+    ),
+    "index leaving its directory": (
+        escape_with_index,
+        CheckpointError,
+        [released_checkpoint.INDEX, "../other.safetensors"],
+    ),
+    "index that is no json": (
+        lambda d: (d / released_checkpoint.INDEX).write_text("{"),
+        CheckpointError,
+        [released_checkpoint.INDEX, "not an index"],
+    ),
+    "shards without index": (
+        lambda d: (d / released_checkpoint.INDEX).unlink(),
+        CheckpointError,
+        ["4 .safetensors files"],
+    ),
     "missing tensor": (
         lambda d: change_tensors(d, lambda t: t.pop("image_newline")),
         CheckpointError,
@@ -390,7 +414,7 @@ BAD = {
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), TokenizerError, ["tokenizer.json"]),
     "tokenizer without bos": (
         lambda d: [
-            released.edit_json(d / name, lambda c: c.pop("bos_token", None))
+            released_checkpoint.edit_json(d / name, lambda c: c.pop("bos_token", None))
             for name in ("tokenizer_config.json", "special_tokens_map.json")
         ],
         TokenizerError,

@@ -4,13 +4,13 @@ import json
 
 import numpy as np
 import pytest
-import released
+import released_checkpoint
 import safetensors
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsvl2_jax.checkpoint.load import MANIFEST_NAME
+from dsvl2_jax.checkpoint.locate import MANIFEST_NAME
 from dsvl2_jax.checkpoint.safetensors_source import Source, numpy_dtype
 from dsvl2_jax.convert import to_safetensors
 from dsvl2_jax.convert.to_orbax import convert
@@ -27,20 +27,20 @@ def converted(checkpoints, tmp_path_factory):
 
 def test_shards_and_index_are_what_the_official_loader_reads(converted, checkpoints, tmp_path):
     export(converted, tmp_path / "out", max_shard_bytes="400kB")
-    index = json.loads((tmp_path / "out" / released.INDEX).read_text())
+    index = json.loads((tmp_path / "out" / released_checkpoint.INDEX).read_text())
     files = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
     count = len(files)
     assert count > 3
     assert files == [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     assert set(index["weight_map"].values()) == set(files)
-    expected = released.tensors(checkpoints / "mini-base")
+    expected = released_checkpoint.tensors(checkpoints / "mini-base")
     assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in expected.values())
     for file in files:
         with safetensors.safe_open(tmp_path / "out" / file, framework="pt") as shard:
             assert shard.metadata() == {"format": "pt"}
             assert {name for name, where in index["weight_map"].items() if where == file} == set(shard.keys())
             assert sum(shard.get_tensor(name).nbytes for name in shard.keys()) <= 400_000  # noqa: SIM118
-    released.assert_same_tensors(released.tensors(tmp_path / "out"), expected)
+    released_checkpoint.assert_same_tensors(released_checkpoint.tensors(tmp_path / "out"), expected)
     assert not (tmp_path / "out" / MANIFEST_NAME).exists()
 
 
@@ -79,7 +79,7 @@ def test_any_tensors_are_read_back_by_the_safetensors_library(tmp_path_factory, 
     with ShardWriter(directory, tensors) as writer:
         writer.write(arrays)
         writer.finish()
-    found = released.tensors(directory)
+    found = released_checkpoint.tensors(directory)
     assert found.keys() == tensors.keys()
     for name, array in arrays.items():
         assert tuple(found[name].shape) == array.shape

@@ -16,7 +16,8 @@ import pytest
 import dsvl2_jax
 from dsvl2_jax import SamplingParams
 from dsvl2_jax.errors import ConversationError, UsageError
-from dsvl2_jax.infer.buckets import batch_bucket, init_cache, length_bucket, tile_bucket
+from dsvl2_jax.infer.buckets import batch_bucket, length_bucket, tile_bucket
+from dsvl2_jax.model.cache import init_cache
 from dsvl2_jax.runtime.timing import Timing, compile_log
 
 

@@ -11,8 +11,8 @@ import pytest
 
 import configs
 import dsvl2_jax
-from dsvl2_jax.apps.cli.generate import LoadOptions, load
 from dsvl2_jax.errors import UsageError
+from dsvl2_jax.infer.loading import LoadOptions, load
 from dsvl2_jax.sharding import make_mesh
 
 CONFIGS = Path(configs.__file__).parent

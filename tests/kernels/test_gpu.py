@@ -1,4 +1,4 @@
-"""The GPU kernels, interpreted on the CPU, against plain formulas; that they compile is tests/apps/plan/test_gpu_compile.py."""
+"""The GPU kernels, interpreted on the CPU, against plain formulas; they are compiled in tests/apps/plan."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dsvl2_jax.kernels import grouped_matmul
+from dsvl2_jax.kernels import grouped_matmul as kernels
 from dsvl2_jax.kernels.grouped_matmul import grouped_matmul, grouped_outer
 from dsvl2_jax.kernels.tpu import few_rows_matmul, megablox_outer
 
@@ -22,13 +22,13 @@ SHAPES = {"small": (24, 5), "large": (300, 2), "one row": (1, 3)}
 TOLERANCES = {"float32": 2e-6, "bfloat16": 1.01 * 2**-8}
 
 FORWARD = {
-    "blocked": grouped_matmul._blocked,
-    "ragged": grouped_matmul._ragged,
+    "blocked": kernels._blocked,
+    "ragged": kernels._ragged,
     "few rows": functools.partial(few_rows_matmul, interpret=True),
 }
 OUTER = {
-    "blocked": grouped_matmul._blocked_outer,
-    "ragged": grouped_matmul._ragged_outer,
+    "blocked": kernels._blocked_outer,
+    "ragged": kernels._ragged_outer,
     "megablox": functools.partial(megablox_outer, interpret=True),
 }
 

@@ -12,7 +12,8 @@ import pytest
 from golden import DATA
 from safetensors.numpy import load_file
 
-from dsvl2_jax.checkpoint.load import load_params, rules
+from dsvl2_jax.checkpoint import rules
+from dsvl2_jax.checkpoint.load import load_params
 from dsvl2_jax.checkpoint.orbax_io import unnest
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.inputs.batch import IGNORED_LABEL, Batch, collate

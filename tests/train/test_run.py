@@ -17,12 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import released
+import released_checkpoint
 import toy_run
 
 import dsvl2_jax
 from dsvl2_jax.apps.cli import main as cli
-from dsvl2_jax.checkpoint.load import load_params, orbax_io, resolve, rules
+from dsvl2_jax.checkpoint import orbax_io, rules
+from dsvl2_jax.checkpoint.load import load_params
+from dsvl2_jax.checkpoint.locate import resolve
 from dsvl2_jax.convert.to_safetensors import export
 from dsvl2_jax.errors import CheckpointError, RunError, SettingsError
 from dsvl2_jax.model.config import Config
@@ -232,7 +234,7 @@ def test_a_run_survives_a_full_disk_answers_exports_and_refuses_what_is_not_its_
     assert "of a training run" in capfd.readouterr().out
     out = run.parent / "out"
     assert cli.main(["export", str(run), str(out)]) == 0
-    tensors = released.tensors(out)
+    tensors = released_checkpoint.tensors(out)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     assert found == rules.expected_shapes(config_of(run))
     trained, exported = dsvl2_jax.load(run), dsvl2_jax.load(out)
@@ -241,7 +243,7 @@ def test_a_run_survives_a_full_disk_answers_exports_and_refuses_what_is_not_its_
     )
     np.testing.assert_array_equal(trained.logits(inputs), exported.logits(inputs))
     export(run, run.parent / "half", dtype="bfloat16")
-    for name, tensor in released.tensors(run.parent / "half").items():
+    for name, tensor in released_checkpoint.tensors(run.parent / "half").items():
         assert str(tensor.dtype) == ("torch.float32" if ".mlp.gate." in name else "torch.bfloat16"), name
 
     # Another configuration, other data and another model are told apart.

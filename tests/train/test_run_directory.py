@@ -15,7 +15,9 @@ import optax
 import pytest
 import toy_run
 
-from dsvl2_jax.checkpoint.load import kind, load_params, open_model, orbax_io, resolve, rules
+from dsvl2_jax.checkpoint import orbax_io, rules
+from dsvl2_jax.checkpoint.load import load_params
+from dsvl2_jax.checkpoint.locate import kind, open_model, resolve
 from dsvl2_jax.errors import CheckpointError, RunError
 from dsvl2_jax.model.deepseek_vl2 import entry_axes
 from dsvl2_jax.train import run_directory

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from dsvl2_jax.checkpoint.load import resolve
+from dsvl2_jax.checkpoint.locate import resolve
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.inputs.processor import Processor
 from dsvl2_jax.train.data.samples import SampleSource, Unusable

@@ -29,11 +29,11 @@ from grain.experimental import DatasetOptions, ThreadPrefetchDatasetIterator, Wi
 
 from dsvl2_jax.errors import DataError
 from dsvl2_jax.inputs.processor import Processor
-from dsvl2_jax.inputs.records import NO_ATTRIBUTE, NO_IMAGE, Pairs
 from dsvl2_jax.model.config import Config
+from dsvl2_jax.train.data import packing
 from dsvl2_jax.train.data.batch import TrainBatch
+from dsvl2_jax.train.data.encoder_samples import NO_ATTRIBUTE, NO_IMAGE, Pairs
 from dsvl2_jax.train.data.packing import TOO_LONG, RowShape
-from dsvl2_jax.train.data.pipeline import packing
 from dsvl2_jax.train.data.samples import Unusable, fingerprint, open_sources
 from dsvl2_jax.train.settings.schema import DataSettings, Settings
 

@@ -12,10 +12,11 @@ import numpy as np
 from dsvl2_jax.errors import DataError, SampleError
 from dsvl2_jax.inputs.image_sources import FilePool, ImageStore, expand, index_tar, open_images
 from dsvl2_jax.inputs.processor import Processor
-from dsvl2_jax.inputs.records import Pairs, parse_record, parse_regions, process, process_pair, process_regions
+from dsvl2_jax.inputs.records import parse_record, process
+from dsvl2_jax.train.data import packing
+from dsvl2_jax.train.data.encoder_samples import Pairs, parse_regions, process_pair, process_regions
 from dsvl2_jax.train.data.files import DataFile, open_data_file
 from dsvl2_jax.train.data.packing import RowShape
-from dsvl2_jax.train.data.pipeline import packing
 from dsvl2_jax.train.settings.schema import DataSettings, Settings, SourceSettings
 
 UNREADABLE, UNEXPECTED = "file unreadable", "unexpected error"

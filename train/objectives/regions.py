@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsvl2_jax.inputs.records import attribute_of_codes, region_of_codes
 from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.layers import partitioned
 from dsvl2_jax.train.data.batch import TrainBatch
+from dsvl2_jax.train.data.encoder_samples import attribute_of_codes, region_of_codes
 from dsvl2_jax.train.flops import StepFlops, region_flops
 from dsvl2_jax.train.forward import compute_params, encode_tiles
 from dsvl2_jax.train.objectives.contrastive import BIAS, LOG_SCALE, normalised, rows_of_tiles, scalars
@@ -50,7 +50,7 @@ def phrases(batch: TrainBatch, most: int) -> tuple[jax.Array, jax.Array]:
     """The phrases of an accumulation step's rows, of R = ``most`` a row.
 
     Returns:
-      (f32[B, R, T], i32[B, R]): which tokens a phrase has, and its code (`dsvl2_jax.inputs.records.process_regions`), 0
+      (f32[B, R, T], i32[B, R]): which tokens a phrase has, and its code (`process_regions`), 0
       where a row has no further phrase.
     """
     codes = jnp.where(jnp.asarray(batch.segments) > 0, jnp.asarray(batch.labels), 0)

@@ -122,7 +122,7 @@ class BaseTrainer:
         """The state before the first step.
 
         Args:
-          params: nested, of `dsvl2_jax.checkpoint.load.load_params` or `dsvl2_jax.model.deepseek_vl2.init_params`. They are taken out of
+          params: nested, of `load_params` or `init_params`. They are taken out of
             the dict one by one, so that parameters are never in memory twice.
         """
         abstract = self.abstract_state()

@@ -20,14 +20,15 @@ from typing import Literal
 import ml_dtypes
 import numpy as np
 
-from dsvl2_jax.checkpoint.load import rules
+from dsvl2_jax.checkpoint import rules
+from dsvl2_jax.checkpoint.safetensors_source import leaf_bytes
 from dsvl2_jax.checkpoint.staging import refuse_existing, staged, sync_tree
-from dsvl2_jax.convert.to_orbax import leaf_bytes, progress
 from dsvl2_jax.convert.to_safetensors import ShardWriter
 from dsvl2_jax.errors import CheckpointError, UsageError
 from dsvl2_jax.inputs.tokenizer import DEFAULT_PAD_TOKEN
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.released import released_config
+from dsvl2_jax.runtime.progress import progress
 
 _BOS, _EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from dsvl2_jax.apps.cli.generate import LoadOptions, load
 from dsvl2_jax.errors import UsageError
+from dsvl2_jax.infer.loading import LoadOptions, load
 from dsvl2_jax.runtime.timing import Timing
 
 RUNS = 3

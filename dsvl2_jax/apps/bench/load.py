@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from dsvl2_jax.checkpoint.load import kind, load_params, open_model, resolve
+from dsvl2_jax.checkpoint.load import load_params
+from dsvl2_jax.checkpoint.locate import kind, open_model, resolve
 from dsvl2_jax.errors import DSVL2Error, UsageError
 from dsvl2_jax.runtime import processes
 from dsvl2_jax.sharding import check_mesh, make_mesh, parse_mesh

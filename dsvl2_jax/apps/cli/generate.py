@@ -7,47 +7,15 @@ import json
 import sys
 from pathlib import Path
 
-import jax
-
-from dsvl2_jax.checkpoint.load import description, resolve
 from dsvl2_jax.errors import DSVL2Error, UsageError
-from dsvl2_jax.infer import engine
+from dsvl2_jax.infer.answer import Generation
+from dsvl2_jax.infer.loading import LoadOptions, load
 from dsvl2_jax.infer.sampling import SamplingParams
 from dsvl2_jax.inputs.grounding import draw_boxes
 from dsvl2_jax.inputs.images import load_image
 from dsvl2_jax.inputs.processor import prepend_image_tags
 from dsvl2_jax.runtime import processes
 from dsvl2_jax.runtime.timing import Timing
-from dsvl2_jax.sharding import make_mesh, parse_mesh
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadOptions:
-    """Options of every command that loads a model; see `dsvl2 generate --help`."""
-
-    dtype: str = "float32"
-    mesh: str | None = None
-    exif: bool = False
-    strict_special_tokens: bool = False
-
-
-def load(ckpt: str | None, options: LoadOptions) -> engine.Model:
-    """`engine.load` with the command line's options; raises what it raises.
-
-    Among several processes all must call it, with the same checkpoint and a mesh of all their devices.
-    """
-    if options.mesh is None and processes.joined():
-        raise UsageError(
-            f"several processes need --mesh, to say how they share the model: sizes of data, tensor and expert whose "
-            f"product is {jax.device_count()}, the devices of all of them."
-        )
-    mesh = None if options.mesh is None else make_mesh(**parse_mesh(options.mesh))
-    if processes.joined():
-        processes.same_everywhere("the checkpoint", description(resolve(ckpt)))
-    model = engine.load(ckpt, dtype=options.dtype, mesh=mesh)
-    model.processor.apply_exif_orientation = options.exif
-    model.processor.strict_special_tokens = options.strict_special_tokens
-    return model
 
 
 def generate(
@@ -100,7 +68,7 @@ def generate(
         print(f"{len(answer.boxes)} box(es) drawn into {draw}", file=sys.stderr)
 
 
-def report(answer: engine.Generation, timing: Timing) -> dict:
+def report(answer: Generation, timing: Timing) -> dict:
     """The object that ``--json`` prints."""
     seconds = {name: round(timing.get(name, 0.0), 4) for name in ("load", "compile", "encode", "prefill", "decode")}
     decoded, spent = len(answer.token_ids) - 1, timing.get("decode", 0.0)

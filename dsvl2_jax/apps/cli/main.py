@@ -112,19 +112,20 @@ def generate(
         strict_special_tokens: treat special tokens written in the prompt as plain text.
     """
     together.join(locals())
-    from dsvl2_jax.apps.cli import generate as commands
+    from dsvl2_jax.apps.cli.generate import SamplingParams, generate
+    from dsvl2_jax.infer.loading import LoadOptions
 
-    commands.generate(
+    generate(
         ckpt,
         prompt=prompt,
         images=[path for group in image for path in group],
         system=system,
         max_new_tokens=max_new_tokens,
-        sampling=commands.SamplingParams(temperature, top_p, top_k, repetition_penalty, seed, stop),
+        sampling=SamplingParams(temperature, top_p, top_k, repetition_penalty, seed, stop),
         chunk_size=chunk_size,
         as_json=json,
         draw=draw,
-        options=commands.LoadOptions(dtype, mesh, exif, strict_special_tokens),
+        options=LoadOptions(dtype, mesh, exif, strict_special_tokens),
     )
 
 
@@ -160,10 +161,11 @@ def chat(
         strict_special_tokens: treat special tokens written in the prompt as plain text.
     """
     from dsvl2_jax.apps import chat
-    from dsvl2_jax.apps.cli import generate as commands
+    from dsvl2_jax.apps.cli.generate import SamplingParams
+    from dsvl2_jax.infer.loading import LoadOptions, load
 
-    model = commands.load(ckpt, commands.LoadOptions(dtype, mesh, exif, strict_special_tokens))
-    sampling = commands.SamplingParams(temperature, top_p, top_k, repetition_penalty, seed)
+    model = load(ckpt, LoadOptions(dtype, mesh, exif, strict_special_tokens))
+    sampling = SamplingParams(temperature, top_p, top_k, repetition_penalty, seed)
     chat.chat(model, system, max_new_tokens, sampling)
 
 
@@ -184,10 +186,10 @@ def demo(
         dtype: in which the model computes.
         mesh: shard over devices, e.g. data=2,tensor=2,expert=2.
     """
-    from dsvl2_jax.apps.cli import generate as commands
     from dsvl2_jax.apps.micro.demo import demo as run
+    from dsvl2_jax.infer.loading import LoadOptions
 
-    run(ckpt, seed=seed, out=out, options=commands.LoadOptions(dtype, mesh))
+    run(ckpt, seed=seed, out=out, options=LoadOptions(dtype, mesh))
 
 
 def train(

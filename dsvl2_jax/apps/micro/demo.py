@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsvl2_jax.apps.cli import generate as commands
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.infer.eval import metrics
+from dsvl2_jax.infer.loading import LoadOptions, load
 from dsvl2_jax.inputs.grounding import Box, draw_boxes
 from dsvl2_jax.inputs.processor import ModelInputs
 from dsvl2_jax.runtime.timing import Timing
@@ -24,7 +24,7 @@ ASKED = ("colour and shape", "counting", "position", "digits", "charts", "two im
 LOCATED = "grounding"
 
 
-def demo(ckpt: str | None, *, seed: int, out: Path, options: commands.LoadOptions) -> None:
+def demo(ckpt: str | None, *, seed: int, out: Path, options: LoadOptions) -> None:
     """Draws pictures that no training has seen, asks about them, streams the answers, and draws answered boxes.
 
     Args:
@@ -45,7 +45,7 @@ def demo(ckpt: str | None, *, seed: int, out: Path, options: commands.LoadOption
         raise UsageError(f"--out {out}: cannot be made ({error.strerror}); name a folder.") from None
     timing = Timing()
     with timing.phase("load"):
-        model = commands.load(ckpt, options)
+        model = load(ckpt, options)
     tokens = right = 0
     for number, task in enumerate((*ASKED, LOCATED)):
         rng = np.random.default_rng((synthetic.DEMO, seed, number))

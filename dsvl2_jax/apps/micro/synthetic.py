@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
+from dsvl2_jax.apps.micro import pictures
+from dsvl2_jax.apps.micro.pictures import COLOURS, KINDS, WORDS, Bar, Boundaries, Picture
 from dsvl2_jax.inputs.grounding import format_boxes
 from dsvl2_jax.inputs.tokenizer import GROUNDING_TOKEN, IMAGE_TOKEN, REF_END_TOKEN, REF_TOKEN
-from dsvl2_jax.apps.micro import pictures
-from dsvl2_jax.apps.micro.pictures import Bar, Boundaries, COLOURS, KINDS, Picture, WORDS
 
 TRAINING, HELD_OUT, DEMO = 0, 1, 2  # streams of random numbers
 ORDINALS = ("first", "second", "third")

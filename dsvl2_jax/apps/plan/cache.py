@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dsvl2_jax.apps.plan.planner import Job, plan
-from dsvl2_jax.infer.engine import user_cache
 from dsvl2_jax.model.config import Config
+from dsvl2_jax.runtime.compile_cache import user_cache
 from dsvl2_jax.runtime.hardware import Topology
 
 # We, the compilers, and what traces the programs.

@@ -16,10 +16,10 @@ from jax.typing import DTypeLike
 from dsvl2_jax.checkpoint.load import stays_float32
 from dsvl2_jax.checkpoint.orbax_io import nest
 from dsvl2_jax.errors import UsageError
-from dsvl2_jax.infer.buckets import cache_layout
 from dsvl2_jax.infer.decode import DecodeState, next_state
 from dsvl2_jax.infer.sampling import SamplingArrays
 from dsvl2_jax.model import deepseek_vl2 as model
+from dsvl2_jax.model.cache import cache_layout
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.runtime.hardware import Topology, target_config
 from dsvl2_jax.sharding import ACTIVATION_RULES, make_mesh, partition_spec

@@ -14,7 +14,7 @@ from dsvl2_jax.apps.plan import work as plan_work
 from dsvl2_jax.apps.plan.hlo import Cost, walk
 from dsvl2_jax.checkpoint.orbax_io import LeafPath
 from dsvl2_jax.errors import UsageError
-from dsvl2_jax.infer.buckets import cache_layout
+from dsvl2_jax.model.cache import cache_layout
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import abstract_leaves
 from dsvl2_jax.runtime.hardware import Topology
@@ -261,7 +261,7 @@ def _uncompiled(problem: str, report: dict[str, Any], config: Config, job: Job, 
 
 
 def mean_turns(config: Config, job: Job, sizes: dict[str, int]) -> float:
-    """Of the loop over shares of the experts' work (see `dsvl2_jax.model.moe`), on the mean device, when routing is even.
+    """Of the loop over shares of the experts' work (`dsvl2_jax.model.moe`), on the mean device, when routing is even.
 
     The busiest takes one; but of a step with fewer assignments than devices, some have none.
     """

@@ -16,7 +16,7 @@ from rich.console import Console
 from dsvl2_jax.apps.plan import table as plan_table
 from dsvl2_jax.apps.plan.cache import planned
 from dsvl2_jax.apps.plan.planner import Job, parse_job
-from dsvl2_jax.checkpoint.load import resolve
+from dsvl2_jax.checkpoint.locate import resolve
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.released import released_config

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from dsvl2_jax.infer.buckets import cache_layout
+from dsvl2_jax.model.cache import cache_layout
 from dsvl2_jax.model.config import Config, LanguageConfig
 from dsvl2_jax.model.deepseek_vl2 import abstract_leaves
 from dsvl2_jax.train.flops import StepFlops, step_flops

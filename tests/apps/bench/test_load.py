@@ -10,7 +10,7 @@ import pytest
 from dsvl2_jax.apps.bench.convert import random_checkpoint
 from dsvl2_jax.apps.bench.load import bench_load
 from dsvl2_jax.apps.cli import main as cli
-from dsvl2_jax.checkpoint.load import orbax_io
+from dsvl2_jax.checkpoint import orbax_io
 from dsvl2_jax.convert.to_orbax import convert
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import abstract_leaves, entry_axes, param_shardings

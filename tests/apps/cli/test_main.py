@@ -47,7 +47,8 @@ def test_every_command_explains_itself(run, command):
 
 
 def test_help_does_not_load_jax():
-    program = "import sys; from dsvl2_jax.apps.cli.main import main\ntry: main(['--help'])\nfinally: print('jax' in sys.modules)"
+    program = "import sys; from dsvl2_jax.apps.cli.main import main\n"
+    program += "try: main(['--help'])\nfinally: print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
 

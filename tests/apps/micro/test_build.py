@@ -16,14 +16,16 @@ from PIL import Image, ImageChops
 
 import dsvl2_jax
 from dsvl2_jax import configs
-from dsvl2_jax.apps.cli import generate as commands
 from dsvl2_jax.apps.micro import build, synthetic
 from dsvl2_jax.apps.micro.demo import ASKED, LOCATED, _judge, demo
-from dsvl2_jax.checkpoint.load import load_params, orbax_io, resolve, rules, stays_float32
+from dsvl2_jax.checkpoint import orbax_io, rules
+from dsvl2_jax.checkpoint.load import load_params, stays_float32
+from dsvl2_jax.checkpoint.locate import resolve
 from dsvl2_jax.checkpoint.safetensors_source import DIGESTS_NAME, Source, check_digests
 from dsvl2_jax.convert.doctor import doctor
 from dsvl2_jax.errors import CheckpointError, UsageError
 from dsvl2_jax.infer.engine import Room
+from dsvl2_jax.infer.loading import LoadOptions
 from dsvl2_jax.inputs.processor import Processor
 from dsvl2_jax.inputs.tokenizer import IMAGE_TOKEN, PROCESSOR_TOKENS, Tokenizer
 from dsvl2_jax.model.config import Config
@@ -333,7 +335,7 @@ def test_the_example_pictures_are_seen(loaded, name, prompt, expected):
 
 
 def test_the_demo_draws_and_asks(tmp_path, capsys):
-    demo(None, seed=0, out=tmp_path / "out", options=commands.LoadOptions())
+    demo(None, seed=0, out=tmp_path / "out", options=LoadOptions())
     out, err = capsys.readouterr()
     files = {file.name for file in (tmp_path / "out").iterdir()}
     firsts = {f"{task.replace(' ', '-')}-0.png" for task in (*ASKED, LOCATED)}

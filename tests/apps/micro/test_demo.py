@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from dsvl2_jax.apps.cli import generate as commands
 from dsvl2_jax.apps.cli import main as cli
 from dsvl2_jax.apps.micro.demo import ASKED, LOCATED, _judge, demo
 from dsvl2_jax.apps.micro.synthetic import TASKS, Question
 from dsvl2_jax.errors import UsageError
+from dsvl2_jax.infer.loading import LoadOptions
 from dsvl2_jax.inputs.grounding import Box
 
 COUNT = Question("counting", "How many shapes are there?", "3")
@@ -58,7 +58,7 @@ def test_a_box_is_right_from_half_an_overlap_on(boxes, right, overlap):
 
 def test_a_negative_seed_and_a_file_for_a_folder_are_refused_before_anything_is_loaded(tmp_path, capsys):
     with pytest.raises(UsageError, match="--seed -1: expected 0 or"):
-        demo(None, seed=-1, out=tmp_path / "out", options=commands.LoadOptions())
+        demo(None, seed=-1, out=tmp_path / "out", options=LoadOptions())
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").touch()
     assert cli.main(["demo", "--out", str(tmp_path / "file" / "out")]) == 2

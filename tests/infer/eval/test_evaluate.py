@@ -17,11 +17,12 @@ import pytest
 from PIL import Image
 
 import dsvl2_jax
-from dsvl2_jax.apps.cli import generate as commands
+from dsvl2_jax.apps.cli import generate
 from dsvl2_jax.apps.cli import main as cli
-from dsvl2_jax.checkpoint.load import open_model, resolve
+from dsvl2_jax.checkpoint.locate import open_model, resolve
 from dsvl2_jax.errors import ConversationError, DataError, DSVL2Error, RunError, UsageError
-from dsvl2_jax.infer.engine import Generation, Room
+from dsvl2_jax.infer.answer import Generation
+from dsvl2_jax.infer.engine import Room
 from dsvl2_jax.infer.eval import evaluate
 from dsvl2_jax.infer.eval import samples as eval_data
 from dsvl2_jax.infer.eval.evaluate import EvalOptions, prompt_size
@@ -84,7 +85,7 @@ class Parrot:
 @pytest.fixture
 def parrot(monkeypatch):
     model = Parrot()
-    monkeypatch.setattr(commands, "load", lambda ckpt, options: model)
+    monkeypatch.setattr(generate, "load", lambda ckpt, options: model)
     return model
 
 

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import toy_run
 
-from dsvl2_jax.checkpoint.load import load_params, open_model, resolve
+from dsvl2_jax.checkpoint import locate
+from dsvl2_jax.checkpoint.load import load_params
+from dsvl2_jax.checkpoint.locate import resolve
 from dsvl2_jax.checkpoint.orbax_io import unnest
 from dsvl2_jax.errors import SettingsError
 from dsvl2_jax.inputs.processor import Processor
@@ -167,7 +169,7 @@ def write(toy, run):
 
 
 def open_model(toy) -> tuple[Config, Processor]:
-    return open_model(toy / "model")
+    return locate.open_model(toy / "model")
 
 
 def trainer(toy, mesh=None, **compute) -> ContrastiveTrainer:
@@ -296,7 +298,7 @@ def lines(run, kind="step"):
 def arrays(run):
     """The parameters of the run's newest checkpoint."""
     newest = resolve(str(run))
-    config, _ = open_model(newest)
+    config, _ = locate.open_model(newest)
     return dict(unnest(jax.device_get(load_params(newest, config))))
 
 

@@ -17,14 +17,20 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dsvl2_jax.apps.micro import pictures, synthetic
-from dsvl2_jax.checkpoint.load import open_model
+from dsvl2_jax.checkpoint import locate
 from dsvl2_jax.checkpoint.orbax_io import unnest
 from dsvl2_jax.errors import SampleError, SettingsError
 from dsvl2_jax.inputs.image_sources import open_images
-from dsvl2_jax.inputs.records import Pairs, attribute_of_codes, parse_regions, process_regions, region_of_codes
 from dsvl2_jax.model.deepseek_vl2 import init_params
 from dsvl2_jax.sharding import make_mesh
 from dsvl2_jax.train.data import pipeline as data
+from dsvl2_jax.train.data.encoder_samples import (
+    Pairs,
+    attribute_of_codes,
+    parse_regions,
+    process_regions,
+    region_of_codes,
+)
 from dsvl2_jax.train.flops import region_flops
 from dsvl2_jax.train.objectives.regions import RegionTrainer, phrase_numbers, phrases, region_features, region_loss
 from dsvl2_jax.train.parameter_rules import assign
@@ -81,7 +87,7 @@ def toy(tmp_path_factory):
 
 
 def open_model(toy):
-    return open_model(toy / "model")
+    return locate.open_model(toy / "model")
 
 
 def read(toy, record, pairs=ALL, size=(126, 126)):
@@ -123,7 +129,7 @@ def test_a_row_is_the_phrases_one_after_the_other_with_their_rectangles_of_patch
     st.lists(st.floats(0, 1), min_size=4, max_size=4),
 )
 def test_every_box_has_patches_and_they_lie_in_the_padded_image(size, shares):
-    from dsvl2_jax.inputs.records import _patches
+    from dsvl2_jax.train.data.encoder_samples import _patches
 
     (a, b), (c, d) = sorted(shares[:2]), sorted(shares[2:])
     if a == b or c == d:
