@@ -22,7 +22,7 @@ from dsvl2_jax.model.config import NEWLINE_POSITION, SEPARATOR_POSITION, TEXT_PO
 from dsvl2_jax.model.decoder import Cache, Decoder
 from dsvl2_jax.model.moe import Routing
 from dsvl2_jax.model.vision import VisionEncoder
-from dsvl2_jax.sharding import PARAM_RULES, constrain, partition_spec, split_further
+from dsvl2_jax.sharding import PARAM_RULES, add_fsdp_axis, constrain, partition_spec
 
 Params = dict[str, Any]
 
@@ -133,12 +133,12 @@ def entry_axes(config: Config) -> dict[tuple[str, ...], int]:
 
 
 def param_shardings(config: Config, mesh: Mesh, *, fsdp: bool = False) -> dict[str, Any]:
-    """A NamedSharding for every parameter, by `PARAM_RULES`; with ``fsdp`` by `split_further` too."""
+    """A NamedSharding for every parameter, by `PARAM_RULES`; with ``fsdp`` by `add_fsdp_axis` too."""
     sizes = dict(mesh.shape)
 
     def sharding(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
         spec = partition_spec(shape, axes, sizes, PARAM_RULES)
-        return NamedSharding(mesh, split_further(spec, shape, sizes) if fsdp else spec)
+        return NamedSharding(mesh, add_fsdp_axis(spec, shape, sizes) if fsdp else spec)
 
     return flax.traverse_util.unflatten_dict({path: sharding(*leaf) for path, leaf in abstract_leaves(config).items()})
 
@@ -249,7 +249,7 @@ def prefill(
 def _next_logits(params: Params, config: Config, hidden_bd: jax.Array) -> jax.Array:
     """[B, D] → f32[B, V], made where the output head's parts are, then whole rows, from which tokens are chosen."""
     logits = output_logits(params, config, constrain(hidden_bd, "rows", "embed"))
-    return constrain(constrain(logits, "rows", "vocab"), "slots", "vocab")
+    return constrain(constrain(logits, "decode_batch", "vocab"), "slots", "vocab")
 
 
 def decode_step(

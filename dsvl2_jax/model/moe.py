@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from dsvl2_jax.kernels.grouped_matmul import grouped_matmul, grouped_outer, grouped_transposed
+from dsvl2_jax.kernels.grouped_matmul import grouped_matmul, grouped_transposed, tgmm
 from dsvl2_jax.model.config import LanguageConfig
 from dsvl2_jax.model.layers import GatedMLP, partitioned
 from dsvl2_jax.sharding import ACTIVATION_RULES, PARAM_RULES, ambient_mesh_shape, batch_axis, mesh_axes, partition_spec
@@ -285,7 +285,7 @@ def _in_shares_backward(shards: int, given: tuple[jax.Array, ...], cotangent: ja
             return grouped_transposed(rows, matrices, part.group_sizes)
 
         def outer(total: jax.Array, rows: jax.Array, rows_bar: jax.Array) -> jax.Array:
-            return grouped_outer(rows, rows_bar, part.group_sizes, total)
+            return tgmm(rows, rows_bar, part.group_sizes, total)
 
         rows = x[part.tokens]
         gated, lifted = (grouped_matmul(rows, matrices, part.group_sizes) for matrices in (gate, up))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from dsvl2_jax.kernels.gpu_attention import Attention, fused_attention, taken
+from dsvl2_jax.kernels.attention import self_attention
 from dsvl2_jax.kernels.precision import matmul_precision
 from dsvl2_jax.model.config import VisionConfig
 from dsvl2_jax.model.layers import linear, partitioned
@@ -43,22 +43,7 @@ class VisionAttention(nn.Module):
         axes = ("vision_embed", None, "vision_heads", "head_dim")
         qkv = linear((3, cfg.heads, cfg.head_dim), axes, dtype=self.dtype, std=INIT_STD, bias=True, name="qkv")(x_npw)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [N, P, H, Dh]
-        scale = cfg.head_dim**-0.5
-
-        def plain(q: jax.Array, k: jax.Array, v: jax.Array, _: jax.Array) -> jax.Array:
-            exact = matmul_precision(self.dtype)
-            scores = jnp.einsum("nphd,nqhd->nhpq", q, k, precision=exact, preferred_element_type=jnp.float32) * scale
-            if seen_np is not None:
-                scores = jnp.where(seen_np[:, None, None], scores, -jnp.inf)
-            weights = nn.softmax(scores, axis=-1).astype(self.dtype)
-            return jnp.einsum("nhpq,nqhd->nphd", weights, v, precision=exact)
-
-        anywhere = jnp.zeros(x_npw.shape[:2], jnp.int32)
-        if seen_np is None and taken(q, v):
-            how = Attention(plain, ("tiles", None, None, None), scale, False, "vision_attention_output")
-            out = fused_attention(q, k, v, anywhere, how)
-        else:
-            out = plain(q, k, v, anywhere)
+        out = self_attention(q, k, v, seen_np, cfg.head_dim**-0.5)
         axes = ("vision_heads", "head_dim", "vision_embed")
         return linear(cfg.width, axes, dtype=self.dtype, std=INIT_STD, contract=2, bias=True, name="proj")(out)
 

@@ -112,7 +112,7 @@ def _prefill(config: Config, mesh: Mesh, batch: int, sequence: int, dtype: DType
 
 def _decode(config: Config, mesh: Mesh, batch: int, sequence: int, dtype: DTypeLike) -> jax.stages.Lowered:
     def row(kind: DTypeLike) -> jax.ShapeDtypeStruct:
-        return _array(mesh, kind, (batch,), "rows")
+        return _array(mesh, kind, (batch,), "decode_batch")
 
     state = DecodeState(
         cache=_cache(config, mesh, batch, sequence, dtype),
