@@ -23,6 +23,7 @@ from jax.typing import ArrayLike
 
 from dsvl2_jax.checkpoint.orbax_io import LeafPath, nest
 from dsvl2_jax.errors import SettingsError
+from dsvl2_jax.inputs.batch import rebased
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import Params, abstract_leaves
 from dsvl2_jax.sharding import ACTIVATION_RULES, PARAM_RULES, partition_spec, split_further
@@ -206,8 +207,8 @@ class BaseTrainer:
         index = batch.image_index
         if count:
             tile = np.maximum(index, 0) // per_row
-            tile = np.asarray(own)[tile // given] * even + tile % given
-            index = np.where(index >= 0, tile * per_row + index % per_row, index).astype(np.int32)
+            moved = np.asarray(own)[tile // given] * even + tile % given
+            index = rebased(index, (moved - tile) * per_row)
 
         def put(x: np.ndarray, shard: int, spec: PartitionSpec) -> jax.Array:
             """``shard``: entries of a data shard along axis 1."""

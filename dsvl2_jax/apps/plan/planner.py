@@ -269,7 +269,9 @@ def mean_turns(config: Config, job: Job, sizes: dict[str, int]) -> float:
         return 1.0
     shards = _parts((config.language.n_routed_experts,), ("expert",), sizes, PARAM_RULES)
     assignments = (
-        job.batch * config.language.num_experts_per_tok / _parts((job.batch,), ("rows",), sizes, ACTIVATION_RULES)
+        job.batch
+        * config.language.num_experts_per_tok
+        / _parts((job.batch,), ("decode_batch",), sizes, ACTIVATION_RULES)
     )
     return assignments / (shards * -(-assignments // shards))
 
