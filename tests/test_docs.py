@@ -1,4 +1,4 @@
-"""The Python chapter's code runs as it stands, and prints what the page says."""
+"""The documents' Python runs as it stands, and prints what the pages say."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _PRINTED = re.compile(r"# → (.*)$", re.MULTILINE)
 
 
-def test_every_block_of_the_python_chapter_prints_what_it_says(monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)  # the page names files from here
-    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
-    namespace: dict[str, Any] = {}
-    blocks = list(_BLOCK.finditer(page))
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+def test_every_block_of_a_page_prints_what_it_says(page, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)  # the pages name files from here
+    text = (ROOT / page).read_text(encoding="utf-8")
+    namespace: dict[str, Any] = {}  # of the page: a block uses the names of those before it
+    blocks = list(_BLOCK.finditer(text))
     assert blocks
     for block in blocks:
-        first_line = page.count("\n", 0, block.start(1))
+        before = text.count("\n", 0, block.start(1))
         # Leading newlines, so that a traceback names the page's own line.
-        exec(compile("\n" * first_line + block[1], "docs/python.md", "exec"), namespace)
-        line = first_line + 1
-        assert capsys.readouterr().out.splitlines() == _PRINTED.findall(block[1]), f"docs/python.md:{line}"
+        exec(compile("\n" * before + block[1], page, "exec"), namespace)
+        assert capsys.readouterr().out.splitlines() == _PRINTED.findall(block[1]), f"{page}:{before + 1}"
