@@ -75,8 +75,8 @@ LOCK := env -u UV_FIND_LINKS $(BIN)/uv pip compile --quiet --upgrade --generate-
 constraints: $(UV_INSTALLED)
 	echo uv | $(LOCK) --output-file constraints/uv.txt -
 	set -e; for version in 3.11 3.13; do \
-		echo setuptools | $(LOCK) --python-version $$version --all-extras \
-			--output-file constraints/py$$(echo $$version | tr -d .).txt setup.cfg -; \
+		$(LOCK) --python-version $$version --all-extras \
+			--output-file constraints/py$$(echo $$version | tr -d .).txt setup.cfg; \
 	done
 
 # The recipe is what a user would type; a converted model that is there already is kept.
@@ -130,8 +130,8 @@ lint: $(LINT_INSTALLED) lint-imports
 LAID_OUT := $(OUT)/lint
 lint-imports: $(LINT_INSTALLED)
 	@rm -rf $(LAID_OUT)
-	@$(BIN)/python -c 'import setuptools; setuptools.setup()' --quiet build_py --build-lib $(LAID_OUT)
-	cd $(LAID_OUT) && $(abspath $(BIN))/lint-imports --config $(abspath pyproject.toml) --no-cache
+	@$(BIN)/python -c 'import setuptools; setuptools.setup()' --quiet build_py --no-compile --build-lib $(LAID_OUT)
+	cd $(LAID_OUT) && $(abspath $(BIN))/lint-imports --no-logo --no-cache $(abspath pyproject.toml)
 
 # -W: a warning, such as a link to a page or a heading that is not there, is an error; links to the web are not followed.
 docs: $(DOCS_INSTALLED)
