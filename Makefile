@@ -137,6 +137,7 @@ lint-imports: $(LINT_INSTALLED)
 docs: $(DOCS_INSTALLED)
 	@rm -rf $(OUT)/site
 	$(BIN)/sphinx-build --quiet -W --keep-going -c docs/site . $(OUT)/site
+	@cp $(OUT)/site/README.html $(OUT)/site/index.html
 	@echo "$(OUT)/site/index.html"
 
 clean:
