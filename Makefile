@@ -130,7 +130,7 @@ lint: $(LINT_INSTALLED) lint-imports
 LAID_OUT := $(OUT)/lint
 lint-imports: $(LINT_INSTALLED)
 	@rm -rf $(LAID_OUT)
-	@$(BIN)/python -c 'import setuptools; setuptools.setup()' --quiet build_py --no-compile --build-lib $(LAID_OUT)
+	@$(BIN)/python -c 'import setuptools; setuptools.setup()' --quiet build_py --build-lib $(LAID_OUT)
 	cd $(LAID_OUT) && $(abspath $(BIN))/lint-imports --no-logo --no-cache $(abspath pyproject.toml)
 
 # -W: a warning, such as a link to a page or a heading that is not there, is an error; links to the web are not followed.
