@@ -93,13 +93,13 @@ RUNS := runs/micro
 
 # Every part that is complete is kept, and a stage that was stopped goes on from its last checkpoint.
 train-micro: $(TRAIN_INSTALLED)
-	test -d $(RUNS)/start || $(BIN)/python -m dsvl2_jax.train.micro start $(RUNS)/start
-	$(BIN)/python -m dsvl2_jax.train.micro data $(RUNS)/data
-	set -e; stages=$$($(BIN)/python -c "from dsvl2_jax.train.micro import STAGES; print(*STAGES)"); for stage in $$stages; do $(TRAINING) $(BIN)/dsvl2 train micro-$$stage; done
-	$(BIN)/python -m dsvl2_jax.train.micro ship $(RUNS) $(RUNS)/micro
+	test -d $(RUNS)/start || $(BIN)/python -m dsvl2_jax.apps.micro.build start $(RUNS)/start
+	$(BIN)/python -m dsvl2_jax.apps.micro.build data $(RUNS)/data
+	set -e; stages=$$($(BIN)/python -c "from dsvl2_jax.apps.micro.build import STAGES; print(*STAGES)"); for stage in $$stages; do $(TRAINING) $(BIN)/dsvl2 train micro-$$stage; done
+	$(BIN)/python -m dsvl2_jax.apps.micro.build ship $(RUNS) $(RUNS)/micro
 
 eval-micro: $(DEMO_INSTALLED)
-	$(BIN)/python -m dsvl2_jax.train.micro questions $(OUT)/questions --samples $(SAMPLES)
+	$(BIN)/python -m dsvl2_jax.apps.micro.build questions $(OUT)/questions --samples $(SAMPLES)
 	$(BIN)/dsvl2 eval $(CKPT) $(OUT)/questions/questions-6-$(SAMPLES).jsonl
 
 test: $(TEST_INSTALLED)
@@ -112,10 +112,10 @@ test-newest:
 
 # Each compiler in an environment of its own: with one installed, jax would look for its devices in every other run.
 test-pods:
-	$(MAKE) compile-tests VENV=.venv-tpu EXTRA=tpu FILES="tests/test_pods.py tests/test_plan.py tests/test_plan_tpu.py"
+	$(MAKE) compile-tests VENV=.venv-tpu EXTRA=tpu FILES="tests/apps/plan/test_pods.py tests/apps/plan/test_planner.py tests/apps/plan/test_planner_tpu.py"
 
 test-gpu-compile:
-	$(MAKE) compile-tests VENV=.venv-gpu EXTRA=cuda FILES=tests/test_gpu_compile.py
+	$(MAKE) compile-tests VENV=.venv-gpu EXTRA=cuda FILES=tests/apps/plan/test_gpu_compile.py
 
 # -m "" : the slow tests too.
 compile-tests: $(VENV)/.compile-installed-$(INTERPRETER) $(VENV)/.$(EXTRA)-installed-$(INTERPRETER)

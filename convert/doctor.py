@@ -16,15 +16,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dsvl2_jax.checkpoint import PARAMS_NAME, kind, model_files, open_orbax, read_leaves, resolve, stays_float32
-from dsvl2_jax.config import Config
-from dsvl2_jax.convert import rules
-from dsvl2_jax.convert.convert import leaf_bytes, progress
-from dsvl2_jax.convert.sizes import variant
-from dsvl2_jax.convert.source import Source
+from dsvl2_jax.checkpoint import rules
+from dsvl2_jax.checkpoint.load import open_orbax, read_leaves, stays_float32
+from dsvl2_jax.checkpoint.locate import PARAMS_NAME, kind, model_files, resolve
+from dsvl2_jax.checkpoint.safetensors_source import Source, leaf_bytes
 from dsvl2_jax.errors import CheckpointError, ConfigError, TokenizerError
-from dsvl2_jax.processor import ProcessorConfig
-from dsvl2_jax.tokenizer import Tokenizer
+from dsvl2_jax.inputs.processor import ProcessorConfig
+from dsvl2_jax.inputs.tokenizer import Tokenizer
+from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.released import variant
+from dsvl2_jax.runtime.progress import progress
 
 _LAYOUTS = {"orbax": "converted (Orbax)", "released": "released (safetensors)", "run": "of a training run (Orbax)"}
 

@@ -14,17 +14,17 @@ from typing import Any
 
 # Names are found on first use, so that reading a tokenizer or printing help does not import jax.
 _EXPORTS = {
-    "Config": "dsvl2_jax.config",
+    "Config": "dsvl2_jax.model.config",
     "DSVL2Error": "dsvl2_jax.errors",
-    "Generation": "dsvl2_jax.infer.engine",
+    "Generation": "dsvl2_jax.infer.answer",
     "Model": "dsvl2_jax.infer.engine",
-    "Processor": "dsvl2_jax.processor",
+    "Processor": "dsvl2_jax.inputs.processor",
     "SamplingParams": "dsvl2_jax.infer.sampling",
-    "decode_step": "dsvl2_jax.model",
-    "draw_boxes": "dsvl2_jax.grounding",
+    "decode_step": "dsvl2_jax.model.deepseek_vl2",
+    "draw_boxes": "dsvl2_jax.inputs.grounding",
     "load": "dsvl2_jax.infer.engine",
     "make_mesh": "dsvl2_jax.sharding",
-    "prefill": "dsvl2_jax.model",
+    "prefill": "dsvl2_jax.model.deepseek_vl2",
 }
 
 __all__ = sorted(_EXPORTS)

@@ -2,6 +2,6 @@
 
 import sys
 
-from dsvl2_jax.cli import main
+from dsvl2_jax.apps.cli.main import main
 
 sys.exit(main())

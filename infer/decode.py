@@ -8,12 +8,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dsvl2_jax import model
-from dsvl2_jax.config import Config
-from dsvl2_jax.decoder import Cache
-from dsvl2_jax.infer.cache import init_cache
 from dsvl2_jax.infer.sampling import SamplingArrays, choose
-from dsvl2_jax.model import Params
+from dsvl2_jax.model import deepseek_vl2 as model
+from dsvl2_jax.model.cache import init_cache
+from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.decoder import Cache
+from dsvl2_jax.model.deepseek_vl2 import Params
 
 # Tokens that one call of `decode_tokens` can give; how many it does give is a traced number.
 STEPS = 32
@@ -24,7 +24,7 @@ STEPS = 32
 class DecodeState:
     """Everything the token loop carries."""
 
-    cache: Cache  # per layer; see dsvl2_jax.attention
+    cache: Cache  # per layer; see dsvl2_jax.model.attention
     tokens: jax.Array  # i32[B], the newest token of each row, not yet in the cache
     logprobs: jax.Array  # f32[B], its log-probability under the model (before penalty, temperature and cuts)
     positions: jax.Array  # i32[B], the slot it will take

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,43 +18,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsvl2_jax import checkpoint, model
-from dsvl2_jax.batch import Batch, collate
-from dsvl2_jax.config import TEXT_POSITION, Config
+from dsvl2_jax.checkpoint.load import load_params
+from dsvl2_jax.checkpoint.locate import open_model, resolve
 from dsvl2_jax.errors import ConversationError, UsageError
-from dsvl2_jax.grounding import Box, parse_boxes
 from dsvl2_jax.infer import decode
-from dsvl2_jax.infer.cache import batch_bucket, length_bucket, tile_bucket
+from dsvl2_jax.infer.answer import Generation, _Answer
+from dsvl2_jax.infer.buckets import batch_bucket, length_bucket, tile_bucket
 from dsvl2_jax.infer.sampling import SamplingArrays, SamplingParams
-from dsvl2_jax.infer.timing import Timing, compile_log
-from dsvl2_jax.model import Params
-from dsvl2_jax.processor import ModelInputs, Processor
-from dsvl2_jax.tokenizer import StreamDecoder
+from dsvl2_jax.inputs.batch import Batch, collate
+from dsvl2_jax.inputs.processor import ModelInputs, Processor
+from dsvl2_jax.model import deepseek_vl2 as model
+from dsvl2_jax.model.config import TEXT_POSITION, Config
+from dsvl2_jax.model.deepseek_vl2 import Params
+from dsvl2_jax.runtime.compile_cache import enable_compilation_cache
+from dsvl2_jax.runtime.timing import Timing, compile_log
 
 # Tokens between two looks at the host: stop strings are seen, and text is streamed, this often.
 STREAM_STEPS = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """One answer.
-
-    Attributes:
-      token_ids: the answer's tokens, the ending eos included.
-      text: the answer; special tokens are kept (boxes need them), the ending eos is not.
-      finish_reason: "stop" (eos or a stop string) or "length".
-      boxes: grounding boxes in pixels of the conversation's last image.
-      logprobs: the model's log-probability of each token, or None when not asked for.
-      prompt_tokens, image_tokens: length of the prompt, and how many of its tokens are image rows.
-    """
-
-    token_ids: list[int]
-    text: str
-    finish_reason: str
-    boxes: list[Box]
-    logprobs: list[float] | None
-    prompt_tokens: int
-    image_tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,18 +44,6 @@ class Room:
     rows: int = 0
     length: int = 0  # tokens of a prompt
     tiles: int = 0  # of all prompts
-
-
-def user_cache() -> Path:
-    """The user's directory for what we can make again."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dsvl2_jax"
-
-
-def enable_compilation_cache() -> None:
-    """Turns on jax's persistent compilation cache unless the user has set one (JAX_COMPILATION_CACHE_DIR)."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(user_cache() / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def load(path: str | Path | None = None, dtype: str | None = "float32", mesh: Mesh | None = None) -> Model:
@@ -95,9 +62,9 @@ def load(path: str | Path | None = None, dtype: str | None = "float32", mesh: Me
     """
     compile_log()
     enable_compilation_cache()
-    directory = checkpoint.resolve(path)
-    config, processor = checkpoint.open_model(directory)
-    params = checkpoint.load_params(directory, config, dtype=dtype, mesh=mesh)
+    directory = resolve(path)
+    config, processor = open_model(directory)
+    params = load_params(directory, config, dtype=dtype, mesh=mesh)
     return Model(config, params, processor, mesh)
 
 
@@ -311,68 +278,6 @@ class Model:
             length=length_bucket(max(at_least.length, *(len(prompt.input_ids) for prompt in prompts))),
             tile_count=tile_bucket(tiles, 1 if self.mesh is None else self.mesh.size),
         )
-
-
-class _Answer:
-    """One growing answer on the host: tokens, text, stop strings, and how much of the text was shown."""
-
-    def __init__(self, processor: Processor, sampling: SamplingParams, eos: int):
-        self.decoder = StreamDecoder(processor.tokenizer)
-        self.stop_strings = sampling.stop
-        self.eos = eos
-        self.tokens: list[int] = []
-        self.logprobs: list[float] = []
-        self.text = ""
-        self.stopped = False
-        self.shown = 0
-
-    def extend(self, tokens: np.ndarray, logprobs: np.ndarray) -> str:
-        """Adds tokens; returns the text that can be shown now: no broken character, no beginning of a stop string."""
-        for token, value in zip(tokens.tolist(), logprobs.tolist(), strict=True):
-            if self.stopped:
-                break
-            self.tokens.append(token)
-            self.logprobs.append(value)
-            if token == self.eos:
-                self.stopped = True
-            else:
-                self._add_text(self.decoder.push(token))
-        held = 0 if self.stopped else max((_overlap(self.text, s) for s in self.stop_strings), default=0)
-        return self._show(len(self.text) - held)
-
-    def finish(self) -> str:
-        """Ends the answer; returns the text held back so far."""
-        if not self.stopped or self.tokens[-1] == self.eos:
-            self._add_text(self.decoder.flush())
-        return self._show(len(self.text))
-
-    def _add_text(self, new: str) -> None:
-        longest = max(map(len, self.stop_strings), default=0)
-        start = max(0, len(self.text) - longest)
-        self.text += new
-        cuts = [at for at in (self.text.find(s, start) for s in self.stop_strings) if at >= 0]
-        if cuts:
-            self.text, self.stopped = self.text[: min(cuts)], True
-
-    def _show(self, end: int) -> str:
-        new, self.shown = self.text[self.shown : end], max(self.shown, end)
-        return new
-
-    def generation(self, prompt: ModelInputs, with_logprobs: bool) -> Generation:
-        return Generation(
-            token_ids=self.tokens,
-            text=self.text,
-            finish_reason="stop" if self.stopped else "length",
-            boxes=parse_boxes(self.text, prompt.image_sizes),
-            logprobs=self.logprobs if with_logprobs else None,
-            prompt_tokens=len(prompt.input_ids),
-            image_tokens=int(prompt.image_mask.sum()),
-        )
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that begins ``stop``."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 _encode_tiles = jax.jit(model.encode_tiles, static_argnames="config")

@@ -50,21 +50,21 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 # Quick files run first, so that a broken basis shows at once; the rest follows in this order.
 SLOW_FILES = (
-    "test_transformers",
-    "test_train_transformers",
-    "test_convert",
-    "test_cli",
-    "test_engine",
-    "test_micro",
-    "test_train_step",
-    "test_train_run",
-    "test_train_overfit",
-    "test_processes",  # one long group: not last, where the other worker would wait for it
+    "model/test_transformers",
+    "train/test_transformers",
+    "convert/test_to_orbax",
+    "apps/cli/test_main",
+    "infer/test_engine",
+    "apps/micro/test_build",
+    "train/objectives/test_language",
+    "train/test_run",
+    "train/test_overfit",
+    "runtime/test_processes",  # one long group: not last, where the other worker would wait for it
     "test_golden",
-    "test_mesh",
+    "infer/test_mesh",
 )
 # Files whose tests are split between workers by checkpoint or size.
-SPLIT_FILES = {"test_golden": "mini-", "test_mesh": "mini-", "test_train_overfit": ("tiny", "small", "base")}
+SPLIT_FILES = {"test_golden": "mini-", "infer/test_mesh": "mini-", "train/test_overfit": ("tiny", "small", "base")}
 
 
 @pytest.hookimpl(wrapper=True)  # before xdist reads the groups
@@ -72,15 +72,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
     """Orders the files, and groups tests for the workers: by file, in the slowest files also by checkpoint."""
 
     def place(item: pytest.Item) -> int:
-        return SLOW_FILES.index(item.path.stem) if item.path.stem in SLOW_FILES else -1
+        return SLOW_FILES.index(_file(item)) if _file(item) in SLOW_FILES else -1
 
     items.sort(key=place)
     for item in items:
         parameters = getattr(item, "callspec", None)
-        prefix, values = SPLIT_FILES.get(item.path.stem), list(parameters.params.values()) if parameters else []
+        prefix, values = SPLIT_FILES.get(_file(item)), list(parameters.params.values()) if parameters else []
         names = [v for v in values if str(v).startswith(prefix)] if prefix is not None else []
-        item.add_marker(pytest.mark.xdist_group("-".join([item.path.stem, *names])))
+        item.add_marker(pytest.mark.xdist_group("-".join([_file(item), *names])))
     return (yield)
+
+
+def _file(item: pytest.Item) -> str:
+    """A test file as `SLOW_FILES` names it: its path in tests/, without the suffix."""
+    return item.path.relative_to(Path(__file__).parent).with_suffix("").as_posix()
 
 
 @pytest.hookimpl(wrapper=True)

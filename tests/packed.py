@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from dsvl2_jax.batch import IGNORED_LABEL
-from dsvl2_jax.config import TEXT_POSITION
-from dsvl2_jax.train.batch import TrainBatch
+from dsvl2_jax.inputs.batch import IGNORED_LABEL
+from dsvl2_jax.model.config import TEXT_POSITION
+from dsvl2_jax.train.data.batch import TrainBatch
 
 
 def sources(index: np.ndarray, tiles: np.ndarray, per_tile: int) -> list:

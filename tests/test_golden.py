@@ -8,7 +8,7 @@ import pytest
 
 import dsvl2_jax
 from dsvl2_jax import SamplingParams
-from dsvl2_jax.infer.cache import length_bucket
+from dsvl2_jax.infer.buckets import length_bucket
 
 # Longer prompts of the bfloat16 runs, which are slow on a CPU.
 LONGER = ("img_palette", "img_1x5", "img_3x1", "multi_turn", "two_img_small")

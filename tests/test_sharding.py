@@ -3,20 +3,20 @@
 import functools
 import logging
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden import DATA
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
 
 from dsvl2_jax import sharding
-from dsvl2_jax.config import Config
 from dsvl2_jax.errors import UsageError
-from dsvl2_jax.model import abstract_params
+from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.deepseek_vl2 import abstract_params
 from dsvl2_jax.sharding import (
     ACTIVATION_RULES,
     MESH_AXES,
@@ -28,7 +28,7 @@ from dsvl2_jax.sharding import (
     split_further,
 )
 
-REFERENCE = Path(__file__).parent / "data" / "reference"
+REFERENCE = DATA / "reference"
 MESHES = [(2, 2, 2), (1, 1, 8), (1, 8, 1), (8, 1, 1), (1, 3, 5), (4, 4, 4), (1, 1, 72), (1, 7, 1), (16, 16, 1)]
 
 

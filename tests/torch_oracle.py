@@ -6,9 +6,9 @@ import numpy as np
 import torch
 import transformers
 
-from dsvl2_jax.config import Config
-from dsvl2_jax.convert import rules
-from dsvl2_jax.orbax_io import nest
+from dsvl2_jax.checkpoint import rules
+from dsvl2_jax.checkpoint.orbax_io import nest
+from dsvl2_jax.model.config import Config
 
 torch.set_num_threads(1)  # arrays are tiny: more threads only wait for each other
 

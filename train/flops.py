@@ -16,9 +16,9 @@ from collections.abc import Iterator, Mapping
 
 import jax
 
-from dsvl2_jax.config import Config, VisionConfig
-from dsvl2_jax.infer.topologies import topology
-from dsvl2_jax.train.settings import ContrastiveSettings, ParameterRule
+from dsvl2_jax.model.config import Config, VisionConfig
+from dsvl2_jax.runtime.hardware import topology
+from dsvl2_jax.train.settings.schema import ContrastiveSettings, ParameterRule
 
 # A pattern for `jax.Device.device_kind` → a topology of such devices.
 _KINDS = (
@@ -57,7 +57,7 @@ def step_flops(config: Config, rules: Mapping[str, ParameterRule], *, remat: boo
     """The counts of a model in a stage.
 
     Args:
-      rules: path of every parameter, layers apart → its rule (`dsvl2_jax.train.stages.assign`).
+      rules: path of every parameter, layers apart → its rule (`dsvl2_jax.train.parameter_rules.assign`).
       remat: count the layers' forward once more where the backward pass goes through them; no useful work.
     """
     language = config.language
@@ -132,7 +132,7 @@ class _Passes:
 
 def _matrices(config: Config) -> Iterator[tuple[str, int]]:
     """Path and size of the parameters that multiply activations, the pooling head's apart."""
-    from dsvl2_jax.model import abstract_leaves
+    from dsvl2_jax.model.deepseek_vl2 import abstract_leaves
 
     for keys, (shape, _) in abstract_leaves(config).items():
         path = "/".join(keys)

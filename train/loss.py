@@ -15,15 +15,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from dsvl2_jax import model
-from dsvl2_jax.batch import IGNORED_LABEL
-from dsvl2_jax.config import Config, LanguageConfig
-from dsvl2_jax.layers import precision
-from dsvl2_jax.model import Params
-from dsvl2_jax.moe import Routing
+from dsvl2_jax.inputs.batch import IGNORED_LABEL
+from dsvl2_jax.kernels.precision import matmul_precision
+from dsvl2_jax.model import deepseek_vl2 as model
+from dsvl2_jax.model.config import Config, LanguageConfig
+from dsvl2_jax.model.deepseek_vl2 import Params
+from dsvl2_jax.model.moe import Routing
 from dsvl2_jax.sharding import constrain
-from dsvl2_jax.train import layers
-from dsvl2_jax.train.batch import TrainBatch
+from dsvl2_jax.train import forward
+from dsvl2_jax.train.data.batch import TrainBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class LossOptions:
     max_segments: int = 64  # of a row
     chunk: int = 1024  # tokens of a row whose logits are held at a time
     dtype: str | None = None  # in which the model computes; None: that of the embeddings
-    remat: str = "none"  # see `dsvl2_jax.train.layers.REMAT`
+    remat: str = "none"  # see `dsvl2_jax.train.forward.REMAT`
 
 
 @jax.tree_util.register_dataclass
@@ -75,7 +75,7 @@ def loss_fn(
     """One accumulation step's part of the loss, for ``jax.value_and_grad(..., has_aux=True)``.
 
     Args:
-      params: nested, with layers separate or stacked (`dsvl2_jax.train.stack`).
+      params: nested, with layers separate or stacked (`dsvl2_jax.train.stacked`).
       batch: without the leading axis (`TrainBatch.micro`).
       totals: of `step_totals` over the whole step.
       mean, std: f32[3], of the processor's configuration.
@@ -84,9 +84,9 @@ def loss_fn(
       f32[] to differentiate: the cross-entropy plus the balance losses (FACTS §4: the balance loss's gradient
       enters with factor 1, aux_loss_alpha being inside); and what is reported.
     """
-    params, dtype = layers.compute_params(params, options.dtype)
+    params, dtype = forward.compute_params(params, options.dtype)
     if batch.tiles.shape[0]:
-        features = layers.adapt_tiles(params, config, batch.tiles, mean, std, dtype, options.remat)
+        features = forward.adapt_tiles(params, config, batch.tiles, mean, std, dtype, options.remat)
     else:
         features = jnp.zeros((0, config.tokens_per_tile, config.language.hidden_size))
     embeddings = model.merge(params, config, batch.ids, batch.image_index, features)
@@ -96,7 +96,7 @@ def loss_fn(
         load = jnp.einsum("bte,bt->e", chosen_experts(routing), (batch.segments > 0).astype(jnp.float32))
         return balance / totals[1], load
 
-    hidden, balance, load = layers.hidden_states(
+    hidden, balance, load = forward.hidden_states(
         params, config, embeddings, batch.positions, batch.segments > 0, layer_statistics, dtype, options.remat
     )
     wanted = targets(batch)
@@ -142,7 +142,7 @@ def _head(
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
     b, t, _ = hidden.shape
     chunk = min(chunk, t)
-    exact = precision(hidden.dtype)
+    exact = matmul_precision(hidden.dtype)
     # The vocabulary stays split over `tensor` and `expert`, and rows come to it: [D, V] is larger than they are.
     rows = "rows", "length", "embed"
     hidden, kernel = constrain(hidden, *rows), constrain(kernel, "embed", "vocab")

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from dsvl2_jax.train.settings import OptimizerSettings, ParameterRule, Settings
+from dsvl2_jax.train.settings.schema import OptimizerSettings, ParameterRule, Settings
 
 
 def make_optimizer(settings: Settings, groups: Mapping[str, ParameterRule]) -> optax.GradientTransformation:

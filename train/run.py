@@ -25,24 +25,26 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dsvl2_jax import checkpoint, processes
-from dsvl2_jax.config import Config
-from dsvl2_jax.convert import rules
-from dsvl2_jax.convert.sizes import variant
+from dsvl2_jax.checkpoint import rules
+from dsvl2_jax.checkpoint.load import load_params
+from dsvl2_jax.checkpoint.locate import model_files, open_model, resolve
 from dsvl2_jax.errors import DSVL2Error, RunError, SettingsError
-from dsvl2_jax.infer.engine import enable_compilation_cache
-from dsvl2_jax.model import entry_axes, init_params
-from dsvl2_jax.processor import Processor
+from dsvl2_jax.inputs.processor import Processor
+from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.deepseek_vl2 import entry_axes, init_params
+from dsvl2_jax.model.released import variant
+from dsvl2_jax.runtime import processes
+from dsvl2_jax.runtime.compile_cache import enable_compilation_cache
 from dsvl2_jax.sharding import make_mesh, parse_mesh
-from dsvl2_jax.train import data
-from dsvl2_jax.train.contrastive_step import ContrastiveMetrics, ContrastiveTrainer
-from dsvl2_jax.train.data import Share, StepData
-from dsvl2_jax.train.regions import RegionTrainer
-from dsvl2_jax.train.report import Report
+from dsvl2_jax.train.data import pipeline as data
+from dsvl2_jax.train.data.pipeline import Share, StepData
+from dsvl2_jax.train.log.report import Report
+from dsvl2_jax.train.objectives.contrastive_trainer import ContrastiveMetrics, ContrastiveTrainer
+from dsvl2_jax.train.objectives.language import StepMetrics, Trainer
+from dsvl2_jax.train.objectives.regions import RegionTrainer
+from dsvl2_jax.train.objectives.trainer import BaseTrainer, TrainState, data_shards
 from dsvl2_jax.train.run_directory import Identity, RunDirectory, Saved, model_identity, opened
-from dsvl2_jax.train.settings import Settings, load, to_toml
-from dsvl2_jax.train.step import StepMetrics, Trainer
-from dsvl2_jax.train.trainer import BaseTrainer, TrainState, data_shards
+from dsvl2_jax.train.settings.schema import Settings, load, to_toml
 
 # Steps from a signal to the last one: a process may be two steps ahead of the one that got it.
 _NOTICE = 3
@@ -82,14 +84,14 @@ def train(config: str | Path, overrides: Sequence[str] = ()) -> None:
     with _Signals() as signals, opened(settings.run.directory) as run:
         started, steps = processes.from_first(lambda: (run.started, run.steps()))
         # A run that has a checkpoint of its own no longer needs the one that it started from.
-        source = run.model if steps else checkpoint.resolve(settings.model.checkpoint)
+        source = run.model if steps else resolve(settings.model.checkpoint)
         model, processor = _open_model(settings, source)
         identity = _identity(settings, source)
         if processes.is_first() and started:
             run.check(settings, identity)
             run.write_settings(settings)
         elif processes.is_first():
-            run.begin(settings, checkpoint.model_files(source), identity)
+            run.begin(settings, model_files(source), identity)
         processes.gather("the run has begun")
         if not run.started:
             raise RunError(
@@ -114,7 +116,7 @@ def _identity(settings: Settings, source: Path) -> Identity:
         other = {"validation" if train else "train": {}}
         return data.fingerprint(dataclasses.replace(settings, data=dataclasses.replace(settings.data, **other)))
 
-    identity = Identity(model_identity(checkpoint.model_files(source)), files(train=True))
+    identity = Identity(model_identity(model_files(source)), files(train=True))
     if processes.joined():
         for what, content in (
             ("the settings", to_toml(settings)),
@@ -165,7 +167,7 @@ def batch_share(settings: Settings, mesh: Mesh | None) -> Share:
 
 
 def _open_model(settings: Settings, source: Path) -> tuple[Config, Processor]:
-    config, processor = checkpoint.open_model(source)
+    config, processor = open_model(source)
     wanted, found = settings.model.size, variant(config)
     if wanted not in ("any", found):
         what = f"has the shapes of the released {found} model" if found != "other" else "is of no released size"
@@ -187,7 +189,7 @@ def _start(
 ) -> TrainState:
     """The state and the place in the data to go on from: the run's newest checkpoint, or its beginning."""
     if steps:
-        params = checkpoint.load_params(run.checkpoint(steps[-1]), trainer.config, mesh=mesh, fsdp=True)
+        params = load_params(run.checkpoint(steps[-1]), trainer.config, mesh=mesh, fsdp=True)
         # The fresh optimizer state is let go of before the other is read.
         state = dataclasses.replace(trainer.init(params), optimizer=None)
         abstract = trainer.abstract_state()
@@ -198,7 +200,7 @@ def _start(
     if settings.model.random_init:
         params = init_params(trainer.config, jax.random.key(settings.run.seed), mesh)
     else:
-        params = checkpoint.load_params(source, trainer.config, mesh=mesh, fsdp=True)
+        params = load_params(source, trainer.config, mesh=mesh, fsdp=True)
     return trainer.init(trainer.begin(params))
 
 

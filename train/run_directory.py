@@ -21,14 +21,12 @@ from typing import Any
 import jax
 from rich import filesize
 
-from dsvl2_jax import orbax_io, processes
-from dsvl2_jax.checkpoint import CHECKPOINTS_NAME, MODEL_NAME, PARAMS_NAME, RUN_NAME, run_steps
-from dsvl2_jax.convert import rules
-from dsvl2_jax.convert.convert import carry_files
-from dsvl2_jax.convert.staging import is_disk_full, locked, write_text
+from dsvl2_jax.checkpoint import orbax_io, rules
+from dsvl2_jax.checkpoint.locate import CHECKPOINTS_NAME, MODEL_NAME, PARAMS_NAME, RUN_NAME, carry_files, run_steps
+from dsvl2_jax.checkpoint.staging import is_disk_full, locked, write_text
 from dsvl2_jax.errors import RunError
-from dsvl2_jax.train import settings as settings_module
-from dsvl2_jax.train.settings import Settings
+from dsvl2_jax.runtime import processes
+from dsvl2_jax.train.settings.schema import Settings
 
 RUN_VERSION = 1
 CONFIG_NAME = "config.toml"
@@ -147,7 +145,7 @@ class RunDirectory:
 
     def write_settings(self, settings: Settings) -> None:
         """Keeps the settings that are in force now."""
-        write_text(self.path / CONFIG_NAME, settings_module.to_toml(settings))
+        write_text(self.path / CONFIG_NAME, settings.to_toml(settings))
 
     def check(self, settings: Settings, identity: Identity) -> None:
         """Refuses to go on with another run than the one that began here.
@@ -157,7 +155,7 @@ class RunDirectory:
         """
         before = self._identity()
         other = [
-            *settings_module.differences(settings_module.load(self.path / CONFIG_NAME), settings),
+            *settings.differences(settings.load(self.path / CONFIG_NAME), settings),
             *_changes(before.model, identity.model, "model: "),
         ]
         if other:
@@ -269,7 +267,7 @@ class RunDirectory:
         return self._losses[step]
 
     def restore(self, step: int, optimizer: Any) -> Restored:
-        """Optimizer and place in the data of a checkpoint; `dsvl2_jax.checkpoint.load_params` reads its parameters.
+        """Optimizer and place in the data of a checkpoint; `load_params` reads its parameters.
 
         Args:
           optimizer: tree of `jax.ShapeDtypeStruct` with shardings.

@@ -1,0 +1,241 @@
+"""From the released layout to an Orbax checkpoint, one parameter at a time.
+
+Everything that can be wrong with the source is checked before anything is written. While one parameter
+is being written, the next is read and transposed; `max_memory` bounds what is held at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich import filesize
+
+from dsvl2_jax.checkpoint import orbax_io, rules
+from dsvl2_jax.checkpoint.load import batches
+from dsvl2_jax.checkpoint.locate import MANIFEST_NAME, MANIFEST_VERSION, PARAMS_NAME, carry_files, kind, resolve
+from dsvl2_jax.checkpoint.safetensors_source import Source, aligned_empty, leaf_bytes, numpy_dtype
+from dsvl2_jax.checkpoint.staging import refuse_existing, staged
+from dsvl2_jax.errors import CheckpointError, UsageError
+from dsvl2_jax.inputs.processor import ProcessorConfig
+from dsvl2_jax.inputs.tokenizer import Tokenizer
+from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.deepseek_vl2 import entry_axes
+from dsvl2_jax.runtime.progress import progress
+
+DEFAULT_MAX_MEMORY = 1 << 30
+
+# A partial save costs time in the number of leaves saved before it, so large leaves go first and small
+# ones are saved together.
+WRITE_BATCH_BYTES = 256 << 20
+
+_ALIGNMENT = 64  # bytes between parameters of one block of memory
+
+_UNITS = {"": 1, "B": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for suffix, base in (("", 1000), ("B", 1000), ("iB", 1024))
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """What was written: the directory, parameters, bytes of tensors, wall-clock seconds, and remarks for the user."""
+
+    directory: Path
+    parameters: int
+    bytes: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    max_memory: int | str = DEFAULT_MAX_MEMORY,
+) -> Converted:
+    """Converts a checkpoint in the released layout to an Orbax directory that is complete by itself.
+
+    Args:
+      src: a directory in the released layout (shards with an index, or a single file) or a hub id.
+      dst: the directory to make. It appears when it is complete.
+      dtype: casts every tensor; by default each keeps its own.
+      max_memory: most memory for parameters on their way, such as "4GiB" or a number of bytes; one
+        parameter may always pass. The program itself takes about 0.3 GB besides.
+
+    Raises:
+      CheckpointError: the source is incomplete or does not fit its config.json, ``dst`` exists, or the
+        disk is full. Nothing is left behind.
+      ConfigError, TokenizerError: the source's config or tokenizer cannot be used.
+      UsageError: ``dtype`` or ``max_memory`` makes no sense.
+    """
+    started = time.monotonic()
+    if dtype not in (None, "float32", "bfloat16"):
+        raise UsageError(f"--dtype {dtype}: expected float32 or bfloat16.")
+    limit = parse_bytes(max_memory)
+    dst = Path(dst).absolute()
+    refuse_existing(dst)
+    directory = resolve(src)
+    if kind(directory) != "released":
+        raise CheckpointError(
+            f"{directory}: is a converted checkpoint already; convert takes the released layout. To get that layout "
+            "back, use dsvl2 export."
+        )
+    config = check_directory(directory)
+    with Source(directory) as source:
+        rules.check(source.shapes_and_dtypes, config, str(directory))
+        leaves = {leaf.path: leaf for leaf in rules.expand(config)}
+        kept = {path: source.leaf_dtype(leaf) for path, leaf in leaves.items()}
+        plan = {path: (leaf.shape, numpy_dtype(dtype) if dtype else kept[path]) for path, leaf in leaves.items()}
+        mixed = {
+            name: rules.FLOAT_DTYPES[source.tensors[name].dtype]
+            for path, leaf in leaves.items()
+            for name in leaf.sources
+            if dtype is None and rules.FLOAT_DTYPES[source.tensors[name].dtype] != kept[path].name
+        }
+        total = sum(leaf_bytes(*entry) for entry in plan.values())
+        with staged(dst, total) as partial:
+            carry_files(directory, partial)
+            with _writing(partial / PARAMS_NAME, config) as writer, progress("convert", total) as advance:
+                _write_parameters(source, leaves, plan, writer, limit, advance)
+                writer.finalize()
+            write_manifest(partial, plan, source=str(src), mixed=mixed)
+    notes = (
+        (f"{len(mixed)} tensors are of another dtype than others of the same stacked parameter: kept as float32",)
+        if mixed
+        else ()
+    )
+    parameters = sum(int(np.prod(shape, dtype=np.int64)) for shape, _ in plan.values())
+    seconds = time.monotonic() - started
+    for line in (*notes, f"wrote {dst}: {parameters:,} parameters, {filesize.decimal(total)} in {seconds:.1f} s"):
+        print(line, file=sys.stderr)
+    return Converted(dst, parameters, total, seconds, notes)
+
+
+def check_directory(directory: Path) -> Config:
+    """The configuration of a checkpoint, after checking that its tokenizer and processor files are usable with it."""
+    config = Config.from_file(directory)
+    ProcessorConfig.from_dir(directory)
+    Tokenizer.from_dir(directory).check_fits(config.language.vocab_size)
+    return config
+
+
+def parse_bytes(text: int | str) -> int:
+    """A number of bytes from "4GiB", "500 MB", "2e9" or a number; K, M, G, T are powers of 1000, Ki … of 1024.
+
+    Raises:
+      UsageError: it is not a positive size.
+    """
+    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]{1,2})?)\s*([A-Za-z]*)\s*", str(text))
+    units = {unit.lower(): factor for unit, factor in _UNITS.items()}
+    try:
+        size = int(Decimal(found[1]) * units[found[2].lower()]) if found else 0
+    except (KeyError, InvalidOperation):
+        size = 0
+    if size <= 0:
+        raise UsageError(f"{text!r} is not a size: expected a number with a unit, such as 4GiB, 500MB or 2000000000.")
+    return size
+
+
+def writing_bytes(size: int) -> int:
+    """Memory that a batch takes while it is written: Orbax copies what it cuts into chunks, once as they are and
+    once encoded."""
+    return size if size <= orbax_io.CHUNK_BYTES else 3 * size
+
+
+def _write_parameters(
+    source: Source, leaves: dict, plan: dict, writer: orbax_io.ParamWriter, limit: int, advance: Callable[[int], None]
+) -> None:
+    """Reads batches of parameters and gives them to ``writer``, one being written while the next is read."""
+    memory, writing, in_flight = _Memory(), None, 0
+    by_size = dict(sorted(plan.items(), key=lambda item: -leaf_bytes(*item[1])))
+    for batch in batches(by_size, min(WRITE_BATCH_BYTES, limit // 2)):
+        size = sum(leaf_bytes(*plan[path]) for path in batch)
+        needed = sum(writing_bytes(leaf_bytes(*plan[path])) for path in batch)
+        if writing is not None and in_flight + needed > limit:
+            writer.wait()
+            memory.give_back(writing)
+            writing = None
+        block = memory.take(size + _ALIGNMENT * len(batch))
+        arrays = _carve(block, {path: plan[path] for path in batch})
+        for path, array in arrays.items():
+            source.read_into(leaves[path], array)
+        writer.write(arrays)  # waits for the batch before
+        if writing is not None:
+            memory.give_back(writing)
+        writing, in_flight = block, needed
+        advance(size)
+
+
+class _Memory:
+    """Blocks of memory that are used again: the system's zeroing of fresh pages took a quarter of the time."""
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray] = []
+
+    def take(self, size: int) -> np.ndarray:
+        """u8[≥ size]."""
+        for i, block in enumerate(self._free):
+            if block.size >= size:
+                return self._free.pop(i)
+        self._free.clear()
+        return aligned_empty((size,), np.dtype(np.uint8))
+
+    def give_back(self, block: np.ndarray) -> None:
+        self._free.append(block)
+
+
+def _carve(block: np.ndarray, plan: dict) -> dict[orbax_io.LeafPath, np.ndarray]:
+    """Arrays of the planned shapes and dtypes, one after the other in ``block``."""
+    arrays, start = {}, 0
+    for path, (shape, dtype) in plan.items():
+        size = leaf_bytes(shape, dtype)
+        arrays[path] = block[start : start + size].view(dtype).reshape(shape)
+        start += size + -size % _ALIGNMENT
+    return arrays
+
+
+@contextlib.contextmanager
+def _writing(path: Path, config: Config) -> Iterator[orbax_io.ParamWriter]:
+    """A writer that is not writing any more when the block is left, however it is left."""
+    writer = orbax_io.ParamWriter(path, entry_axes(config))
+    try:
+        yield writer
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error is the one to report
+            writer.wait()
+        raise
+
+
+def write_manifest(directory: Path, plan: dict, *, source: str, mixed: dict[str, str]) -> None:
+    """Writes the file that makes a converted directory complete.
+
+    ``mixed``: tensors of a stacked parameter whose dtype is not the parameter's, with their own dtype, so
+    that export can give it back.
+    """
+    params = directory / PARAMS_NAME
+    manifest: dict[str, Any] = {
+        "version": MANIFEST_VERSION,
+        "source": source,
+        "parameters": {
+            "/".join(path): {"shape": list(shape), "dtype": dtype.name} for path, (shape, dtype) in plan.items()
+        },
+        "mixed_dtypes": mixed,
+        "files": {
+            str(file.relative_to(directory)): file.stat().st_size
+            for file in sorted(params.rglob("*"))
+            if file.is_file()
+        },
+    }
+    (directory / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

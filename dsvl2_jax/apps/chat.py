@@ -1,0 +1,80 @@
+"""`dsvl2 chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TextIO
+
+from dsvl2_jax.errors import DSVL2Error
+from dsvl2_jax.infer.engine import Model
+from dsvl2_jax.infer.sampling import SamplingParams
+from dsvl2_jax.inputs.processor import prepend_image_tags
+
+HELP = """\
+/image FILE …   attach images to your next message (<image> in it marks where they go)
+/reset          forget the conversation
+/help           this list
+/quit           leave (so does the end of input)"""
+
+
+def chat(model: Model, system: str, max_new_tokens: int, sampling: SamplingParams, lines: TextIO = sys.stdin) -> None:
+    """Reads messages from ``lines`` and streams answers to standard output until the end of input.
+
+    A message that cannot be answered (a broken image, a conversation over the context) is reported and
+    taken back; the conversation before it stays.
+    """
+    opening = [{"role": "system", "content": system}] if system else []
+    turns, images = list(opening), []
+    interactive = lines.isatty()
+    if interactive:
+        print(HELP)
+    while True:
+        if interactive:
+            print("\n> ", end="", flush=True)
+        line = lines.readline()
+        if not line or line.strip() == "/quit":
+            return
+        text = line.strip()
+        if text == "/help":
+            print(HELP)
+        elif text == "/reset":
+            turns, images = list(opening), []
+            print("(the conversation starts anew)")
+        elif text.split(" ")[0] == "/image":
+            images += _image_files(text)
+        elif text.startswith("/"):
+            print(f"{text.split(' ')[0]} is no command here; /help lists them.")
+        elif text:
+            message = {"role": "user", "content": prepend_image_tags(text, len(images)), "images": images}
+            try:
+                answer = model.generate(
+                    model.processor([*turns, message]),
+                    max_new_tokens,
+                    sampling,
+                    on_text=lambda _, piece: print(piece, end="", flush=True),
+                )
+            except DSVL2Error as error:
+                print(f"not sent: {error}")
+                continue
+            print()
+            for box in answer.boxes:
+                print(f"  {box.label or 'box'}: ({box.x1}, {box.y1}) – ({box.x2}, {box.y2})")
+            turns += [message, {"role": "assistant", "content": answer.text}]
+            images = []
+
+
+def _image_files(command: str) -> list[Path]:
+    """The files of an /image line that exist; the others are reported."""
+    try:
+        names = shlex.split(command)[1:]
+    except ValueError as error:
+        print(f"/image: {error}")
+        return []
+    if not names:
+        print("/image needs one or more files.")
+    found = [Path(name).expanduser() for name in names]
+    for path in found:
+        print(f"attached {path}" if path.is_file() else f"{path}: no such file")
+    return [path for path in found if path.is_file()]

@@ -1,0 +1,99 @@
+"""Plans kept on disk: a whole model takes minutes to compile, and the same question has the same answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dsvl2_jax.apps.plan.planner import Job, plan
+from dsvl2_jax.model.config import Config
+from dsvl2_jax.runtime.compile_cache import user_cache
+from dsvl2_jax.runtime.hardware import Topology
+
+# We, the compilers, and what traces the programs.
+_PACKAGES = ("dsvl2-jax", "jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt")
+# Folders of our sources that make programs or count them.
+_SOURCES = ("dsvl2_jax", "dsvl2_jax.infer", "dsvl2_jax.train")
+
+
+def planned(
+    config: Config,
+    job: Job,
+    topology: Topology,
+    sizes: dict[str, int] | None,
+    say: Callable[[str], None],
+    *,
+    cache: bool = True,
+) -> dict[str, Any]:
+    """`dsvl2_jax.apps.plan.planner.plan`, from disk where it was made before with the same sources and compilers.
+
+    Plans without a compiled program are not kept. ``from_cache`` tells which it was.
+    """
+    file = user_cache() / "plans" / f"{_key(config, job, topology, sizes)}.json"
+    if cache and (found := _read(file)) is not None:
+        return found | {"from_cache": True}
+    report = plan(config, job, topology, sizes, say)
+    if cache and report["compiled"]:
+        _write(file, report)
+    return report | {"from_cache": False}
+
+
+def _key(config: Config, job: Job, topology: Topology, sizes: dict[str, int] | None) -> str:
+    settings = None if job.settings is None else dataclasses.asdict(job.settings)
+    if settings is not None:
+        del settings["run"]["directory"], settings["data"]["train"], settings["data"]["validation"]  # no program's
+    what = {
+        "sources": _sources(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "config": dataclasses.asdict(config),
+        "job": [job.kind, job.batch, job.sequence, settings],
+        "topology": dataclasses.asdict(topology),
+        "mesh": sizes,
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of our sources, so that a change of the model is never answered with an old plan."""
+    digest = hashlib.sha256()
+    for package in _SOURCES:
+        folder = Path(importlib.import_module(package).__file__).parent
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _write(file: Path, report: dict[str, Any]) -> None:
+    """Whole or not at all; a directory that cannot be written to costs the cache, not the plan."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".part", delete=False, encoding="utf-8") as part:
+            json.dump(report, part)
+        Path(part.name).replace(file)
+    except OSError:
+        return

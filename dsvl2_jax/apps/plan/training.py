@@ -1,0 +1,145 @@
+"""Training steps for the planner: their settings, what they must cost, and the step lowered for other devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dsvl2_jax.apps.plan.work import Work
+from dsvl2_jax.checkpoint.load import stays_float32
+from dsvl2_jax.errors import UsageError
+from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.deepseek_vl2 import abstract_leaves
+from dsvl2_jax.sharding import ACTIVATION_RULES, PARAM_RULES, batch_parts, mesh_axes, partition_spec, split_further
+from dsvl2_jax.train.flops import step_flops
+from dsvl2_jax.train.parameter_rules import assign
+from dsvl2_jax.train.settings.schema import Settings, load, presets
+
+KINDS = ("align", "pretrain", "sft")
+_STORED = 4  # bytes of an entry of a trained parameter, and of its gradient
+
+
+def settings_of(
+    model: str, kind: str, *, sequences: int | None, length: int | None, micro: int | None, overrides: Sequence[str]
+) -> Settings:
+    """The preset of a stage for a model, with the sizes and the single settings asked for.
+
+    Raises:
+      UsageError: there is no preset for the model. SettingsError: the settings cannot be used.
+    """
+    name = f"{model}-{kind}"
+    if name not in presets():
+        known = sorted({preset.split("-")[0] for preset in presets() if preset.endswith(f"-{kind}")})
+        raise UsageError(f"--job {kind}: there is no preset {name}; models that have one are {', '.join(known)}.")
+    sizes = {
+        "batch.sequences": sequences,
+        "data.sequence_length": length,
+        "batch.micro_sequences": micro,
+        # The presets leave the data to the user; nothing is read of them here.
+        "data.train.vl.path": "planned.jsonl",
+        "data.train.text.path": "planned.jsonl" if kind == "pretrain" else None,
+    }
+    given = [f"{key}={value}" for key, value in sizes.items() if value is not None]
+    return load(name, [*given, *overrides])
+
+
+def check_batch(settings: Settings, sizes: dict[str, int]) -> None:
+    """Raises UsageError when a step's sequences cannot be split evenly."""
+    batch, shards = settings.batch, batch_parts(sizes)
+    if batch.sequences % (batch.micro_sequences * shards):
+        raise UsageError(
+            f"a step of {batch.sequences} sequences is no multiple of {batch.micro_sequences} at a time on each of "
+            f"{shards} data shards; change --batch, --micro or --mesh."
+        )
+
+
+def described(settings: Settings) -> dict[str, Any]:
+    """What of the settings shapes the program."""
+    return {
+        "micro": settings.batch.micro_sequences,
+        "tiles": settings.data.tiles_per_sequence,
+        "remat": settings.compute.remat,
+        "dtype": settings.compute.dtype,
+        "optimizer_state": settings.optimizer.state_dtype,
+    }
+
+
+def train_work(config: Config, settings: Settings) -> Work:
+    """The least that a step costs: forward, backward and the rematerialisation asked for.
+
+    Every row is one sample, which is the most that attention can cost; all places for tiles are filled. Bytes: the
+    state is read and written once, and every accumulation step reads the layers' weights once a pass.
+    """
+    rules = assign(("/".join(path) for path in abstract_leaves(config)), settings.stage.parameters)
+    full = settings.compute.remat == "full"
+    sequences, length = settings.batch.sequences, settings.data.sequence_length
+    tiles = sequences * settings.data.tiles_per_sequence
+    flops = step_flops(config, rules, remat=full).step(sequences * length, sequences, tiles)
+    moments = 2 * jnp.dtype(settings.optimizer.state_dtype).itemsize
+    width = jnp.dtype(settings.compute.dtype).itemsize
+    state = weights = 0.0
+    for path, (shape, _) in abstract_leaves(config).items():
+        size = math.prod(shape)
+        state += 2 * (_STORED + moments) * size if rules["/".join(path)].train else 0
+        weights += width * size
+    return Work(flops, state + (3 if full else 2) * weights)
+
+
+def resident_bytes(config: Config, settings: Settings, sizes: dict[str, int]) -> float:
+    """Bytes of a device that parameters, gradients and optimizer state take."""
+    rules = assign(("/".join(path) for path in abstract_leaves(config)), settings.stage.parameters)
+    moments = 2 * jnp.dtype(settings.optimizer.state_dtype).itemsize
+    total = 0.0
+    for path, (shape, axes) in abstract_leaves(config).items():
+        spec = split_further(partition_spec(shape, axes, sizes, PARAM_RULES), shape, sizes)
+        names = [name for entry in spec for name in mesh_axes(entry)]
+        trained = rules["/".join(path)].train
+        width = 2 * _STORED + moments if trained else 4 if stays_float32(path) else 2
+        total += width * math.prod(shape) / math.prod(sizes[name] for name in names)
+    return total
+
+
+def lower(config: Config, settings: Settings, mesh: Mesh) -> jax.stages.Lowered:
+    """Lowers a step for a mesh. Frozen parameters are bfloat16, as the released checkpoints store them."""
+    from dsvl2_jax.train.objectives.language import Trainer
+
+    trainer = Trainer(config, settings, (0.5,) * 3, (0.5,) * 3, mesh)
+    state = trainer.abstract_state()
+    frozen = {name: _stored(name, leaf) for name, leaf in state.frozen.items()}
+    return trainer.lower(dataclasses.replace(state, frozen=frozen), abstract_batch(config, settings, mesh))
+
+
+def _stored(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    kind = jnp.float32 if stays_float32(tuple(name.split("/"))) else jnp.bfloat16
+    return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=leaf.sharding)
+
+
+def abstract_batch(config: Config, settings: Settings, mesh: Mesh) -> Any:
+    """A step's `TrainBatch` as the trainer puts it on its mesh: rows over the data shards, tiles over all devices."""
+    from dsvl2_jax.train.data.batch import TrainBatch
+
+    sizes, batch = dict(mesh.shape), settings.batch
+    shards = batch_parts(sizes)
+    steps = batch.sequences // (batch.micro_sequences * shards)
+    rows = (steps, batch.micro_sequences * shards, settings.data.sequence_length)
+    by_row = NamedSharding(mesh, PartitionSpec(None, ACTIVATION_RULES["batch"]))
+    by_tile = NamedSharding(mesh, PartitionSpec(None, ACTIVATION_RULES["tiles"]))
+    others = mesh.size // shards  # devices among which a data shard's tiles are dealt out
+    tiles = -(-batch.micro_sequences * settings.data.tiles_per_sequence // others) * mesh.size
+    side = config.vision.image_size
+    whole = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=by_row)
+    return TrainBatch(
+        ids=whole,
+        labels=whole,
+        image_index=whole,
+        positions=whole,
+        segments=whole,
+        with_images=jax.ShapeDtypeStruct(rows, jnp.bool_, sharding=by_row),
+        tiles=jax.ShapeDtypeStruct((steps, tiles, side, side, 3), jnp.uint8, sharding=by_tile),
+    )

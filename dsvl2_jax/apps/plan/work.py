@@ -1,0 +1,109 @@
+"""The least that a job costs: FLOPs of the products that the model needs, bytes that must pass through memory.
+
+Beside these the planner puts what the compiled program does (`dsvl2_jax.apps.plan.hlo`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from dsvl2_jax.model.cache import cache_layout
+from dsvl2_jax.model.config import Config, LanguageConfig
+from dsvl2_jax.model.deepseek_vl2 import abstract_leaves
+from dsvl2_jax.train.flops import StepFlops, step_flops
+from dsvl2_jax.train.settings.schema import ParameterRule
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Of a whole job, all devices together: FLOPs, and bytes read and written once."""
+
+    flops: float
+    bytes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weights:
+    """Entries of the language model's parameters, by how a job reads them."""
+
+    whole: int  # read by every job: all but the embedding table and the routed experts
+    expert: int  # of one routed expert of one layer
+    expert_layers: int
+    row: int  # of the embedding table
+    head: int  # of the output head, part of ``whole``
+
+
+def encode_work(config: Config, tiles: int, itemsize: int = 2) -> Work:
+    """Encoder and adaptor on ``tiles`` tiles, their weights in ``itemsize`` bytes each."""
+    weights = sum(
+        math.prod(shape)
+        for path, (shape, _) in abstract_leaves(config).items()
+        if path[0] in ("vision", "projector") and "attn_pool" not in path
+    )
+    pixels = 3 * config.vision.image_size**2
+    made = config.tokens_per_tile * config.language.hidden_size * itemsize
+    return Work(_forward(config).per_tile * tiles, weights * itemsize + tiles * (pixels + made))
+
+
+def prefill_work(config: Config, rows: int, length: int, itemsize: int = 2) -> Work:
+    """Prompts of ``length`` tokens each into an empty cache; logits of the last token alone."""
+    weights, forward = _language(config), _forward(config)
+    per_token = forward.per_token - 2.0 * weights.head
+    pairs = rows * length * (length + 1) / 2
+    flops = rows * length * per_token + rows * 2.0 * weights.head + forward.per_pair * pairs
+    moved = weights.whole + _experts(config.language, weights, rows * length) + rows * length * weights.row
+    cache = rows * length * cache_width(config.language) * config.language.num_hidden_layers
+    return Work(flops, itemsize * (moved + cache))
+
+
+def decode_work(config: Config, slots: int, context: int, itemsize: int = 2) -> Work:
+    """One token for each of ``slots`` rows with ``context`` tokens in the cache.
+
+    Latent attention runs in its absorbed form: the up-projection of keys and values is applied to queries and outputs,
+    which takes as many products, and a head's score and value are as wide as the cache.
+    """
+    cfg, weights, forward = config.language, _language(config), _forward(config)
+    per_pair = forward.per_pair
+    if cfg.use_mla:
+        widths = 2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim
+        per_pair = 2.0 * cfg.num_attention_heads * widths * cfg.num_hidden_layers
+    flops = slots * (forward.per_token + per_pair * context)
+    cache = slots * context * cache_width(cfg) * cfg.num_hidden_layers
+    moved = weights.whole + _experts(cfg, weights, slots) + slots * weights.row + cache
+    return Work(flops, itemsize * moved)
+
+
+def cache_width(config: LanguageConfig) -> int:
+    """Numbers that the cache keeps of a token in a layer."""
+    return sum(math.prod(shape) for shape, _ in cache_layout(config).values())
+
+
+def _experts(config: LanguageConfig, weights: _Weights, tokens: int) -> int:
+    """Entries of the routed experts that ``tokens`` tokens visit at most."""
+    visited = min(tokens * config.num_experts_per_tok, config.n_routed_experts)
+    return visited * weights.expert * weights.expert_layers
+
+
+def _forward(config: Config) -> StepFlops:
+    """Of a forward pass alone."""
+    frozen = ParameterRule(train=False)
+    return step_flops(config, {"/".join(path): frozen for path in abstract_leaves(config)})
+
+
+def _language(config: Config) -> _Weights:
+    cfg = config.language
+    whole = expert = row = head = 0
+    for path, (shape, _) in abstract_leaves(config).items():
+        if path[0] != "language":
+            continue
+        size = math.prod(shape)
+        if "experts" in path and "mlp" in path:
+            expert += size
+        elif path[1].startswith("embed_tokens"):
+            row = shape[-1]
+        else:
+            whole += size
+            head += size if path[1] == "lm_head" else 0
+    layers = sum(cfg.is_moe_layer(i) for i in range(cfg.num_hidden_layers))
+    return _Weights(whole, expert // max(1, layers * cfg.n_routed_experts), layers, row, head)

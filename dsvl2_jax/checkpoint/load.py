@@ -1,0 +1,196 @@
+"""Loading a checkpoint's parameters, from any of the layouts that `dsvl2_jax.checkpoint.locate` tells apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+
+from dsvl2_jax.checkpoint import orbax_io, rules
+from dsvl2_jax.checkpoint.locate import PARAMS_NAME, kind, read_manifest, run_of
+from dsvl2_jax.checkpoint.safetensors_source import Source, numpy_dtype
+from dsvl2_jax.errors import CheckpointError, UsageError
+from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.deepseek_vl2 import Params, param_shardings
+
+DTYPES = ("float32", "bfloat16")
+
+# Leaves are read one Orbax call at a time up to this size together: calls cost about 40 ms each.
+BATCH_BYTES = 64 << 20
+
+Shardings = Mapping[orbax_io.LeafPath, Sharding]
+# Leaf path → (shape, dtype).
+Stored = Mapping[orbax_io.LeafPath, tuple[tuple[int, ...], np.dtype]]
+
+
+def stays_float32(path: orbax_io.LeafPath) -> bool:
+    """True for the router's parameters, which compute in float32 whatever the model's dtype (FACTS §4)."""
+    return len(path) > 1 and path[-2] == "router"
+
+
+def load_params(
+    directory: Path, config: Config, dtype: str | None = None, mesh: Mesh | None = None, *, fsdp: bool = False
+) -> Params:
+    """Loads every parameter, one large leaf at a time.
+
+    Args:
+      directory: of `resolve`, in either layout.
+      config: of the same directory.
+      dtype: "float32" or "bfloat16" casts (the router's parameters are float32 always); None keeps
+        each parameter's stored dtype.
+      mesh: places each parameter by `param_shardings`; None: on the first device. A process reads only what its
+        devices hold (of the released layout also the rest of the tensors' rows that this is in).
+      fsdp: split large parameters over ``data`` too, as training does.
+
+    Returns:
+      A nested dict of `jax.Array`. Peak memory is that of the parameters and about one leaf.
+
+    Raises:
+      CheckpointError: incomplete, damaged, or not a checkpoint of this configuration.
+      UsageError: an unknown dtype.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}.")
+    directory = Path(directory)
+    if mesh is None:
+        first = SingleDeviceSharding(jax.devices()[0])
+        shardings: Shardings = {leaf.path: first for leaf in rules.expand(config)}
+    else:
+        shardings = dict(orbax_io.unnest(param_shardings(config, mesh, fsdp=fsdp)))
+    read = _read_released if kind(directory) == "released" else _read_orbax
+    return orbax_io.nest(dict(read(directory, config, shardings, dtype)))
+
+
+def _target_dtype(path: orbax_io.LeafPath, stored: np.dtype, dtype: str | None) -> np.dtype:
+    return np.dtype(np.float32) if stays_float32(path) else stored if dtype is None else numpy_dtype(dtype)
+
+
+def _read_released(
+    directory: Path, config: Config, shardings: Shardings, dtype: str | None
+) -> Iterator[tuple[orbax_io.LeafPath, jax.Array]]:
+    with Source(directory) as source:
+        rules.check(source.shapes_and_dtypes, config, str(directory))
+        for leaf in rules.expand(config):
+            array = _place(source, leaf, shardings[leaf.path], dtype)
+            yield leaf.path, array.block_until_ready()  # transfers may not pile up in host memory
+
+
+def _place(source: Source, leaf: rules.Leaf, sharding: Sharding, dtype: str | None) -> jax.Array:
+    """A parameter on the devices, of which this process reads the slices that its own devices hold."""
+    target = _target_dtype(leaf.path, source.leaf_dtype(leaf), dtype)
+    read: dict[tuple[tuple[int, int], ...], np.ndarray] = {}  # several devices may hold the same slice
+
+    def part(where: tuple[slice, ...]) -> np.ndarray:
+        bounds = tuple(one.indices(size)[:2] for one, size in zip(where, leaf.shape, strict=True))
+        if bounds not in read:
+            read[bounds] = source.read_slice(leaf, tuple(slice(*pair) for pair in bounds), target)
+        return read[bounds]
+
+    return jax.make_array_from_callback(leaf.shape, sharding, part)
+
+
+def _read_orbax(
+    directory: Path, config: Config, shardings: Shardings, dtype: str | None
+) -> Iterator[tuple[orbax_io.LeafPath, jax.Array]]:
+    _, stored = open_orbax(directory, config)
+    dtypes = {path: _target_dtype(path, kept, dtype) for path, (_, kept) in stored.items()}
+    yield from read_leaves(directory / PARAMS_NAME, stored, shardings, dtypes)
+
+
+def open_orbax(directory: Path, config: Config) -> tuple[dict[str, Any], Stored]:
+    """The manifest (empty for a run's checkpoint) and the leaves, both checked against files and configuration.
+
+    Raises:
+      CheckpointError: incomplete, damaged, or of another model.
+    """
+    manifest = read_manifest(directory) if kind(directory) == "orbax" else {}
+    return manifest, _stored(directory / PARAMS_NAME, config)
+
+
+def read_leaves(
+    params: Path,
+    stored: Stored,
+    shardings: Shardings,
+    dtypes: Mapping[orbax_io.LeafPath, np.dtype] | None = None,
+) -> Iterator[tuple[orbax_io.LeafPath, jax.Array]]:
+    """Reads an Orbax checkpoint leaf by leaf, placed by ``shardings`` and cast to ``dtypes`` (default: as stored).
+
+    Raises:
+      CheckpointError: the files cannot be read.
+    """
+    for batch in batches(stored):
+        large = len(batch) == 1
+        structs = {}
+        for path in batch:
+            shape, dtype = stored[path]
+            # tensorstore casts 4 times slower than XLA does, but XLA compiles a program per shape.
+            read_as = dtype if dtypes is None or large else dtypes[path]
+            structs[path] = jax.ShapeDtypeStruct(shape, read_as, sharding=shardings[path])
+        try:
+            arrays = orbax_io.read(params, structs)
+        except Exception as error:  # Orbax and tensorstore raise ValueError, KeyError, OSError, XlaRuntimeError …
+            names = ", ".join("/".join(path) for path in batch[:3])
+            raise CheckpointError(
+                f"{params}: damaged: {_reason(error)} (while {names}{' …' if len(batch) > 3 else ''} were read). "
+                f"{_remedy(params.parent)}"
+            ) from error
+        for path in batch:
+            array = arrays.pop(path)
+            yield path, array if dtypes is None else array.astype(dtypes[path]).block_until_ready()
+
+
+def _stored(params: Path, config: Config) -> Stored:
+    """The leaves of a converted checkpoint, checked against those of the configuration."""
+    try:
+        stored = orbax_io.read_shapes(params)
+    except Exception as error:
+        raise CheckpointError(
+            f"{params}: not a readable Orbax checkpoint ({_reason(error)}). {_remedy(params.parent)}"
+        ) from error
+    leaves = {leaf.path: leaf for leaf in rules.expand(config)}
+    problems = [f"missing: {'/'.join(path)}" for path in leaves if path not in stored]
+    problems += [f"unexpected: {'/'.join(path)}" for path in stored if path not in leaves]
+    problems += [
+        f"{leaf.name}: found {list(stored[path][0])}, expected {list(leaf.shape)}"
+        for path, leaf in leaves.items()
+        if path in stored and stored[path][0] != leaf.shape
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{params}: the parameters are not those of the model that config.json describes; convert again from one "
+            f"release:\n{rules.listed(problems)}"
+        )
+    return stored
+
+
+def batches(stored: Stored, batch_bytes: int = BATCH_BYTES) -> Iterator[list[orbax_io.LeafPath]]:
+    """Groups leaves, in order, up to ``batch_bytes`` together; a larger leaf is alone."""
+    batch: list[orbax_io.LeafPath] = []
+    total = 0
+    for path, (shape, dtype) in stored.items():
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        if batch and total + size > batch_bytes:
+            yield batch
+            batch, total = [], 0
+        batch.append(path)
+        total += size
+    if batch:
+        yield batch
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the error that led to this one: Orbax wraps tensorstore's, which names array and file."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _remedy(directory: Path) -> str:
+    if run_of(directory) is None:
+        return "Copy or convert the checkpoint again."
+    return f"Copy it again, or remove {directory}: the run then goes on from the checkpoint before it."

@@ -1,0 +1,222 @@
+"""Finding a checkpoint, telling which of the three layouts it has, and the files that it needs beside the weights.
+
+A *released* directory holds safetensors; a *converted* one, written by `dsvl2_jax.convert`, holds an
+Orbax checkpoint in ``params/`` beside the configuration and tokenizer files, and a manifest that was
+written last. The manifest is what makes a converted directory complete. A *run*, written by `dsvl2_jax.train`,
+holds an Orbax checkpoint per ``checkpoints/STEP``, with ``params`` among other things, and the configuration
+and tokenizer files in ``model/``; its checkpoints appear under their names when they are complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dsvl2_jax.checkpoint import orbax_io, rules
+from dsvl2_jax.checkpoint.safetensors_source import INDEX_NAME
+from dsvl2_jax.checkpoint.staging import PARTIAL_SUFFIX
+from dsvl2_jax.errors import CheckpointError, UsageError
+from dsvl2_jax.inputs.processor import Processor
+from dsvl2_jax.model.config import Config
+
+MANIFEST_NAME = "dsvl2_checkpoint.json"
+MANIFEST_VERSION = 1
+PARAMS_NAME = "params"  # the parameters inside a converted directory or a run's checkpoint
+RUN_NAME = "run.json"  # what makes a directory a run
+CHECKPOINTS_NAME = "checkpoints"  # of a run: a directory per step
+MODEL_NAME = "model"  # of a run: configuration, processor and tokenizer files
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_CARRIED_SUFFIXES = (".json", ".jinja", ".md", ".model", ".txt")
+_CARRIED_NAMES = ("LICENSE", "LICENCE", "NOTICE")
+_CARRIED_BYTES = 256 << 20  # a larger file is no configuration
+
+
+def resolve(checkpoint: str | Path | None) -> Path:
+    """The directory of a checkpoint.
+
+    Args:
+      checkpoint: a directory, a hub id such as ``deepseek-ai/deepseek-vl2-tiny`` (downloaded into the
+        hub's cache, unless a directory has that name), or None for the built-in micro model. A training run's
+        directory stands for its newest complete checkpoint.
+
+    Raises:
+      CheckpointError: there is nothing of that name, it cannot be downloaded, or the run has no checkpoint.
+    """
+    if checkpoint is None:
+        from dsvl2_jax import configs
+
+        return resolve(Path(configs.__file__).parent / "micro")
+    path = Path(checkpoint)
+    if path.is_dir():
+        return newest_of_run(path) if (path / RUN_NAME).is_file() else path
+    if path.exists():
+        raise CheckpointError(f"{path}: is a file; expected the directory that holds the checkpoint's files.")
+    if isinstance(checkpoint, str) and _HUB_ID.fullmatch(checkpoint):
+        return _download(checkpoint)
+    raise CheckpointError(
+        f"{checkpoint}: no such directory. Give a converted directory, a directory in the released layout, or a hub "
+        "id such as deepseek-ai/deepseek-vl2-tiny."
+    )
+
+
+def run_steps(run: Path) -> list[int]:
+    """The steps of a run's complete checkpoints, ascending."""
+    directories = (run / CHECKPOINTS_NAME).glob("*")
+    return sorted(int(d.name) for d in directories if d.name.isdecimal() and orbax_io.is_checkpoint(d))
+
+
+def newest_of_run(run: Path) -> Path:
+    """The directory of a run's newest complete checkpoint.
+
+    Raises:
+      CheckpointError: it has none.
+    """
+    if steps := run_steps(run):
+        return run / CHECKPOINTS_NAME / str(steps[-1])
+    raise CheckpointError(
+        f"{run}: a training run that has not written a complete checkpoint yet. Wait for its first one, or start the "
+        "run again: it writes one every run.checkpoint_every steps and when it is stopped by SIGTERM or Ctrl-C."
+    )
+
+
+def model_files(directory: Path) -> Path:
+    """Where the configuration, processor and tokenizer files of a checkpoint are: ``directory``, except in a run."""
+    run = run_of(directory)
+    return directory if run is None else run / MODEL_NAME
+
+
+def description(directory: Path) -> str:
+    """Tells apart what a checkpoint's JSON files say: configuration, tokenizer, and index or manifest of the weights.
+
+    Args:
+      directory: of `resolve`.
+    """
+    files = {file.name: file for place in (model_files(directory), directory) for file in place.glob("*.json")}
+    content = b"".join(name.encode() + files[name].read_bytes() for name in sorted(files))
+    return f"{directory.name}, {len(files)} JSON files with SHA-256 {hashlib.sha256(content).hexdigest()[:16]}"
+
+
+def run_of(directory: Path) -> Path | None:
+    """The run whose ``checkpoints/STEP`` this is."""
+    directory = directory.absolute()
+    run = directory.parent.parent
+    inside = directory.parent.name == CHECKPOINTS_NAME and (run / RUN_NAME).is_file()
+    return run if inside else None
+
+
+def open_model(directory: Path) -> tuple[Config, Processor]:
+    """Configuration and processor of a checkpoint in any layout, after checking that they fit each other.
+
+    Args:
+      directory: of `resolve`.
+
+    Raises:
+      ConfigError, TokenizerError: a file is missing or cannot be used.
+      UsageError: the processor makes tiles of another size than the encoder takes.
+    """
+    directory = model_files(directory)
+    config = Config.from_file(directory)
+    processor = Processor.from_dir(directory)
+    processor.tokenizer.check_fits(config.language.vocab_size)
+    if processor.config.tile_size != config.vision.image_size:
+        raise UsageError(
+            f"{directory}: processor_config.json makes tiles of {processor.config.tile_size} pixels "
+            f"(candidate_resolutions[0][0]), but config.json's encoder takes {config.vision.image_size} "
+            "(vision_config.image_size); make them equal."
+        )
+    return config, processor
+
+
+def _download(hub_id: str) -> Path:
+    import huggingface_hub
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.md", "*.txt", "LICENSE*"]
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
+    except Exception as error:  # the client raises its own, requests' and the operating system's errors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{hub_id}: no directory has this name, and it cannot be downloaded from the Hugging Face hub ({reason}). "
+            "Check the name and the network, or download the files elsewhere and give their directory."
+        ) from error
+
+
+def kind(directory: Path) -> str:
+    """ "orbax" for a converted directory, "released" for one with safetensors, "run" for a run's checkpoint.
+
+    Raises:
+      CheckpointError: it is none of them, an unfinished conversion or an incomplete checkpoint.
+    """
+    if directory.name.endswith(PARTIAL_SUFFIX):
+        raise CheckpointError(
+            f"{directory}: an unfinished conversion; it is incomplete. Run the conversion again: it starts anew and "
+            "removes this directory."
+        )
+    if run_of(directory) is not None:
+        if directory.name.isdecimal() and orbax_io.is_checkpoint(directory):
+            return "run"
+        raise CheckpointError(
+            f"{directory}: not a complete checkpoint of the run. Name one of the numbered directories beside it, or "
+            "the run itself for its newest checkpoint."
+        )
+    if (directory / MANIFEST_NAME).is_file():
+        return "orbax"
+    if (directory / PARAMS_NAME).exists():
+        raise CheckpointError(
+            f"{directory}: has {PARAMS_NAME}/ but no {MANIFEST_NAME}, so its conversion did not finish or it was "
+            "copied in part. Convert the released checkpoint again, or copy the whole directory."
+        )
+    if (directory / INDEX_NAME).is_file() or any(directory.glob("*.safetensors")):
+        return "released"
+    raise CheckpointError(
+        f"{directory}: not a checkpoint: found neither {MANIFEST_NAME} (a converted directory) nor safetensors files "
+        "(the released layout). Download or convert the checkpoint into it."
+    )
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a converted directory, after checking that every file it lists has its size.
+
+    Raises:
+      CheckpointError: the manifest cannot be read, is of another version, or files are missing or cut off.
+    """
+    path = directory / MANIFEST_NAME
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version, files, parameters = (manifest[key] for key in ("version", "files", "parameters"))
+        sizes = {name: int(size) for name, size in files.items()}
+        parameters.items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({type(error).__name__}: {error}). Convert the checkpoint again."
+        ) from None
+    if version != MANIFEST_VERSION:
+        raise CheckpointError(
+            f"{path}: written in version {version!r} of the layout, this program reads version {MANIFEST_VERSION}. "
+            "Convert the released checkpoint again."
+        )
+    damaged = []
+    for name, size in sizes.items():
+        file = directory / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            damaged.append(f"{name}: {'missing' if found is None else f'{found} bytes'}, expected {size} bytes")
+    if damaged:
+        raise CheckpointError(
+            f"{directory}: the converted checkpoint is damaged; copy or convert it again:\n{rules.listed(damaged)}"
+        )
+    return manifest
+
+
+def carry_files(source: Path, target: Path) -> None:
+    """Copies configuration, tokenizer, licence and documentation files, so that ``target`` is complete by itself."""
+    for file in sorted(source.iterdir()):
+        named = file.suffix in _CARRIED_SUFFIXES or file.name.startswith(_CARRIED_NAMES)
+        generated = file.name in (INDEX_NAME, MANIFEST_NAME)
+        if file.is_file() and named and not generated and file.stat().st_size <= _CARRIED_BYTES:
+            shutil.copyfile(file, target / file.name)

@@ -1,0 +1,156 @@
+"""A directory that appears under its name only when it is complete.
+
+It is written under a temporary sibling name, locked by the process that writes it, and renamed at the
+end. The kernel drops the lock when the process dies, so a temporary directory without a lock is the
+remains of a dead run and may be removed; a locked one belongs to a live run and is left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich import filesize
+
+from dsvl2_jax.errors import CheckpointError
+
+PARTIAL_SUFFIX = ".dsvl2-partial"  # the name under which a directory is written before it is complete
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_MARGIN = 16 << 20  # bytes beyond the tensors: metadata, indices, file-system blocks
+
+
+@contextlib.contextmanager
+def staged(destination: str | Path, need_bytes: int) -> Iterator[Path]:
+    """Yields an empty directory that becomes ``destination`` when the block ends without an exception.
+
+    On an exception the directory is removed; on a kill it stays, and the next run removes it.
+
+    Args:
+      destination: must not exist; its parent must.
+      need_bytes: how much will be written, to refuse early when the disk has less.
+
+    Raises:
+      CheckpointError: the destination exists, its parent does not, another run is writing to it, or the
+        disk is full (before or while writing).
+    """
+    destination = Path(destination).absolute()
+    refuse_existing(destination)
+    partial = destination.with_name(f".{destination.name}{PARTIAL_SUFFIX}")
+    with locked(partial, f"{destination}: another run is writing it (into {partial}). Wait for it to finish."):
+        try:
+            _clear(partial)
+            _check_space(destination.parent, need_bytes)
+            yield partial
+            sync_tree(partial)
+            refuse_existing(destination)
+            partial.rename(destination)
+            _sync(destination.parent)
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if is_disk_full(error):
+                raise CheckpointError(
+                    f"{destination}: the disk filled up while writing; {filesize.decimal(need_bytes)} are needed. "
+                    "Nothing was left behind. Free some space or choose another disk, and run it again."
+                ) from error
+            raise
+
+
+def refuse_existing(destination: Path) -> None:
+    """Raises CheckpointError when ``destination`` exists or cannot be made because its parent is missing."""
+    if os.path.lexists(destination):
+        raise CheckpointError(
+            f"{destination}: exists already and was not touched. Choose another name, or remove it first."
+        )
+    if not destination.parent.is_dir():
+        raise CheckpointError(f"{destination.parent}: no such directory to write into. Create it first.")
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """True when the disk being full caused ``error``, also by way of Orbax, which only passes on the text."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+            return True
+        if any(os.strerror(code) in str(error) for code in _DISK_FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def sync_tree(directory: Path) -> None:
+    """Flushes every file and directory below ``directory`` to disk."""
+    for parent, _, files in os.walk(directory):
+        for name in files:
+            _sync(Path(parent, name))
+        _sync(Path(parent))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that is there either whole or not at all."""
+    new = path.with_name(f"{path.name}.new")
+    with new.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+@contextlib.contextmanager
+def locked(directory: Path, busy: str) -> Iterator[None]:
+    """Creates ``directory`` when needed and holds its lock, which the kernel drops when the process dies.
+
+    Raises:
+      CheckpointError: another process holds it (with the message ``busy``), or it cannot be made.
+    """
+    while True:
+        try:
+            directory.mkdir(exist_ok=True)
+            descriptor = os.open(directory, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # the run that owned it has just removed or renamed it
+        except OSError as error:
+            raise CheckpointError(f"{directory.parent}: cannot write into it ({error.strerror}).") from error
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CheckpointError(busy) from None
+            # Between opening and locking the directory may have been renamed or removed by its owner.
+            if directory.exists() and os.path.samestat(os.fstat(descriptor), directory.stat()):
+                yield
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _clear(directory: Path) -> None:
+    for child in directory.iterdir():
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        else:
+            child.unlink()
+
+
+def _check_space(directory: Path, need_bytes: int) -> None:
+    """Raises CheckpointError when the disk of ``directory`` has not room for ``need_bytes`` and a margin."""
+    free, needed = shutil.disk_usage(directory).free, need_bytes + _MARGIN
+    if free < needed:
+        raise CheckpointError(
+            f"{directory}: {filesize.decimal(free)} are free on this disk, {filesize.decimal(needed)} are needed. "
+            "Free some space or choose another disk."
+        )
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,120 @@
+"""Boxes in the model's text: reading, writing and drawing them (FACTS §3).
+
+The model writes ``<|ref|>label<|/ref|><|det|>[[x1, y1, x2, y2], …]<|/det|>`` with whole coordinates from 0 to
+999, relative to the last image of the conversation.
+"""
+
+import colorsys
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+from dsvl2_jax.errors import ConversationError
+from dsvl2_jax.inputs.tokenizer import DET_END_TOKEN, DET_TOKEN, REF_END_TOKEN, REF_TOKEN
+
+MAX_COORDINATE = 999
+
+_TAG = re.compile("(" + "|".join(map(re.escape, (REF_TOKEN, REF_END_TOKEN, DET_TOKEN, DET_END_TOKEN))) + ")")
+_COORDINATE = r"\s*0*([0-9]{1,3})\s*"  # no value over 999 matches
+_QUAD = re.compile(r"\[" + ",".join([_COORDINATE] * 4) + r"\]")
+
+_GOLDEN_RATIO = 0.618034  # hues this far apart stay distinct however many there are
+_LONGEST_LABEL = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Box:
+    """A labelled rectangle in pixels of image number `image` (from 0); (x1, y1) top left, (x2, y2) bottom right."""
+
+    label: str
+    x1: int
+    y1: int
+    x2: int
+    y2: int
+    image: int = 0
+
+
+def parse_boxes(text: str, image_sizes: Sequence[Sequence[int]]) -> list[Box]:
+    """The boxes in generated `text`, on the last of the images whose (width, height) are given, in pixels.
+
+    A coordinate c becomes int(c / 999 · size), as officially. Every text is accepted, since models make mistakes:
+    what is not four whole numbers from 0 to 999 in brackets, inside a closed ``<|det|>``, is skipped. A label
+    belongs to the next ``<|det|>`` only; one without a label gets "". Corners are kept in the order written,
+    even if x1 > x2: swapping them would be a guess.
+    """
+    if len(image_sizes) == 0:
+        return []
+    width, height = (int(side) for side in image_sizes[-1])
+    boxes, label = [], ""
+    parts = _TAG.split(text)  # text, tag, text, tag, …, text
+    for tag, content, closing in zip(parts[1::2], parts[2::2], [*parts[3::2], ""], strict=False):
+        if tag == REF_TOKEN:
+            label = content if closing == REF_END_TOKEN else ""
+        elif tag == DET_TOKEN:
+            quads = _QUAD.findall(content) if closing == DET_END_TOKEN else []
+            for x1, y1, x2, y2 in quads:
+                corners = (_pixel(x1, width), _pixel(y1, height), _pixel(x2, width), _pixel(y2, height))
+                boxes.append(Box(label, *corners, image=len(image_sizes) - 1))
+            label = ""
+    return boxes
+
+
+def format_boxes(label: str, boxes: Iterable[Box | Sequence[float]], size: Sequence[int]) -> str:
+    """The text for `boxes` (each a `Box` or x1, y1, x2, y2 in pixels) on an image of `size` (width, height).
+
+    The inverse of `parse_boxes`: pixels survive the round trip on sides under 999 pixels, coordinates on longer
+    ones (at 999 the official formula's rounding lets two coordinates share a pixel).
+
+    Raises ConversationError if a box is not inside the image or the label contains a grounding tag.
+    """
+    if _TAG.search(label):
+        raise ConversationError(f"label {label!r} contains a grounding tag. Remove it from the label.")
+    quads = []
+    for box in boxes:
+        corners = (box.x1, box.y1, box.x2, box.y2) if isinstance(box, Box) else tuple(box)
+        limits = (*size, *size)
+        if len(corners) != 4 or not all(0 <= c <= limit for c, limit in zip(corners, limits, strict=True)):
+            raise ConversationError(
+                f"box {corners} labelled {label!r}: expected x1, y1, x2, y2 inside the image of {size[0]}×{size[1]}."
+            )
+        quads.append([_coordinate(c, limit) for c, limit in zip(corners, limits, strict=True)])
+    return f"{REF_TOKEN}{label}{REF_END_TOKEN}{DET_TOKEN}{quads}{DET_END_TOKEN}"
+
+
+def draw_boxes(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
+    """A copy of `image` in RGB with every box outlined in its own colour and named; sizes follow the image's."""
+    image = image.convert("RGB")  # a copy always: convert copies even if the mode is the same
+    draw = ImageDraw.Draw(image)
+    line = max(1, round(min(image.size) / 200))
+    font = ImageFont.load_default(size=max(10, round(min(image.size) / 30)))
+    for number, box in enumerate(boxes):
+        red, green, blue = (round(255 * c) for c in colorsys.hsv_to_rgb(number * _GOLDEN_RATIO % 1, 0.9, 0.95))
+        left, right = sorted(min(max(x, 0), image.width - 1) for x in (box.x1, box.x2))
+        top, bottom = sorted(min(max(y, 0), image.height - 1) for y in (box.y1, box.y2))
+        draw.rectangle((left, top, right, bottom), outline=(red, green, blue), width=line)
+        label = " ".join(box.label.split())[:_LONGEST_LABEL]
+        if not label:
+            continue
+        # Measured at the origin, then moved: above the box if there is room, else inside, never over the edge.
+        x0, y0, x1, y1 = draw.textbbox((0, 0), label, font=font)
+        width, height = x1 - x0 + 2 * line, y1 - y0 + 2 * line
+        x = max(0, min(left, image.width - width))
+        y = top - height if top >= height else max(0, min(top, image.height - height))
+        draw.rectangle((x, y, x + width, y + height), fill=(red, green, blue))
+        luminance = 0.299 * red + 0.587 * green + 0.114 * blue
+        draw.text((x + line - x0, y + line - y0), label, font=font, fill="black" if luminance > 128 else "white")
+    return image
+
+
+def _pixel(coordinate: str | int, size: int) -> int:
+    return int(int(coordinate) / MAX_COORDINATE * size)
+
+
+def _coordinate(pixel: float, size: int) -> int:
+    """The least coordinate that does not fall short of `pixel`."""
+    coordinate = min(math.ceil(pixel * MAX_COORDINATE / size), MAX_COORDINATE)
+    # Division rounds, so the official formula can land a pixel short of where exact arithmetic does.
+    return coordinate + (coordinate < MAX_COORDINATE and _pixel(coordinate, size) < int(pixel))

@@ -1,0 +1,272 @@
+"""Images that data files refer to: by name in a folder or in tar shards, or inline as base64.
+
+Nothing here decodes pixels: a store turns a reference into a path or a file's bytes for the processor. Stores are
+pickled into worker processes; files are opened there, on first use.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import bisect
+import dataclasses
+import functools
+import glob
+import hashlib
+import os
+import tarfile
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from dsvl2_jax.errors import DataError, SampleError
+from dsvl2_jax.inputs.images import ImageSource
+
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
+
+# The reasons that samples are counted under when an image fails them.
+MISSING_IMAGE, BAD_REFERENCE = "image missing", "image reference"
+
+# How base64 of the usual image formats begins: JPEG, PNG, GIF, WebP (RIFF), BMP, both TIFFs.
+_BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkqA", "TU0AK")
+_BASE64_LEAST = 64  # characters; no image is smaller, and file names that begin like one are shorter
+
+_OPEN_FILES = 64
+
+
+class FilePool:
+    """Reads byte ranges of files, keeping the last few open. Safe between threads; pickles without its handles."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[str, int] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset`. Raises OSError, also when the file has become shorter than that."""
+        with self._lock:
+            if path not in self._open:
+                if len(self._open) >= _OPEN_FILES:
+                    os.close(self._open.popitem(last=False)[1])
+                self._open[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            self._open.move_to_end(path)
+            found = b""
+            while len(found) < size:  # one call reads 2 GB at most
+                more = os.pread(self._open[path], size - len(found), offset + len(found))
+                if not more:
+                    raise OSError(f"{path}: has become shorter since it was indexed. Do not change data during a run.")
+                found = found + more if found else more
+        return found
+
+    def close(self) -> None:
+        with self._lock:
+            while self._open:
+                os.close(self._open.popitem()[1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_open"):
+            self.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class TarIndex:
+    """Where the regular files of an uncompressed tar lie, in archive order. Compact: shards have many members."""
+
+    path: str
+    names: bytes  # all names, one after the other
+    name_ends: np.ndarray  # i64[members]
+    offsets: np.ndarray  # i64[members], of the contents
+    sizes: np.ndarray  # i64[members]
+    digest: str  # of names, offsets and sizes
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def name(self, member: int) -> str:
+        start = self.name_ends[member - 1] if member else 0
+        return self.names[start : self.name_ends[member]].decode("utf-8", "surrogateescape")
+
+
+def index_tar(path: str) -> TarIndex:
+    """Reads a tar's headers, once for every state of the file.
+
+    Raises DataError if it is missing, compressed, or no tar.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}). Check the path.") from None
+    return _index_tar(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def _index_tar(path: str, size: int, mtime: int) -> TarIndex:
+    names, offsets, sizes, ends = bytearray(), [], [], []
+    try:
+        with tarfile.open(path, "r:") as archive:
+            while (member := archive.next()) is not None:
+                archive.members = []  # tarfile keeps every header otherwise
+                if member.isreg() and not member.issparse():
+                    if member.offset_data + member.size > size:
+                        raise tarfile.ReadError(f"cut short within {member.name}")
+                    names += _plain_name(member.name).encode("utf-8", "surrogateescape")
+                    ends.append(len(names))
+                    offsets.append(member.offset_data)
+                    sizes.append(member.size)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise DataError(
+            f"{path}: not a whole, uncompressed tar ({error}). Members are read at random, so unpack a compressed one "
+            "(gunzip) and copy a damaged one again."
+        ) from None
+    columns = [np.array(column, np.int64) for column in (ends, offsets, sizes)]
+    digest = hashlib.sha256(bytes(names))
+    for column in columns:
+        digest.update(column.tobytes())
+    return TarIndex(path, bytes(names), *columns, digest.hexdigest())
+
+
+class ImageStore(Protocol):
+    """Finds images by name."""
+
+    def find(self, name: str) -> ImageSource:
+        """A path or a file's bytes. Raises SampleError when there is no such image, OSError when reading fails."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderImages:
+    """Images below a folder. Names that lead out of it are refused: a data file must not open any file it likes."""
+
+    root: str
+
+    def find(self, name: str) -> ImageSource:
+        root = os.path.abspath(self.root)
+        path = os.path.normpath(os.path.join(root, name))
+        if os.path.commonpath([root, path]) != root:
+            raise SampleError(
+                BAD_REFERENCE,
+                f"image {name!r} is outside of the image folder {self.root}. Name images relative to that folder, or "
+                "set the source's images to a folder that holds them all.",
+            )
+        if not os.path.isfile(path):
+            raise SampleError(MISSING_IMAGE, f"image {name!r}: no such file ({path}).")
+        return path
+
+
+class TarImages:
+    """Images in tar shards, by the member's whole name (``a/b.jpg``; a leading ``./`` counts for nothing)."""
+
+    def __init__(self, paths: Sequence[str]):
+        """Reads all headers. Raises DataError as `index_tar` does."""
+        self.shards = [index_tar(path) for path in paths]
+        self._pool = FilePool()
+        members = [(shard, member) for shard, index in enumerate(self.shards) for member in range(len(index))]
+        members.sort(key=lambda where: self.shards[where[0]].name(where[1]))
+        self._order = np.array(members, np.int64).reshape(-1, 2)
+
+    def find(self, name: str) -> ImageSource:
+        plain = _plain_name(name)
+        place = bisect.bisect_left(range(len(self._order)), plain, key=self._name)
+        if place == len(self._order) or self._name(place) != plain:
+            shards = f"{len(self.shards)} tar shard(s), {self.shards[0].path} first"
+            raise SampleError(MISSING_IMAGE, f"image {name!r}: no member of that name in {shards}.")
+        if place + 1 < len(self._order) and self._name(place + 1) == plain:
+            both = [self.shards[self._order[p, 0]].path for p in (place, place + 1)]
+            raise SampleError(BAD_REFERENCE, f"image {name!r} is not one image: {both[0]} and {both[1]} have one each.")
+        shard, member = self._order[place]
+        index = self.shards[shard]
+        return self._pool.read(index.path, int(index.offsets[member]), int(index.sizes[member]))
+
+    def _name(self, place: int) -> str:
+        shard, member = self._order[place]
+        return self.shards[shard].name(member)
+
+
+def open_images(images: str, data_path: str) -> ImageStore:
+    """The store of a source: `images` is a folder, a glob of ``.tar`` shards, or empty for the data file's folder.
+
+    Raises DataError when there is no such folder or shard.
+    """
+    if images.endswith(".tar"):
+        return TarImages(expand(images, "image shards"))
+    folder = images or os.path.dirname(data_path) or "."
+    if not os.path.isdir(folder):
+        raise DataError(
+            f"{folder}: no such folder of images. Give a folder, or tar shards as a pattern ending in .tar."
+        )
+    return FolderImages(folder)
+
+
+def expand(pattern: str, what: str) -> list[str]:
+    """The files that a path or glob pattern names, sorted. Raises DataError when there is none."""
+    if not pattern:
+        raise DataError(f"{what}: the path is empty. Give a file, or a glob pattern for several.")
+    if os.path.isfile(pattern):
+        return [pattern]
+    found = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    if not found:
+        kind = "a folder" if os.path.isdir(pattern) else "no such file"
+        if glob.has_magic(pattern):
+            kind = "the pattern matches no file"
+        raise DataError(f"{pattern}: {kind} ({what}). Check the path; a relative one starts at {Path.cwd()}.")
+    return found
+
+
+def resolve(reference: Any, store: ImageStore) -> ImageSource:
+    """The image that a data file refers to.
+
+    Args:
+      reference: a name; a ``data:`` URI or plain base64 of an image file; an object that has one of these under
+        ``path``, ``url``, ``base64`` or ``bytes``; or a file's bytes already.
+      store: where names are looked up.
+
+    Returns:
+      A path, or a file's bytes.
+
+    Raises:
+      SampleError: it is none of these, is a web address, is broken base64, or names no image.
+    """
+    if isinstance(reference, bytes):
+        return reference
+    if isinstance(reference, Mapping):
+        for key in ("base64", "bytes", "url", "path"):
+            if reference.get(key):
+                return _decode(reference[key]) if key in ("base64", "bytes") else resolve(reference[key], store)
+    if not isinstance(reference, str) or not reference:
+        found = "an empty one" if reference == "" else type(reference).__name__
+        raise SampleError(BAD_REFERENCE, f"an image is a file's name or base64 data; found {found}.")
+    if reference.startswith("data:"):
+        head, _, data = reference.partition(",")
+        if not head.endswith(";base64"):
+            raise SampleError(BAD_REFERENCE, f"image {head[:40]!r}: only data: URIs in base64 are read.")
+        return _decode(data)
+    if reference.startswith(("http://", "https://")):
+        raise SampleError(BAD_REFERENCE, f"image {reference[:80]!r}: is on the web. Download it and name the file.")
+    if reference.startswith("file://"):
+        return store.find(reference.removeprefix("file://"))
+    if len(reference) >= _BASE64_LEAST and reference.startswith(_BASE64_STARTS):
+        return _decode(reference)
+    return store.find(reference)
+
+
+def _decode(text: Any) -> bytes:
+    if not isinstance(text, str):
+        raise SampleError(BAD_REFERENCE, f"inline image data is of type {type(text).__name__}, expected base64 text.")
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise SampleError(BAD_REFERENCE, f"inline image {text[:20]!r}…: not valid base64 ({error}).") from None
+
+
+def _plain_name(name: str) -> str:
+    return name[2:] if name.startswith("./") else name

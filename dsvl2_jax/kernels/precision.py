@@ -1,0 +1,12 @@
+"""The accuracy of matrix products."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+
+def matmul_precision(dtype: DTypeLike) -> lax.Precision:
+    """float32 products keep float32 accuracy; TPUs and GPUs would otherwise round the operands."""
+    return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else lax.Precision.DEFAULT

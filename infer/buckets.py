@@ -1,0 +1,29 @@
+"""The decode cache and the shape buckets that keep compiled programs few (DESIGN §4.8)."""
+
+from __future__ import annotations
+
+SHORT_LENGTHS = (64, 128, 256)
+LENGTH_STEP = 512  # a multiple of attention.QUERY_BLOCK
+TILE_BUCKETS = (2, 4, 6, 8, 10, 12, 16, 20, 24, 28, 32)
+TILE_STEP = 8
+
+
+def length_bucket(tokens: int) -> int:
+    """The least compiled length that holds ``tokens``: 64, 128, 256, then multiples of 512."""
+    for size in SHORT_LENGTHS:
+        if tokens <= size:
+            return size
+    return -(-tokens // LENGTH_STEP) * LENGTH_STEP
+
+
+def tile_bucket(tiles: int, devices: int = 1) -> int:
+    """The least compiled number of tiles, a multiple of ``devices`` so that they share evenly; 0 stays 0."""
+    if tiles == 0:
+        return 0
+    size = next((b for b in TILE_BUCKETS if tiles <= b), -(-tiles // TILE_STEP) * TILE_STEP)
+    return -(-size // devices) * devices
+
+
+def batch_bucket(rows: int) -> int:
+    """The least power of two that holds ``rows``."""
+    return 1 << (rows - 1).bit_length()

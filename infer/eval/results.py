@@ -1,0 +1,140 @@
+"""The directory of an evaluation: what it is of, and a result per line that a killed run does not lose."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dsvl2_jax.checkpoint.locate import PARAMS_NAME, model_files
+from dsvl2_jax.checkpoint.staging import locked, write_text
+from dsvl2_jax.errors import RunError
+
+IDENTITY_NAME, RESULTS_NAME = "run.json", "results.jsonl"
+VERSION = 1
+
+_DIGEST = 16  # hexadecimal digits, of SHA-256
+_PIECE, _PIECES = 64 << 10, 1024  # bytes, number: what is read of a large file
+
+
+class EvalRun:
+    """An open directory. ``results`` are those so far, by line of the data file."""
+
+    def __init__(self, path: Path, results: dict[int, dict[str, Any]]):
+        self.path = path
+        self.results = results
+        self._file = (path / RESULTS_NAME).open("a", encoding="utf-8")
+
+    def append(self, results: Iterable[dict[str, Any]]) -> None:
+        """Keeps results, on disk when this returns; each has ``line``."""
+        for result in results:
+            self.results[result["line"]] = result
+            self._file.write(json.dumps(result, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@contextlib.contextmanager
+def open_run(path: Path, identity: Mapping[str, Any]) -> Iterator[EvalRun]:
+    """Begins an evaluation in a directory, or goes on with the one that is there.
+
+    Args:
+      identity: what makes results comparable: nested objects of texts and numbers.
+
+    Raises:
+      RunError: the directory holds another evaluation, something else, or results that cannot be read.
+      CheckpointError: another process is evaluating into it, or it cannot be made.
+    """
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{path}: is a file. Choose another --out.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{path.parent}: cannot be made ({error.strerror}). Choose another --out.") from None
+    with locked(path, f"{path}: another run is evaluating into it. Wait for it, or choose another --out."):
+        _check_identity(path, {"version": VERSION, **identity})
+        run = EvalRun(path, _read_results(path / RESULTS_NAME))
+        try:
+            yield run
+        finally:
+            run.close()
+
+
+def _check_identity(path: Path, identity: dict[str, Any]) -> None:
+    file = path / IDENTITY_NAME
+    if not file.exists():
+        if others := sorted(p.name for p in path.iterdir() if not p.name.endswith(".new")):
+            raise RunError(f"{path}: holds no evaluation, but {', '.join(others[:3])}. Choose another --out.")
+        write_text(file, json.dumps(identity, indent=1, ensure_ascii=False) + "\n")
+        return
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{file}: not JSON ({error}). Remove {path}, or choose another --out.") from None
+    if changes := list(_changes(before, identity)):
+        raise RunError(
+            f"{path}: holds the results of another evaluation: {'; '.join(changes)}. Choose another --out, or remove "
+            "the directory to begin anew."
+        )
+
+
+def _changes(before: Any, now: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in dict.fromkeys([*before, *now]):
+            yield from _changes(before.get(key), now.get(key), f"{prefix}{key}." if prefix else f"{key}.")
+    elif before != now:
+        yield f"{prefix[:-1]} was {json.dumps(before)}, is {json.dumps(now)}"
+
+
+def _read_results(file: Path) -> dict[int, dict[str, Any]]:
+    """The results by line. A last line that was cut short is cut off."""
+    if not file.exists():
+        return {}
+    content = file.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    results = {}
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            result = json.loads(line)
+            results[result["line"]] = result
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(
+                f"{file}:{number}: not a result ({type(error).__name__}: {error}). Remove this line: its sample is "
+                "then answered again."
+            ) from None
+    if len(whole) < len(content):
+        with file.open("r+b") as torn:
+            torn.truncate(len(whole))
+    return results
+
+
+def file_digest(file: Path) -> str:
+    """Tells files apart. Raises OSError."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:_DIGEST]
+
+
+def checkpoint_digest(directory: Path) -> str:
+    """Tells checkpoints apart, from their files: names, sizes, and contents (of a large file, pieces all over it).
+
+    Args:
+      directory: of `checkpoint.resolve`.
+    """
+    params = directory / PARAMS_NAME
+    files = [p for p in params.rglob("*") if p.is_file()] if params.is_dir() else directory.glob("*.safetensors")
+    named = [(str(p.relative_to(directory)), p) for p in files]
+    named += [(p.name, p) for p in model_files(directory).glob("*.json")]
+    digest = hashlib.sha256()
+    for name, file in sorted(named):
+        size = file.stat().st_size
+        digest.update(f"{name}\0{size}\0".encode())
+        with file.open("rb") as opened:
+            for piece in range(min(_PIECES, -(-size // _PIECE))):
+                opened.seek(piece * _PIECE if size <= _PIECES * _PIECE else piece * (size - _PIECE) // (_PIECES - 1))
+                digest.update(opened.read(_PIECE))
+    return digest.hexdigest()[:_DIGEST]

@@ -1,0 +1,43 @@
+"""Loading a model with the options that every command shares."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from dsvl2_jax.checkpoint.locate import description, resolve
+from dsvl2_jax.errors import UsageError
+from dsvl2_jax.infer import engine
+from dsvl2_jax.infer.engine import Model
+from dsvl2_jax.runtime import processes
+from dsvl2_jax.sharding import make_mesh, parse_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadOptions:
+    """Options of every command that loads a model; see `dsvl2 generate --help`."""
+
+    dtype: str = "float32"
+    mesh: str | None = None
+    exif: bool = False
+    strict_special_tokens: bool = False
+
+
+def load(ckpt: str | None, options: LoadOptions) -> Model:
+    """`engine.load` with the command line's options; raises what it raises.
+
+    Among several processes all must call it, with the same checkpoint and a mesh of all their devices.
+    """
+    if options.mesh is None and processes.joined():
+        raise UsageError(
+            f"several processes need --mesh, to say how they share the model: sizes of data, tensor and expert whose "
+            f"product is {jax.device_count()}, the devices of all of them."
+        )
+    mesh = None if options.mesh is None else make_mesh(**parse_mesh(options.mesh))
+    if processes.joined():
+        processes.same_everywhere("the checkpoint", description(resolve(ckpt)))
+    model = engine.load(ckpt, dtype=options.dtype, mesh=mesh)
+    model.processor.apply_exif_orientation = options.exif
+    model.processor.strict_special_tokens = options.strict_special_tokens
+    return model

@@ -1,0 +1,176 @@
+"""The `dsvl2` command: what it prints, where, and with which exit status."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+
+import golden
+import pytest
+from PIL import Image
+
+import dsvl2_jax
+from dsvl2_jax import SamplingParams
+from dsvl2_jax.apps.chat import chat
+from dsvl2_jax.apps.cli import main as cli
+
+IMAGES = golden.DATA / "images"
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command in this process: (exit status, standard output, standard error)."""
+
+    def call(*args):
+        try:
+            status = cli.main([str(a) for a in args])
+        except SystemExit as stop:  # argument parsing leaves this way
+            status = stop.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def mini(checkpoints):
+    return checkpoints / "mini-small"
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_explains_itself(run, command):
+    status, out, _ = run(command, "--help")
+    assert status == 0
+    assert f"dsvl2 {command}" in out
+
+
+def test_help_does_not_load_jax():
+    program = "import sys; from dsvl2_jax.apps.cli.main import main\n"
+    program += "try: main(['--help'])\nfinally: print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_generate_prints_the_official_answer(run, mini):
+    status, out, err = run("generate", mini, "--prompt", golden.conversations()["text"][0]["content"],
+                           "--max-new-tokens", 48)  # fmt: skip
+    assert (status, err) == (0, "")
+    model = dsvl2_jax.load(mini)
+    expected = golden.until_eos(golden.arrays("mini-small.f32")["text/greedy_ids"])
+    assert out == model.processor.tokenizer.decode([t for t in expected if t != 1]) + "\n"
+
+
+def test_generate_json_holds_everything(run, mini):
+    status, out, _ = run(
+        "generate", mini, "--json", "--prompt", "Describe this image.", "--image", IMAGES / "exact_384x384.png",
+        "--max-new-tokens", 48,
+    )  # fmt: skip
+    assert status == 0
+    report = json.loads(out)
+    # One image and no tag: "<image>\n" is put in front, which is the golden prompt.
+    expected = golden.until_eos(golden.arrays("mini-small.f32")["img_exact384/greedy_ids"])
+    sure = golden.sure_steps("mini-small.f32", "img_exact384", "greedy")
+    golden.assert_same_tokens(report["token_ids"], expected, sure)
+    assert report["image_tokens"] == 421
+    assert report["prompt_tokens"] == 438
+    assert report["finish_reason"] in ("stop", "length")
+    assert report["boxes"] == []
+    assert set(report["timing"]) == {"load", "compile", "encode", "prefill", "decode", "decode_tokens_per_second"}
+
+
+def test_images_may_follow_one_flag_or_repeat_it(run, mini):
+    images = [IMAGES / "rgba_257x123.png", IMAGES / "tiny_20x20.png"]
+    ask = ("generate", mini, "--json", "--max-new-tokens", 4, "--prompt", "First <image> then <image>, compare.")
+    together = run(*ask, "--image", *images)
+    apart = run(*ask, "--image", images[0], "--image", images[1])
+    assert json.loads(together[1])["token_ids"] == json.loads(apart[1])["token_ids"]
+    assert json.loads(together[1])["image_tokens"] == 842
+
+
+def test_draw_writes_the_image_at_its_own_size(run, mini, tmp_path):
+    status, _, err = run(
+        "generate", mini, "--prompt", "Describe this image.", "--image", IMAGES / "exact_384x384.png",
+        "--max-new-tokens", 4, "--draw", tmp_path / "out.png",
+    )  # fmt: skip
+    assert status == 0
+    assert "drawn into" in err
+    assert Image.open(tmp_path / "out.png").size == (384, 384)
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "message"),
+    [
+        (["generate", "--prompt", "x", "--temperature", "-1"], 2, "temperature: found -1.0"),
+        (["generate", "--prompt", "x", "--max-new-tokens", "0"], 2, "max_new_tokens: found 0"),
+        (["generate", "--prompt", "x", "--mesh", "rows=2"], 2, "unknown axis 'rows'"),
+        (["generate", "--prompt", "x", "--mesh", "tensor=3"], 2, "needs 3 devices"),
+        (["generate", "--prompt", "x", "--draw", "out.png"], 2, "--draw needs an --image"),
+        (["generate", "--prompt", "x", "--image", "a.png", "--draw", "nowhere/out.png"], 2, "nowhere"),
+        (["generate", "--prompt", "two <image> <image>", "--image", "IMAGE"], 1, "2 <image> tag(s) but 1 image(s)"),
+        (["generate", "--prompt", "none", "--image", "missing.png"], 1, "missing.png"),
+        (["generate", "not-there", "--prompt", "x"], 1, "not-there: no such directory"),
+        (["convert", "not-there", "dst"], 1, "not-there"),
+        (["convert", "MINI", "dst", "--max-memory", "lots"], 2, "lots"),
+        (["export", "not-there", "dst"], 1, "not-there"),
+        (["doctor", "not-there"], 1, "not-there"),
+    ],
+)
+def test_a_failure_is_one_message_and_an_exit_status(run, mini, tmp_path, monkeypatch, args, status, message):
+    monkeypatch.chdir(tmp_path)
+    names = {"IMAGE": str(IMAGES / "tiny_20x20.png"), "MINI": str(mini)}
+    args = [names.get(a, a) for a in args]
+    if args[0] == "generate" and "not-there" not in args:
+        args.insert(1, str(mini))
+    found, out, err = run(*args)
+    assert found == status
+    assert message in err
+    assert "Traceback" not in err
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_options_exit_with_2(run):
+    for args in (["generate"], ["generate", "--prompt", "x", "--top-k", "many"], ["nonsense"], []):
+        assert run(*args)[0] == 2
+
+
+def test_debug_shows_the_traceback(mini):
+    program = [sys.executable, "-m", "dsvl2_jax", "generate", "not-there", "--prompt", "x"]
+    quiet = subprocess.run(program, capture_output=True, text=True, check=False)
+    loud = subprocess.run([*program, "--debug"], capture_output=True, text=True, check=False)
+    assert (quiet.returncode, loud.returncode) == (1, 1)
+    assert "Traceback" not in quiet.stderr
+    assert "Traceback" in loud.stderr
+
+
+def test_chat_remembers_attaches_and_recovers(mini, capsys, monkeypatch):
+    model = dsvl2_jax.load(mini)
+    seen = []
+    process = model.processor.__call__
+    monkeypatch.setattr(type(model.processor), "__call__", lambda self, turns: seen.append(turns) or process(turns))
+    script = [
+        "/help", "/nonsense", f"/image {IMAGES / 'tiny_20x20.png'} missing.png", "What is this?",
+        "Two <image> tags <image> here", "And now?", "/reset", "Hello", "/quit", "never read",
+    ]  # fmt: skip
+    chat(model, "Be brief.", 4, SamplingParams(), io.StringIO("\n".join(script)))
+    out = capsys.readouterr().out
+    assert "missing.png: no such file" in out
+    assert "/nonsense is no command" in out
+    assert "not sent: " in out
+    first, broken, second, fresh = seen
+    assert [t["role"] for t in first] == ["system", "user"]
+    assert first[1]["content"] == "<image>\nWhat is this?"
+    assert [t["role"] for t in second] == ["system", "user", "assistant", "user"]
+    assert second[3]["content"] == "And now?"
+    assert second[2]["content"] in out
+    assert broken[:3] == second[:3]
+    assert [t["role"] for t in fresh] == ["system", "user"]
+
+
+def test_bench_generate_prints_its_figures(run, mini):
+    status, out, _ = run("bench", "generate", mini, "--new-tokens", 4)
+    assert status == 0
+    for figure in ("parameters", "load", "compile", "encode", "prefill", "tokens/s", "GiB resident"):
+        assert figure in out

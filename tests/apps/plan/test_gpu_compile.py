@@ -1,0 +1,181 @@
+"""Programs compiled for GPUs that are not here: they fit, and hold neither dense expert products nor whole scores.
+
+`make test-gpu-compile` installs what this needs (4 GB, in an environment of its own) and runs all of it; without the
+CUDA plugin it is skipped. The whole models are marked ``gpu``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import SingleDeviceSharding
+
+from dsvl2_jax.apps.plan import jobs as plan_jobs
+from dsvl2_jax.apps.plan import planner as planner
+from dsvl2_jax.apps.plan.hlo import buffers, walk
+from dsvl2_jax.apps.plan.planner import Job, parse_job
+from dsvl2_jax.kernels import gpu_grouped_matmul
+from dsvl2_jax.kernels.gpu_attention import attention_backward, attention_forward
+from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.released import released_config
+from dsvl2_jax.runtime.hardware import topology
+from dsvl2_jax.sharding import batch_parts
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="needs the GPU compiler: make test-gpu-compile, or pip install -e '.[cuda]'",
+)
+GB = 1e9
+
+
+def compiled(function: Callable, *shapes: tuple, dtype: Any = jnp.bfloat16) -> jax.stages.Compiled:
+    """For one H100. ``shapes``: shape, or (shape, dtype)."""
+    (device,) = plan_jobs.devices(topology("h100-1"))
+    place = SingleDeviceSharding(device)
+
+    def argument(shape: tuple) -> jax.ShapeDtypeStruct:
+        shape, kind = shape if isinstance(shape[0], tuple) else (shape, dtype)
+        return jax.ShapeDtypeStruct(shape, kind, sharding=place)
+
+    return jax.jit(function).lower(*map(argument, shapes)).compile()
+
+
+def dense_products(text: str, experts: int, rows: int) -> list[tuple[int, ...]]:
+    """Buffers that hold every row for every expert."""
+
+    def dense(shape: tuple[int, ...]) -> bool:
+        apart = len(shape) > 2 and experts in shape and rows in shape
+        return (apart or experts * rows in shape) and math.prod(shape) > 16 * experts * rows
+
+    return [shape for _, shape, _ in buffers(text) if dense(shape)]
+
+
+def whole_scores(text: str, length: int, heads: int) -> list[tuple[int, ...]]:
+    """Buffers that hold each query's score of each key, for every head."""
+    found = [shape for _, shape, _ in buffers(text) if shape.count(length) > 1]
+    return [shape for shape in found if math.prod(shape) >= heads * length * length]
+
+
+ROWS, INNER, WIDTH, EXPERTS = 4096, 2048, 1408, 64
+SIZES = ((EXPERTS,), jnp.int32)
+
+
+def test_grouped_products_take_no_memory_where_the_stock_ones_are_dense():
+    stock = compiled(lax.ragged_dot, (ROWS, INNER), (EXPERTS, INNER, WIDTH), SIZES)
+    assert dense_products(stock.as_text(), EXPERTS, ROWS)  # the check sees what it is there for
+    assert stock.memory_analysis().temp_size_in_bytes > GB
+    ours = compiled(gpu_grouped_matmul.grouped_product, (ROWS, INNER), (EXPERTS, INNER, WIDTH), SIZES)
+    assert not dense_products(ours.as_text(), EXPERTS, ROWS)
+    assert ours.memory_analysis().temp_size_in_bytes < 0.001 * GB
+    assert walk(ours.as_text()).flops == 2.0 * ROWS * INNER * WIDTH
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_gradients_of_grouped_products_take_no_memory(dtype):
+    weights = compiled(gpu_grouped_matmul.grouped_outer, (ROWS, INNER), (ROWS, WIDTH), SIZES, dtype=dtype)
+
+    def rows(cotangent: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
+        return gpu_grouped_matmul.grouped_product(cotangent, weights, sizes, transposed=True)
+
+    turned = compiled(rows, (ROWS, WIDTH), (EXPERTS, INNER, WIDTH), SIZES, dtype=dtype)
+    for program in (weights, turned):
+        assert program.memory_analysis().temp_size_in_bytes < 0.001 * GB
+        assert not dense_products(program.as_text(), EXPERTS, ROWS)
+
+
+@pytest.mark.parametrize(("length", "heads", "key", "value"), [(4096, 16, 192, 128), (729, 16, 80, 80)])
+def test_attention_and_its_gradients_hold_no_scores(length, heads, key, value):
+    causal, places = length == 4096, ((1, length), jnp.int32)
+    q, v, divisor = (1, length, heads, key), (1, length, heads, value), ((1, heads, length), jnp.float32)
+    forward = compiled(lambda *a: attention_forward(*a, 0.1, causal), q, q, v, places)
+    backward = compiled(lambda *a: attention_backward(*a, 0.1, causal), q, q, v, places, places, v, divisor, v)
+    for program in (forward, backward):
+        assert not whole_scores(program.as_text(), length, heads)
+        assert program.memory_analysis().temp_size_in_bytes < 0.001 * GB
+    pairs = heads * (length * (length + 1) / 2 if causal else length * length)
+    assert walk(forward.as_text()).flops == 2 * pairs * (key + value)
+
+
+def test_library_attention_is_counted():
+    """cuDNN's, on a program of our own: none of the model's uses it."""
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+    shape = (2, 1024, 4, 64)
+    assert walk(compiled(attend, shape, shape, shape).as_text()).flops == 2.0 * 2 * 4 * 1024 * 1024 * 128 / 2
+
+
+def checked(monkeypatch: pytest.MonkeyPatch, config: Config, job: Job, place: str, most: float) -> dict[str, Any]:
+    """Plans a job, and looks at its program. ``most``: bytes of temporaries, beside weights and gradients."""
+    texts: list[str] = []
+
+    def keep(text: str, *turns: float) -> Any:
+        texts.append(text)
+        return walk(text, *turns)
+
+    monkeypatch.setattr(planner, "walk", keep)
+    found = planner.plan(config, job, topology(place))
+    assert found["compiled"], found.get("problem", found)
+    assert not found["unknown_loops"] or found["mesh"]["expert"] > 1  # the experts' shares: as many as routing asks for
+    taken = found["bytes_per_device"]
+    sizes, language = found["mesh"], config.language
+    shards = batch_parts(sizes)
+    gradients = 0.0
+    if job.settings is not None:
+        # What must be there and is no argument of a training step are its gradients, in float32. Where they are summed
+        # over several sequences, one's own and the weights, in the dtype of computation, take as much again.
+        gradients = max(0.0, found["resident_bytes"] - taken["arguments"])
+        gradients *= 2 if job.batch > job.settings.batch.micro_sequences * shards else 1
+    assert taken["temporaries"] - gradients <= most
+    if job.kind == "encode":
+        assert not whole_scores(texts[0], config.vision.patches, 1)
+        return found
+    at_a_time = job.batch // shards if job.settings is None else job.settings.batch.micro_sequences
+    tokens = max(1, at_a_time) * (1 if job.kind == "decode" else job.sequence)
+    experts = language.n_routed_experts // sizes["expert"]
+    assert not dense_products(texts[0], experts, tokens * language.num_experts_per_tok)
+    assert not whole_scores(texts[0], job.sequence, 1)
+    return found
+
+
+def shallow(size: str) -> Config:
+    """A released model's layers, one dense and one of experts, and one of the encoder's."""
+    config = Config.from_dict(released_config(size))
+    language = dataclasses.replace(config.language, num_hidden_layers=2)
+    return dataclasses.replace(config, language=language, vision=dataclasses.replace(config.vision, layers=1))
+
+
+# Lengths and slots, and slots times experts, are no width of a model here, so that shapes tell what is what.
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+@pytest.mark.parametrize("kind", ["prefill", "decode", "encode", "sft"])
+def test_layers_compile_for_an_h100(monkeypatch, size, kind):
+    batch = {"prefill": 1, "decode": 16, "encode": 4, "sft": 1}[kind]
+    job = parse_job(kind, batch, None if kind == "encode" else 2176, None, model=size)
+    found = checked(monkeypatch, shallow(size), job, "h100-1", 2 * GB)
+    assert found["fits"] and 0.9 <= found["flops_ratio"] <= 1.5
+
+
+WHOLE = [
+    *(("h100-1", size, kind) for size in ("tiny", "small") for kind in ("prefill", "decode", "encode", "sft")),
+    *(("h100-8", size, kind) for size in ("tiny", "small", "base") for kind in ("prefill", "decode", "encode", "sft")),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("place", "size", "kind"), WHOLE)
+def test_whole_models_compile_and_fit(monkeypatch, place, size, kind):
+    config = Config.from_dict(released_config(size))
+    batch, length = {"decode": (72, 3968), "encode": (32, None)}.get(kind, (None, 3968))
+    job = parse_job(kind, batch, length, None, model=size)
+    found = checked(monkeypatch, config, job, place, 20 * GB)  # layers are gathered whole, and so are their gradients
+    too_large = place == "h100-1" and size == "small" and kind == "sft"  # 258 GB of state
+    assert found["fits"] != too_large

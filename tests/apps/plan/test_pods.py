@@ -1,0 +1,75 @@
+"""Whole models compiled for TPU pods; `make test-pods` runs these, which take minutes each."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from dsvl2_jax.apps.plan.planner import Job, parse_job, plan
+from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.released import released_config
+from dsvl2_jax.runtime.hardware import topology
+
+pytestmark = [
+    pytest.mark.pods,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: make test-pods"),
+]
+
+PREFILL, DECODE, ENCODE = Job("prefill", 8, 4096), Job("decode", 64, 4096), Job("encode", 32, 0)
+
+
+def planned(size: str, job: Job, name: str, mesh: dict[str, int] | None = None) -> dict:
+    found = plan(Config.from_dict(released_config(size)), job, topology(name), mesh)
+    assert found["compiled"] and found["fits"], found
+    # Loops over the experts' shares have as many turns as routing asks for, and are counted as if it were even.
+    assert not found["unknown_loops"] or found["mesh"]["expert"] > 1, found
+    return found
+
+
+@pytest.mark.parametrize("job", [PREFILL, DECODE, ENCODE], ids=lambda job: job.kind)
+@pytest.mark.parametrize(
+    ("size", "name"), [("base", "v5e-16"), ("base", "v5p-8"), ("base", "v6e-8"), ("small", "v5e-8")]
+)
+def test_models_fit_and_do_little_more_than_they_must(size, name, job):
+    found = planned(size, job, name)
+    assert found["flops_ratio"] <= 1.10
+    assert job.kind != "decode" or found["bytes_ratio"] <= 1.3
+
+
+@pytest.mark.parametrize("slots", [1, 16])
+@pytest.mark.parametrize(("size", "name"), [("base", "v5e-16"), ("small", "v5e-8")])
+def test_a_step_of_few_slots_reads_the_experts_that_it_visits(size, name, slots):
+    assert planned(size, Job("decode", slots, 4096), name)["bytes_ratio"] <= 1.3
+
+
+@pytest.mark.parametrize("job", [Job("prefill", 1, 4096), Job("decode", 16, 4096), Job("encode", 8, 0)], ids=str)
+def test_tiny_fits_one_chip(job):
+    assert planned("tiny", job, "v5e-1")["flops_ratio"] <= 1.10
+
+
+# 16 sequences of 4096 tokens a step, one at a time on a device.
+PICTURES = ["data.tiles_per_sequence=1"]
+LANGUAGE_MODEL = [
+    "data.tiles_per_sequence=0",
+    'stage.parameters=[{match="^(vision|projector|image_newline|view_seperator)",train=false},'
+    '{match="scale$",decay=false},{match="^language/"}]',
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "moments", "arguments"),
+    [
+        ("v6e-16", LANGUAGE_MODEL, "float32", 11.9e9),  # 11.78 of state; layouts pad the rest
+        ("v6e-16", PICTURES, "float32", 12.25e9),
+        ("v5e-16", PICTURES, "bfloat16", 8.2e9),
+    ],
+    ids=["v6e-16, language model", "v6e-16", "v5e-16, bfloat16 moments"],
+)
+def test_small_is_trained_on_sixteen_chips(name, settings, moments, arguments):
+    settings = [*settings, "compute.remat=full", f"optimizer.state_dtype={moments}"]
+    job = parse_job("pretrain", 16, None, None, model="small", micro=1, overrides=settings)
+    found = planned("small", job, name, {"data": 4, "tensor": 1, "expert": 4})
+    assert found["bytes_per_device"]["arguments"] <= arguments
+    assert found["bytes_per_device"]["temporaries"] <= 7.0e9
+    assert found["flops_ratio"] <= 1.10

@@ -1,0 +1,167 @@
+"""Loading and tiling: the official rule, its arithmetic, and errors that name the file."""
+
+import io
+import json
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from golden import DATA
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dsvl2_jax.errors import ImageError
+from dsvl2_jax.inputs.images import load_image, select_best_resolution, tile_image
+
+S, GRAY = 384, (127, 127, 127)
+RELEASED = [
+    tuple(candidate)
+    for candidate in json.loads((DATA / "checkpoints/mini-tiny/processor_config.json").read_text())[
+        "candidate_resolutions"
+    ]
+]
+
+
+def test_resolution_choice_equals_the_official_one():
+    cases = json.loads((DATA / "reference/select_best_resolution.json").read_text())
+    wrong = [(size, best) for size, best in cases if select_best_resolution(tuple(size), RELEASED) != tuple(best)]
+    assert not wrong
+
+
+@settings(deadline=None, max_examples=25)
+@given(width=st.integers(1, 900), height=st.integers(1, 900), crop=st.booleans())
+def test_tiles_put_together_are_the_padded_image(width, height, crop):
+    pixels = np.random.default_rng(width * 1000 + height).integers(0, 255, (height, width, 3), np.uint8)
+    tiles, (cols, rows) = tile_image(Image.fromarray(pixels), RELEASED, S, GRAY, crop)
+    assert tiles.shape == (1 + cols * rows, S, S, 3)
+    assert tiles.dtype == np.uint8
+    assert 1 <= cols * rows <= 9
+    if not crop or (cols, rows) == (1, 1):
+        assert (cols, rows) == (1, 1)
+        np.testing.assert_array_equal(tiles[0], tiles[1])
+
+
+def test_local_tiles_go_row_by_row():
+    image = Image.new("RGB", (3 * S, 2 * S))
+    for index in range(6):
+        image.paste((40 * index, 0, 0), (S * (index % 3), S * (index // 3), S * (index % 3 + 1), S * (index // 3 + 1)))
+    tiles, grid = tile_image(image, RELEASED, S, GRAY, crop=True)
+    assert grid == (3, 2)
+    assert [int(tile[S // 2, S // 2, 0]) for tile in tiles[1:]] == [40 * index for index in range(6)]
+    assert tuple(tiles[0][0, 0]) == GRAY
+
+
+def test_an_image_too_thin_to_survive_resizing_still_gives_tiles():
+    for size in ((1, 5000), (5000, 1)):
+        tiles, grid = tile_image(Image.new("RGB", size), RELEASED, S, GRAY, crop=True)
+        assert (tiles.shape, grid) == ((2, S, S, 3), (1, 1))
+
+
+def png_bytes(image: Image.Image, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def test_path_bytes_and_image_load_the_same(tmp_path):
+    image = Image.new("RGB", (5, 4), (1, 2, 3))
+    path = tmp_path / "image.png"
+    path.write_bytes(png_bytes(image))
+    for source in (path, str(path), path.read_bytes(), image):
+        loaded = load_image(source)
+        assert loaded.mode == "RGB"
+        np.testing.assert_array_equal(np.asarray(loaded), np.asarray(image))
+
+
+def test_every_mode_becomes_rgb_as_pil_converts_it():
+    for mode in ("1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV", "F"):
+        image = Image.new(mode, (3, 2))
+        np.testing.assert_array_equal(np.asarray(load_image(image)), np.asarray(image.convert("RGB")))
+    rgba = Image.new("RGBA", (1, 1), (10, 20, 30, 0))
+    assert load_image(rgba).getpixel((0, 0)) == (10, 20, 30)  # alpha is dropped, not blended
+
+
+def test_sixteen_bits_are_clipped_with_a_warning_or_rescaled_when_asked():
+    values = np.array([[0, 255, 256, 65535]], np.uint16)
+    source = png_bytes(Image.fromarray(values))
+    with pytest.warns(UserWarning, match="16-bit"):
+        assert np.asarray(load_image(source))[0, :, 0].tolist() == [0, 255, 255, 255]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.asarray(load_image(source, rescale_16bit=True))[0, :, 0].tolist() == [0, 0, 1, 255]
+        dim = png_bytes(Image.fromarray(values[:, :2]))
+        assert np.asarray(load_image(dim, rescale_16bit=True))[0, :, 0].tolist() == [0, 255]
+
+
+def test_exif_orientation_is_applied_only_when_asked():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    source = png_bytes(Image.new("RGB", (4, 2)), exif=exif)
+    assert load_image(source).size == (4, 2)
+    assert load_image(source, apply_exif_orientation=True).size == (2, 4)
+
+
+def test_animation_gives_its_first_frame():
+    frames = [Image.new("P", (2, 2), index) for index in (1, 2)]
+    for frame in frames:
+        frame.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
+    assert load_image(buffer.getvalue()).getpixel((0, 0)) == (255, 0, 0)
+
+
+def bomb_png(width: int, height: int) -> bytes:
+    """A PNG header that claims this size, with no pixels behind it."""
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", b""), (b"IEND", b"")]
+    chunks = [
+        struct.pack(">I", len(body)) + tag + body + struct.pack(">I", zlib.crc32(tag + body)) for tag, body in parts
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def broken_files() -> dict[str, tuple[bytes, str]]:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    jpeg = io.BytesIO()
+    noise.save(jpeg, "JPEG")
+    return {
+        "text.png": (b"this is no image", "not an image"),
+        "empty.png": (b"", "not an image"),
+        "cut.png": (png_bytes(noise)[:3000], "damaged"),
+        "cut.jpg": (jpeg.getvalue()[:1500], "damaged"),
+        "big.png": (bomb_png(10_000, 10_000), "10000×10000"),  # PIL only warns
+        "bomb.png": (bomb_png(60_000, 60_000), "too large"),  # PIL refuses
+    }
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("name", broken_files())
+def test_broken_file_is_an_error_that_names_it(tmp_path, name):
+    content, problem = broken_files()[name]
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ImageError, match=problem) as error:
+        load_image(path)
+    assert str(path) in str(error.value)
+    with pytest.raises(ImageError, match=problem):
+        load_image(content)
+
+
+def test_missing_file_directory_and_strange_objects_are_errors(tmp_path):
+    with pytest.raises(ImageError, match=r"nowhere\.png: no such file"):
+        load_image(tmp_path / "nowhere.png")
+    with pytest.raises(ImageError, match="directory"):
+        load_image(tmp_path)
+    with pytest.raises(ImageError, match="0×3"):
+        load_image(Image.new("RGB", (0, 3)))
+    with pytest.raises(ImageError, match="int"):
+        load_image(3)
+
+
+def test_pixel_limit_can_be_changed():
+    image = Image.new("RGB", (20, 10))
+    assert load_image(image, max_pixels=200).size == (20, 10)
+    with pytest.raises(ImageError, match="199"):
+        load_image(image, max_pixels=199)

@@ -1,0 +1,226 @@
+"""Both attentions against a numpy reference in float64, and every way to run them against the whole sequence."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsvl2_jax.model import attention
+from dsvl2_jax.model.attention import LatentAttention, MultiHeadAttention, attend
+from dsvl2_jax.model.config import LanguageConfig
+from dsvl2_jax.model.layers import rotary_tables, rotate_half, rotate_interleaved
+from dsvl2_jax.sharding import make_mesh
+
+ROWS, LENGTH, SLOTS = 2, 9, 16
+
+# Of the largest element (DESIGN §5).
+TOLERANCE = 2e-5
+
+LATENT = LanguageConfig(
+    hidden_size=32,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    q_lora_rank=None,
+    kv_lora_rank=12,
+    qk_nope_head_dim=6,
+    qk_rope_head_dim=4,
+    v_head_dim=5,
+    initializer_range=0.4,
+)
+MULTI_HEAD = dataclasses.replace(LATENT, use_mla=False)
+VARIANTS = {
+    "MHA": MULTI_HEAD,
+    "MHA, two key heads, biases": dataclasses.replace(MULTI_HEAD, num_key_value_heads=2, attention_bias=True),
+    "MLA": LATENT,
+    "MLA, query latent, biases": dataclasses.replace(LATENT, q_lora_rank=10, attention_bias=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    config: LanguageConfig
+    params: dict
+
+    def run(self, x, positions=None, cache=None, read_cache=False):
+        """(output, cache) of one call."""
+        if positions is None:
+            positions = np.broadcast_to(np.arange(x.shape[1], dtype=np.int32), x.shape[:2])
+        return _run(self.config, self.params, x, positions, cache, read_cache)
+
+    def empty_cache(self) -> dict[str, np.ndarray]:
+        """Full of what must never be seen."""
+        cfg = self.config
+        if cfg.use_mla:
+            widths = {"latent": (cfg.kv_lora_rank,), "rope_key": (cfg.qk_rope_head_dim,)}
+        else:
+            widths = dict.fromkeys(("key", "value"), (cfg.kv_heads, cfg.head_dim))
+        return {name: np.full((ROWS, SLOTS, *width), 1e4, np.float32) for name, width in widths.items()}
+
+
+def module(cfg: LanguageConfig) -> nn.Module:
+    return (LatentAttention if cfg.use_mla else MultiHeadAttention)(cfg, jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def _run(cfg, params, x, positions, cache, read_cache):
+    return module(cfg).apply({"params": params}, x, positions, cache, read_cache)
+
+
+@functools.cache
+def inputs(length: int = LENGTH) -> np.ndarray:
+    return np.random.default_rng(1).normal(size=(ROWS, length, LATENT.hidden_size)).astype(np.float32)
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request) -> Variant:
+    cfg = VARIANTS[request.param]
+    positions = np.zeros((ROWS, LENGTH), np.int32)
+    init = functools.partial(module(cfg).init, cache=None, read_cache=False)
+    shapes = nn.unbox(jax.eval_shape(init, jax.random.key(0), inputs(), positions)["params"])
+    rng = np.random.default_rng(0)  # not init's: its biases are zero and its scales one
+    values = jax.tree.map(lambda p: rng.normal(0, 0.4, p.shape).astype(np.float32), shapes)
+    return Variant(cfg, values)
+
+
+def close(found, expected) -> None:
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+def rotated(x: np.ndarray, theta: float, interleaved: bool) -> np.ndarray:
+    """[T, H, width] rotated by complex numbers: pairs (2i, 2i+1), or (i, i + width/2). Written as halves."""
+    half = x.shape[-1] // 2
+    first, second = (x[..., ::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
+    angles = np.arange(len(x))[:, None] * theta ** (-np.arange(half) / half)
+    turned = (first + 1j * second) * np.exp(1j * angles)[:, None]
+    return np.concatenate([turned.real, turned.imag], -1)
+
+
+def reference(variant: Variant, x: np.ndarray) -> np.ndarray:
+    """[T, D] of one row, head by head, in float64."""
+    cfg = variant.config
+    params = jax.tree.map(lambda p: np.asarray(p, np.float64), variant.params)
+
+    def project(name: str, x: np.ndarray) -> np.ndarray:
+        return np.tensordot(x, params[name]["kernel"], 1) + params[name].get("bias", 0.0)
+
+    def norm(name: str, x: np.ndarray) -> np.ndarray:
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * params[name]["scale"]
+
+    def rotate(x: np.ndarray) -> np.ndarray:
+        return rotated(x, cfg.rope_theta, cfg.use_mla)
+
+    heads = cfg.num_attention_heads
+    if cfg.use_mla:
+        nope, rank = cfg.qk_nope_head_dim, cfg.kv_lora_rank
+        if cfg.q_lora_rank is None:
+            query = project("q_proj", x)
+        else:
+            query = project("q_b_proj", norm("q_a_layernorm", project("q_a_proj", x)))
+        query = np.concatenate([query[..., :nope], rotate(query[..., nope:])], -1)
+        compressed = project("kv_a_proj_with_mqa", x)
+        up = np.einsum("tr,hwr->thw", norm("kv_a_layernorm", compressed[:, :rank]), params["kv_b_proj"])
+        rope_key = rotate(compressed[:, None, rank:]).repeat(heads, axis=1)
+        key, value = np.concatenate([up[..., :nope], rope_key], -1), up[..., nope:]
+    else:
+        query, key = rotate(project("q_proj", x)), rotate(project("k_proj", x))
+        key, value = (a.repeat(heads // cfg.kv_heads, axis=1) for a in (key, project("v_proj", x)))
+    scores = np.einsum("thd,shd->hts", query, key) / query.shape[-1] ** 0.5
+    weights = np.exp(np.where(np.tri(len(x), dtype=bool), scores, -np.inf))
+    out = np.einsum("hts,shd->thd", weights / weights.sum(-1, keepdims=True), value)
+    return np.tensordot(out, params["o_proj"]["kernel"], 2) + params["o_proj"].get("bias", 0.0)
+
+
+def test_output_is_the_reference_one(variant):
+    out, cache = variant.run(inputs())
+    assert cache is None
+    close(out, [reference(variant, row) for row in inputs()])
+
+
+def test_decoding_token_by_token_equals_the_whole_sequence(variant):
+    """For latent attention this is absorbed = expanded."""
+    whole, _ = variant.run(inputs())
+    cache, steps = variant.empty_cache(), []
+    for t in range(LENGTH):
+        out, cache = variant.run(inputs()[:, t : t + 1], np.full((ROWS, 1), t, np.int32), cache, read_cache=True)
+        steps.append(out)
+    close(np.concatenate(steps, axis=1), whole)
+
+
+def test_chunks_through_the_cache_equal_the_whole_sequence(variant):
+    whole, _ = variant.run(inputs())
+    first, cache = variant.run(inputs()[:, :5], cache=variant.empty_cache())
+    positions = np.broadcast_to(np.arange(5, LENGTH, dtype=np.int32), (ROWS, LENGTH - 5))
+    second, _ = variant.run(inputs()[:, 5:], positions, cache, read_cache=True)
+    close(np.concatenate([first, second], axis=1), whole)
+
+
+def test_rows_continue_at_their_own_positions_and_padding_is_never_seen(variant):
+    """Row 1 has 6 real tokens of 9 when decoding begins: its padding lies in slots 6 to 8 until overwritten."""
+    lengths = np.array([LENGTH, 6], np.int32)
+    x = inputs(LENGTH + 3)
+    expected, _ = variant.run(x)
+    padded = np.where(np.arange(LENGTH)[None, :, None] < lengths[:, None, None], x[:, :LENGTH], 1e3)
+    out, cache = variant.run(padded.astype(np.float32), cache=variant.empty_cache())
+    for row, length in enumerate(lengths):
+        close(out[row, :length], expected[row, :length])
+    for step in range(3):
+        positions = lengths[:, None] + step
+        out, cache = variant.run(np.take_along_axis(x, positions[..., None], 1), positions, cache, read_cache=True)
+        close(out[:, 0], expected[np.arange(ROWS), positions[:, 0]])
+
+
+def test_without_reading_a_cache_only_the_distances_of_positions_matter(variant):
+    x = inputs()
+    shifted = np.broadcast_to(np.arange(7, 7 + LENGTH, dtype=np.int32), x.shape[:2])
+    close(variant.run(x, shifted)[0], variant.run(x)[0])
+
+
+@pytest.mark.parametrize("length", [1024, 1000])
+def test_query_blocks_equal_one_block(length, monkeypatch):
+    """1024 queries go in two blocks; 1000, no multiple of a block, whole."""
+    rng = np.random.default_rng(2)
+    shapes = (1, length, 2, 4), (1, length, 2, 3), (1, length, 2, 4), (1, length, 3), (1, length, 2, 5)
+    q_nope, q_rope, k_nope, k_rope, value = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    positions = np.arange(length, dtype=np.int32)[None]
+    found = jax.jit(attend)([q_nope, q_rope], [k_nope, k_rope], value, (None, positions), 0.5)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 4096)
+    whole = jax.jit(lambda *args: attend(*args))([q_nope, q_rope], [k_nope, k_rope], value, (None, positions), 0.5)
+    close(found, whole)
+
+
+def test_the_two_rotary_layouts_are_complex_rotations_of_their_own_pairs():
+    x = inputs().reshape(ROWS, LENGTH, 4, 8)
+    cos, sin = rotary_tables(jnp.arange(LENGTH)[None], 8, 100.0)
+    for rotate, interleaved in ((rotate_half, False), (rotate_interleaved, True)):
+        close(rotate(x, cos, sin), [rotated(row, 100.0, interleaved) for row in x])
+
+
+def test_rotary_tables_stay_float32_and_exact_at_the_context_s_end():
+    cos, sin = rotary_tables(jnp.asarray([[4095]]), 64, 10000.0)
+    assert cos.dtype == sin.dtype == jnp.float32
+    frequencies = np.float64(10000.0) ** (-np.arange(0, 64, 2) / 64)
+    # float32 angles near 4095 are themselves rounded to 2.4e-4.
+    np.testing.assert_allclose(cos[0, 0], np.cos(4095 * frequencies), atol=1e-3)
+    np.testing.assert_allclose(sin[0, 0], np.sin(4095 * frequencies), atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 3, 5, 16])
+@pytest.mark.parametrize("entry", [(6,), (3, 4), (4, 4)], ids=["latent", "3 heads", "4 heads"])
+def test_a_cache_whose_rows_are_split_is_written_as_a_whole_one(rows, tokens, entry):
+    rng = np.random.default_rng(0)
+    cache, new = (jnp.asarray(rng.normal(size=(rows, n, *entry)), jnp.float32) for n in (32, tokens))
+    write = jax.jit(lambda *arrays: attention.write_cache({"a": arrays[0]}, {"a": arrays[1]}, arrays[2])["a"])
+    for start in (0, 2, 5, 30 - tokens, 32 - tokens):
+        positions = start + jnp.arange(tokens) + jnp.zeros((rows, 1), jnp.int32)
+        expected = cache.at[:, start : start + tokens].set(new)
+        with jax.set_mesh(make_mesh(data=2, tensor=2, expert=2)):
+            found = write(cache, new, positions)
+        assert found.sharding.shard_shape(found.shape)[:2] == (1, 32 // (8 // rows))
+        np.testing.assert_array_equal(found, expected)

@@ -1,0 +1,190 @@
+"""Released config.json files parse as released, and what cannot be honoured is refused by name."""
+
+import copy
+import dataclasses
+import json
+import math
+
+import jax
+import pytest
+from golden import DATA
+
+from dsvl2_jax.errors import ConfigError
+from dsvl2_jax.model.config import Config, LanguageConfig, ProjectorConfig, VisionConfig
+from dsvl2_jax.model.deepseek_vl2 import abstract_params
+
+REFERENCE = DATA / "reference"
+SIZES = ("tiny", "small", "base")
+
+
+def released(size: str) -> dict:
+    return json.loads((REFERENCE / f"released_config_{size}.json").read_text())
+
+
+def changed(**fields) -> dict:
+    """The released base configuration with ``section__field`` replaced, or removed where the value is `...`."""
+    raw = copy.deepcopy(released("base"))
+    for path, value in fields.items():
+        *sections, name = path.split("__")
+        where = raw[f"{sections[0]}_config"] if sections else raw
+        if value is ...:
+            del where[name]
+        else:
+            where[name] = value
+    return raw
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ("tiny", {"heads": 10, "mla": False, "cache": 2560, "router": ("softmax", "greedy", False, 1.0)}),
+        ("small", {"heads": 16, "mla": True, "cache": 576, "router": ("softmax", "greedy", False, 1.0)}),
+        ("base", {"heads": 32, "mla": True, "cache": 576, "router": ("sigmoid", "noaux_tc", True, 2.0)}),
+    ],
+)
+def test_released_sizes_parse(size, expected):
+    config = Config.from_file(REFERENCE / f"released_config_{size}.json")
+    language = config.language
+    router = (language.scoring_func, language.topk_method, language.norm_topk_prob, language.routed_scaling_factor)
+    assert router == expected["router"]
+    assert language.num_attention_heads == expected["heads"]
+    assert (language.use_mla, language.cache_width) == (expected["mla"], expected["cache"])
+    assert language.num_hidden_layers == {"tiny": 12, "small": 27, "base": 30}[size]
+    assert [language.is_moe_layer(i) for i in range(3)] == [False, True, True]
+    assert (language.bos_token_id, language.eos_token_id) == ((100000, 100001) if size == "small" else (0, 1))
+    assert (config.vision.patches, config.vision.head_dim, config.vision.mlp_dim) == (729, 72, 4304)
+    assert (config.tokens_per_side, config.tokens_per_tile) == (14, 196)
+    assert len(config.candidate_resolutions) == 23
+    assert hash(config) == hash(Config.from_dict(released(size)))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_released_sizes_have_the_released_parameter_counts(size):
+    expected = json.loads((REFERENCE / f"released_param_counts_{size}.json").read_text())
+    shapes, _ = abstract_params(Config.from_dict(released(size)))
+    found = dict.fromkeys(expected, 0)
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]:
+        count = math.prod(leaf.shape)
+        found[component([key.key for key in keys])] += count
+        found["TOTAL"] += count
+    assert found == expected
+
+
+def component(path: list[str]) -> str:
+    """Where the reference counts a parameter."""
+    if path[0] in ("image_newline", "view_seperator"):
+        return "image_newline+view_seperator"
+    if path[0] == "vision":
+        pool = "vision.attn_pool (present, unused: ignore_head)"
+        return pool if path[1] == "attn_pool" else "vision (used)"
+    if path[0] == "projector":
+        return "projector"
+    if path[1] in ("embed_tokens", "lm_head"):
+        return f"language.{path[1]}"
+    if path[1] == "norm" or path[2].endswith("_layernorm"):
+        return "language.norms"
+    if path[2] == "self_attn":
+        return "language.attention"
+    return {
+        "router": "language.router",
+        "experts": "language.routed_experts",
+        "shared_experts": "language.shared_experts",
+    }.get(path[3], "language.dense_mlp")
+
+
+@pytest.mark.parametrize(
+    ("section", "cls"),
+    [("language_config", LanguageConfig), ("vision_config", VisionConfig), ("projector_config", ProjectorConfig)],
+)
+def test_missing_keys_take_the_official_defaults(section, cls):
+    official = json.loads((REFERENCE / "config_defaults.json").read_text())[section]
+    ours = dataclasses.asdict(cls())
+    differing = {name for name in official if name in ours and ours[name] != official[name]}
+    assert differing == ({"topk_method"} if cls is LanguageConfig else set())  # its official default does not run
+    # Without meaning here: padding is no token of ours, and dropout is 0 everywhere.
+    assert official.keys() - ours.keys() <= {"pad_token_id", "attention_dropout"}
+    assert ours.keys() <= official.keys()
+
+
+def test_missing_top_level_keys_take_the_official_defaults():
+    top = json.loads((REFERENCE / "config_defaults.json").read_text())["top"]
+    config = Config.from_dict(changed(global_view_pos=..., candidate_resolutions=...))
+    assert config.global_view_pos == top["global_view_pos"]
+    assert [list(pair) for pair in config.candidate_resolutions] == top["candidate_resolutions"]
+
+
+def test_keys_without_meaning_are_ignored():
+    raw = changed(language__lm_head=False, language__rm_head=True, language__ep_size=8, auto_map={"AutoModel": "x"})
+    assert Config.from_dict(raw) == Config.from_dict(released("base"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"language__topk_method": "gready"}, r"topk_method: unknown routing method 'gready'; expected one of greedy,"),
+        ({"language__topk_method": ...}, r"language_config\.topk_method: missing; name one of greedy,"),
+        ({"language__scoring_func": "tanh"}, r"scoring_func: unknown 'tanh'"),
+        ({"language__rope_scaling": {"type": "yarn"}}, r"rope_scaling: found .*yarn.* only null"),
+        ({"tile_tag": "1D"}, r"tile_tag: found '1D', only \"2D\""),
+        ({"tile_tag": ...}, r"tile_tag: missing"),
+        ({"projector__projector_type": "identity"}, r"projector_config\.projector_type: found 'identity'"),
+        ({"projector__token_pooling": True}, r"projector_config\.token_pooling: true is not supported"),
+        ({"projector__depth": 1}, r"projector_config\.depth: expected at least 2, found 1"),
+        ({"projector__n_embed": 64}, r"n_embed 64 differs from language_config\.hidden_size 2560"),
+        ({"projector__input_dim": 64}, r"input_dim 64 differs from vision_config\.width 1152"),
+        ({"vision__global_pool": "avg"}, r"vision_config: only global_pool map"),
+        ({"vision__heads": 7}, r"width 1152 is not a multiple of heads 7"),
+        ({"vision__image_size": 13}, r"image_size 13 is smaller than patch_size 14"),
+        ({"vision__patch_size": 0}, r"patch_size, width, layers and heads must be positive"),
+        ({"language__hidden_size": "2560"}, r"language_config\.hidden_size: expected a whole number, found '2560'"),
+        ({"language__num_experts_per_tok": True}, r"num_experts_per_tok: expected a whole number, found True"),
+        ({"language__rope_theta": "1e4"}, r"rope_theta: expected a number, found '1e4'"),
+        ({"language__norm_topk_prob": 1}, r"norm_topk_prob: expected a bool, found 1"),
+        ({"language__hidden_act": "gelu"}, r"hidden_act: found 'gelu', only \"silu\""),
+        ({"language__tie_word_embeddings": True}, r"tie_word_embeddings: true is not supported"),
+        ({"language__num_experts_per_tok": 73}, r"num_experts_per_tok: 73 of 72 experts is impossible"),
+        ({"language__num_experts_per_tok": ...}, r"num_experts_per_tok: missing"),
+        ({"language__n_group": 5}, r"n_group: 72 experts do not divide into 5 groups"),
+        ({"language__n_group": ...}, r"n_group and topk_group: needed with topk_method noaux_tc"),
+        ({"language__topk_group": 2}, r"topk_group: 2 of 1 groups is impossible"),
+        ({"language__n_group": 36}, r"num_experts_per_tok: 6, but topk_group leaves 2 experts"),
+        ({"language__kv_lora_rank": None}, r"kv_lora_rank: needed with use_mla true, found None"),
+        ({"language__qk_rope_head_dim": 63}, r"qk_rope_head_dim: 63 is odd"),
+        ({"language__use_mla": False, "language__num_key_value_heads": 5}, r"32 is not a multiple of .* 5"),
+        ({"language__vocab_size": 0}, r"vocab_size: must be positive"),
+        ({"language__moe_layer_freq": 0}, r"moe_layer_freq: must be positive"),
+        ({"language_config": ...}, r"language_config: expected an object, found nothing"),
+        ({"vision_config": []}, r"vision_config: expected an object, found list"),
+        ({"candidate_resolutions": [384]}, r"candidate_resolutions: expected a list of \[width, height\] pairs"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_honoured_is_refused_by_name(change, message):
+    with pytest.raises(ConfigError, match=message) as refusal:
+        Config.from_dict(changed(**change), source="some/config.json")
+    assert str(refusal.value).startswith("some/config.json ")
+
+
+def test_several_problems_are_reported_together():
+    raw = changed(tile_tag="1D", projector__token_pooling=True, vision__heads=7)
+    with pytest.raises(ConfigError) as refusal:
+        Config.from_dict(raw)
+    assert all(name in str(refusal.value) for name in ("tile_tag", "token_pooling", "heads 7"))
+    raw = changed(language__hidden_size=2.5, vision__layers="27", projector__depth=None)
+    with pytest.raises(ConfigError) as refusal:
+        Config.from_dict(raw)
+    assert all(name in str(refusal.value) for name in ("hidden_size", "layers", "depth"))
+
+
+@pytest.mark.parametrize("content", [None, "{", "[1]", b"\xff\xfe"], ids=["missing", "cut off", "no object", "binary"])
+def test_files_that_are_no_configuration_are_named(content, tmp_path):
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        Config.from_file(tmp_path)
+
+
+def test_a_layer_is_moe_by_its_number_and_the_frequency():
+    language = LanguageConfig(n_routed_experts=4, first_k_dense_replace=2, moe_layer_freq=3, num_hidden_layers=8)
+    assert [i for i in range(8) if language.is_moe_layer(i)] == [3, 6]
+    assert not LanguageConfig(n_routed_experts=None).has_moe

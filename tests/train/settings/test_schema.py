@@ -1,0 +1,201 @@
+"""Reading, checking, writing and comparing a training configuration."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from dsvl2_jax.errors import SettingsError
+from dsvl2_jax.train.settings import schema as settings
+from dsvl2_jax.train.settings.schema import ParameterRule, SourceSettings
+
+FILE = """
+[model]
+checkpoint = "somewhere"
+[data]
+packing = false
+[data.train.vl]
+path = "vl.jsonl"
+weight = 0.7
+[data.train.text]
+path = "text.jsonl"
+weight = 0.3
+[data.validation.held]
+path = "held.jsonl"
+[[stage.parameters]]
+match = "^vision/"
+rate = 0.1
+[[stage.parameters]]
+match = "."
+decay = false
+[optimizer]
+learning_rate = 1  # a whole number where a fraction is meant
+[run]
+directory = "runs/x"
+steps = 100
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.toml"
+    path.write_text(FILE)
+    return path
+
+
+def problems(file: Path, *overrides: str) -> str:
+    with pytest.raises(SettingsError) as caught:
+        settings.load(file, overrides)
+    return str(caught.value)
+
+
+def test_tables_become_settings(file):
+    loaded = settings.load(file)
+    assert loaded.data.train == {"vl": SourceSettings("vl.jsonl", 0.7), "text": SourceSettings("text.jsonl", 0.3)}
+    assert loaded.data.validation["held"].path == "held.jsonl"
+    assert loaded.stage.parameters == (ParameterRule("^vision/", rate=0.1), ParameterRule(".", decay=False))
+    assert loaded.optimizer.learning_rate == 1.0 and isinstance(loaded.optimizer.learning_rate, float)
+    assert loaded.data.packing is False and loaded.run.steps == 100
+    assert loaded.compute == settings.ComputeSettings()
+
+
+def test_overrides_are_toml_values_or_bare_strings(file):
+    loaded = settings.load(
+        file,
+        [
+            "run.steps=7",
+            "optimizer.learning_rate=1e-4",
+            "run.tensorboard=true",
+            "data.train.vl.path=other file.jsonl",
+            'model.checkpoint="quoted"',
+            "run.directory=12",
+            "run.profile=2:3",
+            "data.train.more={path='more.jsonl', weight=2}",
+            "data.train.text.weight=0",
+            "stage.parameters=[{match='.', rate=0.5}]",
+            "compute.mesh=data=2,tensor=2",
+            "run.steps=8",
+        ],
+    )
+    assert (loaded.run.steps, loaded.optimizer.learning_rate, loaded.run.tensorboard) == (8, 1e-4, True)
+    assert (loaded.model.checkpoint, loaded.run.directory, loaded.run.profile) == ("quoted", "12", "2:3")
+    assert loaded.data.train == {
+        "vl": SourceSettings("other file.jsonl", 0.7),
+        "more": SourceSettings("more.jsonl", 2.0),
+    }
+    assert loaded.stage.parameters == (ParameterRule(".", rate=0.5),)
+    assert loaded.compute.mesh == "data=2,tensor=2"
+
+
+def test_all_problems_come_in_one_message_with_their_origin(file):
+    file.write_text(FILE + "[batch]\nsequnces = 3\nmicro_sequences = 'two'\n[compute]\nremat = 'dot'\n")
+    message = problems(file, "run.steps=ten", "lerning_rate=1", "optimizer.beta2=2", "nonsense")
+    for line in (
+        f"{file}: batch.sequnces: unknown key; did you mean sequences?",
+        f'{file}: batch.micro_sequences: must be a whole number, not "two".',
+        f"{file}: compute.remat: 'dot' is none of none, dots, full; did you mean dots?",
+        'command line: run.steps: must be a whole number, not "ten".',
+        "command line: lerning_rate: unknown key here; did you mean optimizer.learning_rate?",
+        "command line: optimizer.beta2: must be at least 0 and below 1, not 2.0.",
+        "command line: 'nonsense' is not of the form",
+    ):
+        assert line in message
+    assert message.count("\n") == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("run.steps=1.0", "must be a whole number, not 1.0"),
+        ("run.steps=true", "must be a whole number, not true"),
+        ("run.steps=0", "must be positive"),
+        ("run.steps.x=1", "inside something that is not a table"),
+        ("run=3", "run: must be a table, not 3"),
+        ("data.train=3", "one per data set"),
+        ("data.train.vl=3", "data.train.vl: must be a table"),
+        ("data.train.a b.path=x", "letters, digits"),
+        ("data.train.vl.pth=x", "data.train.vl.pth: unknown key; did you mean path?"),
+        ("data.train.vl.path=", "data.train.vl.path: must be given, as in data.train.vl.path=my.jsonl"),
+        ("data.train.vl.weight=-1", "must not be negative"),
+        ("data.validation.new.weight=1", "data.validation.new.path: must be given, as in"),
+        ("data.packing=1", "must be true or false, not 1"),
+        ("data.packing_bins=0", "must be positive"),
+        ("data.too_long=skp", "did you mean skip?"),
+        ("optimizer.learning_rate=nan", "must be finite"),
+        ("optimizer.learning_rate=0", "must be positive"),
+        ("optimizer.warmup_steps=100", "must be less than run.steps = 100"),
+        ("optimizer.schedule=linear", "none of cosine, step, constant"),
+        ("batch.micro_sequences=3", "64 is no multiple of micro_sequences = 3"),
+        ("compute.mesh=data=3", "64 is no multiple of micro_sequences = 1 × 3 data shards"),
+        ("compute.mesh=date=3", "compute.mesh: unknown axis 'date'"),
+        ("stage.parameters=[{match='('}]", "stage.parameters[0].match: '(' is not a regular expression"),
+        ("stage.parameters=[{match='.', rate=0}]", "stage.parameters[0].rate: must be positive"),
+        ("stage.parameters=[{match='.', train=false}]", "no rule trains anything"),
+        ("stage.parameters=[]", "stage.parameters: no rule"),
+        ("stage.parameters=[3]", "stage.parameters[0]: must be a table, not 3"),
+        ("stage.parameters=3", "must be an array of tables"),
+        ("run.profile=5", "1 ≤ FIRST ≤ LAST"),
+        ("run.profile=99:101", "1 ≤ FIRST ≤ LAST"),
+        ("run.directory=", "run.directory: must be given, as in run.directory=runs/my-run"),
+        ("optimiser.beta1=0.5", "optimiser: unknown key; did you mean optimizer?"),
+        ("xyz=1", "the keys here are model, data, batch"),
+    ],
+)
+def test_bad_values_are_named(file, override, expected):
+    message = problems(file, override)
+    assert expected in message and message.count("\n") == 1
+
+
+def test_a_mixture_without_sources_is_refused(file):
+    assert "no data set is left" in problems(file, "data.train.vl.weight=0", "data.train.text.weight=0")
+
+
+def test_unreadable_files_are_named(tmp_path):
+    (tmp_path / "bad.toml").write_text("[run\n")
+    assert "bad.toml: not readable as TOML" in problems(tmp_path / "bad.toml")
+    (tmp_path / "bytes.toml").write_bytes(b"\xff")
+    assert "bytes.toml: not readable as TOML" in problems(tmp_path / "bytes.toml")
+    assert "no such file, and no such preset" in problems(tmp_path / "none.toml")
+
+
+def test_written_settings_load_as_they_were(file, tmp_path):
+    directory = 'runs/"quoted" \\ ünïcode \x7f'
+    loaded = settings.load(file, ["compute.mesh=data=2", "optimizer.epsilon=1e-16"])
+    loaded = dataclasses.replace(loaded, run=dataclasses.replace(loaded.run, directory=directory))
+    (tmp_path / "copy.toml").write_text(settings.to_toml(loaded))
+    assert settings.load(tmp_path / "copy.toml") == loaded
+
+
+def test_every_field_is_written(file):
+    text = settings.to_toml(settings.load(file))
+    for field in ("weight = 0.7", "match = ", "seed = 0", "[data.validation.held]", "clip_norm = 1.0", "size = "):
+        assert field in text
+
+
+def change(loaded: settings.Settings, table: str, **values) -> settings.Settings:
+    return dataclasses.replace(loaded, **{table: dataclasses.replace(getattr(loaded, table), **values)})
+
+
+def test_what_a_resumed_run_may_change(file):
+    start = settings.load(file)
+    free = change(
+        start, "run", log_every=5, keep_last=1, checkpoint_every=9, tensorboard=True, steps=200, directory="y"
+    )
+    free = change(free, "data", validation={}, max_broken_share=0.5)
+    assert settings.differences(start, free) == []
+
+
+def test_what_it_may_not(file):
+    start = settings.load(file)
+    assert settings.differences(start, change(start, "run", seed=1)) == ["run.seed: 0 at the start of the run, now 1"]
+    assert len(settings.differences(start, change(start, "compute", loss_chunk=512, remat="none"))) == 2
+    assert len(settings.differences(start, change(start, "data", streams=2, workers=3))) == 1
+    assert 'data.train.vl.path: "vl.jsonl" at the start of the run, now absent' in settings.differences(
+        start, change(start, "data", train={"text": start.data.train["text"]})
+    )
+    fewer = change(start, "stage", parameters=start.stage.parameters[1:])
+    assert settings.differences(start, fewer) == ["stage.parameters: not the rules of the start of the run"]
+    cosine = change(start, "optimizer", schedule="cosine")
+    assert settings.differences(cosine, change(cosine, "run", steps=200)) == [
+        "run.steps: 100 at the start of the run, now 200"
+    ]

@@ -1,0 +1,273 @@
+"""`dsvl2 data check`: reads a whole data set as training would, and says what is in it and what is wrong with it."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+
+from dsvl2_jax.checkpoint.locate import resolve
+from dsvl2_jax.errors import UsageError
+from dsvl2_jax.inputs.processor import Processor
+from dsvl2_jax.train.data.samples import SampleSource, Unusable
+from dsvl2_jax.train.settings.schema import DataSettings, SourceSettings
+
+_AT_A_TIME = 512  # samples handed to the threads; bounds what waits
+_BAR = 40  # characters
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What was found; lengths are those of the usable samples, in the data's order."""
+
+    files: int
+    samples: int
+    broken: dict[str, int]  # reason → samples
+    problems: list[str]  # "file:line: what", the first ones
+    tokens: np.ndarray  # i64[usable]
+    supervised: np.ndarray  # i64[usable], tokens that are learnt
+    tiles: np.ndarray  # i64[usable]
+    sequence_length: int
+    tiles_per_sequence: int
+
+    @property
+    def broken_samples(self) -> int:
+        return sum(self.broken.values())
+
+    @property
+    def too_long(self) -> int:
+        """Whole samples that do not fit into a row: training skips or truncates them."""
+        return int(((self.tokens > self.sequence_length) | (self.tiles > self.tiles_per_sequence)).sum())
+
+    def as_dict(self) -> dict[str, object]:
+        """The counts, for JSON."""
+        return {
+            "files": self.files,
+            "samples": self.samples,
+            "broken_samples": self.broken_samples,
+            "broken": self.broken,
+            "problems": self.problems,
+            "with_images": int((self.tiles > 0).sum()),
+            "text_only": int((self.tiles == 0).sum()),
+            "too_long": self.too_long,
+            "sequence_length": self.sequence_length,
+            "tiles_per_sequence": self.tiles_per_sequence,
+            "tokens": _spread(self.tokens),
+            "supervised_tokens": _spread(self.supervised),
+            "tiles": _spread(self.tiles),
+        }
+
+
+def examine(
+    path: str,
+    *,
+    processor: Processor,
+    images: str = "",
+    sequence_length: int = 4096,
+    tiles_per_sequence: int = 20,
+    mask_prompt: bool = False,
+    most_problems: int = 20,
+) -> Summary:
+    """Reads every sample once, on all cores.
+
+    Args:
+      path, images: as in `SourceSettings`.
+      mask_prompt: count answers alone as learnt.
+      most_problems: how many are kept in words; all are counted.
+
+    Raises:
+      DataError: there is no file, no sample or no folder of images.
+    """
+    source = SampleSource(
+        path, SourceSettings(path=path, images=images), processor, DataSettings(mask_prompt=mask_prompt)
+    )
+    broken: Counter[str] = Counter()
+    problems: list[str] = []
+    sizes: list[tuple[int, int, int]] = []
+    for found in _measured(source):
+        if isinstance(found, Unusable):
+            broken[found.reason] += 1
+            if len(problems) < most_problems:
+                problems.append(f"{found.name}: {found.message}")
+        else:
+            sizes.append(found)
+    tokens, supervised, tiles = np.array(sizes, np.int64).reshape(-1, 3).T
+    return Summary(
+        len(source.files),
+        len(source),
+        dict(broken.most_common()),
+        problems,
+        tokens,
+        supervised,
+        tiles,
+        sequence_length,
+        tiles_per_sequence,
+    )
+
+
+def check(
+    path: str,
+    *,
+    checkpoint: str | None = None,
+    images: str = "",
+    sequence_length: int = 4096,
+    tiles_per_sequence: int = 20,
+    mask_prompt: bool = False,
+    most_problems: int = 20,
+    histogram: Path | None = None,
+    as_json: bool = False,
+) -> int:
+    """Examines a data set and prints the summary.
+
+    Args:
+      checkpoint: whose tokenizer and tiling; None: the bundled model's. The others are as in `examine`.
+      histogram: a PNG to write.
+      as_json: prints one JSON object instead of tables.
+
+    Returns:
+      0, or 1 when a sample is broken.
+
+    Raises:
+      DataError: as `examine` does. CheckpointError: there is no such checkpoint. UsageError: `histogram` is no PNG.
+    """
+    if histogram is not None and histogram.suffix.lower() != ".png":
+        raise UsageError(f"--histogram {histogram}: give a file name that ends in .png.")
+    summary = examine(
+        path,
+        processor=Processor.from_dir(resolve(checkpoint)),
+        images=images,
+        sequence_length=sequence_length,
+        tiles_per_sequence=tiles_per_sequence,
+        mask_prompt=mask_prompt,
+        most_problems=most_problems,
+    )
+    if as_json:
+        print(json.dumps(summary.as_dict(), indent=2, ensure_ascii=False))
+    else:
+        _print(summary, bundled=checkpoint is None)
+    if histogram is not None:
+        draw(summary, histogram)
+    return 1 if summary.broken_samples else 0
+
+
+def draw(summary: Summary, path: Path) -> None:
+    """Writes the token and tile histograms to a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    tokens, tiles = figure.subplots(1, 2)
+    text_only = summary.tiles == 0
+    edges = np.linspace(0, max(int(summary.tokens.max(initial=1)), 1), 41)
+    split = [summary.tokens[text_only], summary.tokens[~text_only]]
+    tokens.hist(split, bins=edges, stacked=True, label=["text only", "with images"])
+    tokens.axvline(summary.sequence_length, color="black", linestyle="--", linewidth=1, label="a row")
+    tokens.set_xlim(0, edges[-1] * 1.02)
+    tokens.set(xlabel="tokens of a sample", ylabel="samples")
+    tokens.legend()
+    counts = np.bincount(summary.tiles)
+    tiles.bar(np.arange(len(counts)), counts)
+    tiles.set(xlabel="image tiles of a sample", ylabel="samples")
+    figure.savefig(path, dpi=120)
+
+
+def _measured(source: SampleSource) -> Iterator[tuple[int, int, int] | Unusable]:
+    """(tokens, supervised tokens, tiles) of each sample in order, or what is wrong with it."""
+
+    def measure(index: int) -> tuple[int, int, int] | Unusable:
+        item = source[index]
+        if isinstance(item, Unusable):
+            return item
+        # A segment's first token is never predicted.
+        return len(item["tokens"]), int((item["tokens"][1:, 1] >= 0).sum()), len(item["tiles"])
+
+    console = Console(stderr=True)
+    with (
+        concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads,
+        Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
+    ):
+        task = progress.add_task("reading", total=len(source))
+        for start in range(0, len(source), _AT_A_TIME):
+            for found in threads.map(measure, range(start, min(start + _AT_A_TIME, len(source)))):
+                progress.advance(task)
+                yield found
+
+
+def _print(summary: Summary, bundled: bool) -> None:
+    console, counts = Console(highlight=False), summary.as_dict()
+    table = Table(box=None, show_header=False)
+    rows = [
+        ("files", summary.files),
+        ("samples", summary.samples),
+        ("  with images", counts["with_images"]),
+        ("  text only", counts["text_only"]),
+        ("  broken", summary.broken_samples),
+        (f"  over {summary.sequence_length} tokens or {summary.tiles_per_sequence} tiles", summary.too_long),
+        ("tokens", int(summary.tokens.sum())),
+        ("  learnt", int(summary.supervised.sum())),
+        ("tiles", int(summary.tiles.sum())),
+    ]
+    for name, value in rows:
+        table.add_row(name, f"{value:,}")
+    console.print(table)
+    if bundled:
+        console.print(
+            "Tokens and tiles are counted as the bundled model does; --ckpt gives those of yours.", style="dim"
+        )
+    _print_bars(console, "tokens of a sample", summary.tokens, _doublings(summary.tokens))
+    _print_bars(console, "image tiles of a sample", summary.tiles, _tile_edges(summary.tiles))
+    if summary.broken:
+        reasons = ", ".join(f"{escape(reason)} {count:,}" for reason, count in summary.broken.items())
+        console.print(f"[bold red]broken: {summary.broken_samples:,}[/] ({reasons})", soft_wrap=True)
+        for problem in summary.problems:
+            console.print(f"  {escape(problem)}", soft_wrap=True)
+        if summary.broken_samples > len(summary.problems):
+            console.print(f"  … and {summary.broken_samples - len(summary.problems):,} more")
+
+
+def _print_bars(console: Console, title: str, values: np.ndarray, edges: Sequence[int]) -> None:
+    """A histogram whose bin i is edges[i] … edges[i + 1] - 1."""
+    if not len(values):
+        return
+    counts, _ = np.histogram(values, bins=np.array(edges) - 0.5)
+    table = Table(box=None, show_header=False, title=title, title_justify="left")
+    for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
+        label = f"{low}" if high == low + 1 else f"{low}–{high - 1}"
+        bar = "█" * -(-int(count) * _BAR // int(counts.max()))
+        table.add_row(label, f"{int(count):,}", bar)
+    console.print(table)
+
+
+def _doublings(tokens: np.ndarray) -> list[int]:
+    first = int(tokens.min(initial=1 << 30)).bit_length() - 1
+    last = int(tokens.max(initial=1)).bit_length()
+    return [1 << power for power in range(min(first, last - 1), last + 1)]
+
+
+def _tile_edges(tiles: np.ndarray) -> list[int]:
+    most = int(tiles.max(initial=0))
+    fine = list(range(min(most, 10) + 2))
+    return fine + list(range(fine[-1] + 5, most + 6, 5)) if most > 10 else fine
+
+
+def _spread(values: np.ndarray) -> dict[str, int]:
+    if not len(values):
+        return {"sum": 0}
+    quartiles = np.percentile(values, [50, 90, 99], method="inverted_cdf").astype(int).tolist()
+    return {
+        "sum": int(values.sum()),
+        "min": int(values.min()),
+        **dict(zip(("median", "p90", "p99"), quartiles, strict=True)),
+        "max": int(values.max()),
+    }

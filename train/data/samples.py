@@ -1,0 +1,148 @@
+"""Samples of a data set by number: read, tokenised, tiled and fitted to a row, or the reason why not."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dsvl2_jax.errors import DataError, SampleError
+from dsvl2_jax.inputs.image_sources import FilePool, ImageStore, expand, index_tar, open_images
+from dsvl2_jax.inputs.processor import Processor
+from dsvl2_jax.inputs.records import parse_record, process
+from dsvl2_jax.train.data import packing
+from dsvl2_jax.train.data.encoder_samples import Pairs, parse_regions, process_pair, process_regions
+from dsvl2_jax.train.data.files import DataFile, open_data_file
+from dsvl2_jax.train.data.packing import RowShape
+from dsvl2_jax.train.settings.schema import DataSettings, Settings, SourceSettings
+
+UNREADABLE, UNEXPECTED = "file unreadable", "unexpected error"
+
+
+@dataclasses.dataclass(frozen=True)
+class Unusable:
+    """A sample that is left out, on its way from a worker."""
+
+    name: str
+    reason: str
+    message: str
+
+
+class SampleSource:
+    """The samples of one `SourceSettings` by number, tokenised and tiled. Pickles into worker processes."""
+
+    def __init__(
+        self,
+        label: str,
+        source: SourceSettings,
+        processor: Processor,
+        data: DataSettings,
+        shape: RowShape | None = None,
+        pairs: Pairs | None = None,
+    ):
+        """Finds and indexes the files. Raises DataError, naming `label`, if there is no file or no sample.
+
+        `shape` is the rows' to which samples are fitted; None: they stay as they are. With `pairs` every sample becomes
+        one image and its text.
+        """
+        self.label = label
+        self.files: list[DataFile] = [open_data_file(path) for path in expand(source.path, label)]
+        self._ends = np.cumsum([len(file) for file in self.files])
+        if not len(self):
+            raise DataError(f"{source.path}: no samples ({label}). The file is empty, or the archive has no texts.")
+        self._source, self._processor, self._data, self.shape = source, processor, data, shape
+        self._pairs = pairs
+        self._stores: dict[str, ImageStore] = {}
+        for file in self.files:
+            self._store(file)
+        self._pool = FilePool()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __repr__(self) -> str:
+        return f"SampleSource({self.label}, {len(self)} samples)"
+
+    @property
+    def may_have_images(self) -> bool:
+        return any(file.may_have_images for file in self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Any] | Unusable:
+        """`packing.element`, or why there is none. Raises nothing: a bad sample must not end a worker."""
+        file, place = self._locate(int(index))
+        name = file.name(place)
+        try:
+            record, own_images = file.read(place, self._pool)
+            store = self._store(file)
+            if self._pairs is not None and self._pairs.phrases:
+                regions = parse_regions(record, own_images)
+                inputs, truncated = process_regions(regions, self._processor, store, self._pairs)
+                return packing.element(inputs, name, truncated=truncated)
+            record = parse_record(record, own_images)
+            if self._pairs is not None:
+                inputs, truncated = process_pair(record, self._processor, store, self._pairs.tokens)
+                return packing.element(inputs, name, truncated=truncated)
+            inputs = process(record, self._processor, store, self._data.mask_prompt)
+            truncated = False
+            if self.shape is not None:
+                side = self._processor.config.tokens_per_side
+                inputs, truncated = packing.fit(inputs, self.shape, self._data.too_long, side)
+        except SampleError as error:
+            return Unusable(name, error.reason, str(error))
+        except OSError as error:
+            return Unusable(name, UNREADABLE, str(error))
+        except Exception as error:  # whatever a stranger's data sets off in the libraries that read it
+            return Unusable(name, UNEXPECTED, f"{type(error).__name__}: {error}")
+        return packing.element(inputs, name, truncated=truncated)
+
+    def _locate(self, index: int) -> tuple[DataFile, int]:
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return self.files[number], index - (int(self._ends[number - 1]) if number else 0)
+
+    def _store(self, file: DataFile) -> ImageStore:
+        folder = "" if self._source.images else os.path.dirname(file.path)
+        if folder not in self._stores:
+            self._stores[folder] = open_images(self._source.images, file.path)
+        return self._stores[folder]
+
+
+def open_sources(
+    label: str,
+    sources: Mapping[str, SourceSettings],
+    processor: Processor,
+    data: DataSettings,
+    pairs: Pairs | None = None,
+) -> list[SampleSource]:
+    """The sources of ``[data.train]`` or ``[data.validation]``, fitted to rows of one shape.
+
+    Rows have room for tiles only if some source may have images. `pairs` is `SampleSource`'s. Raises DataError as
+    `SampleSource` does, and when there is no source.
+    """
+    if not sources:
+        raise DataError(f"{label}: no data set to read. Add a table [{label}.NAME] with a path, and a weight above 0.")
+    opened = [SampleSource(f"{label}.{name}", source, processor, data, pairs=pairs) for name, source in sources.items()]
+    tiles = data.tiles_per_sequence if any(source.may_have_images for source in opened) else 0
+    for source in opened:
+        source.shape = RowShape(data.sequence_length, tiles, data.max_segments if data.packing else 1)
+    return opened
+
+
+def fingerprint(settings: Settings) -> dict[str, str]:
+    """Path → hash of every data file of training and validation.
+
+    JSON and text files are hashed whole; tar shards by their members' names, places and sizes; images in folders
+    are not looked at. Raises DataError as `open_training` does.
+    """
+    digests: dict[str, str] = {}
+    for label, sources in (("data.train", settings.data.train), ("data.validation", settings.data.validation)):
+        for name, source in sources.items():
+            if label == "data.train" and source.weight <= 0:
+                continue
+            for path in expand(source.path, f"{label}.{name}"):
+                digests[path] = open_data_file(path).digest
+            if source.images.endswith(".tar"):
+                digests |= {path: index_tar(path).digest for path in expand(source.images, "image shards")}
+    return digests
