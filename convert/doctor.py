@@ -17,13 +17,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from dsvl2_jax.checkpoint import rules
-from dsvl2_jax.checkpoint.load import open_orbax, read_leaves, stays_float32
+from dsvl2_jax.checkpoint.load import open_orbax, read_leaves
 from dsvl2_jax.checkpoint.locate import PARAMS_NAME, kind, model_files, resolve
 from dsvl2_jax.checkpoint.safetensors_source import Source, leaf_bytes
 from dsvl2_jax.errors import CheckpointError, ConfigError, TokenizerError
 from dsvl2_jax.inputs.processor import ProcessorConfig
 from dsvl2_jax.inputs.tokenizer import Tokenizer
 from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.parameter_paths import LeafPath, path_name, stays_float32
 from dsvl2_jax.model.released import variant
 from dsvl2_jax.runtime.progress import progress
 
@@ -142,7 +143,7 @@ def count_parameters(config: Config) -> dict[str, int]:
     return counts | {"TOTAL": sum(counts.values())}
 
 
-def _component(path: tuple[str, ...]) -> str:
+def _component(path: LeafPath) -> str:
     if path[0] == "vision":
         return "vision.attn_pool (present, unused)" if path[1] == "attn_pool" else "vision (used)"
     if path[0] != "language":
@@ -187,7 +188,7 @@ def _examine_orbax(directory: Path, config: Config, report: Report) -> None:
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     with progress("reading parameters", sum(leaf_bytes(*entry) for entry in stored.values())) as advance:
         for path, parameter in read_leaves(directory / PARAMS_NAME, stored, dict.fromkeys(stored, host)):
-            _add_non_finite(report, "/".join(path), np.asarray(parameter))
+            _add_non_finite(report, path_name(path), np.asarray(parameter))
             advance(parameter.nbytes)
 
 

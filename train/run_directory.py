@@ -25,6 +25,7 @@ from dsvl2_jax.checkpoint import orbax_io, rules
 from dsvl2_jax.checkpoint.locate import CHECKPOINTS_NAME, MODEL_NAME, PARAMS_NAME, RUN_NAME, carry_files, run_steps
 from dsvl2_jax.checkpoint.staging import is_disk_full, locked, write_text
 from dsvl2_jax.errors import RunError
+from dsvl2_jax.model.parameter_paths import LeafPath
 from dsvl2_jax.runtime import processes
 from dsvl2_jax.train.settings.schema import Settings
 
@@ -195,7 +196,7 @@ class RunDirectory:
         iterator: Mapping[str, Any],
         *,
         validation_loss: float | None = None,
-        entries: Mapping[orbax_io.LeafPath, int] | None = None,
+        entries: Mapping[LeafPath, int] | None = None,
     ) -> None:
         """Begins to write the checkpoint of ``step``, after the one before is complete.
 
