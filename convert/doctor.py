@@ -23,6 +23,7 @@ from dsvl2_jax.checkpoint.safetensors_source import Source, leaf_bytes
 from dsvl2_jax.errors import CheckpointError, ConfigError, TokenizerError
 from dsvl2_jax.inputs.processor import ProcessorConfig
 from dsvl2_jax.inputs.tokenizer import Tokenizer
+from dsvl2_jax.messages import listed
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.parameter_paths import LeafPath, path_name, stays_float32
 from dsvl2_jax.model.released import variant
@@ -111,10 +112,10 @@ def examine(ckpt: str | Path | None) -> Report:
     except CheckpointError as error:
         report.problems.append(str(error))
     if report.non_finite:
-        listed = [f"{name}: {found['nan']} NaN, {found['inf']} infinite" for name, found in report.non_finite.items()]
+        tensors = [f"{name}: {found['nan']} NaN, {found['inf']} infinite" for name, found in report.non_finite.items()]
         report.problems.append(
-            f"{len(listed)} tensors have numbers that are not finite, so outputs will be garbage; download or convert "
-            f"again:\n{rules.listed(listed)}"
+            f"{len(tensors)} tensors have numbers that are not finite, so outputs will be garbage; download or convert "
+            f"again:\n{listed(tensors)}"
         )
     return report
 
@@ -173,7 +174,7 @@ def _examine_released(directory: Path, config: Config, report: Report) -> None:
     with Source(directory) as source:
         _add_dtypes(report, ((rules.FLOAT_DTYPES.get(t.dtype, t.dtype), t.size) for t in source.tensors.values()))
         for what, tensors in rules.compare(source.shapes_and_dtypes, config).items():
-            report.problems.append(f"{len(tensors)} {what}:\n{rules.listed(tensors)}")
+            report.problems.append(f"{len(tensors)} {what}:\n{listed(tensors)}")
         with progress("reading tensors", source.total_bytes) as advance:
             for name, tensor in source.tensors.items():
                 if tensor.dtype in rules.FLOAT_DTYPES:

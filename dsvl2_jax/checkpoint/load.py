@@ -15,6 +15,7 @@ from dsvl2_jax.checkpoint import orbax_io, rules
 from dsvl2_jax.checkpoint.locate import PARAMS_NAME, kind, read_manifest, run_of
 from dsvl2_jax.checkpoint.safetensors_source import Source, numpy_dtype
 from dsvl2_jax.errors import CheckpointError, UsageError
+from dsvl2_jax.messages import first_line, listed
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import Params, param_shardings
 from dsvl2_jax.model.parameter_paths import LeafPath, path_name, stays_float32
@@ -159,7 +160,7 @@ def _stored(params: Path, config: Config) -> Stored:
     if problems:
         raise CheckpointError(
             f"{params}: the parameters are not those of the model that config.json describes; convert again from one "
-            f"release:\n{rules.listed(problems)}"
+            f"release:\n{listed(problems)}"
         )
     return stored
 
@@ -183,8 +184,7 @@ def _reason(error: BaseException) -> str:
     """The first line of the error that led to this one: Orbax wraps tensorstore's, which names array and file."""
     while error.__cause__ is not None:
         error = error.__cause__
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return first_line(error)
 
 
 def _remedy(directory: Path) -> str:

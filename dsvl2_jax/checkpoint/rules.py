@@ -15,11 +15,12 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from dsvl2_jax.errors import CheckpointError
+from dsvl2_jax.messages import listed
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import abstract_leaves
 from dsvl2_jax.model.parameter_paths import LeafPath, path_name
@@ -28,8 +29,6 @@ Shape = tuple[int, ...]
 
 # The dtypes that a checkpoint's tensors may have: safetensors name → numpy name.
 FLOAT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-LISTED = 10  # how many problems of one kind a message spells out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,10 +316,3 @@ def check(found: Mapping[str, tuple[Shape, str]], config: Config, source: str) -
             f"{source}: the tensors do not fit the model that its config.json describes:\n{text}\n"
             "Check that config.json and the weights come from the same release, and download what is missing."
         )
-
-
-def listed(items: Iterable[str], limit: int = LISTED, indent: str = "    ") -> str:
-    """One item a line, at most ``limit`` of them and then how many more there are."""
-    items = list(items)
-    more = [f"and {len(items) - limit} more"] if len(items) > limit else []
-    return "\n".join(indent + item for item in items[:limit] + more)

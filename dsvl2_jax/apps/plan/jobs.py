@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.infer.decode import DecodeState, next_state
 from dsvl2_jax.infer.sampling import SamplingArrays
+from dsvl2_jax.messages import first_line
 from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model.cache import cache_layout
 from dsvl2_jax.model.config import Config
@@ -52,10 +53,9 @@ def devices(topology: Topology) -> list[Any]:
         found = topologies.get_topology_desc(platform=topology.platform, topology_name=name, **options)
         return list(found.devices)
     except Exception as error:  # RuntimeError, XlaRuntimeError, ModuleNotFoundError …
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         compiler = "GPU" if extra == "cuda" else "TPU"
         raise CompilerMissing(
-            f"{topology.name}: the {compiler} compiler cannot be used ({first}); "
+            f"{topology.name}: the {compiler} compiler cannot be used ({first_line(error)}); "
             f"install it with pip install -e '.[{extra}]'."
         ) from error
 
