@@ -13,7 +13,6 @@ from typing import Any
 
 import rich.markup
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from dsvl2_jax.checkpoint import locate
@@ -36,6 +35,7 @@ from dsvl2_jax.inputs.processor import (
     image_tokens,
 )
 from dsvl2_jax.runtime import processes
+from dsvl2_jax.runtime.progress import progress
 
 SUMMARY_NAME = "summary.json"
 
@@ -232,13 +232,7 @@ def _answer_all(
             return _Prepared(sample, None, str(error))
         return _Prepared(sample, inputs)
 
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
-        TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("answering", total=total, completed=total - len(missing), speed="")
-        started, done = time.perf_counter(), 0
+    with progress("answering", total, done=total - len(missing), unit="items") as advance:
         for prepared in _prefetched(batches, prepare):
             inputs = [p.inputs for p in prepared if p.inputs is not None]
             # As many tiles as if every prompt had the most: a batch of mixed ones runs the program of its largest.
@@ -247,9 +241,7 @@ def _answer_all(
             processes.from_first(lambda work=(inputs, least): work)
             generations = iter(model.generate(inputs, options.max_new_tokens, at_least=least))
             run.append(result_of(p, None if p.inputs is None else next(generations)) for p in prepared)
-            done += len(prepared)
-            speed = f"{done / (time.perf_counter() - started):.1f}/s"
-            progress.update(bar, advance=len(prepared), speed=speed)
+            advance(len(prepared))
     processes.from_first(lambda: None)  # there is no more
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dsvl2_jax.errors import UsageError
+from dsvl2_jax.messages import did_you_mean
 
 if TYPE_CHECKING:
     from dsvl2_jax.train.settings.schema import DataSettings, Settings, StageSettings
@@ -72,9 +72,7 @@ def fields(settings: Settings, leaves: Mapping[str, Any]) -> Iterator[Problem]:
     """
     for name, allowed in _CHOICES.items():
         if leaves[name] not in allowed:
-            near = difflib.get_close_matches(leaves[name], allowed, 1)
-            hint = f"; did you mean {near[0]}?" if near else "."
-            yield _path(name), f"{leaves[name]!r} is none of {', '.join(allowed)}{hint}"
+            yield _path(name), f"{leaves[name]!r} is none of {', '.join(allowed)}{did_you_mean(leaves[name], allowed)}"
     for name, (text, holds) in _RANGES.items():
         if not holds(leaves[name]):
             yield _path(name), f"must be {text}, not {leaves[name]}."
