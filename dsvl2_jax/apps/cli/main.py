@@ -12,7 +12,7 @@ from dsvl2_jax.apps.cli.checkpoints import convert, doctor, export
 from dsvl2_jax.apps.cli.data import data
 from dsvl2_jax.apps.cli.evaluate import evaluate
 from dsvl2_jax.apps.cli.generate import chat, generate
-from dsvl2_jax.apps.cli.micro import demo
+from dsvl2_jax.apps.cli.micro import demo, micro
 from dsvl2_jax.apps.cli.plan import plan
 from dsvl2_jax.apps.cli.train import plot, train
 from dsvl2_jax.errors import DSVL2Error, UsageError
@@ -30,6 +30,7 @@ COMMANDS = {
     "eval": evaluate,
     "plan": plan,
     "bench": bench,
+    "micro": micro,
     "doctor": doctor,
 }
 

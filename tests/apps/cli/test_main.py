@@ -16,6 +16,7 @@ import dsvl2_jax
 from dsvl2_jax import SamplingParams
 from dsvl2_jax.apps.chat import chat
 from dsvl2_jax.apps.cli.main import COMMANDS, main
+from dsvl2_jax.apps.micro.build import EVALUATION_SAMPLES, EVALUATION_SEED
 
 IMAGES = golden.DATA / "images"
 
@@ -81,6 +82,15 @@ OPTIONS = {
     "bench": {
         "--size": "tiny", "--directory": "None", "--keep": "None", "--repeats": "2", "--new-tokens": "32",
         "--processes": "2", "--rows": "2", "--length": "1024", "--steps": "3", "--rounds": "3", **COMPUTING,
+    },
+    "micro start": {},
+    "micro data": {"--workers": "2"},
+    "micro questions": {"--seed": str(EVALUATION_SEED), "--samples": str(EVALUATION_SAMPLES)},
+    "micro ship": {},
+    "micro examples": {},
+    "micro draw": {
+        "--name": "samples", "--count": "1000", "--seed": "0", "--held-out": "False", "--mixture": "full",
+        "--turns": "8", "--workers": "1",
     },
     "doctor": {"--json": "False"},
 }  # fmt: skip

@@ -6,7 +6,8 @@ import pytest
 
 from dsvl2_jax.apps.cli.main import main
 from dsvl2_jax.apps.micro.demo import ASKED, LOCATED, _judge, demo
-from dsvl2_jax.apps.micro.synthetic import TASKS, Question
+from dsvl2_jax.apps.micro.questions import Question
+from dsvl2_jax.apps.micro.synthetic import TASKS
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.infer.loading import LoadOptions
 from dsvl2_jax.inputs.grounding import Box
