@@ -17,6 +17,7 @@ from PIL import Image, ImageChops
 
 import dsvl2_jax
 from dsvl2_jax import configs
+from dsvl2_jax.apps.cli.main import main
 from dsvl2_jax.apps.micro import build, synthetic
 from dsvl2_jax.apps.micro.demo import ASKED, LOCATED, _judge, demo
 from dsvl2_jax.checkpoint import rules
@@ -56,7 +57,7 @@ def listed(directory: Path) -> set[str]:
 
 
 def test_files_are_complete_small_and_as_their_digests_say():
-    assert {file.name for file in MICRO.iterdir()} == MODEL_FILES | {"README.md", DIGESTS_NAME, build.LOG_NAME}
+    assert {file.name for file in MICRO.iterdir()} == MODEL_FILES | {"README.md", DIGESTS_NAME, build.LOG_NAME, "train"}
     assert sum(file.stat().st_size for file in MICRO.glob("*.safetensors")) <= LIMIT
     assert listed(MICRO) == MODEL_FILES
     check_digests(MICRO)
@@ -237,15 +238,15 @@ def test_ship_names_the_stages_that_have_not_run(runs, tmp_path, capsys):
     (tmp_path / "runs" / "regions" / "log.jsonl").unlink()
     with pytest.raises(CheckpointError, match=r"has no log.jsonl of regions, align; run `make train-micro`"):
         build.ship(tmp_path / "runs", tmp_path / "out")
-    assert build.main(["ship", str(tmp_path / "runs"), str(tmp_path / "out")]) == 1
+    assert main(["micro", "ship", str(tmp_path / "runs"), str(tmp_path / "out")]) == 1
     assert not (tmp_path / "out").exists()
 
 
 def test_unknown_data_sets_are_refused_before_anything_is_written(tmp_path, capsys):
     with pytest.raises(UsageError, match=r"no data set fool, text2; expected some of text, held-out-text"):
         build.data(tmp_path / "data", ["text", "fool", "text2"])
-    assert build.main(["data", str(tmp_path / "data"), "fool"]) == 2
-    assert capsys.readouterr().err.startswith("python -m dsvl2_jax.apps.micro.build: no data set fool; ")
+    assert main(["micro", "data", str(tmp_path / "data"), "fool"]) == 2
+    assert capsys.readouterr().err.startswith("dsvl2: usage error: no data set fool; ")
     assert not (tmp_path / "data").exists()
 
 
@@ -261,7 +262,7 @@ def test_the_stages_read_the_data_that_is_made():
 
 
 def test_one_question_of_each_task_is_written(tmp_path, capsys):
-    assert build.main(["questions", str(tmp_path), "--samples", "1", "--seed", "9"]) == 0
+    assert main(["micro", "questions", str(tmp_path), "--samples", "1", "--seed", "9"]) == 0
     path = tmp_path / "questions-9-1.jsonl"
     assert capsys.readouterr().out == f"{path}\n"
     records = [json.loads(line) for line in path.read_text().splitlines()]
