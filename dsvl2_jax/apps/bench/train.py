@@ -333,7 +333,7 @@ def _ours(ids: np.ndarray, setting: Setting) -> tuple[Callable[[], float], int, 
     )
     settings = settings.Settings(
         data=settings.DataSettings(sequence_length=length, tiles_per_sequence=0, max_segments=1),
-        batch=settings.BatchSettings(sequences=rows, micro_sequences=rows),
+        batch=settings.BatchSettings(sequences=rows, microbatch_size=rows),
         stage=settings.StageSettings(rules, balance_loss_weight=0.0),
         optimizer=settings.OptimizerSettings(learning_rate=LEARNING_RATE),
         compute=settings.ComputeSettings(dtype="float32", remat=setting.remat, loss_chunk=256),
