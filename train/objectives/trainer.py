@@ -195,7 +195,7 @@ class BaseTrainer:
             return batch
         own, shards = data_shards(self.mesh)
         devices = self.mesh.size // shards  # of a data shard
-        rows = self.settings.batch.micro_sequences
+        rows = self.settings.batch.microbatch_size
         if batch.ids.shape[1] != rows * len(own):
             raise ValueError(f"{batch.ids.shape[1]} rows given, {rows} for each of {len(own)} data shards expected")
         per_row = self.config.tokens_per_tile
