@@ -30,6 +30,7 @@ from dsvl2_jax.inputs.processor import ProcessorConfig
 from dsvl2_jax.inputs.tokenizer import Tokenizer
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import entry_axes
+from dsvl2_jax.model.parameter_paths import LeafPath, path_name
 from dsvl2_jax.runtime.progress import progress
 
 DEFAULT_MAX_MEMORY = 1 << 30
@@ -196,7 +197,7 @@ class _Memory:
         self._free.append(block)
 
 
-def _carve(block: np.ndarray, plan: dict) -> dict[orbax_io.LeafPath, np.ndarray]:
+def _carve(block: np.ndarray, plan: dict) -> dict[LeafPath, np.ndarray]:
     """Arrays of the planned shapes and dtypes, one after the other in ``block``."""
     arrays, start = {}, 0
     for path, (shape, dtype) in plan.items():
@@ -229,7 +230,7 @@ def write_manifest(directory: Path, plan: dict, *, source: str, mixed: dict[str,
         "version": MANIFEST_VERSION,
         "source": source,
         "parameters": {
-            "/".join(path): {"shape": list(shape), "dtype": dtype.name} for path, (shape, dtype) in plan.items()
+            path_name(path): {"shape": list(shape), "dtype": dtype.name} for path, (shape, dtype) in plan.items()
         },
         "mixed_dtypes": mixed,
         "files": {

@@ -21,12 +21,13 @@ import numpy as np
 from rich import filesize
 
 from dsvl2_jax.checkpoint import rules
-from dsvl2_jax.checkpoint.load import DTYPES, open_orbax, read_leaves, stays_float32
+from dsvl2_jax.checkpoint.load import DTYPES, open_orbax, read_leaves
 from dsvl2_jax.checkpoint.locate import PARAMS_NAME, carry_files, kind, model_files, resolve
 from dsvl2_jax.checkpoint.safetensors_source import INDEX_NAME, READ_BYTES, WORKERS, copy_rows, leaf_bytes, numpy_dtype
 from dsvl2_jax.checkpoint.staging import refuse_existing, staged
 from dsvl2_jax.convert.to_orbax import check_directory, parse_bytes
 from dsvl2_jax.errors import CheckpointError, UsageError
+from dsvl2_jax.model.parameter_paths import stays_float32
 from dsvl2_jax.runtime.progress import progress
 
 DEFAULT_SHARD_BYTES = 5_000_000_000

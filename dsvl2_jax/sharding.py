@@ -147,9 +147,9 @@ def batch_parts(mesh_shape: Mapping[str, int]) -> int:
     return math.prod(mesh_shape.get(name, 1) for name in ACTIVATION_RULES["batch"])
 
 
-def batch_axis(length: int) -> str:
-    """Logical name of the first axis of activations [B, T, …]: rows of one token are a decode step's."""
-    return "decode_batch" if length == 1 else "batch"
+def batch_axis(decode: bool) -> str:
+    """Logical name of the first axis of activations [B, T, …], of a decode step or of anything else."""
+    return "decode_batch" if decode else "batch"
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -8,28 +8,26 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from dsvl2_jax.checkpoint import orbax_io, rules
 from dsvl2_jax.checkpoint.locate import PARAMS_NAME, kind, read_manifest, run_of
 from dsvl2_jax.checkpoint.safetensors_source import Source, numpy_dtype
 from dsvl2_jax.errors import CheckpointError, UsageError
+from dsvl2_jax.messages import first_line, listed
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import Params, param_shardings
+from dsvl2_jax.model.parameter_paths import LeafPath, path_name, stays_float32
 
 DTYPES = ("float32", "bfloat16")
 
 # Leaves are read one Orbax call at a time up to this size together: calls cost about 40 ms each.
 BATCH_BYTES = 64 << 20
 
-Shardings = Mapping[orbax_io.LeafPath, Sharding]
+Shardings = Mapping[LeafPath, Sharding]
 # Leaf path → (shape, dtype).
-Stored = Mapping[orbax_io.LeafPath, tuple[tuple[int, ...], np.dtype]]
-
-
-def stays_float32(path: orbax_io.LeafPath) -> bool:
-    """True for the router's parameters, which compute in float32 whatever the model's dtype (FACTS §4)."""
-    return len(path) > 1 and path[-2] == "router"
+Stored = Mapping[LeafPath, tuple[tuple[int, ...], np.dtype]]
 
 
 def load_params(
@@ -60,18 +58,18 @@ def load_params(
         first = SingleDeviceSharding(jax.devices()[0])
         shardings: Shardings = {leaf.path: first for leaf in rules.expand(config)}
     else:
-        shardings = dict(orbax_io.unnest(param_shardings(config, mesh, fsdp=fsdp)))
+        shardings = flatten_dict(param_shardings(config, mesh, fsdp=fsdp))
     read = _read_released if kind(directory) == "released" else _read_orbax
-    return orbax_io.nest(dict(read(directory, config, shardings, dtype)))
+    return unflatten_dict(dict(read(directory, config, shardings, dtype)))
 
 
-def _target_dtype(path: orbax_io.LeafPath, stored: np.dtype, dtype: str | None) -> np.dtype:
+def _target_dtype(path: LeafPath, stored: np.dtype, dtype: str | None) -> np.dtype:
     return np.dtype(np.float32) if stays_float32(path) else stored if dtype is None else numpy_dtype(dtype)
 
 
 def _read_released(
     directory: Path, config: Config, shardings: Shardings, dtype: str | None
-) -> Iterator[tuple[orbax_io.LeafPath, jax.Array]]:
+) -> Iterator[tuple[LeafPath, jax.Array]]:
     with Source(directory) as source:
         rules.check(source.shapes_and_dtypes, config, str(directory))
         for leaf in rules.expand(config):
@@ -95,7 +93,7 @@ def _place(source: Source, leaf: rules.Leaf, sharding: Sharding, dtype: str | No
 
 def _read_orbax(
     directory: Path, config: Config, shardings: Shardings, dtype: str | None
-) -> Iterator[tuple[orbax_io.LeafPath, jax.Array]]:
+) -> Iterator[tuple[LeafPath, jax.Array]]:
     _, stored = open_orbax(directory, config)
     dtypes = {path: _target_dtype(path, kept, dtype) for path, (_, kept) in stored.items()}
     yield from read_leaves(directory / PARAMS_NAME, stored, shardings, dtypes)
@@ -115,8 +113,8 @@ def read_leaves(
     params: Path,
     stored: Stored,
     shardings: Shardings,
-    dtypes: Mapping[orbax_io.LeafPath, np.dtype] | None = None,
-) -> Iterator[tuple[orbax_io.LeafPath, jax.Array]]:
+    dtypes: Mapping[LeafPath, np.dtype] | None = None,
+) -> Iterator[tuple[LeafPath, jax.Array]]:
     """Reads an Orbax checkpoint leaf by leaf, placed by ``shardings`` and cast to ``dtypes`` (default: as stored).
 
     Raises:
@@ -133,7 +131,7 @@ def read_leaves(
         try:
             arrays = orbax_io.read(params, structs)
         except Exception as error:  # Orbax and tensorstore raise ValueError, KeyError, OSError, XlaRuntimeError …
-            names = ", ".join("/".join(path) for path in batch[:3])
+            names = ", ".join(path_name(path) for path in batch[:3])
             raise CheckpointError(
                 f"{params}: damaged: {_reason(error)} (while {names}{' …' if len(batch) > 3 else ''} were read). "
                 f"{_remedy(params.parent)}"
@@ -152,8 +150,8 @@ def _stored(params: Path, config: Config) -> Stored:
             f"{params}: not a readable Orbax checkpoint ({_reason(error)}). {_remedy(params.parent)}"
         ) from error
     leaves = {leaf.path: leaf for leaf in rules.expand(config)}
-    problems = [f"missing: {'/'.join(path)}" for path in leaves if path not in stored]
-    problems += [f"unexpected: {'/'.join(path)}" for path in stored if path not in leaves]
+    problems = [f"missing: {path_name(path)}" for path in leaves if path not in stored]
+    problems += [f"unexpected: {path_name(path)}" for path in stored if path not in leaves]
     problems += [
         f"{leaf.name}: found {list(stored[path][0])}, expected {list(leaf.shape)}"
         for path, leaf in leaves.items()
@@ -162,14 +160,14 @@ def _stored(params: Path, config: Config) -> Stored:
     if problems:
         raise CheckpointError(
             f"{params}: the parameters are not those of the model that config.json describes; convert again from one "
-            f"release:\n{rules.listed(problems)}"
+            f"release:\n{listed(problems)}"
         )
     return stored
 
 
-def batches(stored: Stored, batch_bytes: int = BATCH_BYTES) -> Iterator[list[orbax_io.LeafPath]]:
+def batches(stored: Stored, batch_bytes: int = BATCH_BYTES) -> Iterator[list[LeafPath]]:
     """Groups leaves, in order, up to ``batch_bytes`` together; a larger leaf is alone."""
-    batch: list[orbax_io.LeafPath] = []
+    batch: list[LeafPath] = []
     total = 0
     for path, (shape, dtype) in stored.items():
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
@@ -186,8 +184,7 @@ def _reason(error: BaseException) -> str:
     """The first line of the error that led to this one: Orbax wraps tensorstore's, which names array and file."""
     while error.__cause__ is not None:
         error = error.__cause__
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return first_line(error)
 
 
 def _remedy(directory: Path) -> str:

@@ -10,17 +10,18 @@ and tokenizer files in ``model/``; its checkpoints appear under their names when
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-from dsvl2_jax.checkpoint import orbax_io, rules
+from dsvl2_jax.checkpoint import orbax_io
 from dsvl2_jax.checkpoint.safetensors_source import INDEX_NAME
 from dsvl2_jax.checkpoint.staging import PARTIAL_SUFFIX
 from dsvl2_jax.errors import CheckpointError, UsageError
 from dsvl2_jax.inputs.processor import Processor
+from dsvl2_jax.json_files import read_json_object
+from dsvl2_jax.messages import first_line, listed
 from dsvl2_jax.model.config import Config
 
 MANIFEST_NAME = "dsvl2_checkpoint.json"
@@ -139,10 +140,10 @@ def _download(hub_id: str) -> Path:
         patterns = ["*.json", "*.safetensors", "*.model", "*.md", "*.txt", "LICENSE*"]
         return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
     except Exception as error:  # the client raises its own, requests' and the operating system's errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{hub_id}: no directory has this name, and it cannot be downloaded from the Hugging Face hub ({reason}). "
-            "Check the name and the network, or download the files elsewhere and give their directory."
+            f"{hub_id}: no directory has this name, and it cannot be downloaded from the Hugging Face hub "
+            f"({first_line(error)}). Check the name and the network, or download the files elsewhere and give "
+            "their directory."
         ) from error
 
 
@@ -186,12 +187,12 @@ def read_manifest(directory: Path) -> dict[str, Any]:
       CheckpointError: the manifest cannot be read, is of another version, or files are missing or cut off.
     """
     path = directory / MANIFEST_NAME
+    manifest = read_json_object(path, CheckpointError, "Convert the checkpoint again.")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
         version, files, parameters = (manifest[key] for key in ("version", "files", "parameters"))
         sizes = {name: int(size) for name, size in files.items()}
         parameters.items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path}: cannot be read ({type(error).__name__}: {error}). Convert the checkpoint again."
         ) from None
@@ -208,7 +209,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             damaged.append(f"{name}: {'missing' if found is None else f'{found} bytes'}, expected {size} bytes")
     if damaged:
         raise CheckpointError(
-            f"{directory}: the converted checkpoint is damaged; copy or convert it again:\n{rules.listed(damaged)}"
+            f"{directory}: the converted checkpoint is damaged; copy or convert it again:\n{listed(damaged)}"
         )
     return manifest
 

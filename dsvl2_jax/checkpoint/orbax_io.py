@@ -14,15 +14,16 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Awaitable, Iterator, Mapping
+from collections.abc import Awaitable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-LeafPath = tuple[str, ...]
+from dsvl2_jax.model.parameter_paths import LeafPath
 
 # Larger leaves are cut into pieces of at most this size, so that a sharded restore reads little more than
 # it needs: a piece is always read whole.
@@ -51,7 +52,7 @@ class ParamWriter:
         """Starts to write a batch, after the previous one has been written."""
         self.wait()
         with self._context:
-            self._pending = ocp.partial.save_async(self._path, nest(leaves))
+            self._pending = ocp.partial.save_async(self._path, unflatten_dict(leaves))
 
     def wait(self) -> None:
         """Returns when everything given to `write` is on disk. Raises what the write raised."""
@@ -179,7 +180,7 @@ def read_shapes(path: Path) -> dict[LeafPath, tuple[tuple[int, ...], np.dtype]]:
     """
     where, options = _place(path)
     tree = ocp.metadata(where, **options).metadata
-    return {leaf_path: (tuple(meta.shape), np.dtype(meta.dtype)) for leaf_path, meta in unnest(tree)}
+    return {leaf_path: (tuple(meta.shape), np.dtype(meta.dtype)) for leaf_path, meta in flatten_dict(tree).items()}
 
 
 def read(path: Path, leaves: Mapping[LeafPath, jax.ShapeDtypeStruct]) -> dict[LeafPath, jax.Array]:
@@ -192,7 +193,7 @@ def read(path: Path, leaves: Mapping[LeafPath, jax.ShapeDtypeStruct]) -> dict[Le
     context.pytree_options.loading.partial_load = True
     with context:
         try:
-            arrays = dict(unnest(ocp.load(where, nest(leaves), **options)))
+            arrays = flatten_dict(ocp.load(where, unflatten_dict(leaves), **options))
         except Exception:
             _silence_late_reads()
             raise
@@ -233,23 +234,3 @@ def _saving_context(entries: Mapping[LeafPath, int]) -> ocp.Context:
     saving.storage_options.chunk_byte_size = CHUNK_BYTES
     saving.scoped_storage_options_creator = storage_options
     return context
-
-
-def nest(leaves: Mapping[LeafPath, Any]) -> dict[str, Any]:
-    """{("a", "b"): x} → {"a": {"b": x}}."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = leaf
-    return tree
-
-
-def unnest(tree: Any, prefix: LeafPath = ()) -> Iterator[tuple[LeafPath, Any]]:
-    """The inverse of `nest`, as pairs."""
-    if isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield from unnest(value, (*prefix, key))
-    else:
-        yield prefix, tree

@@ -15,21 +15,20 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
-import jax
 import numpy as np
 
 from dsvl2_jax.errors import CheckpointError
+from dsvl2_jax.messages import listed
 from dsvl2_jax.model.config import Config
-from dsvl2_jax.model.deepseek_vl2 import abstract_params
+from dsvl2_jax.model.deepseek_vl2 import abstract_leaves
+from dsvl2_jax.model.parameter_paths import LeafPath, path_name
 
 Shape = tuple[int, ...]
 
 # The dtypes that a checkpoint's tensors may have: safetensors name → numpy name.
 FLOAT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-LISTED = 10  # how many problems of one kind a message spells out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +217,7 @@ class Leaf:
     ``sources`` fills ``parameter[i]``, else the only one fills the parameter.
     """
 
-    path: tuple[str, ...]
+    path: LeafPath
     shape: Shape
     sources: tuple[str, ...]
     layout: Layout
@@ -226,7 +225,7 @@ class Leaf:
 
     @property
     def name(self) -> str:
-        return "/".join(self.path)
+        return path_name(self.path)
 
     def parts(self, parameter: np.ndarray) -> list[tuple[str, np.ndarray]]:
         """(released name, its part of the parameter viewed with the released shape), writable."""
@@ -260,8 +259,7 @@ def expand(config: Config) -> tuple[Leaf, ...]:
       ValueError: the tree has a parameter that no rule, or more than one, fills; or two parameters
         would take the same tensor. That is a mistake in `RULES`, not in a checkpoint.
     """
-    shapes, _ = abstract_params(config)
-    leaves = [_leaf(flatten_key(keys), value.shape) for keys, value in jax.tree_util.tree_flatten_with_path(shapes)[0]]
+    leaves = [_leaf(path, shape) for path, (shape, _) in abstract_leaves(config).items()]
     taken: dict[str, str] = {}
     for leaf in leaves:
         for source in leaf.sources:
@@ -271,13 +269,8 @@ def expand(config: Config) -> tuple[Leaf, ...]:
     return tuple(leaves)
 
 
-def flatten_key(keys: Sequence[jax.tree_util.DictKey]) -> tuple[str, ...]:
-    """A key path of `jax.tree_util` in a nested dict as a tuple of names."""
-    return tuple(key.key for key in keys)
-
-
-def _leaf(path: tuple[str, ...], shape: Shape) -> Leaf:
-    name = "/".join(path)
+def _leaf(path: LeafPath, shape: Shape) -> Leaf:
+    name = path_name(path)
     matches = [(rule, found) for rule in RULES if (found := rule.pattern.fullmatch(name))]
     if len(matches) != 1:
         raise ValueError(f"rules: {len(matches)} rules fill parameter {name}, expected exactly one")
@@ -323,10 +316,3 @@ def check(found: Mapping[str, tuple[Shape, str]], config: Config, source: str) -
             f"{source}: the tensors do not fit the model that its config.json describes:\n{text}\n"
             "Check that config.json and the weights come from the same release, and download what is missing."
         )
-
-
-def listed(items: Iterable[str], limit: int = LISTED, indent: str = "    ") -> str:
-    """One item a line, at most ``limit`` of them and then how many more there are."""
-    items = list(items)
-    more = [f"and {len(items) - limit} more"] if len(items) > limit else []
-    return "\n".join(indent + item for item in items[:limit] + more)

@@ -21,8 +21,10 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from dsvl2_jax.checkpoint.rules import FLOAT_DTYPES, Leaf, Shape, listed
+from dsvl2_jax.checkpoint.rules import FLOAT_DTYPES, Leaf, Shape
 from dsvl2_jax.errors import CheckpointError
+from dsvl2_jax.json_files import read_json_object
+from dsvl2_jax.messages import listed
 
 INDEX_NAME = "model.safetensors.index.json"
 DIGESTS_NAME = "SHA256SUMS"  # as sha256sum writes it; where it is present, the files must agree with it
@@ -257,22 +259,19 @@ def single_file(directory: Path) -> Path:
 
 def read_index(index: Path) -> dict[str, str]:
     """Tensor name → shard file name. Raises CheckpointError when the index cannot be one."""
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        pairs = list(weight_map.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{index}: not an index of shards ({type(error).__name__}: {error}); expected a JSON object with a "
-            '"weight_map" of tensor names to file names. Download the file again.'
-        ) from None
-    for name, file_name in pairs:
+    advice = "It is not an index of shards: download the file again."
+    weight_map = read_json_object(index, CheckpointError, advice).get("weight_map")
+    if not isinstance(weight_map, dict):
+        kind = type(weight_map).__name__
+        raise CheckpointError(f'{index}: "weight_map" is {kind}, expected an object of tensor names to files. {advice}')
+    for name, file_name in weight_map.items():
         # An index is downloaded data: it must not be able to name files outside its directory.
         if not isinstance(file_name, str) or not re.fullmatch(r"[^/\\]+\.safetensors", file_name):
             raise CheckpointError(
                 f"{index}: tensor {name} is said to be in {file_name!r}; expected the name of a .safetensors file in "
                 "the same directory. Download the file again."
             )
-    if not pairs:
+    if not weight_map:
         raise CheckpointError(f"{index}: lists no tensor. Download the file again.")
     return weight_map
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dsvl2_jax.errors import ConversationError, ImageError, SampleError
+from dsvl2_jax.inputs.conversation import prepend_image_tags
 from dsvl2_jax.inputs.image_sources import ImageStore, resolve
-from dsvl2_jax.inputs.processor import ModelInputs, Processor, prepend_image_tags
+from dsvl2_jax.inputs.processor import ModelInputs, Processor
 from dsvl2_jax.inputs.tokenizer import IMAGE_TOKEN
 
 # The reasons that samples are counted under when their text fails them.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dsvl2_jax.errors import TokenizerError
+from dsvl2_jax.json_files import read_json_object
 
 IMAGE_TOKEN = "<image>"
 REF_TOKEN, REF_END_TOKEN = "<|ref|>", "<|/ref|>"
@@ -210,8 +211,10 @@ class Tokenizer:
         Raises TokenizerError when there is no tokenizer, a file is broken, or bos or eos cannot be found.
         """
         path = Path(path)
-        config = _read_json(path / "tokenizer_config.json")
-        names = _read_json(path / "special_tokens_map.json")
+        config, names = (
+            read_json_object(path / name, TokenizerError) if (path / name).is_file() else {}
+            for name in ("tokenizer_config.json", "special_tokens_map.json")
+        )
         known = config.get("added_tokens_decoder") or {}
         # transformers reads special_tokens_map.json first for the older layout, the one without added_tokens_decoder.
         sources = (config, names) if known else (names, config)
@@ -307,19 +310,6 @@ class StreamDecoder:
         rest = self._tokenizer.decode(self._ids, self._skip)[self._printed :]
         self._ids, self._context, self._printed = [], 0, 0
         return rest
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty if there is no file. Raises TokenizerError if it is no JSON object."""
-    if not path.is_file():
-        return {}
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TokenizerError(f"{path}: not valid JSON ({error}). Download the file again.") from error
-    if not isinstance(document, dict):
-        raise TokenizerError(f"{path}: expected a JSON object, found {type(document).__name__}.")
-    return document
 
 
 def _token_name(sources: Iterable[dict[str, Any]], key: str) -> str | None:

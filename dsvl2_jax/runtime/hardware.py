@@ -6,11 +6,11 @@ Names are those of Cloud TPU, where v5p-8 counts cores and has 4 chips; a chip o
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from pathlib import Path
 
 from dsvl2_jax.errors import UsageError
+from dsvl2_jax.messages import did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,5 @@ def topology(name: str) -> Topology:
       UsageError: there is none of this name.
     """
     if name not in TOPOLOGIES:
-        near = difflib.get_close_matches(name, TOPOLOGIES, 1)
-        meant = f"; did you mean {near[0]}?" if near else "."
-        raise UsageError(f"topology {name!r} is none of {', '.join(TOPOLOGIES)}{meant}")
+        raise UsageError(f"topology {name!r} is none of {', '.join(TOPOLOGIES)}{did_you_mean(name, TOPOLOGIES)}")
     return TOPOLOGIES[name]

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dsvl2_jax.errors import DSVL2Error, UsageError
+from dsvl2_jax.messages import first_line
 
 T = TypeVar("T")
 
@@ -302,13 +303,14 @@ def _connect(options: Processes, count: int | None) -> None:
         )
     _connecting = False
     if problem:
-        reason = str(problem[0]).strip().split("\n")[0]
         where = (
             f"at {address} "
             if address
             else "(jax finds no cluster here: give --processes N, --coordinator, --process) "
         )
-        raise UsageError(f"--processes {options.processes}: the processes cannot meet {where}({reason}).")
+        raise UsageError(
+            f"--processes {options.processes}: the processes cannot meet {where}({first_line(problem[0])})."
+        )
 
 
 def _standard_output_is_ours() -> None:

@@ -6,7 +6,6 @@ import hashlib
 import html
 import json
 import re
-import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from dsvl2_jax.checkpoint.staging import write_text
+from dsvl2_jax.checkpoint.staging import replacing, write_text
 from dsvl2_jax.errors import DataError
 from dsvl2_jax.infer.eval.page import PAGE
 from dsvl2_jax.infer.eval.samples import Sample
@@ -56,9 +55,8 @@ class Thumbnails:
                 continue
             small = image.copy()
             small.thumbnail((_SIDE, _SIDE))
-            partial = file.with_suffix(f".{threading.get_ident()}.new")
-            small.save(partial, "JPEG", quality=_QUALITY)
-            partial.replace(file)
+            with replacing(file) as new:
+                small.save(new, "JPEG", quality=_QUALITY)
 
     def complete(self, store: ImageStore) -> None:
         """Makes those that are missing, for samples that an earlier run answered without showing them.

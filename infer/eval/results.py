@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from dsvl2_jax.checkpoint.locate import PARAMS_NAME, model_files
-from dsvl2_jax.checkpoint.staging import locked, write_text
+from dsvl2_jax.checkpoint.staging import NEW_SUFFIX, locked, write_text
 from dsvl2_jax.errors import RunError
+from dsvl2_jax.json_files import read_json_object
 
 IDENTITY_NAME, RESULTS_NAME = "run.json", "results.jsonl"
 VERSION = 1
@@ -68,14 +69,11 @@ def open_run(path: Path, identity: Mapping[str, Any]) -> Iterator[EvalRun]:
 def _check_identity(path: Path, identity: dict[str, Any]) -> None:
     file = path / IDENTITY_NAME
     if not file.exists():
-        if others := sorted(p.name for p in path.iterdir() if not p.name.endswith(".new")):
+        if others := sorted(p.name for p in path.iterdir() if not p.name.endswith(NEW_SUFFIX)):
             raise RunError(f"{path}: holds no evaluation, but {', '.join(others[:3])}. Choose another --out.")
         write_text(file, json.dumps(identity, indent=1, ensure_ascii=False) + "\n")
         return
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(f"{file}: not JSON ({error}). Remove {path}, or choose another --out.") from None
+    before = read_json_object(file, RunError, f"Remove {path}, or choose another --out.")
     if changes := list(_changes(before, identity)):
         raise RunError(
             f"{path}: holds the results of another evaluation: {'; '.join(changes)}. Choose another --out, or remove "

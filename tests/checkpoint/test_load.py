@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 import released_checkpoint
+from flax.traverse_util import flatten_dict
 
-from dsvl2_jax.checkpoint import load, orbax_io, rules
+from dsvl2_jax.checkpoint import load, rules
 from dsvl2_jax.checkpoint.load import batches, load_params
 from dsvl2_jax.checkpoint.locate import MANIFEST_NAME, PARAMS_NAME, kind, resolve
 from dsvl2_jax.checkpoint.safetensors_source import Source
@@ -36,7 +37,7 @@ def broken(converted, tmp_path):
 
 
 def flat(params):
-    return dict(orbax_io.unnest(params))
+    return flatten_dict(params)
 
 
 def assert_same(found, expected):
