@@ -34,8 +34,8 @@ def _tuning(dtype: jnp.dtype, rows: int) -> tuple[int, plgpu.CompilerParams]:
 # Jitted, so that the layers of a model trace a kernel once, also where it is lowered for another platform.
 @functools.partial(jax.jit, static_argnames=("transposed", "interpret"))
 def gmm(
-    x_mi: jax.Array,
-    w_gio: jax.Array,
+    x_mk: jax.Array,
+    w_gkn: jax.Array,
     group_sizes_g: jax.Array,
     *,
     transposed: bool = False,
@@ -44,57 +44,57 @@ def gmm(
     """Multiplies each group of rows by its matrix.
 
     Args:
-      x_mi: [M, I], sorted by group.
-      w_gio: [G, I, O], or [G, O, I] when ``transposed``.
+      x_mk: [M, K], sorted by group.
+      w_gkn: [G, K, N], or [G, N, K] when ``transposed``.
       group_sizes_g: i32[G], with a sum ≤ M.
       interpret: run on the CPU, for tests.
 
     Returns:
-      [M, O] in the dtype of ``x_mi``, summed in float32; rows beyond the last group are undefined.
+      [M, N] in the dtype of ``x_mk``, summed in float32; rows beyond the last group are undefined.
     """
-    rows, inner = x_mi.shape
-    groups, width = w_gio.shape[0], w_gio.shape[1 if transposed else 2]
+    rows, inner = x_mk.shape
+    groups, width = w_gkn.shape[0], w_gkn.shape[1 if transposed else 2]
     block = row_block(rows, groups, least=MIN_ROW_BLOCK)
-    step, params = _tuning(x_mi.dtype, block)
+    step, params = _tuning(x_mk.dtype, block)
     group, start, stop, _ = cut_groups(group_sizes_g, block, rows)
     kernel = functools.partial(
-        _gmm_kernel, block=block, step=step, transposed=transposed, precision=matmul_precision(x_mi.dtype)
+        _gmm_kernel, block=block, step=step, transposed=transposed, precision=matmul_precision(x_mk.dtype)
     )
     return pl.pallas_call(
         kernel,
         # Neighbouring programs share their rows, and the blocks of a group its matrix, while these are in the cache.
         grid=(pl.cdiv(width, BLOCK_OUT), group.shape[0]),
-        out_shape=jax.ShapeDtypeStruct((rows, width), x_mi.dtype),
+        out_shape=jax.ShapeDtypeStruct((rows, width), x_mk.dtype),
         compiler_params=params,
         interpret=interpret,
         metadata=cost_metadata(2.0 * rows * inner * width),
         name="gmm",
-    )(x_mi, w_gio, group, start, stop)
+    )(x_mk, w_gkn, group, start, stop)
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
-def tgmm(x_mi: jax.Array, dout_mo: jax.Array, group_sizes_g: jax.Array, *, interpret: bool = False) -> jax.Array:
+def tgmm(x_mk: jax.Array, dout_mn: jax.Array, group_sizes_g: jax.Array, *, interpret: bool = False) -> jax.Array:
     """Per group, xᵀ · dout: the gradient of `gmm` for its weights.
 
     Args:
-      x_mi: [M, I]; dout_mo: [M, O], both sorted by group.
+      x_mk: [M, K]; dout_mn: [M, N], both sorted by group.
       group_sizes_g: i32[G], with a sum ≤ M.
 
     Returns:
-      [G, I, O] in the dtype of ``x_mi``, summed in float32; zero where a group has no rows.
+      [G, K, N] in the dtype of ``x_mk``, summed in float32; zero where a group has no rows.
     """
-    (rows, inner), width, groups = x_mi.shape, dout_mo.shape[1], group_sizes_g.shape[0]
-    step, params = _tuning(x_mi.dtype, BLOCK_OUT)
+    (rows, inner), width, groups = x_mk.shape, dout_mn.shape[1], group_sizes_g.shape[0]
+    step, params = _tuning(x_mk.dtype, BLOCK_OUT)
     stop_g = jnp.cumsum(group_sizes_g, dtype=jnp.int32)
     return pl.pallas_call(
-        functools.partial(_tgmm_kernel, step=step, precision=matmul_precision(x_mi.dtype)),
+        functools.partial(_tgmm_kernel, step=step, precision=matmul_precision(x_mk.dtype)),
         grid=(pl.cdiv(width, BLOCK_OUT), pl.cdiv(inner, BLOCK_OUT), groups),
-        out_shape=jax.ShapeDtypeStruct((groups, inner, width), x_mi.dtype),
+        out_shape=jax.ShapeDtypeStruct((groups, inner, width), x_mk.dtype),
         compiler_params=params,
         interpret=interpret,
         metadata=cost_metadata(2.0 * rows * inner * width),
         name="tgmm",
-    )(x_mi, dout_mo, stop_g - group_sizes_g, stop_g)
+    )(x_mk, dout_mn, stop_g - group_sizes_g, stop_g)
 
 
 def _load_tile(ref, rows: pl.Slice, columns: pl.Slice, stop: jax.Array | int | None, *lead) -> jax.Array:

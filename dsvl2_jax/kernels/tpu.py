@@ -30,30 +30,30 @@ _SPLASH_BLOCKS = (
 
 
 def grouped_matvec(
-    x_mi: jax.Array, w_gio: jax.Array, group_sizes_g: jax.Array, *, interpret: bool = False
+    x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
     """`dsvl2_jax.kernels.grouped_matmul.grouped_matmul` of M ≤ G rows: one row a step, with the matrix of its group.
 
     A matrix is fetched once for all rows of its group, and not at all for a group without rows, so that a decode step
     reads the experts that its tokens chose.
     """
-    (m, i), (g, _, o) = x_mi.shape, w_gio.shape
+    (m, k), (g, _, n) = x_mk.shape, w_gkn.shape
     ends_g = jnp.cumsum(group_sizes_g)
-    used_1 = jnp.minimum(ends_g[-1:], m)
+    used = jnp.minimum(ends_g[-1:], m)
     # Rows beyond the last group stay with the matrix that is there already.
-    last_1 = jnp.maximum(used_1 - 1, 0)
-    group_m = jnp.searchsorted(ends_g, jnp.minimum(jnp.arange(m), last_1), side="right").astype(jnp.int32)
+    last = jnp.maximum(used - 1, 0)
+    group_m = jnp.searchsorted(ends_g, jnp.minimum(jnp.arange(m), last), side="right").astype(jnp.int32)
     group_m = jnp.minimum(group_m, g - 1)
-    width = column_block(i, o, w_gio.dtype.itemsize)
+    width = column_block(k, n, w_gkn.dtype.itemsize)
 
-    def kernel(group_ref, used_ref, x_ref, w_ref, out_ref):  # x [1, 1, I], w [1, I, width], out [1, 1, width]
+    def kernel(group_ref, used_ref, x_ref, w_ref, out_ref):  # x [1, 1, K], w [1, K, width], out [1, 1, width]
         del group_ref
         in_a_group = pl.program_id(1) < used_ref[0]
 
         @pl.when(in_a_group)
         def _():
             out = jnp.dot(
-                x_ref[0], w_ref[0], precision=matmul_precision(x_mi.dtype), preferred_element_type=jnp.float32
+                x_ref[0], w_ref[0], precision=matmul_precision(x_mk.dtype), preferred_element_type=jnp.float32
             )
             out_ref[0] = out.astype(out_ref.dtype)
 
@@ -62,45 +62,45 @@ def grouped_matvec(
             out_ref[...] = jnp.zeros_like(out_ref)
 
     if not interpret:  # or the compiler may first fetch all matrices into fast memory
-        w_gio = pltpu.with_memory_space_constraint(w_gio, pltpu.HBM)
-    itemsize = x_mi.dtype.itemsize
+        w_gkn = pltpu.with_memory_space_constraint(w_gkn, pltpu.HBM)
+    itemsize = x_mk.dtype.itemsize
     out = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(o // width, m),
+            grid=(n // width, m),
             in_specs=[
-                pl.BlockSpec((1, 1, i), lambda j, row, group, used: (row, 0, 0)),
-                pl.BlockSpec((1, i, width), lambda j, row, group, used: (group[row], 0, j)),
+                pl.BlockSpec((1, 1, k), lambda j, row, group, used: (row, 0, 0)),
+                pl.BlockSpec((1, k, width), lambda j, row, group, used: (group[row], 0, j)),
             ],
             out_specs=pl.BlockSpec((1, 1, width), lambda j, row, group, used: (row, 0, j)),
         ),
-        out_shape=jax.ShapeDtypeStruct((m, 1, o), x_mi.dtype),
+        out_shape=jax.ShapeDtypeStruct((m, 1, n), x_mk.dtype),
         cost_estimate=pl.CostEstimate(
-            flops=2 * m * i * o,
+            flops=2 * m * k * n,
             transcendentals=0,
-            bytes_accessed=min(m, g) * i * o * w_gio.dtype.itemsize + m * (i * (o // width) + o) * itemsize,
+            bytes_accessed=min(m, g) * k * n * w_gkn.dtype.itemsize + m * (k * (n // width) + n) * itemsize,
         ),
         interpret=interpret,
         name="grouped_matvec",
-    )(group_m, used_1, x_mi[:, None], w_gio)
+    )(group_m, used, x_mk[:, None], w_gkn)
     return out[:, 0]
 
 
 def megablox_tgmm(
-    x_mi: jax.Array,
-    dout_mo: jax.Array,
+    x_mk: jax.Array,
+    dout_mn: jax.Array,
     group_sizes_g: jax.Array,
-    existing_out_gio: jax.Array | None = None,
+    existing_out_gkn: jax.Array | None = None,
     *,
     interpret: bool = False,
 ) -> jax.Array:
     """`dsvl2_jax.kernels.grouped_matmul.tgmm` by jax's megablox kernel, for operands of 16 bits."""
-    (m, i), o = x_mi.shape, dout_mo.shape[1]
+    (m, k), n = x_mk.shape, dout_mn.shape[1]
     tile = min(TGMM_TILES[0], -(-m // LANES) * LANES)
-    x_mi, dout_mo = (jnp.pad(a, ((0, -m % tile), (0, 0))) for a in (x_mi, dout_mo))
-    tiles = tile, min(TGMM_TILES[1], i), min(TGMM_TILES[2], o)
-    return tgmm(x_mi.T, dout_mo, group_sizes_g, x_mi.dtype, tiles, existing_out=existing_out_gio, interpret=interpret)
+    x_mk, dout_mn = (jnp.pad(a, ((0, -m % tile), (0, 0))) for a in (x_mk, dout_mn))
+    tiles = tile, min(TGMM_TILES[1], k), min(TGMM_TILES[2], n)
+    return tgmm(x_mk.T, dout_mn, group_sizes_g, x_mk.dtype, tiles, existing_out=existing_out_gkn, interpret=interpret)
 
 
 def splash_attention(

@@ -2,7 +2,6 @@
 
 Letters in array names, used everywhere: B batch, T tokens, S cache length, N tiles, P patches, W vision
 width, D language width, H heads, R latent rank, E experts, F expert MLP width, V vocabulary, K top-k.
-A D after H (`q_bthd`), or of a key that all heads share (`k_rope_bsd`), is the width of one head.
 """
 
 from __future__ import annotations
