@@ -17,9 +17,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from dsvl2_jax.checkpoint import rules
+from dsvl2_jax.checkpoint.leaves import leaf_bytes
 from dsvl2_jax.checkpoint.load import open_orbax, read_leaves
 from dsvl2_jax.checkpoint.locate import PARAMS_NAME, kind, model_files, resolve
-from dsvl2_jax.checkpoint.safetensors_source import Source, leaf_bytes
+from dsvl2_jax.checkpoint.safetensors_source import Source
 from dsvl2_jax.errors import CheckpointError, ConfigError, TokenizerError
 from dsvl2_jax.inputs.processor import ProcessorConfig
 from dsvl2_jax.inputs.tokenizer import Tokenizer

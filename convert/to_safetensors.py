@@ -21,11 +21,12 @@ import numpy as np
 from rich import filesize
 
 from dsvl2_jax.checkpoint import rules
+from dsvl2_jax.checkpoint.leaves import leaf_bytes
 from dsvl2_jax.checkpoint.load import DTYPES, open_orbax, read_leaves
-from dsvl2_jax.checkpoint.locate import PARAMS_NAME, carry_files, kind, model_files, resolve
-from dsvl2_jax.checkpoint.safetensors_source import INDEX_NAME, READ_BYTES, WORKERS, copy_rows, leaf_bytes, numpy_dtype
+from dsvl2_jax.checkpoint.locate import PARAMS_NAME, carry_files, kind, model_files, open_model, resolve
+from dsvl2_jax.checkpoint.safetensors_source import INDEX_NAME, READ_BYTES, WORKERS, copy_rows, numpy_dtype
 from dsvl2_jax.checkpoint.staging import refuse_existing, staged
-from dsvl2_jax.convert.to_orbax import check_directory, parse_bytes
+from dsvl2_jax.convert.sizes import parse_bytes
 from dsvl2_jax.errors import CheckpointError, UsageError
 from dsvl2_jax.model.parameter_paths import stays_float32
 from dsvl2_jax.runtime.progress import progress
@@ -147,7 +148,7 @@ def export(
         raise CheckpointError(
             f"{directory}: is in the released layout already; export takes a converted directory or a training run."
         )
-    config = check_directory(model_files(directory))
+    config, _ = open_model(directory)
     leaves = {leaf.path: leaf for leaf in rules.expand(config)}
     manifest, stored = open_orbax(directory, config)
     mixed = {name: numpy_dtype(kept) for name, kept in manifest.get("mixed_dtypes", {}).items()}

@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from dsvl2_jax.checkpoint import orbax_io, rules
+from dsvl2_jax.checkpoint.leaves import Leaves, batches
 from dsvl2_jax.checkpoint.locate import PARAMS_NAME, kind, read_manifest, run_of
 from dsvl2_jax.checkpoint.safetensors_source import Source, numpy_dtype
 from dsvl2_jax.errors import CheckpointError, UsageError
@@ -22,12 +23,7 @@ from dsvl2_jax.model.parameter_paths import LeafPath, path_name, stays_float32
 
 DTYPES = ("float32", "bfloat16")
 
-# Leaves are read one Orbax call at a time up to this size together: calls cost about 40 ms each.
-BATCH_BYTES = 64 << 20
-
 Shardings = Mapping[LeafPath, Sharding]
-# Leaf path → (shape, dtype).
-Stored = Mapping[LeafPath, tuple[tuple[int, ...], np.dtype]]
 
 
 def load_params(
@@ -99,7 +95,7 @@ def _read_orbax(
     yield from read_leaves(directory / PARAMS_NAME, stored, shardings, dtypes)
 
 
-def open_orbax(directory: Path, config: Config) -> tuple[dict[str, Any], Stored]:
+def open_orbax(directory: Path, config: Config) -> tuple[dict[str, Any], Leaves]:
     """The manifest (empty for a run's checkpoint) and the leaves, both checked against files and configuration.
 
     Raises:
@@ -111,7 +107,7 @@ def open_orbax(directory: Path, config: Config) -> tuple[dict[str, Any], Stored]
 
 def read_leaves(
     params: Path,
-    stored: Stored,
+    stored: Leaves,
     shardings: Shardings,
     dtypes: Mapping[LeafPath, np.dtype] | None = None,
 ) -> Iterator[tuple[LeafPath, jax.Array]]:
@@ -141,7 +137,7 @@ def read_leaves(
             yield path, array if dtypes is None else array.astype(dtypes[path]).block_until_ready()
 
 
-def _stored(params: Path, config: Config) -> Stored:
+def _stored(params: Path, config: Config) -> Leaves:
     """The leaves of a converted checkpoint, checked against those of the configuration."""
     try:
         stored = orbax_io.read_shapes(params)
@@ -163,21 +159,6 @@ def _stored(params: Path, config: Config) -> Stored:
             f"release:\n{listed(problems)}"
         )
     return stored
-
-
-def batches(stored: Stored, batch_bytes: int = BATCH_BYTES) -> Iterator[list[LeafPath]]:
-    """Groups leaves, in order, up to ``batch_bytes`` together; a larger leaf is alone."""
-    batch: list[LeafPath] = []
-    total = 0
-    for path, (shape, dtype) in stored.items():
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        if batch and total + size > batch_bytes:
-            yield batch
-            batch, total = [], 0
-        batch.append(path)
-        total += size
-    if batch:
-        yield batch
 
 
 def _reason(error: BaseException) -> str:

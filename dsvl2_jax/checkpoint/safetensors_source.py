@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from dsvl2_jax.checkpoint.leaves import leaf_bytes
 from dsvl2_jax.checkpoint.rules import FLOAT_DTYPES, Leaf, Shape
 from dsvl2_jax.errors import CheckpointError
 from dsvl2_jax.json_files import read_json_object
@@ -113,7 +114,7 @@ class Source:
         """
         if where == tuple(slice(0, size) for size in leaf.shape):
             return self.read_leaf(leaf, dtype)
-        out = aligned_empty([part.stop - part.start for part in where], dtype)
+        out = aligned_empty(tuple(part.stop - part.start for part in where), dtype)
         found = leaf.block(where, out)
         if found is None:
             out[...] = self.read_leaf(leaf, dtype)[where]
@@ -321,9 +322,9 @@ def _expected_size(file: Path) -> str:
         return ""
 
 
-def aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An uninitialised array on a 64-byte boundary, which `jax.device_put` on CPU takes without copying."""
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    size = leaf_bytes(shape, dtype)
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start : start + size].view(dtype).reshape(shape)
@@ -333,7 +334,3 @@ def copy_rows(out: np.ndarray, rows: np.ndarray) -> None:
     """``out[...] = rows``, fast when one of them is a transposed view."""
     for start in range(0, len(rows), ROWS_PER_COPY):
         out[start : start + ROWS_PER_COPY] = rows[start : start + ROWS_PER_COPY]
-
-
-def leaf_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
