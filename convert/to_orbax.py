@@ -124,9 +124,12 @@ def convert(
 
 def _mixed_dtypes(source: Source, leaves: Mapping[LeafPath, rules.Leaf], plan: Leaves) -> dict[str, str]:
     """Tensors whose dtype is not that of the stacked parameter that they are part of → their own."""
-    own = {name: rules.FLOAT_DTYPES[tensor.dtype] for name, tensor in source.tensors.items()}
+    stored_as = {name: rules.FLOAT_DTYPES[tensor.dtype] for name, tensor in source.tensors.items()}
     return {
-        name: own[name] for path, leaf in leaves.items() for name in leaf.sources if own[name] != plan[path][1].name
+        name: stored_as[name]
+        for path, leaf in leaves.items()
+        for name in leaf.sources
+        if stored_as[name] != plan[path][1].name
     }
 
 

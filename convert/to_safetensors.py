@@ -48,7 +48,7 @@ class ShardWriter:
         """Creates the shards with their headers. ``tensors`` are put into shards in the order given."""
         self._directory = directory
         self._total = sum(leaf_bytes(*entry) for entry in tensors.values())
-        self._places: dict[str, tuple[int, int]] = {}  # name → (file descriptor, byte offset)
+        self._positions: dict[str, tuple[int, int]] = {}  # name → (file descriptor, byte offset)
         self._weight_map: dict[str, str] = {}
         self._descriptors: list[int] = []
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="dsvl2-write")
@@ -100,7 +100,7 @@ class ShardWriter:
         _write_all(descriptor, struct.pack("<Q", len(text)) + text, 0)
         os.truncate(descriptor, 8 + len(text) + position)
         for name in names:
-            self._places[name] = (descriptor, 8 + len(text) + header[name]["data_offsets"][0])
+            self._positions[name] = (descriptor, 8 + len(text) + header[name]["data_offsets"][0])
             self._weight_map[name] = file_name
 
     def _write_rows(self, name: str, array: np.ndarray, start: int, stop: int) -> None:
@@ -108,7 +108,7 @@ class ShardWriter:
         if not rows.flags.c_contiguous:
             strided, rows = rows, np.empty(rows.shape, rows.dtype)
             copy_rows(rows, strided)
-        descriptor, offset = self._places[name]
+        descriptor, offset = self._positions[name]
         row_bytes = array.nbytes // max(1, len(array)) if array.ndim else array.nbytes
         _write_all(descriptor, memoryview(rows.reshape(-1).view(np.uint8)), offset + start * row_bytes)
 
@@ -151,7 +151,7 @@ def export(
     config, _ = open_model(directory)
     leaves = {leaf.path: leaf for leaf in rules.expand(config)}
     manifest, stored = open_orbax(directory, config)
-    mixed = {name: numpy_dtype(kept) for name, kept in manifest.get("mixed_dtypes", {}).items()}
+    mixed = {name: numpy_dtype(dtype_name) for name, dtype_name in manifest.get("mixed_dtypes", {}).items()}
     tensors = {
         name: (
             leaf.layout.source_shape,

@@ -69,29 +69,29 @@ def _read_released(
     with Source(directory) as source:
         rules.check(source.shapes_and_dtypes, config, str(directory))
         for leaf in rules.expand(config):
-            array = _place(source, leaf, shardings[leaf.path], dtype)
+            array = _read_placed(source, leaf, shardings[leaf.path], dtype)
             yield leaf.path, array.block_until_ready()  # transfers may not pile up in host memory
 
 
-def _place(source: Source, leaf: rules.Leaf, sharding: Sharding, dtype: str | None) -> jax.Array:
+def _read_placed(source: Source, leaf: rules.Leaf, sharding: Sharding, dtype: str | None) -> jax.Array:
     """A parameter on the devices, of which this process reads the slices that its own devices hold."""
     target = _target_dtype(leaf.path, source.leaf_dtype(leaf), dtype)
     read: dict[tuple[tuple[int, int], ...], np.ndarray] = {}  # several devices may hold the same slice
 
-    def part(where: tuple[slice, ...]) -> np.ndarray:
-        bounds = tuple(one.indices(size)[:2] for one, size in zip(where, leaf.shape, strict=True))
+    def read_part(window: tuple[slice, ...]) -> np.ndarray:
+        bounds = tuple(axis.indices(size)[:2] for axis, size in zip(window, leaf.shape, strict=True))
         if bounds not in read:
             read[bounds] = source.read_slice(leaf, tuple(slice(*pair) for pair in bounds), target)
         return read[bounds]
 
-    return jax.make_array_from_callback(leaf.shape, sharding, part)
+    return jax.make_array_from_callback(leaf.shape, sharding, read_part)
 
 
 def _read_orbax(
     directory: Path, config: Config, shardings: Shardings, dtype: str | None
 ) -> Iterator[tuple[LeafPath, jax.Array]]:
     _, stored = open_orbax(directory, config)
-    dtypes = {path: _target_dtype(path, kept, dtype) for path, (_, kept) in stored.items()}
+    dtypes = {path: _target_dtype(path, stored_as, dtype) for path, (_, stored_as) in stored.items()}
     yield from read_leaves(directory / PARAMS_NAME, stored, shardings, dtypes)
 
 
@@ -171,4 +171,4 @@ def _reason(error: BaseException) -> str:
 def _remedy(directory: Path) -> str:
     if run_of(directory) is None:
         return "Copy or convert the checkpoint again."
-    return f"Copy it again, or remove {directory}: the run then goes on from the checkpoint before it."
+    return f"Copy it again, or remove {directory}: the run then resumes from the checkpoint before it."

@@ -25,7 +25,7 @@ from dsvl2_jax.infer.eval.report import Thumbnails, write_report
 from dsvl2_jax.infer.eval.results import EvalRun, checkpoint_digest, file_digest, open_run
 from dsvl2_jax.infer.eval.samples import Sample, read_samples, score
 from dsvl2_jax.infer.loading import LoadOptions, load
-from dsvl2_jax.inputs.image_sources import ImageStore, open_images, resolve
+from dsvl2_jax.inputs.image_sources import ImageStore, open_images, resolve_image
 from dsvl2_jax.inputs.images import load_image, select_best_resolution
 from dsvl2_jax.inputs.processor import MAX_TILED_IMAGES, ModelInputs, Processor, extended_candidate_resolutions
 from dsvl2_jax.runtime import processes
@@ -215,7 +215,7 @@ def _answer_all(
 
     def prepare(sample: Sample) -> _Prepared:
         try:
-            images = [load_image(resolve(reference, store)) for reference in sample.images]
+            images = [load_image(resolve_image(reference, store)) for reference in sample.images]
             thumbnails.make(sample, images)
             inputs = model.processor(list(sample.conversation), images)
         except (DSVL2Error, OSError) as error:

@@ -1,4 +1,4 @@
-"""The page of an evaluation's report. `eval_report` fills in what stands between @@; texts stay texts."""
+"""The page of an evaluation's report; `report` fills in the fields between @@, with all texts escaped."""
 
 PAGE = """<!doctype html>
 <html lang="en">
