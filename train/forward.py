@@ -133,7 +133,7 @@ def hidden_states(
         module = DecoderLayer(language, run.first, dtype)
 
         def layer(own: Params, x: jax.Array, module: DecoderLayer = module) -> tuple[jax.Array, Any]:
-            x, _, routing = module.apply({"params": own}, x, positions, valid, None, False)
+            x, _, routing = module.apply({"params": own}, x, positions, valid, None)
             return x, None if routing is None else statistics(routing)
 
         x, report = _through(run, params["language"], config, layer, x, remat)

@@ -261,8 +261,18 @@ class Processor:
             first_tile += 1 + cols * rows
 
 
+def image_tokens(cols: int | np.ndarray, rows: int | np.ndarray, side: int) -> int | np.ndarray:
+    """How many tokens an image of ``cols`` × ``rows`` local tiles takes; numbers, or arrays of them.
+
+    Both views have ``side`` tokens along a side of a tile and a newline after every row, and a separator lies between
+    the views: see `image_positions`.
+    """
+    global_view, local_view = side * (side + 1), side * rows * (side * cols + 1)
+    return global_view + 1 + local_view
+
+
 def image_positions(cols: int, rows: int, side: int, first_tile: int, global_view_pos: str = "head") -> np.ndarray:
-    """`ModelInputs.image_index` of one image, i32[side·(side+1) + 1 + side·rows·(side·cols+1)].
+    """`ModelInputs.image_index` of one image, i32[`image_tokens`].
 
     Every row of the global view, and of the local view as one picture, ends in a newline; a separator stands
     between the views, the global one first if `global_view_pos` is "head".

@@ -52,7 +52,7 @@ def settings(size: str, stage: str, *more: str) -> settings.Settings:
     if stage != "align":
         overrides.append("data.train.text.path=unused")
     overrides += [f"optimizer.learning_rate={RATE}", "optimizer.schedule=constant", "optimizer.warmup_steps=0"]
-    overrides += ["batch.sequences=8", "batch.micro_sequences=8", "data.max_segments=1"]
+    overrides += ["batch.sequences=8", "batch.microbatch_size=8", "data.max_segments=1"]
     overrides += ["compute.dtype=float32", "compute.remat=none"]
     return settings.load(f"{size}-{stage}", [*overrides, *more])
 

@@ -66,7 +66,7 @@ def settings(*, has_bias: bool) -> settings.Settings:
     )
     return settings.Settings(
         data=settings.DataSettings(sequence_length=LENGTH, max_segments=3),
-        batch=settings.BatchSettings(sequences=4, micro_sequences=2),
+        batch=settings.BatchSettings(sequences=4, microbatch_size=2),
         stage=settings.StageSettings(rules, BALANCE, SPEED if has_bias else 0.0),
         optimizer=settings.OptimizerSettings(learning_rate=RATE, schedule="step", weight_decay=DECAY),
         compute=settings.ComputeSettings(dtype="float32", remat="full", loss_chunk=8),

@@ -19,7 +19,7 @@ from dsvl2_jax.checkpoint.locate import resolve
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.inputs.processor import Processor
 from dsvl2_jax.runtime.progress import progress
-from dsvl2_jax.train.data.samples import SampleSource, Unusable
+from dsvl2_jax.train.data.samples import SampleSource, SkippedSample
 from dsvl2_jax.train.settings.schema import DataSettings, SourceSettings
 
 _AT_A_TIME = 512  # samples handed to the threads; bounds what waits
@@ -95,7 +95,7 @@ def examine(
     problems: list[str] = []
     sizes: list[tuple[int, int, int]] = []
     for found in _measured(source):
-        if isinstance(found, Unusable):
+        if isinstance(found, SkippedSample):
             broken[found.reason] += 1
             if len(problems) < most_problems:
                 problems.append(f"{found.name}: {found.message}")
@@ -182,12 +182,12 @@ def draw(summary: Summary, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _measured(source: SampleSource) -> Iterator[tuple[int, int, int] | Unusable]:
+def _measured(source: SampleSource) -> Iterator[tuple[int, int, int] | SkippedSample]:
     """(tokens, supervised tokens, tiles) of each sample in order, or what is wrong with it."""
 
-    def measure(index: int) -> tuple[int, int, int] | Unusable:
+    def measure(index: int) -> tuple[int, int, int] | SkippedSample:
         item = source[index]
-        if isinstance(item, Unusable):
+        if isinstance(item, SkippedSample):
             return item
         # A segment's first token is never predicted.
         return len(item["tokens"]), int((item["tokens"][1:, 1] >= 0).sum()), len(item["tiles"])

@@ -23,7 +23,7 @@ UNREADABLE, UNEXPECTED = "file unreadable", "unexpected error"
 
 
 @dataclasses.dataclass(frozen=True)
-class Unusable:
+class SkippedSample:
     """A sample that is left out, on its way from a worker."""
 
     name: str
@@ -70,7 +70,7 @@ class SampleSource:
     def may_have_images(self) -> bool:
         return any(file.may_have_images for file in self.files)
 
-    def __getitem__(self, index: int) -> dict[str, Any] | Unusable:
+    def __getitem__(self, index: int) -> dict[str, Any] | SkippedSample:
         """`packing.element`, or why there is none. Raises nothing: a bad sample must not end a worker."""
         file, place = self._locate(int(index))
         name = file.name(place)
@@ -91,11 +91,11 @@ class SampleSource:
                 side = self._processor.config.tokens_per_side
                 inputs, truncated = packing.fit(inputs, self.shape, self._data.too_long, side)
         except SampleError as error:
-            return Unusable(name, error.reason, str(error))
+            return SkippedSample(name, error.reason, str(error))
         except OSError as error:
-            return Unusable(name, UNREADABLE, str(error))
+            return SkippedSample(name, UNREADABLE, str(error))
         except Exception as error:  # whatever a stranger's data sets off in the libraries that read it
-            return Unusable(name, UNEXPECTED, f"{type(error).__name__}: {error}")
+            return SkippedSample(name, UNEXPECTED, f"{type(error).__name__}: {error}")
         return packing.element(inputs, name, truncated=truncated)
 
     def _locate(self, index: int) -> tuple[DataFile, int]:

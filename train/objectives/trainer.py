@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from dsvl2_jax.errors import SettingsError
+from dsvl2_jax.inputs.batch import rebased
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import Params, abstract_leaves
 from dsvl2_jax.model.parameter_paths import LeafPath, path_name
@@ -194,7 +195,7 @@ class BaseTrainer:
             return batch
         own, shards = data_shards(self.mesh)
         devices = self.mesh.size // shards  # of a data shard
-        rows = self.settings.batch.micro_sequences
+        rows = self.settings.batch.microbatch_size
         if batch.ids.shape[1] != rows * len(own):
             raise ValueError(f"{batch.ids.shape[1]} rows given, {rows} for each of {len(own)} data shards expected")
         per_row = self.config.tokens_per_tile
@@ -207,8 +208,8 @@ class BaseTrainer:
         index = batch.image_index
         if count:
             tile = np.maximum(index, 0) // per_row
-            tile = np.asarray(own)[tile // given] * even + tile % given
-            index = np.where(index >= 0, tile * per_row + index % per_row, index).astype(np.int32)
+            moved = np.asarray(own)[tile // given] * even + tile % given
+            index = rebased(index, (moved - tile) * per_row)
 
         def put(x: np.ndarray, shard: int, spec: PartitionSpec) -> jax.Array:
             """``shard``: entries of a data shard along axis 1."""

@@ -37,7 +37,7 @@ _RANGES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "data.streams": _POSITIVE,
     "data.max_broken_share": _SHARE,
     "batch.sequences": _POSITIVE,
-    "batch.micro_sequences": _POSITIVE,
+    "batch.microbatch_size": _POSITIVE,
     "stage.balance_loss_weight": _NOT_NEGATIVE,
     "stage.bias_update_speed": _NOT_NEGATIVE,
     "contrastive.text_layers": _POSITIVE,
@@ -109,8 +109,11 @@ def _stage(stage: StageSettings) -> Iterator[Problem]:
             re.compile(rule.match)
         except re.error as error:
             yield (*where, "match"), f"{rule.match!r} is not a regular expression: {error}."
-        if rule.rate <= 0:
-            yield (*where, "rate"), f"must be positive, not {rule.rate}; to freeze parameters say train = false."
+        if rule.lr_multiplier <= 0:
+            yield (
+                (*where, "lr_multiplier"),
+                f"must be positive, not {rule.lr_multiplier}; to freeze parameters say train = false.",
+            )
 
 
 def together(settings: Settings) -> Iterator[Problem]:
@@ -122,9 +125,9 @@ def together(settings: Settings) -> Iterator[Problem]:
         shards = batch_parts(parse_mesh(settings.compute.mesh))
     except UsageError as error:
         yield ("compute", "mesh"), str(error).removeprefix("--mesh: ")
-    if batch.micro_sequences > 0 and batch.sequences % (batch.micro_sequences * shards):
+    if batch.microbatch_size > 0 and batch.sequences % (batch.microbatch_size * shards):
         parts = f" × {shards} data shards" if shards > 1 else ""
-        unit = f"micro_sequences = {batch.micro_sequences}{parts}"
+        unit = f"microbatch_size = {batch.microbatch_size}{parts}"
         yield ("batch", "sequences"), f"{batch.sequences} is no multiple of {unit}."
     if settings.data.streams > 0 and batch.sequences % settings.data.streams:
         yield ("data", "streams"), f"{settings.data.streams} does not divide batch.sequences = {batch.sequences}."

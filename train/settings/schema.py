@@ -61,10 +61,10 @@ class DataSettings:
 
 @dataclasses.dataclass(frozen=True)
 class BatchSettings:
-    """``[batch]``: sequences of one optimizer step. Accumulation steps follow: sequences / (micro × data shards)."""
+    """``[batch]``: sequences of one optimizer step; accumulation steps = sequences / (microbatch × data shards)."""
 
     sequences: int = 64  # rows in a step, over all devices and accumulation steps
-    micro_sequences: int = 1  # rows that a data shard computes at a time
+    microbatch_size: int = 1  # rows that a data shard computes at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class ParameterRule:
 
     match: str = ""
     train: bool = True
-    rate: float = 1.0  # factor on the learning rate
+    lr_multiplier: float = 1.0  # factor on the learning rate
     decay: bool = True  # weight decay
 
 
@@ -166,7 +166,7 @@ COMMAND_LINE = "command line"
 # What a resumed run may change: none of it reaches the parameters.
 _MAY_CHANGE = (
     "compute.mesh",
-    "batch.micro_sequences",
+    "batch.microbatch_size",
     "data.validation",
     "data.max_broken_share",
     "data.workers",
@@ -430,6 +430,6 @@ def _literal(value: Any) -> str:
 
 
 def _name(where: settings_check.Path) -> str:
-    """stage.parameters[0].rate, as in messages."""
+    """stage.parameters[0].lr_multiplier, as in messages."""
     parts = (f"[{key}]" if isinstance(key, int) else f".{key}" for key in where)
     return "".join(parts).removeprefix(".")

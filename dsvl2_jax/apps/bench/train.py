@@ -314,7 +314,7 @@ def _ours(ids: np.ndarray, setting: Setting) -> tuple[Callable[[], float], int, 
     from dsvl2_jax.model.config import TEXT_POSITION, Config
     from dsvl2_jax.train.data.batch import TrainBatch
     from dsvl2_jax.train.objectives.language import Trainer
-    from dsvl2_jax.train.settings import schema as settings
+    from dsvl2_jax.train.settings import schema
 
     # A vision encoder as small as can be: it is neither trained nor run.
     config = Config.from_dict(
@@ -327,16 +327,16 @@ def _ours(ids: np.ndarray, setting: Setting) -> tuple[Callable[[], float], int, 
     )
     rows, length = ids.shape
     rules = (
-        settings.ParameterRule("/correction_bias$", train=False),
-        settings.ParameterRule("^language/"),
-        settings.ParameterRule("", train=False),
+        schema.ParameterRule("/correction_bias$", train=False),
+        schema.ParameterRule("^language/"),
+        schema.ParameterRule("", train=False),
     )
-    settings = settings.Settings(
-        data=settings.DataSettings(sequence_length=length, tiles_per_sequence=0, max_segments=1),
-        batch=settings.BatchSettings(sequences=rows, micro_sequences=rows),
-        stage=settings.StageSettings(rules, balance_loss_weight=0.0),
-        optimizer=settings.OptimizerSettings(learning_rate=LEARNING_RATE),
-        compute=settings.ComputeSettings(dtype="float32", remat=setting.remat, loss_chunk=256),
+    settings = schema.Settings(
+        data=schema.DataSettings(sequence_length=length, tiles_per_sequence=0, max_segments=1),
+        batch=schema.BatchSettings(sequences=rows, microbatch_size=rows),
+        stage=schema.StageSettings(rules, balance_loss_weight=0.0),
+        optimizer=schema.OptimizerSettings(learning_rate=LEARNING_RATE),
+        compute=schema.ComputeSettings(dtype="float32", remat=setting.remat, loss_chunk=256),
     )
     batch = TrainBatch(
         ids=ids[None],

@@ -90,12 +90,12 @@ def _array(mesh: Mesh, dtype: DTypeLike, shape: tuple[int, ...], *axes: str | No
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
 
-def _cache(config: Config, mesh: Mesh, batch: int, slots: int, dtype: DTypeLike) -> Any:
+def _cache(config: Config, mesh: Mesh, slots: int, cache_length: int, dtype: DTypeLike) -> Any:
     layout = cache_layout(config.language)
 
     def layer() -> dict[str, jax.ShapeDtypeStruct]:
         return {
-            name: _array(mesh, dtype, (batch, slots, *shape), "slots", "cache_length", *axes)
+            name: _array(mesh, dtype, (slots, cache_length, *shape), "slots", "cache_length", *axes)
             for name, (shape, axes) in layout.items()
         }
 
@@ -112,7 +112,7 @@ def _prefill(config: Config, mesh: Mesh, batch: int, sequence: int, dtype: DType
 
 def _decode(config: Config, mesh: Mesh, batch: int, sequence: int, dtype: DTypeLike) -> jax.stages.Lowered:
     def row(kind: DTypeLike) -> jax.ShapeDtypeStruct:
-        return _array(mesh, kind, (batch,), "rows")
+        return _array(mesh, kind, (batch,), "decode_batch")
 
     state = DecodeState(
         cache=_cache(config, mesh, batch, sequence, dtype),

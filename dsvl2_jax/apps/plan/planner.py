@@ -111,7 +111,7 @@ def _load(config: Config, job: Job, sizes: dict[str, int]) -> float:
     if job.kind == "encode":
         return 1 / _parts((job.batch,), ("tiles",), sizes, ACTIVATION_RULES)
     if job.kind != "decode":
-        rows = job.batch if job.settings is None else job.settings.batch.micro_sequences * sizes["data"]
+        rows = job.batch if job.settings is None else job.settings.batch.microbatch_size * sizes["data"]
         heads = (rows, job.sequence, cfg.num_attention_heads, 1)
         return 1 / _parts(heads, ("batch", "length", "heads", "head_dim"), sizes, ACTIVATION_RULES)
     visited = min(1.0, job.batch * cfg.num_experts_per_tok / cfg.n_routed_experts) if cfg.n_routed_experts else 0.0
@@ -162,7 +162,7 @@ def _divides(job: Job, sizes: dict[str, int]) -> bool:
     if job.settings is None:
         return True
     batch = job.settings.batch
-    return batch.sequences % (batch.micro_sequences * batch_parts(sizes)) == 0
+    return batch.sequences % (batch.microbatch_size * batch_parts(sizes)) == 0
 
 
 def plan(
@@ -270,7 +270,9 @@ def mean_turns(config: Config, job: Job, sizes: dict[str, int]) -> float:
         return 1.0
     shards = _parts((config.language.n_routed_experts,), ("expert",), sizes, PARAM_RULES)
     assignments = (
-        job.batch * config.language.num_experts_per_tok / _parts((job.batch,), ("rows",), sizes, ACTIVATION_RULES)
+        job.batch
+        * config.language.num_experts_per_tok
+        / _parts((job.batch,), ("decode_batch",), sizes, ACTIVATION_RULES)
     )
     return assignments / (shards * -(-assignments // shards))
 

@@ -41,7 +41,7 @@ def settings_of(
     sizes = {
         "batch.sequences": sequences,
         "data.sequence_length": length,
-        "batch.micro_sequences": micro,
+        "batch.microbatch_size": micro,
         # The presets leave the data to the user; nothing is read of them here.
         "data.train.vl.path": "planned.jsonl",
         "data.train.text.path": "planned.jsonl" if kind == "pretrain" else None,
@@ -53,9 +53,9 @@ def settings_of(
 def check_batch(settings: Settings, sizes: dict[str, int]) -> None:
     """Raises UsageError when a step's sequences cannot be split evenly."""
     batch, shards = settings.batch, batch_parts(sizes)
-    if batch.sequences % (batch.micro_sequences * shards):
+    if batch.sequences % (batch.microbatch_size * shards):
         raise UsageError(
-            f"a step of {batch.sequences} sequences is no multiple of {batch.micro_sequences} at a time on each of "
+            f"a step of {batch.sequences} sequences is no multiple of {batch.microbatch_size} at a time on each of "
             f"{shards} data shards; change --batch, --micro or --mesh."
         )
 
@@ -63,7 +63,7 @@ def check_batch(settings: Settings, sizes: dict[str, int]) -> None:
 def described(settings: Settings) -> dict[str, Any]:
     """What of the settings shapes the program."""
     return {
-        "micro": settings.batch.micro_sequences,
+        "micro": settings.batch.microbatch_size,
         "tiles": settings.data.tiles_per_sequence,
         "remat": settings.compute.remat,
         "dtype": settings.compute.dtype,
@@ -127,12 +127,12 @@ def abstract_batch(config: Config, settings: Settings, mesh: Mesh) -> Any:
 
     sizes, batch = dict(mesh.shape), settings.batch
     shards = batch_parts(sizes)
-    steps = batch.sequences // (batch.micro_sequences * shards)
-    rows = (steps, batch.micro_sequences * shards, settings.data.sequence_length)
+    steps = batch.sequences // (batch.microbatch_size * shards)
+    rows = (steps, batch.microbatch_size * shards, settings.data.sequence_length)
     by_row = NamedSharding(mesh, PartitionSpec(None, ACTIVATION_RULES["batch"]))
     by_tile = NamedSharding(mesh, PartitionSpec(None, ACTIVATION_RULES["tiles"]))
     others = mesh.size // shards  # devices among which a data shard's tiles are dealt out
-    tiles = -(-batch.micro_sequences * settings.data.tiles_per_sequence // others) * mesh.size
+    tiles = -(-batch.microbatch_size * settings.data.tiles_per_sequence // others) * mesh.size
     side = config.vision.image_size
     whole = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=by_row)
     return TrainBatch(

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 
 from dsvl2_jax.apps.bench.convert import random_checkpoint
 from dsvl2_jax.apps.bench.load import bench_load
-from dsvl2_jax.apps.cli import main as cli
+from dsvl2_jax.apps.cli.main import main
 from dsvl2_jax.convert.to_orbax import convert
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import abstract_leaves, entry_axes, param_shardings
@@ -77,7 +77,7 @@ def test_experts_and_heads_have_one_axis_each(layouts):
     ],
 )
 def test_wrong_calls_are_named(arguments, status, message, capsys):
-    assert cli.main(["bench", "load", *arguments]) == status
+    assert main(["bench", "load", *arguments]) == status
     assert message in capsys.readouterr().err
 
 
@@ -88,6 +88,6 @@ def test_a_process_that_fails_ends_the_measurement(layouts, tmp_path, capfd):
         if file.suffix == ".json":
             (broken / file.name).symlink_to(file)
     (broken / "model.safetensors.index.json").write_text("{}")
-    assert cli.main(["bench", "load", str(broken), "--dtype", "bfloat16"]) == 1
+    assert main(["bench", "load", str(broken), "--dtype", "bfloat16"]) == 1
     errors = capfd.readouterr().err
     assert "not an index of shards" in errors and f"{broken}: process 0 ended with status 1" in errors

@@ -29,7 +29,7 @@ from dsvl2_jax.train.flops import contrastive_flops
 from dsvl2_jax.train.objectives.contrastive import TextTower, same_captions, sigmoid_loss
 from dsvl2_jax.train.objectives.contrastive_trainer import ContrastiveMetrics, ContrastiveTrainer
 from dsvl2_jax.train.parameter_rules import assign
-from dsvl2_jax.train.run import batch_share, train
+from dsvl2_jax.train.run import batch_shard, train
 from dsvl2_jax.train.settings import schema as settings
 from dsvl2_jax.train.settings.schema import ContrastiveSettings, ParameterRule
 
@@ -113,7 +113,7 @@ def test_what_pads_a_caption_changes_no_bit_of_what_it_says():
 def test_a_row_is_a_caption_that_ends_in_eos_and_its_image_in_one_tile(toy):
     config, processor = open_model(toy)
     found = settings.load(toy / "config.toml", ["contrastive.text_length=6", "data.shuffle=false"])
-    pipeline = data.open_training(found, processor, config, data.Share(rows=IMAGES))
+    pipeline = data.open_training(found, processor, config, data.BatchShard(rows=IMAGES))
     step = next(pipeline)
     pipeline.close()
     ids, segments = step.batch.ids[0], step.batch.segments[0]
@@ -151,7 +151,7 @@ def write(toy, run):
         "model": {"checkpoint": str(toy / "model"), "random_init": True},
         "data.train.toy": {"path": str(toy / "train.jsonl")},
         "data.validation.held": {"path": str(toy / "held.jsonl")},
-        "batch": {"sequences": IMAGES, "micro_sequences": IMAGES // 8},
+        "batch": {"sequences": IMAGES, "microbatch_size": IMAGES // 8},
         "stage": {"objective": "contrastive"},
         "contrastive": {"text_layers": 1, "text_length": 40},
         "optimizer": {"learning_rate": 0.003},
@@ -176,7 +176,7 @@ def trainer(toy, mesh=None, **compute) -> ContrastiveTrainer:
     config, processor = open_model(toy)
     found = settings.load(toy / "config.toml")
     shards = 1 if mesh is None else mesh.shape["data"]
-    batch = dataclasses.replace(found.batch, micro_sequences=IMAGES // shards)
+    batch = dataclasses.replace(found.batch, microbatch_size=IMAGES // shards)
     compute = dataclasses.replace(found.compute, **compute)
     found = dataclasses.replace(found, batch=batch, compute=compute)
     return ContrastiveTrainer(config, found, processor.config.image_mean, processor.config.image_std, mesh)
@@ -373,8 +373,8 @@ def test_settings_survive_and_are_compared(toy, tmp_path):
 
 
 def test_accumulation_is_refused(toy):
-    found = settings.load(toy / "config.toml", ["compute.mesh=", "batch.micro_sequences=4"])
+    found = settings.load(toy / "config.toml", ["compute.mesh=", "batch.microbatch_size=4"])
     with pytest.raises(
-        SettingsError, match=r"batch\.micro_sequences = 4 × 1 data shards = 4, but batch\.sequences = 8"
+        SettingsError, match=r"batch\.microbatch_size = 4 × 1 data shards = 4, but batch\.sequences = 8"
     ):
-        batch_share(found, None)
+        batch_shard(found, None)

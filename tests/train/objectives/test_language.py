@@ -66,7 +66,11 @@ VARIANTS = {
 }
 SHAPE = RowShape(tokens=56, tiles=3, segments=5)
 ROWS = 8
-ALL = (ParameterRule("attn_pool|correction_bias", False), ParameterRule("vision/", rate=0.1), ParameterRule(""))
+ALL = (
+    ParameterRule("attn_pool|correction_bias", False),
+    ParameterRule("vision/", lr_multiplier=0.1),
+    ParameterRule(""),
+)
 ALIGN = (ParameterRule("attn_pool|language/", False), ParameterRule(""))
 
 
@@ -85,7 +89,7 @@ def config(variant: str) -> Config:
 def settings(rules=ALL, rows: int = ROWS, **compute) -> Settings:
     return Settings(
         data=DataSettings(sequence_length=SHAPE.tokens, max_segments=SHAPE.segments),
-        batch=BatchSettings(micro_sequences=rows),
+        batch=BatchSettings(microbatch_size=rows),
         stage=StageSettings(rules, balance_loss_weight=0.02, bias_update_speed=0.01),
         optimizer=OptimizerSettings(learning_rate=1e-2, clip_norm=0.0),
         compute=ComputeSettings(**{"dtype": "float32", "loss_chunk": 20} | compute),

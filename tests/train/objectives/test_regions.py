@@ -57,7 +57,7 @@ def toy(tmp_path_factory):
         path = "{directory}/regions.jsonl"
         [batch]
         sequences = {IMAGES}
-        micro_sequences = {IMAGES}
+        microbatch_size = {IMAGES}
         [stage]
         objective = "regions"
         [[stage.parameters]]
@@ -186,7 +186,7 @@ def rows(toy):
     """The first step's batch of the toy's data."""
     config, processor = open_model(toy)
     found = settings.load(toy / "config.toml", ["data.shuffle=false"])
-    pipeline = data.open_training(found, processor, config, data.Share(rows=IMAGES))
+    pipeline = data.open_training(found, processor, config, data.BatchShard(rows=IMAGES))
     step = next(pipeline)
     pipeline.close()
     return step
@@ -254,7 +254,7 @@ def trainer(toy, mesh=None, **compute) -> RegionTrainer:
     config, processor = open_model(toy)
     found = settings.load(toy / "config.toml")
     shards = 1 if mesh is None else mesh.shape["data"]
-    batch = dataclasses.replace(found.batch, micro_sequences=IMAGES // shards)
+    batch = dataclasses.replace(found.batch, microbatch_size=IMAGES // shards)
     found = dataclasses.replace(found, batch=batch, compute=dataclasses.replace(found.compute, **compute))
     return RegionTrainer(config, found, processor.config.image_mean, processor.config.image_std, mesh)
 

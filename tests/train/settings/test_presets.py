@@ -80,7 +80,7 @@ def test_rules_cover_the_released_model_and_freeze_what_they_should(size, stage)
         frozen = bool(GRADIENT_FREE.search(path)) or (stage == "align" and path.startswith("language/"))
         assert rule.train != frozen, path
         if rule.train:
-            assert rule.rate == (0.1 if path.startswith("vision/") else 1.0), path
+            assert rule.lr_multiplier == (0.1 if path.startswith("vision/") else 1.0), path
             vector = path.endswith(("/bias", "/scale", "_embed", "_tokens")) or len(shapes[path]) == 1
             assert rule.decay != vector, path
     trained = sum(rule.train for rule in rules.values())
