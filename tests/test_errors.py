@@ -1,15 +1,8 @@
-"""Errors keep what they say and how they are counted, also from one process to another."""
-
-import pickle
+"""Exit statuses of errors. That a SampleError survives pickling is tested in tests/inputs/test_records.py."""
 
 import pytest
 
 from dsvl2_jax import errors
-
-
-def test_a_sample_error_survives_pickling():
-    error = pickle.loads(pickle.dumps(errors.SampleError("image missing", "a.png: no such file")))
-    assert (error.reason, str(error)) == ("image missing", "a.png: no such file")
 
 
 @pytest.mark.parametrize(("kind", "status"), [("UsageError", 2), ("SettingsError", 2), ("CheckpointError", 1)])

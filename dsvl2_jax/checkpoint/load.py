@@ -32,12 +32,12 @@ def load_params(
     """Loads every parameter, one large leaf at a time.
 
     Args:
-      directory: of `resolve`, in either layout.
+      directory: as `resolve` returns it, in any layout.
       config: of the same directory.
       dtype: "float32" or "bfloat16" casts (the router's parameters are float32 always); None keeps
         each parameter's stored dtype.
-      mesh: places each parameter by `param_shardings`; None: on the first device. A process reads only what its
-        devices hold (of the released layout also the rest of the tensors' rows that this is in).
+      mesh: places each parameter by `param_shardings`; None: all on the first device. A process reads only what
+        its devices hold (in the released layout, whole rows of the tensors).
       fsdp: split large parameters over ``data`` too, as training does.
 
     Returns:
@@ -70,7 +70,7 @@ def _read_released(
         rules.check(source.shapes_and_dtypes, config, str(directory))
         for leaf in rules.expand(config):
             array = _read_placed(source, leaf, shardings[leaf.path], dtype)
-            yield leaf.path, array.block_until_ready()  # transfers may not pile up in host memory
+            yield leaf.path, array.block_until_ready()  # so that transfers do not pile up in host memory
 
 
 def _read_placed(source: Source, leaf: rules.Leaf, sharding: Sharding, dtype: str | None) -> jax.Array:

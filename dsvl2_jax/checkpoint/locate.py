@@ -92,10 +92,10 @@ def model_files(directory: Path) -> Path:
 
 
 def description(directory: Path) -> str:
-    """Tells apart what a checkpoint's JSON files say: configuration, tokenizer, and index or manifest of the weights.
+    """A line of text that differs where a checkpoint's JSON files do: configuration, tokenizer, index or manifest.
 
     Args:
-      directory: of `resolve`.
+      directory: as `resolve` returns it.
     """
     files = {file.name: file for folder in (model_files(directory), directory) for file in folder.glob("*.json")}
     content = b"".join(name.encode() + files[name].read_bytes() for name in sorted(files))
@@ -114,7 +114,7 @@ def open_model(directory: Path) -> tuple[Config, Processor]:
     """Configuration and processor of a checkpoint in any layout, after checking that they fit each other.
 
     Args:
-      directory: of `resolve`.
+      directory: as `resolve` returns it.
 
     Raises:
       ConfigError, TokenizerError: a file is missing or cannot be used.

@@ -3,6 +3,7 @@
 Two kinds of ordinary Orbax v1 checkpoints: one nested dict of parameters, written by partial saves so that
 the whole tree never has to be in memory (a converted directory), and several named trees with a JSON
 document, written asynchronously from arrays on devices (a training run). Leaves are named by tuples of keys.
+Tested in tests/checkpoint/test_load.py, tests/convert/test_to_orbax.py and tests/train/test_run_directory.py.
 """
 
 from __future__ import annotations

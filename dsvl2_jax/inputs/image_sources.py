@@ -1,7 +1,7 @@
 """Images that data files refer to: by name in a folder or in tar shards, or inline as base64.
 
 Nothing here decodes pixels: a store turns a reference into a path or a file's bytes for the processor. Stores are
-pickled into worker processes; files are opened there, on first use.
+pickled into worker processes; files are opened there, on first use. Tested in tests/inputs/test_records.py.
 """
 
 from __future__ import annotations

@@ -306,7 +306,7 @@ class StreamDecoder:
         return piece
 
     def flush(self) -> str:
-        """What is held back still, broken characters included. The decoder is then ready for another stream."""
+        """What is still held back, broken characters included. The decoder is then ready for another stream."""
         rest = self._tokenizer.decode(self._ids, self._skip)[self._printed :]
         self._ids, self._context, self._printed = [], 0, 0
         return rest

@@ -235,7 +235,7 @@ def _answer_all(
     with progress("answering", total, done=total - len(missing), unit="items") as advance:
         for prepared in _prefetched(batches, prepare):
             inputs = [p.inputs for p in prepared if p.inputs is not None]
-            # As many tiles as if every prompt had the most: a batch of mixed ones runs the program of its largest.
+            # Counted as if every prompt had the most tiles, so that a mixed batch runs the program of its largest.
             most_tiles = max((len(i.tiles) for i in inputs), default=0)
             least = MinBatchShape(rows=rows, tiles=rows * most_tiles)
             processes.from_first(lambda work=(inputs, least): work)

@@ -1,4 +1,7 @@
-"""The browsable report of an evaluation: one HTML page that needs no network, and a folder of thumbnails beside it."""
+"""The browsable report of an evaluation: one HTML page that needs no network, and a folder of thumbnails beside it.
+
+Tested in tests/infer/eval/test_evaluate.py.
+"""
 
 from __future__ import annotations
 

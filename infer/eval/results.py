@@ -1,4 +1,7 @@
-"""The directory of an evaluation: what it is of, and a result per line that a killed run does not lose."""
+"""The directory of an evaluation: what it is of, and a result per line that a killed run does not lose.
+
+Tested in tests/infer/eval/test_evaluate.py.
+"""
 
 from __future__ import annotations
 
@@ -112,16 +115,18 @@ def _read_results(file: Path) -> dict[int, dict[str, Any]]:
 
 
 def file_digest(file: Path) -> str:
-    """Tells files apart. Raises OSError."""
+    """16 hexadecimal digits of the SHA-256 of a file's contents. Raises OSError."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()[:_DIGEST]
 
 
 def checkpoint_digest(directory: Path) -> str:
-    """Tells checkpoints apart, from their files: names, sizes, and contents (of a large file, pieces all over it).
+    """16 hexadecimal digits that differ where checkpoints do: names, sizes and contents of their files.
+
+    Of a large file, pieces spread evenly over it are read.
 
     Args:
-      directory: of `dsvl2_jax.checkpoint.locate.resolve`.
+      directory: as `dsvl2_jax.checkpoint.locate.resolve` returns it.
     """
     params = directory / PARAMS_NAME
     files = [p for p in params.rglob("*") if p.is_file()] if params.is_dir() else directory.glob("*.safetensors")

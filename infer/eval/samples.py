@@ -1,4 +1,7 @@
-"""What `dsvl2 eval` reads: a question with its reference per JSON line (docs/evaluation.md), and how it is scored."""
+"""What `dsvl2 eval` reads: a question with its reference per JSON line (docs/evaluation.md), and how it is scored.
+
+Tested in tests/infer/eval/test_evaluate.py.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +72,7 @@ class Score:
 
 
 def score(sample: Sample, answer: str, boxes: Sequence[Sequence[float]]) -> Score:
-    """How right an answer is; ``boxes`` are those that it has, in pixels."""
+    """The score of an answer; ``boxes`` are those in it, x1, y1, x2, y2 in pixels of the last image."""
     if sample.metric == "iou":
         mean_iou = metrics.boxes_iou(boxes, sample.boxes)
         return Score(float(mean_iou >= metrics.IOU_THRESHOLD), mean_iou)
