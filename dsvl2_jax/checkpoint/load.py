@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from dsvl2_jax.checkpoint import orbax_io, rules
+from dsvl2_jax.checkpoint.leaves import Leaves, batches
 from dsvl2_jax.checkpoint.locate import PARAMS_NAME, kind, read_manifest, run_of
 from dsvl2_jax.checkpoint.safetensors_source import Source, numpy_dtype
 from dsvl2_jax.errors import CheckpointError, UsageError
@@ -22,12 +23,7 @@ from dsvl2_jax.model.parameter_paths import LeafPath, path_name, stays_float32
 
 DTYPES = ("float32", "bfloat16")
 
-# Leaves are read one Orbax call at a time up to this size together: calls cost about 40 ms each.
-BATCH_BYTES = 64 << 20
-
 Shardings = Mapping[LeafPath, Sharding]
-# Leaf path → (shape, dtype).
-Stored = Mapping[LeafPath, tuple[tuple[int, ...], np.dtype]]
 
 
 def load_params(
@@ -36,12 +32,12 @@ def load_params(
     """Loads every parameter, one large leaf at a time.
 
     Args:
-      directory: of `resolve`, in either layout.
+      directory: as `resolve` returns it, in any layout.
       config: of the same directory.
       dtype: "float32" or "bfloat16" casts (the router's parameters are float32 always); None keeps
         each parameter's stored dtype.
-      mesh: places each parameter by `param_shardings`; None: on the first device. A process reads only what its
-        devices hold (of the released layout also the rest of the tensors' rows that this is in).
+      mesh: places each parameter by `param_shardings`; None: all on the first device. A process reads only what
+        its devices hold (in the released layout, whole rows of the tensors).
       fsdp: split large parameters over ``data`` too, as training does.
 
     Returns:
@@ -73,33 +69,33 @@ def _read_released(
     with Source(directory) as source:
         rules.check(source.shapes_and_dtypes, config, str(directory))
         for leaf in rules.expand(config):
-            array = _place(source, leaf, shardings[leaf.path], dtype)
-            yield leaf.path, array.block_until_ready()  # transfers may not pile up in host memory
+            array = _read_placed(source, leaf, shardings[leaf.path], dtype)
+            yield leaf.path, array.block_until_ready()  # so that transfers do not pile up in host memory
 
 
-def _place(source: Source, leaf: rules.Leaf, sharding: Sharding, dtype: str | None) -> jax.Array:
+def _read_placed(source: Source, leaf: rules.Leaf, sharding: Sharding, dtype: str | None) -> jax.Array:
     """A parameter on the devices, of which this process reads the slices that its own devices hold."""
     target = _target_dtype(leaf.path, source.leaf_dtype(leaf), dtype)
     read: dict[tuple[tuple[int, int], ...], np.ndarray] = {}  # several devices may hold the same slice
 
-    def part(where: tuple[slice, ...]) -> np.ndarray:
-        bounds = tuple(one.indices(size)[:2] for one, size in zip(where, leaf.shape, strict=True))
+    def read_part(window: tuple[slice, ...]) -> np.ndarray:
+        bounds = tuple(axis.indices(size)[:2] for axis, size in zip(window, leaf.shape, strict=True))
         if bounds not in read:
             read[bounds] = source.read_slice(leaf, tuple(slice(*pair) for pair in bounds), target)
         return read[bounds]
 
-    return jax.make_array_from_callback(leaf.shape, sharding, part)
+    return jax.make_array_from_callback(leaf.shape, sharding, read_part)
 
 
 def _read_orbax(
     directory: Path, config: Config, shardings: Shardings, dtype: str | None
 ) -> Iterator[tuple[LeafPath, jax.Array]]:
     _, stored = open_orbax(directory, config)
-    dtypes = {path: _target_dtype(path, kept, dtype) for path, (_, kept) in stored.items()}
+    dtypes = {path: _target_dtype(path, stored_as, dtype) for path, (_, stored_as) in stored.items()}
     yield from read_leaves(directory / PARAMS_NAME, stored, shardings, dtypes)
 
 
-def open_orbax(directory: Path, config: Config) -> tuple[dict[str, Any], Stored]:
+def open_orbax(directory: Path, config: Config) -> tuple[dict[str, Any], Leaves]:
     """The manifest (empty for a run's checkpoint) and the leaves, both checked against files and configuration.
 
     Raises:
@@ -111,7 +107,7 @@ def open_orbax(directory: Path, config: Config) -> tuple[dict[str, Any], Stored]
 
 def read_leaves(
     params: Path,
-    stored: Stored,
+    stored: Leaves,
     shardings: Shardings,
     dtypes: Mapping[LeafPath, np.dtype] | None = None,
 ) -> Iterator[tuple[LeafPath, jax.Array]]:
@@ -141,7 +137,7 @@ def read_leaves(
             yield path, array if dtypes is None else array.astype(dtypes[path]).block_until_ready()
 
 
-def _stored(params: Path, config: Config) -> Stored:
+def _stored(params: Path, config: Config) -> Leaves:
     """The leaves of a converted checkpoint, checked against those of the configuration."""
     try:
         stored = orbax_io.read_shapes(params)
@@ -165,21 +161,6 @@ def _stored(params: Path, config: Config) -> Stored:
     return stored
 
 
-def batches(stored: Stored, batch_bytes: int = BATCH_BYTES) -> Iterator[list[LeafPath]]:
-    """Groups leaves, in order, up to ``batch_bytes`` together; a larger leaf is alone."""
-    batch: list[LeafPath] = []
-    total = 0
-    for path, (shape, dtype) in stored.items():
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        if batch and total + size > batch_bytes:
-            yield batch
-            batch, total = [], 0
-        batch.append(path)
-        total += size
-    if batch:
-        yield batch
-
-
 def _reason(error: BaseException) -> str:
     """The first line of the error that led to this one: Orbax wraps tensorstore's, which names array and file."""
     while error.__cause__ is not None:
@@ -190,4 +171,4 @@ def _reason(error: BaseException) -> str:
 def _remedy(directory: Path) -> str:
     if run_of(directory) is None:
         return "Copy or convert the checkpoint again."
-    return f"Copy it again, or remove {directory}: the run then goes on from the checkpoint before it."
+    return f"Copy it again, or remove {directory}: the run then resumes from the checkpoint before it."

@@ -92,12 +92,12 @@ def model_files(directory: Path) -> Path:
 
 
 def description(directory: Path) -> str:
-    """Tells apart what a checkpoint's JSON files say: configuration, tokenizer, and index or manifest of the weights.
+    """A line of text that differs where a checkpoint's JSON files do: configuration, tokenizer, index or manifest.
 
     Args:
-      directory: of `resolve`.
+      directory: as `resolve` returns it.
     """
-    files = {file.name: file for place in (model_files(directory), directory) for file in place.glob("*.json")}
+    files = {file.name: file for folder in (model_files(directory), directory) for file in folder.glob("*.json")}
     content = b"".join(name.encode() + files[name].read_bytes() for name in sorted(files))
     return f"{directory.name}, {len(files)} JSON files with SHA-256 {hashlib.sha256(content).hexdigest()[:16]}"
 
@@ -114,7 +114,7 @@ def open_model(directory: Path) -> tuple[Config, Processor]:
     """Configuration and processor of a checkpoint in any layout, after checking that they fit each other.
 
     Args:
-      directory: of `resolve`.
+      directory: as `resolve` returns it.
 
     Raises:
       ConfigError, TokenizerError: a file is missing or cannot be used.
@@ -155,7 +155,7 @@ def kind(directory: Path) -> str:
     """
     if directory.name.endswith(PARTIAL_SUFFIX):
         raise CheckpointError(
-            f"{directory}: an unfinished conversion; it is incomplete. Run the conversion again: it starts anew and "
+            f"{directory}: an unfinished conversion; it is incomplete. Run the conversion again: it starts over and "
             "removes this directory."
         )
     if run_of(directory) is not None:
@@ -204,9 +204,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     damaged = []
     for name, size in sizes.items():
         file = directory / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            damaged.append(f"{name}: {'missing' if found is None else f'{found} bytes'}, expected {size} bytes")
+        stored_size = file.stat().st_size if file.is_file() else None
+        if stored_size != size:
+            damaged.append(
+                f"{name}: {'missing' if stored_size is None else f'{stored_size} bytes'}, expected {size} bytes"
+            )
     if damaged:
         raise CheckpointError(
             f"{directory}: the converted checkpoint is damaged; copy or convert it again:\n{listed(damaged)}"
@@ -217,7 +219,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 def carry_files(source: Path, target: Path) -> None:
     """Copies configuration, tokenizer, licence and documentation files, so that ``target`` is complete by itself."""
     for file in sorted(source.iterdir()):
-        named = file.suffix in _CARRIED_SUFFIXES or file.name.startswith(_CARRIED_NAMES)
+        carried = file.suffix in _CARRIED_SUFFIXES or file.name.startswith(_CARRIED_NAMES)
         generated = file.name in (INDEX_NAME, MANIFEST_NAME)
-        if file.is_file() and named and not generated and file.stat().st_size <= _CARRIED_BYTES:
+        if file.is_file() and carried and not generated and file.stat().st_size <= _CARRIED_BYTES:
             shutil.copyfile(file, target / file.name)

@@ -3,6 +3,7 @@
 Two kinds of ordinary Orbax v1 checkpoints: one nested dict of parameters, written by partial saves so that
 the whole tree never has to be in memory (a converted directory), and several named trees with a JSON
 document, written asynchronously from arrays on devices (a training run). Leaves are named by tuples of keys.
+Tested in tests/checkpoint/test_load.py, tests/convert/test_to_orbax.py and tests/train/test_run_directory.py.
 """
 
 from __future__ import annotations
@@ -168,8 +169,8 @@ def read_documents(path: Path) -> list[Any]:
 
     Any process may read them by itself, whereas Orbax's loading waits for all. Raises OSError when there is none.
     """
-    if found := _documents(path / _DOCUMENT):
-        return found
+    if documents := _documents(path / _DOCUMENT):
+        return documents
     raise FileNotFoundError(f"{path / _DOCUMENT}: no document")
 
 
@@ -178,8 +179,8 @@ def read_shapes(path: Path) -> dict[LeafPath, tuple[tuple[int, ...], np.dtype]]:
 
     ``path``: a checkpoint of one tree, or CHECKPOINT/NAME for one of several.
     """
-    where, options = _place(path)
-    tree = ocp.metadata(where, **options).metadata
+    checkpoint, options = _checkpoint_of(path)
+    tree = ocp.metadata(checkpoint, **options).metadata
     return {leaf_path: (tuple(meta.shape), np.dtype(meta.dtype)) for leaf_path, meta in flatten_dict(tree).items()}
 
 
@@ -188,12 +189,12 @@ def read(path: Path, leaves: Mapping[LeafPath, jax.ShapeDtypeStruct]) -> dict[Le
 
     Only the pieces that this process's devices hold are read. ``path``: as for `read_shapes`.
     """
-    where, options = _place(path)
+    checkpoint, options = _checkpoint_of(path)
     context = ocp.Context()
     context.pytree_options.loading.partial_load = True
     with context:
         try:
-            arrays = flatten_dict(ocp.load(where, unflatten_dict(leaves), **options))
+            arrays = flatten_dict(ocp.load(checkpoint, unflatten_dict(leaves), **options))
         except Exception:
             _silence_late_reads()
             raise
@@ -213,7 +214,7 @@ def _give_memory_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _place(path: Path) -> tuple[Path, dict[str, str]]:
+def _checkpoint_of(path: Path) -> tuple[Path, dict[str, str]]:
     """The checkpoint that holds the tree at ``path``, and what to tell Orbax to find the tree in it."""
     path = path.absolute()
     return (path.parent, {"checkpointable_name": path.name}) if is_checkpoint(path.parent) else (path, {})

@@ -1,4 +1,4 @@
-"""The one table that joins the released tensor names to our parameter tree (DESIGN §4.6).
+"""The one table that joins the released tensor names to our parameter tree.
 
 A rule is target path ← released name ← layout. ``{l}`` stands for a layer number, ``{e}`` for an
 expert, whose tensors are stacked along a new first axis of the target; ``{2l}`` is twice the layer
@@ -47,11 +47,11 @@ class Layout:
         permuted = target.reshape([self.source_shape[a] for a in self.axes])
         return permuted.transpose(np.argsort(self.axes))
 
-    def block(self, target: Shape, where: tuple[slice, ...]) -> tuple[slice, ...] | None:
-        """The block of the released tensor that fills ``where`` of a target; None when that is not one block.
+    def block(self, target: Shape, window: tuple[slice, ...]) -> tuple[slice, ...] | None:
+        """The block of the released tensor that fills ``window`` of a target; None when that is not one block.
 
         Args:
-          target: shape of the target. where: a slice with start and stop for each of its axes.
+          target: shape of the target. window: a slice with start and stop for each of its axes.
         """
         blocks, axis = [slice(0, size) for size in self.source_shape], 0
         for number in self.axes:
@@ -61,13 +61,13 @@ class Layout:
                 axis += 1
             if math.prod(target[a] for a in group) != size:
                 return None
-            cut = [a for a in group if where[a] != slice(0, target[a])]
+            cut = [a for a in group if window[a] != slice(0, target[a])]
             if cut:
                 outer = next(a for a in group if target[a] > 1)
                 if cut != [outer]:
                     return None
                 inner = size // target[outer]
-                blocks[number] = slice(where[outer].start * inner, where[outer].stop * inner)
+                blocks[number] = slice(window[outer].start * inner, window[outer].stop * inner)
         return tuple(blocks)
 
     @property
@@ -176,7 +176,7 @@ RULES: tuple[Rule, ...] = (
     *(Rule(f"{_BLOCK}/mlp/{fc}/kernel", f"{_VISION}.mlp.{fc}.weight", linear()) for fc in ("fc1", "fc2")),
     *(Rule(f"{_BLOCK}/mlp/{fc}/bias", f"{_VISION}.mlp.{fc}.bias", same) for fc in ("fc1", "fc2")),
     *_norm("vision/norm", "vision.norm"),
-    # The pooling head: in every checkpoint, computed by contrastive training alone (FACTS §2)
+    # The pooling head: in every checkpoint, computed by contrastive training alone
     Rule("vision/attn_pool/latent", "vision.attn_pool.latent", leading_ones(2)),
     *(Rule(f"vision/attn_pool/{name}_kernel", f"vision.attn_pool.{t}.weight", linear()) for name, t in _POOLED),
     *(Rule(f"vision/attn_pool/{name}_bias", f"vision.attn_pool.{t}.bias", same) for name, t in _POOLED),
@@ -234,21 +234,21 @@ class Leaf:
         return [(name, self.layout.view(parameter[i])) for i, name in enumerate(self.sources)]
 
     def block(
-        self, where: tuple[slice, ...], out: np.ndarray
+        self, window: tuple[slice, ...], out: np.ndarray
     ) -> tuple[tuple[slice, ...], list[tuple[str, np.ndarray]]] | None:
-        """As `parts`, for ``out``, the slice ``where`` of the parameter: each view is one block of its tensor.
+        """As `parts`, for ``out``, the slice ``window`` of the parameter: each view is one block of its tensor.
 
         Returns:
           The block, and (released name, view) for each tensor; None when the slice is not made of blocks.
         """
-        inner = where[1:] if self.stacked else where
+        inner = window[1:] if self.stacked else window
         block = self.layout.block(self.shape[1:] if self.stacked else self.shape, inner)
         if block is None:
             return None
         layout = Layout(tuple(part.stop - part.start for part in block), self.layout.axes)
         if not self.stacked:
             return block, [(self.sources[0], layout.view(out))]
-        return block, [(name, layout.view(out[i])) for i, name in enumerate(self.sources[where[0]])]
+        return block, [(name, layout.view(out[i])) for i, name in enumerate(self.sources[window[0]])]
 
 
 @functools.lru_cache(maxsize=8)
@@ -260,22 +260,22 @@ def expand(config: Config) -> tuple[Leaf, ...]:
         would take the same tensor. That is a mistake in `RULES`, not in a checkpoint.
     """
     leaves = [_leaf(path, shape) for path, (shape, _) in abstract_leaves(config).items()]
-    taken: dict[str, str] = {}
+    taken_by: dict[str, str] = {}
     for leaf in leaves:
         for source in leaf.sources:
-            if source in taken:
-                raise ValueError(f"rules: {taken[source]} and {leaf.name} both take tensor {source}")
-            taken[source] = leaf.name
+            if source in taken_by:
+                raise ValueError(f"rules: {taken_by[source]} and {leaf.name} both take tensor {source}")
+            taken_by[source] = leaf.name
     return tuple(leaves)
 
 
 def _leaf(path: LeafPath, shape: Shape) -> Leaf:
     name = path_name(path)
-    matches = [(rule, found) for rule in RULES if (found := rule.pattern.fullmatch(name))]
+    matches = [(rule, match) for rule in RULES if (match := rule.pattern.fullmatch(name))]
     if len(matches) != 1:
         raise ValueError(f"rules: {len(matches)} rules fill parameter {name}, expected exactly one")
-    rule, found = matches[0]
-    layer = int(found["l"]) if "l" in found.groupdict() else None
+    rule, match = matches[0]
+    layer = int(match["l"]) if "l" in match.groupdict() else None
     sources = rule.sources(layer, shape[0])
     return Leaf(path, shape, tuple(sources), rule.layout(shape[1:] if rule.stacks else shape), rule.stacks)
 
@@ -285,31 +285,31 @@ def expected_shapes(config: Config) -> dict[str, Shape]:
     return {source: leaf.layout.source_shape for leaf in expand(config) for source in leaf.sources}
 
 
-def compare(found: Mapping[str, tuple[Shape, str]], config: Config) -> dict[str, list[str]]:
+def compare(stored: Mapping[str, tuple[Shape, str]], config: Config) -> dict[str, list[str]]:
     """Kind of problem → the tensors that have it; empty when the checkpoint fits the configuration.
 
     Args:
-      found: tensor name → (shape, safetensors dtype name).
+      stored: tensor name → (shape, safetensors dtype name).
     """
     expected = expected_shapes(config)
     problems = {
-        "missing tensors": [f"{name} {list(shape)}" for name, shape in expected.items() if name not in found],
-        "unknown tensors": [f"{name} {list(found[name][0])}" for name in found if name not in expected],
+        "missing tensors": [f"{name} {list(shape)}" for name, shape in expected.items() if name not in stored],
+        "unknown tensors": [f"{name} {list(stored[name][0])}" for name in stored if name not in expected],
         "tensors of a wrong shape": [
-            f"{name}: found {list(found[name][0])}, expected {list(shape)}"
+            f"{name}: found {list(stored[name][0])}, expected {list(shape)}"
             for name, shape in expected.items()
-            if name in found and found[name][0] != shape
+            if name in stored and stored[name][0] != shape
         ],
         "tensors that are not floating point (F32, F16, BF16)": [
-            f"{name}: {dtype}" for name, (_, dtype) in found.items() if name in expected and dtype not in FLOAT_DTYPES
+            f"{name}: {dtype}" for name, (_, dtype) in stored.items() if name in expected and dtype not in FLOAT_DTYPES
         ],
     }
     return {kind: tensors for kind, tensors in problems.items() if tensors}
 
 
-def check(found: Mapping[str, tuple[Shape, str]], config: Config, source: str) -> None:
+def check(stored: Mapping[str, tuple[Shape, str]], config: Config, source: str) -> None:
     """Raises CheckpointError with every problem of `compare` in one message, unless there is none."""
-    problems = compare(found, config)
+    problems = compare(stored, config)
     if problems:
         text = "\n".join(f"  {len(tensors)} {kind}:\n{listed(tensors)}" for kind, tensors in problems.items())
         raise CheckpointError(

@@ -154,7 +154,7 @@ def _clear(directory: Path) -> None:
 
 
 def _check_space(directory: Path, need_bytes: int) -> None:
-    """Raises CheckpointError when the disk of ``directory`` has not room for ``need_bytes`` and a margin."""
+    """Raises CheckpointError when the disk of ``directory`` has no room for ``need_bytes`` and a margin."""
     free, needed = shutil.disk_usage(directory).free, need_bytes + _MARGIN
     if free < needed:
         raise CheckpointError(

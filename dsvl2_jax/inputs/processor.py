@@ -1,4 +1,4 @@
-"""From a conversation and its images to the arrays that the model reads (FACTS §3; DESIGN §3).
+"""From a conversation and its images to the arrays that the model reads.
 
 `ProcessorConfig` is processor_config.json, `Processor` applies the chat template, the tokenizer and the tiling,
 and `ModelInputs` is one sample: token ids, labels, tiles, and for every position where its embedding comes from.
@@ -275,7 +275,7 @@ def image_positions(cols: int, rows: int, side: int, first_tile: int, global_vie
     """`ModelInputs.image_index` of one image, i32[`image_tokens`].
 
     Every row of the global view, and of the local view as one picture, ends in a newline; a separator stands
-    between the views, the global one first if `global_view_pos` is "head" (FACTS §2).
+    between the views, the global one first if `global_view_pos` is "head".
     """
     start = first_tile * side * side
     global_view = start + np.arange(side * side).reshape(side, side)

@@ -25,7 +25,7 @@ from dsvl2_jax.infer.eval.report import Thumbnails, write_report
 from dsvl2_jax.infer.eval.results import EvalRun, checkpoint_digest, file_digest, open_run
 from dsvl2_jax.infer.eval.samples import Sample, read_samples, score
 from dsvl2_jax.infer.loading import LoadOptions, load
-from dsvl2_jax.inputs.image_sources import ImageStore, open_images, resolve
+from dsvl2_jax.inputs.image_sources import ImageStore, open_images, resolve_image
 from dsvl2_jax.inputs.images import load_image, select_best_resolution
 from dsvl2_jax.inputs.processor import (
     MAX_TILED_IMAGES,
@@ -221,7 +221,7 @@ def _answer_all(
 
     def prepare(sample: Sample) -> _Prepared:
         try:
-            images = [load_image(resolve(reference, store)) for reference in sample.images]
+            images = [load_image(resolve_image(reference, store)) for reference in sample.images]
             thumbnails.make(sample, images)
             inputs = model.processor(list(sample.conversation), images)
         except (DSVL2Error, OSError) as error:
@@ -235,7 +235,7 @@ def _answer_all(
     with progress("answering", total, done=total - len(missing), unit="items") as advance:
         for prepared in _prefetched(batches, prepare):
             inputs = [p.inputs for p in prepared if p.inputs is not None]
-            # As many tiles as if every prompt had the most: a batch of mixed ones runs the program of its largest.
+            # Counted as if every prompt had the most tiles, so that a mixed batch runs the program of its largest.
             most_tiles = max((len(i.tiles) for i in inputs), default=0)
             least = MinBatchShape(rows=rows, tiles=rows * most_tiles)
             processes.from_first(lambda work=(inputs, least): work)

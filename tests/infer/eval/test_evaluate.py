@@ -1,4 +1,4 @@
-"""`dsvl2 eval`: what it reads and refuses, how it batches, how it goes on, and what it leaves behind."""
+"""`dsvl2 eval`: what it reads and refuses, how it batches, how it resumes, and what it leaves behind."""
 
 from __future__ import annotations
 
