@@ -1,4 +1,4 @@
-"""Layers as separate arrays (on disk, for inference) and stacked (for training); DESIGN §4.2.
+"""Layers as separate arrays (on disk, for inference) and stacked (for training).
 
 A run of two or more consecutive layers of the same kind becomes one entry, ``layers_1_to_11``, whose arrays have
 a leading axis of layers. Layers of a kind of their own (the dense first one) stay as they are.
@@ -6,7 +6,6 @@ a leading axis of layers. Layers of a kind of their own (the dense first one) st
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 
 import jax
@@ -14,44 +13,7 @@ import jax.numpy as jnp
 
 from dsvl2_jax.checkpoint.orbax_io import LeafPath
 from dsvl2_jax.model.config import Config
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerRun:
-    """Consecutive layers ``first … last`` of one kind, under ``part`` (vision or language) of the parameters."""
-
-    part: str
-    prefix: str  # of the layers' names: layers_ or blocks_
-    first: int
-    last: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.prefix}{self.first}" + (f"_to_{self.last}" if self.stacked else "")
-
-    @property
-    def stacked(self) -> bool:
-        return self.last > self.first
-
-    def members(self) -> list[str]:
-        """The names of the separate layers."""
-        return [f"{self.prefix}{i}" for i in range(self.first, self.last + 1)]
-
-
-def layer_runs(config: Config, *, stack: bool = True) -> dict[str, list[LayerRun]]:
-    """The runs of the encoder ("vision") and the decoder ("language"); without ``stack``, of one layer each."""
-    language = config.language
-    moe = [language.is_moe_layer(i) for i in range(language.num_hidden_layers)]
-    kinds = {"language": ("layers_", moe), "vision": ("blocks_", [False] * config.vision.layers)}
-    runs: dict[str, list[LayerRun]] = {}
-    for part, (prefix, kind) in kinds.items():
-        runs[part] = []
-        first = 0
-        for i in range(len(kind)):
-            if not stack or i + 1 == len(kind) or kind[i + 1] != kind[i]:
-                runs[part].append(LayerRun(part, prefix, first, i))
-                first = i + 1
-    return runs
+from dsvl2_jax.model.layer_runs import layer_runs
 
 
 def stacked_paths(config: Config, paths: Iterable[LeafPath], *, stack: bool = True) -> dict[LeafPath, list[LeafPath]]:

@@ -1,8 +1,7 @@
 """Model configuration, read straight from a released ``config.json``.
 
-A key that is missing takes the default of the official configuration classes (FACTS §1,
-``reference/config_defaults.json``); a value that this implementation cannot honour is refused with
-the field's name. Nothing here imports jax.
+A key that is missing takes the default of the official configuration classes; a value that this implementation cannot
+honour is refused with the field's name. Nothing here imports jax.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class VisionConfig:
 
     @property
     def grid(self) -> int:
-        """Patches along one side; pixels beyond ``grid · patch_size`` are never seen (FACTS §2)."""
+        """Patches along one side; pixels beyond ``grid · patch_size`` are never seen."""
         return self.image_size // self.patch_size
 
     @property
