@@ -93,13 +93,13 @@ RUNS := runs/micro
 
 # Every part that is complete is kept, and a stage that was stopped goes on from its last checkpoint.
 train-micro: $(TRAIN_INSTALLED)
-	test -d $(RUNS)/start || $(BIN)/python -m dsvl2_jax.apps.micro.build start $(RUNS)/start
-	$(BIN)/python -m dsvl2_jax.apps.micro.build data $(RUNS)/data
+	test -d $(RUNS)/start || $(BIN)/dsvl2 micro start $(RUNS)/start
+	$(BIN)/dsvl2 micro data $(RUNS)/data
 	set -e; stages=$$($(BIN)/python -c "from dsvl2_jax.apps.micro.build import STAGES; print(*STAGES)"); for stage in $$stages; do $(TRAINING) $(BIN)/dsvl2 train micro-$$stage; done
-	$(BIN)/python -m dsvl2_jax.apps.micro.build ship $(RUNS) $(RUNS)/micro
+	$(BIN)/dsvl2 micro ship $(RUNS) $(RUNS)/micro
 
 eval-micro: $(DEMO_INSTALLED)
-	$(BIN)/python -m dsvl2_jax.apps.micro.build questions $(OUT)/questions --samples $(SAMPLES)
+	$(BIN)/dsvl2 micro questions $(OUT)/questions --samples $(SAMPLES)
 	$(BIN)/dsvl2 eval $(CKPT) $(OUT)/questions/questions-6-$(SAMPLES).jsonl
 
 test: $(TEST_INSTALLED)

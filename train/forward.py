@@ -8,15 +8,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import path_aware_map
 from jax import lax
 from jax.typing import DTypeLike
 
-from dsvl2_jax.checkpoint.load import stays_float32
 from dsvl2_jax.model.attention import ATTENTION_OUTPUT
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import Params, abstract_leaves
 from dsvl2_jax.model.layer_runs import LayerFunction, LayerRun, LayerWrapper
 from dsvl2_jax.model.moe import EXPERT_PRODUCT
+from dsvl2_jax.model.parameter_paths import LeafPath, stays_float32
 from dsvl2_jax.sharding import PARAM_RULES, ambient_mesh_shape, partition_spec
 
 _KEEP_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
@@ -40,10 +41,10 @@ def compute_params(params: Params, dtype: DTypeLike | None) -> Params:
     """
     dtype = jnp.dtype(dtype or params["language"]["embed_tokens"].dtype)
 
-    def leaf(path: tuple, value: jax.Array) -> jax.Array:
-        return value.astype(jnp.float32 if stays_float32(tuple(key.key for key in path)) else dtype)
+    def leaf(path: LeafPath, value: jax.Array) -> jax.Array:
+        return value.astype(jnp.float32 if stays_float32(path) else dtype)
 
-    return jax.tree_util.tree_map_with_path(leaf, params)
+    return path_aware_map(leaf, params)
 
 
 def training_layers(config: Config, remat: str) -> LayerWrapper:
@@ -69,8 +70,8 @@ def _gathered(own: Params, run: LayerRun, config: Config) -> Params:
         return own
     leaves = abstract_leaves(config)
 
-    def leaf(path: tuple, value: jax.Array) -> jax.Array:
-        shape, axes = leaves[(run.part, run.members()[0], *(key.key for key in path))]
+    def leaf(path: LeafPath, value: jax.Array) -> jax.Array:
+        shape, axes = leaves[(run.part, run.members()[0], *path)]
         return lax.with_sharding_constraint(value, partition_spec(shape, axes, sizes, PARAM_RULES))
 
-    return jax.tree_util.tree_map_with_path(leaf, own)
+    return path_aware_map(leaf, own)

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 import jax
 import jax.numpy as jnp
 
-from dsvl2_jax.checkpoint.orbax_io import LeafPath
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.layer_runs import layer_runs
+from dsvl2_jax.model.parameter_paths import LeafPath
 
 
 def stacked_paths(config: Config, paths: Iterable[LeafPath], *, stack: bool = True) -> dict[LeafPath, list[LeafPath]]:

@@ -11,9 +11,9 @@ import functools
 from typing import Any
 
 import flax.linen as nn
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike, DTypeLike
 
@@ -80,7 +80,7 @@ def abstract_params(config: Config) -> tuple[Params, Params]:
 @functools.lru_cache(maxsize=8)
 def abstract_leaves(config: Config) -> dict[tuple[str, ...], tuple[tuple[int, ...], tuple[str | None, ...]]]:
     """Path → (shape, logical axes) of every parameter."""
-    shapes, axes = (flax.traverse_util.flatten_dict(tree) for tree in abstract_params(config))
+    shapes, axes = (flatten_dict(tree) for tree in abstract_params(config))
     return {path: (shapes[path].shape, axes[path]) for path in shapes}
 
 
@@ -99,7 +99,7 @@ def param_shardings(config: Config, mesh: Mesh, *, fsdp: bool = False) -> dict[s
         spec = partition_spec(shape, axes, sizes, PARAM_RULES)
         return NamedSharding(mesh, split_further(spec, shape, sizes) if fsdp else spec)
 
-    return flax.traverse_util.unflatten_dict({path: sharding(*leaf) for path, leaf in abstract_leaves(config).items()})
+    return unflatten_dict({path: sharding(*leaf) for path, leaf in abstract_leaves(config).items()})
 
 
 def compute_dtype(params: Params) -> jnp.dtype:

@@ -65,7 +65,7 @@ def linear(
     x, kernel = x.astype(dtype), kernel.astype(dtype)
     contracted = tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract))
     out = lax.dot_general(x, kernel, (contracted, ((), ())), precision=matmul_precision(dtype))
-    return out if bias is None else out + bias.astype(dtype)
+    return out if bias is None else out + bias.astype(dtype).reshape((1,) * (out.ndim - bias.ndim) + bias.shape)
 
 
 def einsum_weight(

@@ -13,7 +13,6 @@ from typing import Any
 
 import rich.markup
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from dsvl2_jax.checkpoint import locate
@@ -26,7 +25,7 @@ from dsvl2_jax.infer.eval.report import Thumbnails, write_report
 from dsvl2_jax.infer.eval.results import EvalRun, checkpoint_digest, file_digest, open_run
 from dsvl2_jax.infer.eval.samples import Sample, read_samples, score
 from dsvl2_jax.infer.loading import LoadOptions, load
-from dsvl2_jax.inputs.image_sources import ImageStore, open_images, resolve
+from dsvl2_jax.inputs.image_sources import ImageStore, open_images, resolve_image
 from dsvl2_jax.inputs.images import load_image, select_best_resolution
 from dsvl2_jax.inputs.processor import (
     MAX_TILED_IMAGES,
@@ -36,6 +35,7 @@ from dsvl2_jax.inputs.processor import (
     image_tokens,
 )
 from dsvl2_jax.runtime import processes
+from dsvl2_jax.runtime.progress import progress
 
 SUMMARY_NAME = "summary.json"
 
@@ -221,7 +221,7 @@ def _answer_all(
 
     def prepare(sample: Sample) -> _Prepared:
         try:
-            images = [load_image(resolve(reference, store)) for reference in sample.images]
+            images = [load_image(resolve_image(reference, store)) for reference in sample.images]
             thumbnails.make(sample, images)
             inputs = model.processor(list(sample.conversation), images)
         except (DSVL2Error, OSError) as error:
@@ -232,24 +232,16 @@ def _answer_all(
             return _Prepared(sample, None, str(error))
         return _Prepared(sample, inputs)
 
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
-        TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("answering", total=total, completed=total - len(missing), speed="")
-        started, done = time.perf_counter(), 0
+    with progress("answering", total, done=total - len(missing), unit="items") as advance:
         for prepared in _prefetched(batches, prepare):
             inputs = [p.inputs for p in prepared if p.inputs is not None]
-            # As many tiles as if every prompt had the most: a batch of mixed ones runs the program of its largest.
+            # Counted as if every prompt had the most tiles, so that a mixed batch runs the program of its largest.
             most_tiles = max((len(i.tiles) for i in inputs), default=0)
             least = MinBatchShape(rows=rows, tiles=rows * most_tiles)
             processes.from_first(lambda work=(inputs, least): work)
             generations = iter(model.generate(inputs, options.max_new_tokens, at_least=least))
             run.append(result_of(p, None if p.inputs is None else next(generations)) for p in prepared)
-            done += len(prepared)
-            speed = f"{done / (time.perf_counter() - started):.1f}/s"
-            progress.update(bar, advance=len(prepared), speed=speed)
+            advance(len(prepared))
     processes.from_first(lambda: None)  # there is no more
 
 

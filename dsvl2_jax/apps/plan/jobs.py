@@ -9,18 +9,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled
 from jax.typing import DTypeLike
 
-from dsvl2_jax.checkpoint.load import stays_float32
-from dsvl2_jax.checkpoint.orbax_io import nest
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.infer.decode import DecodeState, next_state
 from dsvl2_jax.infer.sampling import SamplingArrays
+from dsvl2_jax.messages import first_line
 from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model.cache import cache_layout
 from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.parameter_paths import stays_float32
 from dsvl2_jax.runtime.hardware import Topology, target_config
 from dsvl2_jax.sharding import ACTIVATION_RULES, make_mesh, partition_spec
 
@@ -52,10 +53,9 @@ def devices(topology: Topology) -> list[Any]:
         found = topologies.get_topology_desc(platform=topology.platform, topology_name=name, **options)
         return list(found.devices)
     except Exception as error:  # RuntimeError, XlaRuntimeError, ModuleNotFoundError …
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         compiler = "GPU" if extra == "cuda" else "TPU"
         raise CompilerMissing(
-            f"{topology.name}: the {compiler} compiler cannot be used ({first}); "
+            f"{topology.name}: the {compiler} compiler cannot be used ({first_line(error)}); "
             f"install it with pip install -e '.[{extra}]'."
         ) from error
 
@@ -82,7 +82,7 @@ def parameters(config: Config, mesh: Mesh, dtype: DTypeLike) -> model.Params:
         sharding = functools.reduce(lambda tree, key: tree[key], path, shardings)
         kind = jnp.float32 if stays_float32(path) else dtype
         found[path] = jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
-    return nest(found)
+    return unflatten_dict(found)
 
 
 def _array(mesh: Mesh, dtype: DTypeLike, shape: tuple[int, ...], *axes: str | None) -> jax.ShapeDtypeStruct:

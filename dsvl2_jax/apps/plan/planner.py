@@ -12,11 +12,12 @@ from dsvl2_jax.apps.plan import jobs as plan_jobs
 from dsvl2_jax.apps.plan import training as plan_train
 from dsvl2_jax.apps.plan import work as plan_work
 from dsvl2_jax.apps.plan.hlo import Cost, walk
-from dsvl2_jax.checkpoint.orbax_io import LeafPath
 from dsvl2_jax.errors import UsageError
+from dsvl2_jax.messages import first_line
 from dsvl2_jax.model.cache import cache_layout
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import abstract_leaves
+from dsvl2_jax.model.parameter_paths import LeafPath
 from dsvl2_jax.runtime.hardware import Topology
 from dsvl2_jax.sharding import (
     ACTIVATION_RULES,
@@ -110,7 +111,7 @@ def _load(config: Config, job: Job, sizes: dict[str, int]) -> float:
     if job.kind == "encode":
         return 1 / _parts((job.batch,), ("tiles",), sizes, ACTIVATION_RULES)
     if job.kind != "decode":
-        rows = job.batch if job.settings is None else job.settings.batch.micro_sequences * sizes["data"]
+        rows = job.batch if job.settings is None else job.settings.batch.microbatch_size * sizes["data"]
         heads = (rows, job.sequence, cfg.num_attention_heads, 1)
         return 1 / _parts(heads, ("batch", "length", "heads", "head_dim"), sizes, ACTIVATION_RULES)
     visited = min(1.0, job.batch * cfg.num_experts_per_tok / cfg.n_routed_experts) if cfg.n_routed_experts else 0.0
@@ -161,7 +162,7 @@ def _divides(job: Job, sizes: dict[str, int]) -> bool:
     if job.settings is None:
         return True
     batch = job.settings.batch
-    return batch.sequences % (batch.micro_sequences * batch_parts(sizes)) == 0
+    return batch.sequences % (batch.microbatch_size * batch_parts(sizes)) == 0
 
 
 def plan(
@@ -223,7 +224,7 @@ def plan(
     except Exception as error:  # the compiler's own
         if "RESOURCE_EXHAUSTED" not in str(error) and "memory" not in str(error):
             raise
-        problem = str(error).splitlines()[0]
+        problem = first_line(error)
     report |= {
         "compiled": True,
         "trace_seconds": round(traced - begun, 1),
