@@ -164,7 +164,7 @@ def _head(
     chunk = min(chunk, t)
     product = functools.partial(jnp.einsum, precision=matmul_precision(hidden_btd.dtype))
     # The vocabulary stays split over `tensor` and `expert`, and tokens come to it: [D, V] is larger than they are.
-    axes = "decode_batch", "length", "embed"
+    axes = "logits_batch", "length", "embed"
     hidden_btd, kernel_dv = constrain(hidden_btd, *axes), constrain(kernel_dv, "embed", "vocab")
 
     def split(x: jax.Array, fill: float = 0) -> jax.Array:
@@ -177,7 +177,7 @@ def _head(
     def body(dkernel_dv: jax.Array | None, part: tuple[jax.Array, ...]) -> tuple[jax.Array | None, tuple]:
         x_btd, target_bt, weight_bt = part  # of a chunk's tokens
         logits_btv = product("btd,dv->btv", x_btd, kernel_dv, preferred_element_type=jnp.float32)
-        logits_btv = constrain(logits_btv, "decode_batch", "length", "vocab")
+        logits_btv = constrain(logits_btv, "logits_batch", "length", "vocab")
         # A masked sum, not a gather: it stays local when the vocabulary is sharded.
         is_target = jnp.arange(logits_btv.shape[-1]) == target_bt[..., None]
         lse_bt = jax.nn.logsumexp(logits_btv, axis=-1)

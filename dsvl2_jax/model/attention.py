@@ -9,9 +9,6 @@ hold several samples one after the other, each with positions from 0: a token se
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,9 +16,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from dsvl2_jax.kernels.gpu_attention import Attention, fused_attention, taken
-from dsvl2_jax.kernels.precision import matmul_precision
-from dsvl2_jax.kernels.tpu import ATTENTION_BLOCK, latent_attention, splash_attention
+from dsvl2_jax.kernels.attention import ATTENTION_OUTPUT, attend, causal_self_attention, mla_decode_attention
 from dsvl2_jax.model.config import LanguageConfig
 from dsvl2_jax.model.layers import (
     Linear,
@@ -32,17 +27,9 @@ from dsvl2_jax.model.layers import (
     rotate_half,
     rotate_interleaved,
 )
-from dsvl2_jax.sharding import batch_axis, constrain, on_shards, split_over
+from dsvl2_jax.sharding import batch_axis, constrain, shard_map_kernel, split_over
 
 LayerCache = dict[str, jax.Array]
-
-ATTENTION_OUTPUT = "attention_output"  # its name for rematerialisation policies
-
-# Scores are held for this many queries at a time: [B, H, 512, S] instead of [B, H, T, S].
-QUERY_BLOCK = 512
-
-# Shorter rows are attended to whole.
-MIN_QUARTERED = 512
 
 
 def write_cache(cache: LayerCache, new: LayerCache, positions: jax.Array) -> LayerCache:
@@ -76,160 +63,8 @@ def _write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     new = new.astype(cache.dtype)
     if names:
         whole = "slots", *[None] * (cache.ndim - 1)
-        return on_shards(rows, (axes, whole, whole[:1]), (axes,), [cache])(cache, new, start)[0]
+        return shard_map_kernel(rows, (axes, whole, whole[:1]), (axes,), [cache])(cache, new, start)[0]
     return constrain(rows(cache, constrain(new, "slots", None, *entry), start)[0], *axes)
-
-
-def attend(
-    queries: Sequence[jax.Array],
-    keys: Sequence[jax.Array],
-    values: jax.Array,
-    seen: tuple[jax.Array | None, jax.Array],
-    scale: float,
-) -> jax.Array:
-    """Causal softmax attention whose score is a sum of products, softmax in float32.
-
-    Args:
-      queries: parts [B, T, H, width_i].
-      keys: parts [B, S, H, width_i], or [B, S, width_i] where all heads share the key.
-      values: [B, S, H, Dv], or [B, S, Dv] shared by all heads.
-      seen: (first, last), each i32[B, T]: the keys that a query sees; first None: from key 0.
-      scale: factor on the scores.
-
-    Returns:
-      [B, T, H, Dv] in the dtype of ``values``.
-    """
-    length = queries[0].shape[1]
-    if length > QUERY_BLOCK and length % QUERY_BLOCK == 0:
-        blocks = length // QUERY_BLOCK
-
-        def split(x: jax.Array) -> jax.Array:
-            return jnp.moveaxis(x.reshape(x.shape[0], blocks, QUERY_BLOCK, *x.shape[2:]), 1, 0)
-
-        out = lax.map(
-            lambda block: _attend_block(block[0], keys, values, block[1], scale),
-            ([split(q) for q in queries], jax.tree.map(split, seen)),
-        )
-        return jnp.moveaxis(out, 0, 1).reshape(out.shape[1], length, *out.shape[3:])
-    return _attend_block(queries, keys, values, seen, scale)
-
-
-@functools.partial(jax.checkpoint, static_argnums=4)  # training too holds one block's scores at a time
-def _attend_block(
-    queries: Sequence[jax.Array],
-    keys: Sequence[jax.Array],
-    values: jax.Array,
-    seen: tuple[jax.Array | None, jax.Array],
-    scale: float,
-) -> jax.Array:
-    scores = sum(
-        jnp.einsum(
-            "bthd,bshd->bhts" if key.ndim == 4 else "bthd,bsd->bhts",
-            query,
-            key.astype(query.dtype),
-            precision=matmul_precision(query.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        for query, key in zip(queries, keys, strict=True)
-    )  # [B, H, T, S] float32
-    first, last = seen
-    slots = jnp.arange(scores.shape[-1])
-    visible = slots <= last[..., None]  # [B, T, S]
-    if first is not None:
-        visible &= slots >= first[..., None]
-    scores = jnp.where(visible[:, None], scores * scale, jnp.finfo(jnp.float32).min)
-    weights = nn.softmax(scores, axis=-1).astype(values.dtype)
-    spec = "bhts,bshd->bthd" if values.ndim == 4 else "bhts,bsd->bthd"
-    return jnp.einsum(spec, weights, values, precision=matmul_precision(values.dtype))
-
-
-def attend_to_latents(
-    query: jax.Array,
-    rope_query: jax.Array,
-    latent: jax.Array,
-    rope_key: jax.Array,
-    positions: jax.Array,
-    scale: float,
-) -> jax.Array:
-    """`attend` of one token a row, [B, 1, H, …], to its latents; on TPUs, in bfloat16, by a kernel of ours.
-
-    Where a row's latents are on several devices, each attends to its own, and the results are weighted and added.
-    """
-
-    def plain(query: jax.Array, rope_query: jax.Array, latent: jax.Array, rope_key: jax.Array, positions: jax.Array):
-        return attend([query, rope_query], [latent, rope_key], latent, (None, positions), scale)
-
-    whole, cache = ("slots", None, None, None), ("slots", "cache_length", None)
-    names, parts = split_over(latent.shape, cache, 1)
-    slots = latent.shape[1] // parts
-    if latent.dtype != jnp.bfloat16 or slots % min(slots, ATTENTION_BLOCK):
-        return plain(query, rope_query, latent, rope_key, positions)
-
-    def kernel(query: jax.Array, rope_query: jax.Array, *rest: jax.Array) -> tuple[jax.Array]:
-        *cache, last = rest
-        first = lax.axis_index(names) * slots if names else 0
-        out, weight = latent_attention(query[:, 0], rope_query[:, 0], *cache, last[:, 0] - first, scale)
-        if names:
-            share = jnp.exp(weight - lax.pmax(weight, names))
-            out = lax.psum(out * share, names) / lax.psum(share, names)
-        return (out.astype(query.dtype)[:, None],)
-
-    split = on_shards(kernel, (whole, whole, cache, cache, ("slots", None)), (whole,), [query])
-    return lax.platform_dependent(
-        query, rope_query, latent, rope_key, positions, tpu=lambda *arrays: split(*arrays)[0], default=plain
-    )
-
-
-def attend_to_row(
-    queries: Sequence[jax.Array], keys: Sequence[jax.Array], values: jax.Array, positions: jax.Array, scale: float
-) -> jax.Array:
-    """`attend` of rows to themselves, each token to those before it in its own sample; ``positions``: i32[B, T].
-
-    In bfloat16: on GPUs by the kernels of `dsvl2_jax.kernels.gpu_attention`, on TPUs by jax's splash kernel.
-    """
-    if len(queries) == 1 and taken(queries[0], values):
-
-        def plain(query: jax.Array, key: jax.Array, value: jax.Array, positions: jax.Array) -> jax.Array:
-            return _attend_quarters([query], [key], value, positions, scale)
-
-        axes = ("batch", "length", "heads", "head_dim")
-        how = Attention(plain, axes, scale, True, ATTENTION_OUTPUT)
-        elsewhere = functools.partial(fused_attention, how=how)
-        if positions.shape[1] % ATTENTION_BLOCK:
-            return elsewhere(*queries, *keys, values, positions)
-
-        def splash(*arrays: jax.Array) -> tuple[jax.Array]:
-            return (splash_attention(*arrays, scale),)
-
-        (out,) = lax.platform_dependent(
-            *queries,
-            *keys,
-            values,
-            positions,
-            tpu=on_shards(splash, (axes, axes, axes, axes[:2]), (axes,)),
-            default=lambda *arrays: (elsewhere(*arrays),),
-        )
-        return out
-    return _attend_quarters(queries, keys, values, positions, scale)
-
-
-def _attend_quarters(
-    queries: Sequence[jax.Array], keys: Sequence[jax.Array], values: jax.Array, positions: jax.Array, scale: float
-) -> jax.Array:
-    """A quarter of the queries at a time, which needs no keys after it: 5/8 of the work of all pairs."""
-    length = positions.shape[1]
-    own = jnp.broadcast_to(jnp.arange(length), positions.shape)
-    seen = own - positions, own
-    if length < MIN_QUARTERED or length % 4:
-        return attend(queries, keys, values, seen, scale)
-
-    outs = []
-    for i in range(4):
-        start, stop = i * length // 4, (i + 1) * length // 4
-        own_queries, own_seen = jax.tree.map(lambda x: x[:, start:stop], (list(queries), seen))  # noqa: B023
-        before, values_before = jax.tree.map(lambda x: x[:, :stop], (list(keys), values))  # noqa: B023
-        outs.append(attend(own_queries, before, values_before, own_seen, scale))
-    return jnp.concatenate(outs, axis=1)
 
 
 class MultiHeadAttention(nn.Module):
@@ -284,7 +119,7 @@ class MultiHeadAttention(nn.Module):
                 out_bthd = attend([q_bthd], [k_bshd], v_bshd, (None, positions_bt), scale)
                 out_bthd = constrain(out_bthd, first_axis, None, head_axis, "head_dim")
             else:
-                out_bthd = attend_to_row([q_bthd], [k_bshd], v_bshd, positions_bt, scale)
+                out_bthd = causal_self_attention(q_bthd, k_bshd, v_bshd, positions_bt, scale)
             out_bthd = constrain(out_bthd, batch, "length", "heads", "head_dim")
         return _output(self, out_bthd, x_btd.shape[-1]), cache
 
@@ -370,7 +205,7 @@ class LatentAttention(nn.Module):
             with jax.named_scope("attention"):
                 # To the cache, which is split by slots, and back: cheaper than every device reading all of it.
                 queries = [constrain(q, "slots", None, None, None) for q in (q_latent, q_rope)]
-                out_bthr = attend_to_latents(*queries, latent_bsr, rope_key, positions_bt, scale)
+                out_bthr = mla_decode_attention(*queries, latent_bsr, rope_key, positions_bt, scale)
                 out_bthr = constrain(out_bthr, "slots", None, None, None)
                 out_bthr = constrain(out_bthr, batch, "length", "heads", "latent")
             with jax.named_scope("kv_b_proj"):
@@ -389,6 +224,6 @@ class LatentAttention(nn.Module):
                     rope_keys = jnp.broadcast_to(rope_key[:, :, None], (*k_bshd.shape[:3], rope))
                     parts = (q_nope, q_rope), (k_bshd, rope_keys)
                     q_bthd, k_bshd = (jnp.concatenate(part, axis=-1) for part in parts)
-                    out_bthd = attend_to_row([q_bthd], [k_bshd], v_bshd, positions_bt, scale)
+                    out_bthd = causal_self_attention(q_bthd, k_bshd, v_bshd, positions_bt, scale)
         out_bthd = constrain(out_bthd, batch, "length", "heads", "head_dim")
         return _output(self, out_bthd, x_btd.shape[-1]), cache

@@ -23,7 +23,7 @@ from dsvl2_jax.model.config import NEWLINE_POSITION, SEPARATOR_POSITION, TEXT_PO
 from dsvl2_jax.model.decoder import Cache, Decoder, decoder, hidden_states
 from dsvl2_jax.model.layer_runs import LayerWrapper
 from dsvl2_jax.model.layers import declare
-from dsvl2_jax.sharding import PARAM_RULES, constrain, partition_spec, split_further
+from dsvl2_jax.sharding import PARAM_RULES, add_fsdp_axis, constrain, partition_spec
 
 Params = dict[str, Any]
 
@@ -92,12 +92,12 @@ def entry_axes(config: Config) -> dict[tuple[str, ...], int]:
 
 
 def param_shardings(config: Config, mesh: Mesh, *, fsdp: bool = False) -> dict[str, Any]:
-    """A NamedSharding for every parameter, by `PARAM_RULES`; with ``fsdp`` by `split_further` too."""
+    """A NamedSharding for every parameter, by `PARAM_RULES`; with ``fsdp`` by `add_fsdp_axis` too."""
     sizes = dict(mesh.shape)
 
     def sharding(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
         spec = partition_spec(shape, axes, sizes, PARAM_RULES)
-        return NamedSharding(mesh, split_further(spec, shape, sizes) if fsdp else spec)
+        return NamedSharding(mesh, add_fsdp_axis(spec, shape, sizes) if fsdp else spec)
 
     return unflatten_dict({path: sharding(*leaf) for path, leaf in abstract_leaves(config).items()})
 

@@ -5,7 +5,7 @@ The last part of an array's name gives its axes, one letter each, the same lette
   B batch (rows)        T tokens             S positions of the cache     V vocabulary
   D language width      H heads              R latent rank                W vision width
   N tiles               P patches of a tile  E routed experts             F width of an expert's MLP
-  K experts of a token  C a chunk of rows    M experts held by a device
+  K experts of a token  C assigned tokens    G experts held by a device
 
 So ``x_btd`` is [batch, tokens, language width]. In ``q_bthd`` and wherever heads stand beside it, d is a head's width.
 """
@@ -77,9 +77,9 @@ def einsum_weight(
     return jnp.einsum(subscripts, x.astype(dtype), weight, precision=matmul_precision(dtype))
 
 
-def grouped(x_cd: jax.Array, weights_mdf: jax.Array, group_sizes_m: jax.Array) -> jax.Array:
-    """Consecutive rows, each group times its own matrix: [C, D], [M, D, F], i32[M] → [C, F]; see `grouped_matmul`."""
-    return grouped_matmul(x_cd, weights_mdf, group_sizes_m)
+def grouped(x_cd: jax.Array, weights_gdf: jax.Array, group_sizes_g: jax.Array) -> jax.Array:
+    """Consecutive rows, each group times its own matrix: [C, D], [G, D, F], i32[G] → [C, F]; see `grouped_matmul`."""
+    return grouped_matmul(x_cd, weights_gdf, group_sizes_g)
 
 
 class Linear(nn.Module):

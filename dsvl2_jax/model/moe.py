@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from dsvl2_jax.kernels.grouped_matmul import grouped_outer, grouped_transposed
+from dsvl2_jax.kernels.grouped_matmul import grouped_transposed, tgmm
 from dsvl2_jax.model.config import LanguageConfig
 from dsvl2_jax.model.layers import GatedMLP, declare, grouped, linear
 from dsvl2_jax.sharding import ACTIVATION_RULES, PARAM_RULES, ambient_mesh_shape, batch_axis, mesh_axes, partition_spec
@@ -145,48 +145,48 @@ def run_experts(
     x_btd: jax.Array,
     experts_btk: jax.Array,
     weights_btk: jax.Array,
-    gate_mdf: jax.Array,
-    up_mdf: jax.Array,
-    down_mfd: jax.Array,
+    gate_gdf: jax.Array,
+    up_gdf: jax.Array,
+    down_gfd: jax.Array,
     first_expert: int | jax.Array = 0,
     shards: int = 1,
 ) -> jax.Array:
-    """The M experts from ``first_expert`` on, which are held here, applied to the tokens routed to them.
+    """The G experts from ``first_expert`` on, which are held here, applied to the tokens routed to them.
 
     Args:
       x_btd: [B, T, D].
       experts_btk: i32[B, T, K]; assignments to experts that are not held here count as zero.
       weights_btk: f32[B, T, K].
-      gate_mdf, up_mdf: [M, D, F']. down_mfd: [M, F', D].
-      first_expert: id of the first of the M experts.
-      shards: E / M. Above 1, B·T·K / shards assignments are worked on at a time, until none is left: as many as an even
+      gate_gdf, up_gdf: [G, D, F']. down_gfd: [G, F', D].
+      first_expert: id of the first of the G experts.
+      shards: E / G. Above 1, B·T·K / shards assignments are worked on at a time, until none is left: as many as an even
         routing gives, and whatever an uneven one does.
 
     Returns:
       [B, T, D], the weighted sum in float32, cast to the dtype of ``x_btd``.
     """
     b, t, d = x_btd.shape
-    count, top_k = gate_mdf.shape[0], experts_btk.shape[-1]
+    count, top_k = gate_gdf.shape[0], experts_btk.shape[-1]
     with jax.named_scope("dispatch"):
         local = experts_btk.reshape(-1) - first_expert
         is_held = (local >= 0) & (local < count)
         local = jnp.where(is_held, local, count)  # sorted last, in no group
         order = _sorted_by(local, count)
-        group_sizes_m = (local[:, None] == jnp.arange(count)).sum(0, dtype=jnp.int32)
+        group_sizes_g = (local[:, None] == jnp.arange(count)).sum(0, dtype=jnp.int32)
         x_td = x_btd.reshape(b * t, d)
     if shards > 1:
-        weights = gate_mdf, up_mdf, down_mfd
-        mixed = _run_chunked(shards, x_td, weights_btk.reshape(-1), *weights, order, group_sizes_m)
+        weights = gate_gdf, up_gdf, down_gfd
+        mixed = _run_chunked(shards, x_td, weights_btk.reshape(-1), *weights, order, group_sizes_g)
         return mixed.reshape(b, t, d).astype(x_btd.dtype)
 
     with jax.named_scope("dispatch"):
         rows_cd = x_td[order // top_k]  # C = B·T·K
 
     def product(rows: jax.Array, weights: jax.Array) -> jax.Array:
-        return checkpoint_name(grouped(rows, weights, group_sizes_m), EXPERT_PRODUCT)
+        return checkpoint_name(grouped(rows, weights, group_sizes_g), EXPERT_PRODUCT)
 
     with jax.named_scope("mlp"):
-        out_cd = product(nn.silu(product(rows_cd, gate_mdf)) * product(rows_cd, up_mdf), down_mfd)
+        out_cd = product(nn.silu(product(rows_cd, gate_gdf)) * product(rows_cd, up_gdf), down_gfd)
     with jax.named_scope("combine"):
         out_btkd = out_cd[_sorted_by(order, 0)].reshape(b, t, top_k, d).astype(jnp.float32)
         mixed = jnp.einsum("btkd,btk->btd", out_btkd, weights_btk, precision=lax.Precision.HIGHEST)
@@ -213,23 +213,23 @@ class _Chunk:
     tokens: jax.Array  # i32[C]
     inside: jax.Array  # bool[C], False beyond the last group
     weights: jax.Array  # f32[C, 1], zero beyond the last group
-    group_sizes: jax.Array  # i32[M]
+    group_sizes: jax.Array  # i32[G]
 
 
 def _chunks(
-    shards: int, weights: jax.Array, order: jax.Array, group_sizes_m: jax.Array, tokens: int
+    shards: int, weights: jax.Array, order: jax.Array, group_sizes_g: jax.Array, tokens: int
 ) -> tuple[Callable[[jax.Array], _Chunk], jax.Array]:
     """(a function from the index of a chunk to the chunk, how many chunks there are)."""
     total = order.shape[0]
     size = -(-total // shards)
     padded = jnp.pad(order, (0, size))
-    ends_m = jnp.cumsum(group_sizes_m)
+    ends_g = jnp.cumsum(group_sizes_g)
 
     def chunk(i: jax.Array) -> _Chunk:
         start = i * size
         assignments = lax.dynamic_slice_in_dim(padded, start, size)
-        inside = start + jnp.arange(size) < ends_m[-1]
-        ends_in_chunk = jnp.clip(ends_m - start, 0, size)
+        inside = start + jnp.arange(size) < ends_g[-1]
+        ends_in_chunk = jnp.clip(ends_g - start, 0, size)
         return _Chunk(
             assignments,
             assignments // (total // tokens),
@@ -238,7 +238,7 @@ def _chunks(
             jnp.diff(ends_in_chunk, prepend=0),
         )
 
-    return chunk, -(-ends_m[-1] // size)
+    return chunk, -(-ends_g[-1] // size)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -246,28 +246,28 @@ def _run_chunked(
     shards: int,
     x_td: jax.Array,
     weights: jax.Array,
-    gate_mdf: jax.Array,
-    up_mdf: jax.Array,
-    down_mfd: jax.Array,
+    gate_gdf: jax.Array,
+    up_gdf: jax.Array,
+    down_gfd: jax.Array,
     order: jax.Array,
-    group_sizes_m: jax.Array,
+    group_sizes_g: jax.Array,
 ) -> jax.Array:
     """The weighted sums of `run_experts`, f32[tokens, D], a chunk of the assignments at a time.
 
     Args:
       x_td: [tokens, D]. weights: f32[tokens · K].
-      gate_mdf, up_mdf, down_mfd: of the M experts held here.
-      order: i32[tokens · K], the assignments sorted by expert. group_sizes_m: i32[M].
+      gate_gdf, up_gdf, down_gfd: of the G experts held here.
+      order: i32[tokens · K], the assignments sorted by expert. group_sizes_g: i32[G].
     """
-    chunk_at, count = _chunks(shards, weights, order, group_sizes_m, x_td.shape[0])
+    chunk_at, count = _chunks(shards, weights, order, group_sizes_g, x_td.shape[0])
 
     def body(i: jax.Array, sums_td: jax.Array) -> jax.Array:
         with jax.named_scope("dispatch"):
             chunk = chunk_at(i)
             rows_cd = x_td[chunk.tokens]
         with jax.named_scope("mlp"):
-            gate_cf, up_cf = (grouped(rows_cd, weight, chunk.group_sizes) for weight in (gate_mdf, up_mdf))
-            out_cd = grouped(nn.silu(gate_cf) * up_cf, down_mfd, chunk.group_sizes)
+            gate_cf, up_cf = (grouped(rows_cd, weight, chunk.group_sizes) for weight in (gate_gdf, up_gdf))
+            out_cd = grouped(nn.silu(gate_cf) * up_cf, down_gfd, chunk.group_sizes)
         with jax.named_scope("combine"):
             return sums_td.at[chunk.tokens].add(out_cd.astype(jnp.float32) * chunk.weights)
 
@@ -280,40 +280,40 @@ def _run_chunked_forward(shards: int, *arguments: jax.Array) -> tuple[jax.Array,
 
 def _run_chunked_backward(shards: int, arguments: tuple[jax.Array, ...], cotangent_td: jax.Array) -> tuple[Any, ...]:
     """Computes the experts' hidden rows again; their output is not needed."""
-    x_td, weights, gate_mdf, up_mdf, down_mfd, order, group_sizes_m = arguments
-    chunk_at, count = _chunks(shards, weights, order, group_sizes_m, x_td.shape[0])
+    x_td, weights, gate_gdf, up_gdf, down_gfd, order, group_sizes_g = arguments
+    chunk_at, count = _chunks(shards, weights, order, group_sizes_g, x_td.shape[0])
     cotangent_td = cotangent_td.astype(x_td.dtype)  # which it had before the sum
 
     def body(i: jax.Array, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        dx_td, dweights, dgate_mdf, dup_mdf, ddown_mfd = gradients
+        dx_td, dweights, dgate_gdf, dup_gdf, ddown_gfd = gradients
         chunk = chunk_at(i)
 
         def back(rows: jax.Array, weights: jax.Array) -> jax.Array:
             return grouped_transposed(rows, weights, chunk.group_sizes)
 
         def outer(total: jax.Array, rows: jax.Array, drows: jax.Array) -> jax.Array:
-            return grouped_outer(rows, drows, chunk.group_sizes, total)
+            return tgmm(rows, drows, chunk.group_sizes, total)
 
         rows_cd = x_td[chunk.tokens]
-        gate_cf, up_cf = (grouped(rows_cd, weight, chunk.group_sizes) for weight in (gate_mdf, up_mdf))
+        gate_cf, up_cf = (grouped(rows_cd, weight, chunk.group_sizes) for weight in (gate_gdf, up_gdf))
         hidden_cf, pullback = jax.vjp(lambda gate, up: nn.silu(gate) * up, gate_cf, up_cf)
         dout_cd = cotangent_td[chunk.tokens]
-        dhidden_cf = back(dout_cd, down_mfd)  # without the assignment's weight, whose gradient it gives
+        dhidden_cf = back(dout_cd, down_gfd)  # without the assignment's weight, whose gradient it gives
         dweight_c = (hidden_cf.astype(jnp.float32) * dhidden_cf.astype(jnp.float32)).sum(-1)
         dweight_c = jnp.where(chunk.inside, dweight_c, 0.0)
         dgate_cf, dup_cf = pullback((dhidden_cf * chunk.weights).astype(hidden_cf.dtype))
-        drows_cd = back(dgate_cf, gate_mdf) + back(dup_cf, up_mdf)
+        drows_cd = back(dgate_cf, gate_gdf) + back(dup_cf, up_gdf)
         return (
             dx_td.at[chunk.tokens].add(drows_cd.astype(jnp.float32)),
             dweights.at[chunk.assignments].add(dweight_c),
-            outer(dgate_mdf, rows_cd, dgate_cf),
-            outer(dup_mdf, rows_cd, dup_cf),
-            outer(ddown_mfd, hidden_cf, (dout_cd * chunk.weights).astype(x_td.dtype)),
+            outer(dgate_gdf, rows_cd, dgate_cf),
+            outer(dup_gdf, rows_cd, dup_cf),
+            outer(ddown_gfd, hidden_cf, (dout_cd * chunk.weights).astype(x_td.dtype)),
         )
 
     # Few experts are in two chunks, so their gradients may be added in the dtype in which they are returned.
     differentiated = arguments[:5]
-    dtypes = jnp.float32, jnp.float32, gate_mdf.dtype, up_mdf.dtype, down_mfd.dtype
+    dtypes = jnp.float32, jnp.float32, gate_gdf.dtype, up_gdf.dtype, down_gfd.dtype
     zeros = tuple(jnp.zeros(a.shape, dtype) for a, dtype in zip(differentiated, dtypes, strict=True))
     gradients = lax.fori_loop(0, count, body, zeros)
     return *(g.astype(a.dtype) for g, a in zip(gradients, differentiated, strict=True)), None, None

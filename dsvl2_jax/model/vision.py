@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from dsvl2_jax.kernels.gpu_attention import Attention, fused_attention, taken
+from dsvl2_jax.kernels.attention import self_attention
 from dsvl2_jax.kernels.precision import matmul_precision
 from dsvl2_jax.model.config import VisionConfig
 from dsvl2_jax.model.layer_runs import LayerWrapper, run_layers, vision_runs
@@ -38,32 +38,18 @@ class VisionAttention(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x_npw: jax.Array, seen_np: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x_npw: jax.Array, visible_np: jax.Array | None = None) -> jax.Array:
         """[N, P, W] → [N, P, W].
 
-        ``seen_np``: bool[N, P], False for positions that no query sees; None: all are seen. In each row one must be.
+        ``visible_np``: bool[N, P], False for positions that nothing attends to; None: all are attended to. One of each
+        row must be True.
         """
         cfg = self.config
         axes = ("vision_embed", None, "vision_heads", "head_dim")
         qkv = Linear((3, cfg.heads, cfg.head_dim), axes, self.dtype, INIT_STD, bias=True, name="qkv")(x_npw)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [N, P, H, Dh]
-        scale = cfg.head_dim**-0.5
-
-        def plain(q: jax.Array, k: jax.Array, v: jax.Array, _: jax.Array) -> jax.Array:
-            exact = matmul_precision(self.dtype)
-            scores = jnp.einsum("nphd,nqhd->nhpq", q, k, precision=exact, preferred_element_type=jnp.float32) * scale
-            if seen_np is not None:
-                scores = jnp.where(seen_np[:, None, None], scores, -jnp.inf)
-            weights = nn.softmax(scores, axis=-1).astype(self.dtype)
-            return jnp.einsum("nhpq,nqhd->nphd", weights, v, precision=exact)
-
         with jax.named_scope("attention"):
-            anywhere = jnp.zeros(x_npw.shape[:2], jnp.int32)
-            if seen_np is None and taken(q, v):
-                how = Attention(plain, ("tiles", None, None, None), scale, False, "vision_attention_output")
-                out = fused_attention(q, k, v, anywhere, how)
-            else:
-                out = plain(q, k, v, anywhere)
+            out = self_attention(q, k, v, visible_np, cfg.head_dim**-0.5)
         axes = ("vision_heads", "head_dim", "vision_embed")
         return Linear(cfg.width, axes, self.dtype, INIT_STD, contract=2, bias=True, name="proj")(out)
 
@@ -89,10 +75,10 @@ class VisionBlock(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x_npw: jax.Array, seen_np: jax.Array | None = None) -> jax.Array:
-        """[N, P, W] → [N, P, W]; ``seen_np``: see `VisionAttention`."""
+    def __call__(self, x_npw: jax.Array, visible_np: jax.Array | None = None) -> jax.Array:
+        """[N, P, W] → [N, P, W]; ``visible_np``: see `VisionAttention`."""
         normed = layer_norm(self.dtype, "norm1")(x_npw)
-        x_npw = x_npw + VisionAttention(self.config, self.dtype, name="attn")(normed, seen_np)
+        x_npw = x_npw + VisionAttention(self.config, self.dtype, name="attn")(normed, visible_np)
         normed = layer_norm(self.dtype, "norm2")(x_npw)
         x_npw = x_npw + VisionMLP(self.config, self.dtype, name="mlp")(normed)
         return constrain(x_npw, "tiles", None, None)

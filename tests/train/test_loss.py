@@ -18,7 +18,7 @@ from dsvl2_jax.checkpoint.load import load_params
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.inputs.batch import IGNORED_LABEL, Batch, collate
 from dsvl2_jax.inputs.processor import ModelInputs, Processor
-from dsvl2_jax.model import attention
+from dsvl2_jax.kernels import attention
 from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model.config import TEXT_POSITION, Config, LanguageConfig
 from dsvl2_jax.model.moe import Routing
