@@ -55,23 +55,23 @@ def training_layers(config: Config, remat: str) -> LayerWrapper:
     """
 
     def wrap(run: LayerRun, layer: LayerFunction) -> LayerFunction:
-        def gathered_layer(x: jax.Array, own: Params, state: Any) -> tuple[jax.Array, Any, Any]:
-            return layer(x, _gathered(own, run, config), state)
+        def gathered_layer(x: jax.Array, layer_params: Params, state: Any) -> tuple[jax.Array, Any, Any]:
+            return layer(x, _gathered(layer_params, run, config), state)
 
         return REMAT[remat](gathered_layer)
 
     return wrap
 
 
-def _gathered(own: Params, run: LayerRun, config: Config) -> Params:
+def _gathered(layer_params: Params, run: LayerRun, config: Config) -> Params:
     """The parameters of one layer, gathered over ``data`` in the dtype of computation, not in float32."""
     sizes = ambient_mesh_shape()
     if sizes is None:
-        return own
+        return layer_params
     leaves = abstract_leaves(config)
 
     def leaf(path: LeafPath, value: jax.Array) -> jax.Array:
         shape, axes = leaves[(run.part, run.members()[0], *path)]
         return lax.with_sharding_constraint(value, partition_spec(shape, axes, sizes, PARAM_RULES))
 
-    return path_aware_map(leaf, own)
+    return path_aware_map(leaf, layer_params)

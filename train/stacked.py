@@ -19,10 +19,10 @@ from dsvl2_jax.model.parameter_paths import LeafPath
 def stacked_paths(config: Config, paths: Iterable[LeafPath], *, stack: bool = True) -> dict[LeafPath, list[LeafPath]]:
     """Stacked leaf path → the paths of the separate leaves that it holds, in order of layers."""
     run_of = {
-        (part, member): (run.name, place)
+        (part, member): (run.name, index)
         for part, runs in layer_runs(config, stack=stack).items()
         for run in runs
-        for place, member in enumerate(run.members())
+        for index, member in enumerate(run.members())
     }
     out: dict[LeafPath, list[LeafPath]] = {}
     for path in sorted(paths, key=lambda path: run_of.get(path[:2], ("", 0))[1]):
@@ -42,7 +42,7 @@ def stack_layers(leaves: Mapping[LeafPath, jax.Array], config: Config, *, stack:
 
 def unstack_layers(leaves: Mapping[LeafPath, jax.Array], config: Config, *, stack: bool = True) -> dict:
     """The inverse of `stack_layers`."""
-    runs = {(part, run.name): run for part, found in layer_runs(config, stack=stack).items() for run in found}
+    runs = {(part, run.name): run for part, part_runs in layer_runs(config, stack=stack).items() for run in part_runs}
     out: dict[LeafPath, jax.Array] = {}
     for path, leaf in leaves.items():
         run = runs.get(path[:2])

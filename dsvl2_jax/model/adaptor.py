@@ -41,9 +41,8 @@ class Adaptor(nn.Module):
             last = i == cfg.depth - 1
             axes = (None, "adaptor_mlp") if i == 0 else ("adaptor_mlp", "embed") if last else ("adaptor_mlp", None)
             features = cfg.n_embed if last else hidden
-            std = (
-                x.shape[-1] ** -0.5
-            )  # an adaptor is trained from scratch even where encoder and language model are not
+            # Not the language model's own spread: an adaptor is trained from scratch even where the rest is not.
+            std = x.shape[-1] ** -0.5
             x = Linear(features, axes, self.dtype, std, bias=True, name=f"layers_{i}")(x)
             x = x if last else nn.gelu(x, approximate=False)
         return x

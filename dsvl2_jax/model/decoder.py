@@ -1,4 +1,7 @@
-"""The language model: embeddings, decoder layers, final norm and output head (DeepSeek-V2, arXiv 2405.04434)."""
+"""The language model: embeddings, decoder layers, final norm and output head (DeepSeek-V2, arXiv 2405.04434).
+
+Tested in tests/model/test_transformers.py and tests/model/test_deepseek_vl2.py.
+"""
 
 from __future__ import annotations
 
@@ -132,11 +135,13 @@ def hidden_states(
     for run in language_runs(config):
         module = DecoderLayer(config, run.first, params["embed_tokens"].dtype)
 
-        def layer(x: jax.Array, own: Any, own_cache: Any, module: DecoderLayer = module) -> tuple[jax.Array, Any, Any]:
-            x, own_cache, routing = module.apply(
-                {"params": own}, x, positions_bt, valid_bt, own_cache, read_cache=read_cache, decode=decode
+        def layer(
+            x: jax.Array, layer_params: Any, layer_cache: Any, module: DecoderLayer = module
+        ) -> tuple[jax.Array, Any, Any]:
+            x, layer_cache, routing = module.apply(
+                {"params": layer_params}, x, positions_bt, valid_bt, layer_cache, read_cache=read_cache, decode=decode
             )
-            return x, own_cache, None if routing is None or report is None else report(routing)
+            return x, layer_cache, None if routing is None or report is None else report(routing)
 
         run_cache = None if cache is None else cache[run.first : run.last + 1]
         x_btd, run_cache, run_report = run_layers(run, params, layer, x_btd, states=run_cache, wrap=wrap)

@@ -8,6 +8,8 @@ The last part of an array's name gives its axes, one letter each, the same lette
   K experts of a token  C assigned tokens    G experts held by a device
 
 So ``x_btd`` is [batch, tokens, language width]. In ``q_bthd`` and wherever heads stand beside it, d is a head's width.
+
+Tested in tests/model/test_attention.py, test_moe.py and test_deepseek_vl2.py.
 """
 
 from __future__ import annotations

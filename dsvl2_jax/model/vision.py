@@ -214,8 +214,8 @@ def encode_tiles(
     """
     block = VisionBlock(config, dtype)
 
-    def layer(x_npw: jax.Array, own: Any, state: None) -> tuple[jax.Array, None, None]:
-        return block.apply({"params": own}, x_npw), state, None
+    def layer(x_npw: jax.Array, block_params: Any, state: None) -> tuple[jax.Array, None, None]:
+        return block.apply({"params": block_params}, x_npw), state, None
 
     bound = encoder(params, config, dtype)
     x_npw = bound.embed_patches(tiles, mean, std)
