@@ -17,9 +17,16 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from dsvl2_jax.kernels.attention import ATTENTION_OUTPUT, attend, causal_self_attention, mla_decode_attention
-from dsvl2_jax.kernels.precision import matmul_precision
 from dsvl2_jax.model.config import LanguageConfig
-from dsvl2_jax.model.layers import RMSNorm, linear, partitioned, rotary_tables, rotate_half, rotate_interleaved
+from dsvl2_jax.model.layers import (
+    Linear,
+    RMSNorm,
+    declare,
+    einsum_weight,
+    rotary_tables,
+    rotate_half,
+    rotate_interleaved,
+)
 from dsvl2_jax.sharding import batch_axis, constrain, shard_map_kernel, split_over
 
 LayerCache = dict[str, jax.Array]
@@ -61,72 +68,9 @@ def _write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
 
 
 class MultiHeadAttention(nn.Module):
-    """Multi-head attention, rotary over the whole head in the half layout; fewer key heads repeat (FACTS §1, §4)."""
+    """Multi-head attention of tiny; rotary over the whole head in the half layout (`rotate_half`).
 
-    config: LanguageConfig
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(
-        self,
-        x_btd: jax.Array,
-        positions: jax.Array,
-        cache: LayerCache | None,
-        *,
-        read_cache: bool = False,
-        decode: bool = False,
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """As `LatentAttention.__call__`."""
-        cfg = self.config
-        heads, kv_heads, width = cfg.num_attention_heads, cfg.kv_heads, cfg.head_dim
-        batch = batch_axis(decode)
-
-        def project(name: str, count: int, axis: str) -> jax.Array:
-            axes = ("embed", axis, "head_dim")
-            layer = linear(
-                (count, width), axes, dtype=self.dtype, std=cfg.initializer_range, bias=cfg.attention_bias, name=name
-            )
-            return constrain(layer(x_btd), batch, "length", axis, "head_dim")
-
-        cos, sin = rotary_tables(positions, width, cfg.rope_theta)
-        query = rotate_half(project("q_proj", heads, "heads"), cos, sin)
-        new = {
-            "key": rotate_half(project("k_proj", kv_heads, "kv_heads"), cos, sin),
-            "value": project("v_proj", kv_heads, "kv_heads"),
-        }
-        if cache is not None:
-            cache = write_cache(cache, new, positions)
-        source = cache if read_cache else new
-        key, value = (jnp.repeat(source[n], heads // kv_heads, axis=2) for n in ("key", "value"))
-        value = value.astype(self.dtype)
-        if read_cache:
-            # A decode step goes to the cache, which is split by slots; longer ones fetch it, split by heads.
-            first_axis, length_axis, head_axis = ("slots", "cache_length", None) if decode else (batch, None, "heads")
-            query = constrain(query, first_axis, None, head_axis, "head_dim")
-            key, value = (constrain(a, first_axis, length_axis, "heads", "head_dim") for a in (key, value))
-            out = attend([query], [key], value, (None, positions), width**-0.5)
-            out = constrain(out, first_axis, None, head_axis, "head_dim")
-        else:
-            out = causal_self_attention(query, key, value, positions, width**-0.5)
-        out = checkpoint_name(constrain(out, batch, "length", "heads", "head_dim"), ATTENTION_OUTPUT)
-        axes = ("heads", "head_dim", "embed")
-        out = linear(
-            x_btd.shape[-1],
-            axes,
-            dtype=self.dtype,
-            std=cfg.initializer_range,
-            contract=2,
-            bias=cfg.attention_bias,
-            name="o_proj",
-        )(out)
-        return out, cache
-
-
-class LatentAttention(nn.Module):
-    """Multi-head latent attention (DeepSeek-V2 §2.1, FACTS §4), cached as one latent and one key per token.
-
-    A decode step uses the absorbed form (queries and outputs pass through kv_b_proj, the cache is
-    read as it is); everything else uses the expanded form (keys and values made from latents). Both are equal.
+    Fewer key heads than query heads are repeated.
     """
 
     config: LanguageConfig
@@ -136,7 +80,73 @@ class LatentAttention(nn.Module):
     def __call__(
         self,
         x_btd: jax.Array,
-        positions: jax.Array,
+        positions_bt: jax.Array,
+        cache: LayerCache | None,
+        *,
+        read_cache: bool = False,
+        decode: bool = False,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """As `LatentAttention.__call__`."""
+        cfg = self.config
+        heads, kv_heads, width = cfg.num_attention_heads, cfg.kv_heads, cfg.head_dim
+        batch, std, bias = batch_axis(decode), cfg.initializer_range, cfg.attention_bias
+
+        def project(name: str, count: int, axis: str) -> jax.Array:
+            axes = ("embed", axis, "head_dim")
+            x_bthd = Linear((count, width), axes, self.dtype, std, bias=bias, name=name)(x_btd)
+            return constrain(x_bthd, batch, "length", axis, "head_dim")
+
+        q_bthd = project("q_proj", heads, "heads")
+        k_bthd, v_bthd = project("k_proj", kv_heads, "kv_heads"), project("v_proj", kv_heads, "kv_heads")
+        with jax.named_scope("rotary"):
+            cos, sin = rotary_tables(positions_bt, width, cfg.rope_theta)
+            q_bthd, k_bthd = rotate_half(q_bthd, cos, sin), rotate_half(k_bthd, cos, sin)
+        new = {"key": k_bthd, "value": v_bthd}
+        if cache is not None:
+            with jax.named_scope("cache_write"):
+                cache = write_cache(cache, new, positions_bt)
+        with jax.named_scope("attention"):
+            source = cache if read_cache else new
+            k_bshd, v_bshd = (jnp.repeat(source[name], heads // kv_heads, axis=2) for name in ("key", "value"))
+            v_bshd = v_bshd.astype(self.dtype)
+            scale = width**-0.5
+            if read_cache:
+                # A decode step goes to the cache, which is split by slots; longer ones fetch it, split by heads.
+                axes = ("slots", "cache_length", None) if decode else (batch, None, "heads")
+                first_axis, length_axis, head_axis = axes
+                q_bthd = constrain(q_bthd, first_axis, None, head_axis, "head_dim")
+                k_bshd, v_bshd = (constrain(x, first_axis, length_axis, "heads", "head_dim") for x in (k_bshd, v_bshd))
+                out_bthd = attend([q_bthd], [k_bshd], v_bshd, (None, positions_bt), scale)
+                out_bthd = constrain(out_bthd, first_axis, None, head_axis, "head_dim")
+            else:
+                out_bthd = causal_self_attention(q_bthd, k_bshd, v_bshd, positions_bt, scale)
+            out_bthd = constrain(out_bthd, batch, "length", "heads", "head_dim")
+        return _output(self, out_bthd, x_btd.shape[-1]), cache
+
+
+def _output(module: MultiHeadAttention | LatentAttention, out_bthd: jax.Array, width: int) -> jax.Array:
+    """[B, T, H, Dv] → [B, T, D]: the output projection, which both attentions have."""
+    cfg, axes = module.config, ("heads", "head_dim", "embed")
+    out_bthd = checkpoint_name(out_bthd, ATTENTION_OUTPUT)
+    layer = Linear(width, axes, module.dtype, cfg.initializer_range, contract=2, bias=cfg.attention_bias, name="o_proj")
+    return layer(out_bthd)
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, §2.1): one latent and one key are cached per token.
+
+    A decode step uses the absorbed form (queries and outputs pass through kv_b_proj, the cache is read as it is);
+    everything else uses the expanded form (keys and values made from latents). Both are equal.
+    """
+
+    config: LanguageConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(
+        self,
+        x_btd: jax.Array,
+        positions_bt: jax.Array,
         cache: LayerCache | None,
         *,
         read_cache: bool = False,
@@ -146,7 +156,7 @@ class LatentAttention(nn.Module):
 
         Args:
           x_btd: [B, T, D], normed.
-          positions: i32[B, T], consecutive in each row; without a cache, in each sample of a row.
+          positions_bt: i32[B, T], consecutive in each row; without a cache, in each sample of a row.
           cache: this layer's cache, or None to keep nothing.
           read_cache: static. False: attend to the T tokens given only. True: to the cache, once they are in it.
           decode: static. True in a decode step: T is 1, and the cache is read.
@@ -156,67 +166,64 @@ class LatentAttention(nn.Module):
         """
         cfg = self.config
         heads, nope, rope, rank = cfg.num_attention_heads, cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.kv_lora_rank
-        std, bias = cfg.initializer_range, cfg.attention_bias
+        std, bias, dtype = cfg.initializer_range, cfg.attention_bias, self.dtype
         batch = batch_axis(decode)
 
-        query_input, query_axis = x_btd, "embed"
+        q_input, q_axis, q_name = x_btd, "embed", "q_proj"
         if cfg.q_lora_rank is not None:
-            query_input = linear(
-                cfg.q_lora_rank, ("embed", "latent"), dtype=self.dtype, std=std, bias=bias, name="q_a_proj"
-            )(x_btd)
-            query_input = RMSNorm(1e-6, "latent", name="q_a_layernorm")(query_input)
-            query_axis = "latent"
-        query_name = "q_proj" if cfg.q_lora_rank is None else "q_b_proj"
-        query = linear(
-            (heads, nope + rope), (query_axis, "heads", "head_dim"), dtype=self.dtype, std=std, name=query_name
-        )(query_input)
-        query = constrain(query, batch, "length", "heads", "head_dim")
-        q_nope, q_rope = query[..., :nope], query[..., nope:]
+            q_input = Linear(cfg.q_lora_rank, ("embed", "latent"), dtype, std, bias=bias, name="q_a_proj")(x_btd)
+            q_input = RMSNorm(1e-6, "latent", name="q_a_layernorm")(q_input)
+            q_axis, q_name = "latent", "q_b_proj"
+        q_bthd = Linear((heads, nope + rope), (q_axis, "heads", "head_dim"), dtype, std, name=q_name)(q_input)
+        q_bthd = constrain(q_bthd, batch, "length", "heads", "head_dim")
+        q_nope, q_rope = q_bthd[..., :nope], q_bthd[..., nope:]
 
-        compressed = linear(
-            rank + rope, ("embed", "latent"), dtype=self.dtype, std=std, bias=bias, name="kv_a_proj_with_mqa"
-        )(x_btd)
-        latent = RMSNorm(1e-6, "latent", name="kv_a_layernorm")(compressed[..., :rank])
-        cos, sin = rotary_tables(positions, rope, cfg.rope_theta)
-        q_rope = rotate_interleaved(q_rope, cos, sin)
-        rope_key = rotate_interleaved(compressed[..., None, rank:], cos, sin)[:, :, 0]  # [B, T, rope]
-        new = {"latent": latent, "rope_key": rope_key}
+        kv_axes = ("embed", "latent")
+        compressed = Linear(rank + rope, kv_axes, dtype, std, bias=bias, name="kv_a_proj_with_mqa")(x_btd)
+        latent_btr = RMSNorm(1e-6, "latent", name="kv_a_layernorm")(compressed[..., :rank])
+        with jax.named_scope("rotary"):
+            cos, sin = rotary_tables(positions_bt, rope, cfg.rope_theta)
+            q_rope = rotate_interleaved(q_rope, cos, sin)
+            rope_key = rotate_interleaved(compressed[..., None, rank:], cos, sin)[:, :, 0]  # [B, T, rope]
+        new = {"latent": latent_btr, "rope_key": rope_key}
         if cache is not None:
-            cache = write_cache(cache, new, positions)
+            with jax.named_scope("cache_write"):
+                cache = write_cache(cache, new, positions_bt)
         source = cache if read_cache else new
-        latent, rope_key = (source[n].astype(self.dtype) for n in ("latent", "rope_key"))
+        latent_bsr, rope_key = (source[name].astype(dtype) for name in ("latent", "rope_key"))
 
         # Rows of a head: first the keys' part W_uk, then the values' part W_uv. Heads lead, so that neither form
         # transposes the weight.
-        kernel = self.param(
-            "kv_b_proj",
-            partitioned(nn.initializers.normal(std), ("heads", "head_dim", "latent")),
-            (heads, nope + cfg.v_head_dim, rank),
-        ).astype(self.dtype)
-        key_up, value_up = kernel[:, :nope], kernel[:, nope:]
+        kv_b_shape, kv_b_axes = (heads, nope + cfg.v_head_dim, rank), ("heads", "head_dim", "latent")
+        kv_b = declare(self, "kv_b_proj", kv_b_shape, kv_b_axes, nn.initializers.normal(std))
+        key_rows, value_rows = slice(nope), slice(nope, None)
         scale = (nope + rope) ** -0.5
-        exact = matmul_precision(self.dtype)
         if decode:
-            q_latent = jnp.einsum("bthn,hnr->bthr", q_nope, key_up, precision=exact)
-            q_latent = constrain(q_latent, batch, "length", "heads", "latent")
-            # To the cache, which is split by slots, and back: cheaper than every device reading all of it.
-            queries = [constrain(q, "slots", None, None, None) for q in (q_latent, q_rope)]
-            out = mla_decode_attention(*queries, latent, rope_key, positions, scale)  # [B, 1, H, R]
-            out = constrain(constrain(out, "slots", None, None, None), batch, "length", "heads", "latent")
-            out = jnp.einsum("bthr,hvr->bthv", out, value_up, precision=exact)
+            with jax.named_scope("kv_b_proj"):
+                q_latent = einsum_weight("bthn,hnr->bthr", q_nope, kv_b, dtype=dtype, rows=key_rows)
+                q_latent = constrain(q_latent, batch, "length", "heads", "latent")
+            with jax.named_scope("attention"):
+                # To the cache, which is split by slots, and back: cheaper than every device reading all of it.
+                queries = [constrain(q, "slots", None, None, None) for q in (q_latent, q_rope)]
+                out_bthr = mla_decode_attention(*queries, latent_bsr, rope_key, positions_bt, scale)
+                out_bthr = constrain(out_bthr, "slots", None, None, None)
+                out_bthr = constrain(out_bthr, batch, "length", "heads", "latent")
+            with jax.named_scope("kv_b_proj"):
+                out_bthd = einsum_weight("bthr,hvr->bthv", out_bthr, kv_b, dtype=dtype, rows=value_rows)
         else:
-            latent, rope_key = (constrain(a, batch, None, "latent") for a in (latent, rope_key))
-            key = jnp.einsum("bsr,hnr->bshn", latent, key_up, precision=exact)
-            value = jnp.einsum("bsr,hvr->bshv", latent, value_up, precision=exact)
-            key, value = (constrain(a, batch, "length", "heads", "head_dim") for a in (key, value))
-            if read_cache:
-                out = attend([q_nope, q_rope], [key, rope_key], value, (None, positions), scale)
-            else:  # one product of the joined parts instead of two whose results are added
-                rope_keys = jnp.broadcast_to(rope_key[:, :, None], (*key.shape[:3], rope))
-                parts = (q_nope, q_rope), (key, rope_keys)
-                query, key = (jnp.concatenate(part, axis=-1) for part in parts)
-                out = causal_self_attention(query, key, value, positions, scale)
-        out = checkpoint_name(constrain(out, batch, "length", "heads", "head_dim"), ATTENTION_OUTPUT)
-        axes = ("heads", "head_dim", "embed")
-        out = linear(x_btd.shape[-1], axes, dtype=self.dtype, std=std, contract=2, bias=bias, name="o_proj")(out)
-        return out, cache
+            latent_bsr, rope_key = (constrain(x, batch, None, "latent") for x in (latent_bsr, rope_key))
+            with jax.named_scope("kv_b_proj"):
+                k_bshd = einsum_weight("bsr,hnr->bshn", latent_bsr, kv_b, dtype=dtype, rows=key_rows)
+                v_bshd = einsum_weight("bsr,hvr->bshv", latent_bsr, kv_b, dtype=dtype, rows=value_rows)
+                k_bshd, v_bshd = (constrain(x, batch, "length", "heads", "head_dim") for x in (k_bshd, v_bshd))
+            with jax.named_scope("attention"):
+                if read_cache:
+                    parts = [q_nope, q_rope], [k_bshd, rope_key]
+                    out_bthd = attend(*parts, v_bshd, (None, positions_bt), scale)
+                else:  # one product of the joined parts instead of two whose results are added
+                    rope_keys = jnp.broadcast_to(rope_key[:, :, None], (*k_bshd.shape[:3], rope))
+                    parts = (q_nope, q_rope), (k_bshd, rope_keys)
+                    q_bthd, k_bshd = (jnp.concatenate(part, axis=-1) for part in parts)
+                    out_bthd = causal_self_attention(q_bthd, k_bshd, v_bshd, positions_bt, scale)
+        out_bthd = constrain(out_bthd, batch, "length", "heads", "head_dim")
+        return _output(self, out_bthd, x_btd.shape[-1]), cache

@@ -1,8 +1,7 @@
 """Model configuration, read straight from a released ``config.json``.
 
-A key that is missing takes the default of the official configuration classes (FACTS §1,
-``reference/config_defaults.json``); a value that this implementation cannot honour is refused with
-the field's name. Nothing here imports jax.
+A key that is missing takes the default of the official configuration classes; a value that this implementation cannot
+honour is refused with the field's name. Nothing here imports jax.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class VisionConfig:
 
     @property
     def grid(self) -> int:
-        """Patches along one side; pixels beyond ``grid · patch_size`` are never seen (FACTS §2)."""
+        """Patches along one side; pixels beyond ``grid · patch_size`` are never seen."""
         return self.image_size // self.patch_size
 
     @property
@@ -187,8 +186,8 @@ class _Reader:
     def config(self, raw: dict[str, Any]) -> Config:
         for key in ("vision_config", "projector_config", "language_config"):
             if not isinstance(raw.get(key), dict):
-                found = "nothing" if key not in raw else type(raw[key]).__name__
-                self.problems.append(f"{key}: expected an object, found {found}")
+                kind = "nothing" if key not in raw else type(raw[key]).__name__
+                self.problems.append(f"{key}: expected an object, found {kind}")
         if "tile_tag" not in raw:
             self.problems.append('tile_tag: missing; the released models have "2D"')
         self.stop_if_wrong()
@@ -207,7 +206,7 @@ class _Reader:
         self.stop_if_wrong()
         return config
 
-    def fields(self, cls: type, raw: dict[str, Any], where: str) -> Any:
+    def fields(self, cls: type, raw: dict[str, Any], section: str) -> Any:
         """Takes the fields of ``cls`` from ``raw``; other keys (auto_map, lm_head, ep_size …) mean nothing here."""
         defaults = cls()
         values = {}
@@ -220,19 +219,19 @@ class _Reader:
                 pass
             elif annotation.startswith("int"):
                 if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                    self.problems.append(f"{where}.{field.name}: expected a whole number, found {value!r}")
+                    self.problems.append(f"{section}.{field.name}: expected a whole number, found {value!r}")
             elif annotation.startswith("float"):
                 if isinstance(value, bool) or not isinstance(value, (int, float)):
-                    self.problems.append(f"{where}.{field.name}: expected a number, found {value!r}")
+                    self.problems.append(f"{section}.{field.name}: expected a number, found {value!r}")
                 else:
                     value = float(value)
             elif default is not None and not isinstance(value, type(default)):
                 kind = type(default).__name__
-                self.problems.append(f"{where}.{field.name}: expected a {kind}, found {value!r}")
+                self.problems.append(f"{section}.{field.name}: expected a {kind}, found {value!r}")
             values[field.name] = value
         if values.get("rope_scaling"):
             self.problems.append(
-                f"{where}.rope_scaling: found {values['rope_scaling']!r}, but only null (no scaling) is supported; "
+                f"{section}.rope_scaling: found {values['rope_scaling']!r}, but only null (no scaling) is supported; "
                 "no released DeepSeek-VL2 scales its positions"
             )
             values["rope_scaling"] = None

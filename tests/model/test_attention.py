@@ -16,7 +16,7 @@ from dsvl2_jax.sharding import make_mesh
 
 ROWS, LENGTH, CACHE_LENGTH = 2, 9, 16
 
-# Of the largest element (DESIGN §5).
+# Of the largest element.
 TOLERANCE = 2e-5
 
 LATENT = LanguageConfig(
