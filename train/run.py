@@ -44,7 +44,8 @@ from dsvl2_jax.train.objectives.language import StepMetrics, Trainer
 from dsvl2_jax.train.objectives.regions import RegionTrainer
 from dsvl2_jax.train.objectives.trainer import BaseTrainer, TrainState, data_shards
 from dsvl2_jax.train.run_directory import Identity, RunDirectory, Saved, model_identity, opened
-from dsvl2_jax.train.settings.schema import Settings, load, to_toml
+from dsvl2_jax.train.settings.load import load, to_toml
+from dsvl2_jax.train.settings.schema import Settings
 
 # Steps from a signal to the last one: a process may be two steps ahead of the one that got it.
 _NOTICE = 3

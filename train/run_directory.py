@@ -26,6 +26,7 @@ from dsvl2_jax.checkpoint.locate import CHECKPOINTS_NAME, MODEL_NAME, PARAMS_NAM
 from dsvl2_jax.checkpoint.staging import is_disk_full, locked, write_text
 from dsvl2_jax.errors import RunError
 from dsvl2_jax.runtime import processes
+from dsvl2_jax.train.settings.load import differences, load, to_toml
 from dsvl2_jax.train.settings.schema import Settings
 
 RUN_VERSION = 1
@@ -145,7 +146,7 @@ class RunDirectory:
 
     def write_settings(self, settings: Settings) -> None:
         """Keeps the settings that are in force now."""
-        write_text(self.path / CONFIG_NAME, settings.to_toml(settings))
+        write_text(self.path / CONFIG_NAME, to_toml(settings))
 
     def check(self, settings: Settings, identity: Identity) -> None:
         """Refuses to go on with another run than the one that began here.
@@ -155,7 +156,7 @@ class RunDirectory:
         """
         before = self._identity()
         other = [
-            *settings.differences(settings.load(self.path / CONFIG_NAME), settings),
+            *differences(load(self.path / CONFIG_NAME, accept_old_names=True), settings),
             *_changes(before.model, identity.model, "model: "),
         ]
         if other:

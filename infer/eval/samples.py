@@ -89,7 +89,7 @@ def read_samples(
       metric: for records without their own.
       template: the prompt, with ``{question}`` and ``{choices}`` (and ``\\n`` for a new line); None: `TEMPLATE`, with
         choices `CHOICE_TEMPLATE`.
-      limit: read so many samples at most.
+      limit: most samples to read.
 
     Raises:
       UsageError: the metric or template is no such thing.
@@ -99,8 +99,6 @@ def read_samples(
         raise UsageError(f"--metric: found {metric!r}, expected one of {', '.join(METRICS)}.")
     if template is not None and "{question}" not in template:
         raise UsageError(f"--prompt-template: found {template!r}, expected a text with {{question}} in it.")
-    if limit is not None and limit < 1:
-        raise UsageError(f"--limit: found {limit}, expected a positive whole number.")
     samples: list[Sample] = []
     reader = _Reader(store, metric, template, path.stem)
     try:

@@ -139,7 +139,7 @@ def test_warm_up_is_linear_and_never_zero():
 
 def test_cosine_falls_from_the_warm_up_to_its_floor():
     expected = [0.5, 1.0] + [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(9)]
-    assert rates(10, schedule="cosine", warmup_steps=2, final_lr_multiplier=0.1) == pytest.approx(expected, abs=1e-6)
+    assert rates(10, schedule="cosine", warmup_steps=2, final_rate=0.1) == pytest.approx(expected, abs=1e-6)
     assert rates(10, schedule="cosine")[-1] == pytest.approx(0.0, abs=1e-6)
 
 

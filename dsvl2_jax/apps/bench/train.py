@@ -314,7 +314,15 @@ def _ours(ids: np.ndarray, setting: Setting) -> tuple[Callable[[], float], int, 
     from dsvl2_jax.model.config import TEXT_POSITION, Config
     from dsvl2_jax.train.data.batch import TrainBatch
     from dsvl2_jax.train.objectives.language import Trainer
-    from dsvl2_jax.train.settings import schema as settings
+    from dsvl2_jax.train.settings.schema import (
+        BatchSettings,
+        ComputeSettings,
+        DataSettings,
+        OptimizerSettings,
+        ParameterRule,
+        Settings,
+        StageSettings,
+    )
 
     # A vision encoder as small as can be: it is neither trained nor run.
     config = Config.from_dict(
@@ -327,16 +335,16 @@ def _ours(ids: np.ndarray, setting: Setting) -> tuple[Callable[[], float], int, 
     )
     rows, length = ids.shape
     rules = (
-        settings.ParameterRule("/correction_bias$", train=False),
-        settings.ParameterRule("^language/"),
-        settings.ParameterRule("", train=False),
+        ParameterRule("/correction_bias$", train=False),
+        ParameterRule("^language/"),
+        ParameterRule("", train=False),
     )
-    settings = settings.Settings(
-        data=settings.DataSettings(sequence_length=length, tiles_per_sequence=0, max_segments=1),
-        batch=settings.BatchSettings(sequences=rows, microbatch_size=rows),
-        stage=settings.StageSettings(rules, balance_loss_weight=0.0),
-        optimizer=settings.OptimizerSettings(learning_rate=LEARNING_RATE),
-        compute=settings.ComputeSettings(dtype="float32", remat=setting.remat, loss_chunk=256),
+    settings = Settings(
+        data=DataSettings(sequence_length=length, tiles_per_sequence=0, max_segments=1),
+        batch=BatchSettings(sequences=rows, microbatch_size=rows),
+        stage=StageSettings(rules, balance_loss_weight=0.0),
+        optimizer=OptimizerSettings(learning_rate=LEARNING_RATE),
+        compute=ComputeSettings(dtype="float32", remat=setting.remat, loss_chunk=256),
     )
     batch = TrainBatch(
         ids=ids[None],

@@ -19,7 +19,8 @@ from dsvl2_jax.model.deepseek_vl2 import abstract_leaves
 from dsvl2_jax.sharding import ACTIVATION_RULES, PARAM_RULES, batch_parts, mesh_axes, partition_spec, split_further
 from dsvl2_jax.train.flops import step_flops
 from dsvl2_jax.train.parameter_rules import assign
-from dsvl2_jax.train.settings.schema import Settings, load, presets
+from dsvl2_jax.train.settings.load import load, presets
+from dsvl2_jax.train.settings.schema import Settings
 
 KINDS = ("align", "pretrain", "sft")
 _STORED = 4  # bytes of an entry of a trained parameter, and of its gradient

@@ -34,7 +34,7 @@ from dsvl2_jax.train.data.encoder_samples import (
 from dsvl2_jax.train.flops import region_flops
 from dsvl2_jax.train.objectives.regions import RegionTrainer, phrase_numbers, phrases, region_features, region_loss
 from dsvl2_jax.train.parameter_rules import assign
-from dsvl2_jax.train.settings import schema as settings
+from dsvl2_jax.train.settings.load import load
 
 IMAGES, PHRASES, LENGTH = 8, 6, 48
 ALL = Pairs(200, 50)
@@ -185,7 +185,7 @@ def test_what_is_wrong_with_a_record_is_said(toy, record, message):
 def rows(toy):
     """The first step's batch of the toy's data."""
     config, processor = open_model(toy)
-    found = settings.load(toy / "config.toml", ["data.shuffle=false"])
+    found = load(toy / "config.toml", ["data.shuffle=false"])
     pipeline = data.open_training(found, processor, config, data.BatchShard(rows=IMAGES))
     step = next(pipeline)
     pipeline.close()
@@ -252,7 +252,7 @@ def test_a_region_is_compared_with_the_different_phrases_of_its_attribute():
 
 def trainer(toy, mesh=None, **compute) -> RegionTrainer:
     config, processor = open_model(toy)
-    found = settings.load(toy / "config.toml")
+    found = load(toy / "config.toml")
     shards = 1 if mesh is None else mesh.shape["data"]
     batch = dataclasses.replace(found.batch, microbatch_size=IMAGES // shards)
     found = dataclasses.replace(found, batch=batch, compute=dataclasses.replace(found.compute, **compute))
@@ -306,7 +306,7 @@ def test_flops_agree_with_xla(toy, batch):
 
 
 def test_the_pooling_head_is_not_trained_on_regions(toy):
-    rules = settings.load(toy / "config.toml").stage.parameters[1:]
+    rules = load(toy / "config.toml").stage.parameters[1:]
     with pytest.raises(SettingsError, match="no gradient from the regions objective"):
         assign(["vision/attn_pool/latent", "vision/norm/scale", "language/norm/scale"], rules, "regions")
 
