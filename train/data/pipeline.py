@@ -32,7 +32,7 @@ from dsvl2_jax.inputs.processor import Processor
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.train.data import packing
 from dsvl2_jax.train.data.batch import TrainBatch
-from dsvl2_jax.train.data.encoder_samples import NO_ATTRIBUTE, NO_IMAGE, Pairs
+from dsvl2_jax.train.data.encoder_samples import NO_ATTRIBUTE, NO_IMAGE, AttributeIds, Pairs
 from dsvl2_jax.train.data.packing import TOO_LONG, RowShape
 from dsvl2_jax.train.data.samples import SkippedSample, fingerprint, open_sources
 from dsvl2_jax.train.settings.schema import DataSettings, Settings
@@ -174,7 +174,7 @@ def _reading(settings: Settings) -> tuple[DataSettings, Pairs | None]:
     objective, contrastive = settings.stage.objective, settings.contrastive
     if objective == "language":
         return settings.data, None
-    attributes = frozenset(filter(None, map(str.strip, contrastive.attributes.split(","))))
+    attributes = tuple(dict.fromkeys(filter(None, map(str.strip, contrastive.attributes.split(",")))))
     pairs = Pairs(contrastive.text_length, contrastive.phrases if objective == "regions" else 0, attributes)
     rows = dataclasses.replace(settings.data, sequence_length=pairs.tokens, tiles_per_sequence=1, packing=False)
     return rows, pairs
@@ -273,6 +273,7 @@ class _UsableSamplesIterator(grain.DatasetIterator):
         self._inner: grain.DatasetIterator | None = None
         self._state = {"read": 0, "broken": 0, "useless": 0}  # useless: since the last usable one
         self._problems: list[str] = []
+        self._attributes = AttributeIds()
 
     def __next__(self) -> dict[str, Any]:
         if self._inner is None:
@@ -291,6 +292,7 @@ class _UsableSamplesIterator(grain.DatasetIterator):
             self._check()
             if not isinstance(item, SkippedSample):
                 self._state["useless"] = 0
+                self._attributes.add(item.pop("attributes", {}))
                 if type(item["tiles"]) is not np.ndarray:
                     # Shared memory is given back at once: a packer's worth of tiles would fill a container's.
                     item["tiles"] = np.array(item["tiles"], subok=False)
