@@ -8,39 +8,76 @@ SAMPLES ?= 500
 CKPT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv run test test-pods test-gpu-compile compile-tests lint train-micro eval-micro clean
+.PHONY: help .venv constraints run test test-newest test-pods test-gpu-compile compile-tests lint lint-imports docs \
+	train-micro eval-micro clean
 
 help:
 	@echo "make run     draw fresh pictures and ask the bundled model about them; SEED=7 draws others"
 	@echo "make test    run the whole test suite (sets up $(VENV) first)"
+	@echo "make test-newest  the same suite in .venv-newest, with the newest release of every package"
 	@echo "make test-pods    compile for TPU topologies, whole models included (no TPU needed; more than half an hour)"
 	@echo "make test-gpu-compile   the same for H100s (no GPU needed; fetches 4 GB into .venv-gpu; a quarter of an hour)"
 	@echo "make eval-micro   ask the bundled model 500 held-out questions a task (CKPT=DIR asks another)"
 	@echo "make train-micro  train the bundled model from nothing, about three and a half hours; goes on where it was stopped"
 	@echo "make .venv   only set up $(VENV); PYTHON=python3.12 picks another interpreter"
-	@echo "make lint    ruff: lint and format check"
+	@echo "make lint    ruff (lint and format check) and the rule of the layers (import-linter)"
+	@echo "make docs    build the documentation site into $(OUT)/site; a warning is an error"
+	@echo "make constraints   choose the newest releases and write them, with their hashes, to constraints/"
 	@echo "make clean   remove $(VENV) and $(OUT)"
 
-# Stamps say what is installed; a change of setup.cfg, pyproject.toml or the interpreter installs again.
+# Stamps say what is installed; a change of setup.cfg, pyproject.toml, the constraints or the interpreter installs again.
 INTERPRETER := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+UV_INSTALLED := $(VENV)/.uv-installed-$(INTERPRETER)
 INSTALLED := $(VENV)/.installed-$(INTERPRETER)
 DEMO_INSTALLED := $(VENV)/.demo-installed-$(INTERPRETER)
 TRAIN_INSTALLED := $(VENV)/.train-installed-$(INTERPRETER)
 TEST_INSTALLED := $(VENV)/.test-installed-$(INTERPRETER)
+LINT_INSTALLED := $(VENV)/.lint-installed-$(INTERPRETER)
+DOCS_INSTALLED := $(VENV)/.docs-installed-$(INTERPRETER)
 
-$(INSTALLED): setup.cfg pyproject.toml
+# The release of every package and the hashes of its files, for the Python versions that have such a file. uv holds to
+# them in an editable installation too, where pip refuses hashes.
+CONSTRAINTS := $(wildcard constraints/py$(subst .,,$(INTERPRETER)).txt)
+INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python \
+	$(if $(CONSTRAINTS),--constraint $(CONSTRAINTS) --build-constraint $(CONSTRAINTS))
+
+# uv reads none of pip's settings: whoever told pip of another index, or of folders with wheels, need not tell uv.
+SPACE := $() $()
+COMMA := ,
+ifdef PIP_INDEX_URL
+export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
+endif
+ifdef PIP_FIND_LINKS
+export UV_FIND_LINKS ?= $(subst $(SPACE),$(COMMA),$(PIP_FIND_LINKS))
+endif
+
+$(UV_INSTALLED): constraints/uv.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is missing or older than 3.11; choose one with PYTHON=python3.12"; exit 1; }
 	@ls $(VENV)/lib/python$(INTERPRETER)/ >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --require-hashes --requirement constraints/uv.txt
+	@touch $@
+
+$(INSTALLED): setup.cfg pyproject.toml $(CONSTRAINTS) $(UV_INSTALLED)
+	@$(if $(CONSTRAINTS),,echo "Python $(INTERPRETER), no constraints: the newest release of every package is installed.")
+	$(INSTALL) --editable .
 	@touch $@
 
 $(VENV)/.%-installed-$(INTERPRETER): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	$(INSTALL) --editable '.[$*]'
 	@touch $@
 
 .venv: $(INSTALLED)
+
+# torch is left to setup.cfg, without a hash: its builds for CPUs and for GPUs have one version and different files.
+LOCK := env -u UV_FIND_LINKS $(BIN)/uv pip compile --quiet --upgrade --generate-hashes \
+	--custom-compile-command "make constraints" --no-emit-package torch
+constraints: $(UV_INSTALLED)
+	echo uv | $(LOCK) --output-file constraints/uv.txt -
+	set -e; for version in 3.11 3.13; do \
+		$(LOCK) --python-version $$version --all-extras \
+			--output-file constraints/py$$(echo $$version | tr -d .).txt setup.cfg; \
+	done
 
 # The recipe is what a user would type; a converted model that is there already is kept.
 run: $(DEMO_INSTALLED)
@@ -56,17 +93,22 @@ RUNS := runs/micro
 
 # Every part that is complete is kept, and a stage that was stopped goes on from its last checkpoint.
 train-micro: $(TRAIN_INSTALLED)
-	test -d $(RUNS)/start || $(BIN)/python -m dsvl2_jax.apps.micro.build start $(RUNS)/start
-	$(BIN)/python -m dsvl2_jax.apps.micro.build data $(RUNS)/data
+	test -d $(RUNS)/start || $(BIN)/dsvl2 micro start $(RUNS)/start
+	$(BIN)/dsvl2 micro data $(RUNS)/data
 	set -e; stages=$$($(BIN)/python -c "from dsvl2_jax.apps.micro.build import STAGES; print(*STAGES)"); for stage in $$stages; do $(TRAINING) $(BIN)/dsvl2 train micro-$$stage; done
-	$(BIN)/python -m dsvl2_jax.apps.micro.build ship $(RUNS) $(RUNS)/micro
+	$(BIN)/dsvl2 micro ship $(RUNS) $(RUNS)/micro
 
 eval-micro: $(DEMO_INSTALLED)
-	$(BIN)/python -m dsvl2_jax.apps.micro.build questions $(OUT)/questions --samples $(SAMPLES)
+	$(BIN)/dsvl2 micro questions $(OUT)/questions --samples $(SAMPLES)
 	$(BIN)/dsvl2 eval $(CKPT) $(OUT)/questions/questions-6-$(SAMPLES).jsonl
 
 test: $(TEST_INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+# Made anew each time, so that nothing of an earlier run is kept.
+test-newest:
+	rm -rf .venv-newest
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=
 
 # Each compiler in an environment of its own: with one installed, jax would look for its devices in every other run.
 test-pods:
@@ -79,9 +121,24 @@ test-gpu-compile:
 compile-tests: $(VENV)/.compile-installed-$(INTERPRETER) $(VENV)/.$(EXTRA)-installed-$(INTERPRETER)
 	$(BIN)/python -m pytest -m "" $(ARGS) $(FILES)
 
-lint: $(TEST_INSTALLED)
+lint: $(LINT_INSTALLED) lint-imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# The layers of pyproject.toml. They hold for the package as it is installed (dsvl2_jax.convert is the folder convert/), so
+# a build lays it out first, away from this folder: lint-imports looks for the package where it is started.
+LAID_OUT := $(OUT)/lint
+lint-imports: $(LINT_INSTALLED)
+	@rm -rf $(LAID_OUT)
+	@$(BIN)/python -c 'import setuptools; setuptools.setup()' --quiet build_py --build-lib $(LAID_OUT)
+	cd $(LAID_OUT) && $(abspath $(BIN))/lint-imports --no-logo --no-cache $(abspath pyproject.toml)
+
+# -W: a warning, such as a link to a page or a heading that is not there, is an error; links to the web are not followed.
+docs: $(DOCS_INSTALLED)
+	@rm -rf $(OUT)/site
+	$(BIN)/sphinx-build --quiet -W --keep-going -c docs/site . $(OUT)/site
+	@cp $(OUT)/site/README.html $(OUT)/site/index.html
+	@echo "$(OUT)/site/index.html"
+
 clean:
-	rm -rf $(VENV) .venv-tpu .venv-gpu $(OUT)
+	rm -rf $(VENV) .venv-newest .venv-tpu .venv-gpu $(OUT)

@@ -7,7 +7,6 @@ all problems, so that a user corrects them at once.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import json
 import math
@@ -16,6 +15,8 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
+
+from dsvl2_jax.messages import did_you_mean, nearest
 
 Path = tuple[str | int, ...]  # keys, and the index in an array
 
@@ -255,19 +256,18 @@ class _Reader:
             return self._wrong(path, "finite", raw)
         value = kind(raw) if kind in (int, float) else raw
         if rule.choices and value not in rule.choices:
-            near = difflib.get_close_matches(str(value), map(str, rule.choices), 1)
-            hint = f"; did you mean {near[0]}?" if near else "."
-            return self._add(path, f"{value!r} is none of {', '.join(map(str, rule.choices))}{hint}")
+            choices = list(map(str, rule.choices))
+            return self._add(path, f"{value!r} is none of {', '.join(choices)}{did_you_mean(str(value), choices)}")
         if kind in (int, float) and not rule.holds(value):
             return self._wrong(path, rule.range_text(), value, rule.hint)
         return value
 
     def _unknown(self, key: str, siblings: tuple[str, ...]) -> str:
-        if near := difflib.get_close_matches(key, siblings, 1):
-            return f"unknown key; did you mean {near[0]}?"
+        if near := nearest(key, siblings):
+            return f"unknown key; did you mean {near}?"
         everywhere = {name.rpartition(".")[2]: name for name in _names(self._root)}
-        if near := difflib.get_close_matches(key, everywhere, 1):
-            return f"unknown key here; did you mean {everywhere[near[0]]}?"
+        if near := nearest(key, everywhere):
+            return f"unknown key here; did you mean {everywhere[near]}?"
         return f"unknown key; the keys here are {', '.join(siblings)}."
 
     def _wrong(self, path: Path, expected: str, found: Any, hint: str = "") -> Any:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 import jax
 
 from dsvl2_jax.model.config import Config, VisionConfig
+from dsvl2_jax.model.parameter_paths import path_name
 from dsvl2_jax.runtime.hardware import topology
 from dsvl2_jax.train.settings.schema import ContrastiveSettings, ParameterRule
 
@@ -135,7 +136,7 @@ def _matrices(config: Config) -> Iterator[tuple[str, int]]:
     from dsvl2_jax.model.deepseek_vl2 import abstract_leaves
 
     for keys, (shape, _) in abstract_leaves(config).items():
-        path = "/".join(keys)
+        path = path_name(keys)
         if _MATRIX.search(path) and not path.startswith("vision/attn_pool/"):
             yield path, math.prod(shape)
 

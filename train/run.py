@@ -25,11 +25,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dsvl2_jax.checkpoint import rules
 from dsvl2_jax.checkpoint.load import load_params
 from dsvl2_jax.checkpoint.locate import model_files, open_model, resolve
 from dsvl2_jax.errors import DSVL2Error, RunError, SettingsError
 from dsvl2_jax.inputs.processor import Processor
+from dsvl2_jax.messages import listed
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import entry_axes, init_params
 from dsvl2_jax.model.released import variant
@@ -303,7 +303,7 @@ class _Loop:
             raise RunError(
                 f"step {pending.step}: the loss is {metrics.loss} and the gradient norm {metrics.gradient_norm}, so "
                 f"training stops. {left} Look at this step's samples, or lower optimizer.learning_rate:\n"
-                + rules.listed(pending.data.sources, limit=64)
+                + listed(pending.data.sources, limit=64)
             )
 
     def _validate(self, state: TrainState) -> float:

@@ -1,4 +1,6 @@
-"""Accelerators that programs can be compiled for without having one, and what a device of each can do (FACTS §8).
+"""Accelerators that programs can be compiled for without having one, and what a device of each can do.
+
+Figures are the vendors' own, dense bfloat16.
 
 Names are those of Cloud TPU, where v5p-8 counts cores and has 4 chips; a chip of TPU7x is two devices.
 """
@@ -6,11 +8,11 @@ Names are those of Cloud TPU, where v5p-8 counts cores and has 4 chips; a chip o
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from pathlib import Path
 
 from dsvl2_jax.errors import UsageError
+from dsvl2_jax.messages import did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,7 @@ _ARRANGED = {
 }  # fmt: skip
 
 
-def _made(name: str) -> Topology:
+def _topology(name: str) -> Topology:
     kind = name.partition("-")[0]
     platform, flops, memory, bandwidth, split = _CHIPS[kind]
     chips = 1
@@ -64,10 +66,10 @@ def _made(name: str) -> Topology:
     return Topology(name, platform, shape, chips * split, flops / split, memory / split, bandwidth / split)
 
 
-TOPOLOGIES = {name: _made(name) for name in _ARRANGED}
+TOPOLOGIES = {name: _topology(name) for name in _ARRANGED}
 
 
-# H200 → what is otherwise there than in h100.txtpb.
+# Fields of h100.txtpb that differ for an H200.
 _H200 = {
     "memory_bandwidth": "4800000000000",
     "device_memory_size": "150754820096",
@@ -75,10 +77,10 @@ _H200 = {
 }
 
 
-def target_config(place: Topology) -> str:
+def target_config(target: Topology) -> str:
     """What XLA's GPU compiler must know of a GPU that is not here: a GpuTargetConfigProto as text."""
     text = Path(__file__).with_name("h100.txtpb").read_text(encoding="utf-8")
-    for field, value in _H200.items() if place.shape == "h200" else ():
+    for field, value in _H200.items() if target.shape == "h200" else ():
         text = re.sub(rf'\b{field}: (?:"[^"]*"|\d+)', f"{field}: {value}", text)
     return text
 
@@ -90,7 +92,5 @@ def topology(name: str) -> Topology:
       UsageError: there is none of this name.
     """
     if name not in TOPOLOGIES:
-        near = difflib.get_close_matches(name, TOPOLOGIES, 1)
-        meant = f"; did you mean {near[0]}?" if near else "."
-        raise UsageError(f"topology {name!r} is none of {', '.join(TOPOLOGIES)}{meant}")
+        raise UsageError(f"topology {name!r} is none of {', '.join(TOPOLOGIES)}{did_you_mean(name, TOPOLOGIES)}")
     return TOPOLOGIES[name]

@@ -170,7 +170,7 @@ def test_training_has_the_losses_of_one_process_on_any_mesh_and_goes_on_after_ki
     largest_file(newest / "params").unlink()
     broken = Group(tmp_path, 2, "generate", run, "--prompt", "red", "--mesh", "tensor=2")
     assert_said_once(broken, [1, 1], f"{newest / 'params'}: damaged: ")
-    assert f"or remove {newest}: the run then goes on from" in broken.errors(0)[0]
+    assert f"or remove {newest}: the run then resumes from" in broken.errors(0)[0]
     assert "Traceback" not in broken.err(0) + broken.err(1)
 
 

@@ -21,7 +21,7 @@ import released_checkpoint
 import toy_run
 
 import dsvl2_jax
-from dsvl2_jax.apps.cli import main as cli
+from dsvl2_jax.apps.cli.main import main
 from dsvl2_jax.checkpoint import orbax_io, rules
 from dsvl2_jax.checkpoint.load import load_params
 from dsvl2_jax.checkpoint.locate import resolve
@@ -208,32 +208,32 @@ def test_a_run_survives_a_full_disk_answers_exports_and_refuses_what_is_not_its_
 
     with monkeypatch.context() as patch:
         patch.setattr(orbax_io._Document, "_file", staticmethod(full))
-        assert cli.main(["train", str(config)]) == 1
+        assert main(["train", str(config)]) == 1
     error = capfd.readouterr().err
     assert "the disk is too full for this checkpoint" in error
     assert "step 2, is untouched" in error
     assert stems(run) == ["2"]
     assert "too full" in lines(run, "stop")[-1]["reason"]
     before = lines(run)
-    assert cli.main(["train", str(config)]) == 0
+    assert main(["train", str(config)]) == 0
     assert f"{run}: done: 4 steps" in capfd.readouterr().err
     assert [line["step"] for line in before] == [1, 2, 3, 4]
     assert lines(run) == before
     assert stems(run) == ["2", "4"]
     assert list((run / "profile").rglob("*.xplane.pb"))
     assert list((run / "tensorboard").iterdir())
-    assert cli.main(["train", str(config)]) == 0  # nothing left to do
+    assert main(["train", str(config)]) == 0  # nothing left to do
     assert "done: 4 steps" in capfd.readouterr().err
     assert lines(run) == before
 
     # It answers, is sound, and exports under the released names and shapes.
-    assert cli.main(["generate", str(run), "--prompt", "red", "--max-new-tokens", "4", "--json"]) == 0
+    assert main(["generate", str(run), "--prompt", "red", "--max-new-tokens", "4", "--json"]) == 0
     answer = json.loads(capfd.readouterr().out)
     assert 1 <= len(answer["token_ids"]) <= 4
-    assert cli.main(["doctor", str(run / "checkpoints" / "2")]) == 0
+    assert main(["doctor", str(run / "checkpoints" / "2")]) == 0
     assert "of a training run" in capfd.readouterr().out
     out = run.parent / "out"
-    assert cli.main(["export", str(run), str(out)]) == 0
+    assert main(["export", str(run), str(out)]) == 0
     tensors = released_checkpoint.tensors(out)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     assert found == rules.expected_shapes(config_of(run))
@@ -277,7 +277,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_its_samples_and_keeps_the_
         return step(self, state, batch)
 
     monkeypatch.setattr(Trainer, "step", poisoned)
-    assert cli.main(["train", str(config)]) == 1
+    assert main(["train", str(config)]) == 1
     error = capfd.readouterr().err
     assert "step 4: the loss is nan" in error
     assert "The last checkpoint, of step 2," in error
@@ -317,7 +317,7 @@ def test_a_missing_extra_is_named(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "optax", None)
     for name in [name for name in sys.modules if name.startswith("dsvl2_jax.train")]:
         monkeypatch.delitem(sys.modules, name)
-    assert cli.main(["train", "tiny-sft"]) == 2
+    assert main(["train", "tiny-sft"]) == 2
     assert "training needs optax, which is not installed: pip install -e '.[train]'" in capsys.readouterr().err
 
 

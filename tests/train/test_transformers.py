@@ -7,8 +7,8 @@ chunks. Theirs runs one sample at a time.
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
-from dsvl2_jax.checkpoint.orbax_io import unnest
 from dsvl2_jax.inputs.batch import IGNORED_LABEL
 from dsvl2_jax.model.config import TEXT_POSITION
 from dsvl2_jax.model.deepseek_vl2 import abstract_params
@@ -167,8 +167,8 @@ def test_twenty_adamw_steps_equal(case):
     assert np.mean(losses[-BATCHES:]) < 0.9 * np.mean(losses[:BATCHES])  # there was something to learn
 
     weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    expected = dict(unnest(filled(ours, released_names(weights), "language")))
-    found, before = (dict(unnest(tree)) for tree in (trainer.params(state)["language"], start))
+    expected = flatten_dict(filled(ours, released_names(weights), "language"))
+    found, before = (flatten_dict(tree) for tree in (trainer.params(state)["language"], start))
     assert found.keys() == expected.keys()
     for path, want in expected.items():
         change = np.linalg.norm(want - before[path])

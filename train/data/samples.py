@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dsvl2_jax.errors import DataError, SampleError
-from dsvl2_jax.inputs.image_sources import FilePool, ImageStore, expand, index_tar, open_images
+from dsvl2_jax.inputs.image_sources import FilePool, ImageStore, expand_paths, index_tar, open_images
 from dsvl2_jax.inputs.processor import Processor
 from dsvl2_jax.inputs.records import parse_record, process
 from dsvl2_jax.train.data import packing
@@ -49,7 +49,7 @@ class SampleSource:
         one image and its text.
         """
         self.label = label
-        self.files: list[DataFile] = [open_data_file(path) for path in expand(source.path, label)]
+        self.files: list[DataFile] = [open_data_file(path) for path in expand_paths(source.path, label)]
         self._ends = np.cumsum([len(file) for file in self.files])
         if not len(self):
             raise DataError(f"{source.path}: no samples ({label}). The file is empty, or the archive has no texts.")
@@ -145,8 +145,8 @@ def fingerprint(settings: Settings) -> dict[str, str]:
         for name, source in sources.items():
             if label == "data.train" and source.weight <= 0:
                 continue
-            for path in expand(source.path, f"{label}.{name}"):
+            for path in expand_paths(source.path, f"{label}.{name}"):
                 digests[path] = open_data_file(path).digest
             if source.images.endswith(".tar"):
-                digests |= {path: index_tar(path).digest for path in expand(source.images, "image shards")}
+                digests |= {path: index_tar(path).digest for path in expand_paths(source.images, "image shards")}
     return digests

@@ -7,7 +7,6 @@ settings keep one run from resuming another, and `settings_help` describes all o
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import textwrap
 import tomllib
 import typing
@@ -18,6 +17,7 @@ from typing import Any
 from dsvl2_jax import fields
 from dsvl2_jax.errors import SettingsError
 from dsvl2_jax.fields import Problem, literal
+from dsvl2_jax.messages import did_you_mean
 from dsvl2_jax.train.settings import check
 from dsvl2_jax.train.settings.schema import Settings
 
@@ -43,8 +43,7 @@ def find(name: str | Path) -> Path:
         return path
     if str(name) in known:
         return known[str(name)]
-    near = difflib.get_close_matches(path.stem, known, 1)
-    hint = f"; did you mean {near[0]}?" if near else "."
+    hint = did_you_mean(path.stem, known)
     raise SettingsError(f"{name}: no such file, and no such preset{hint} The presets are {', '.join(known)}.")
 
 

@@ -1,83 +1,78 @@
-"""What `dsvl2 generate` does, and the loading that it shares with the other commands."""
+"""`dsvl2 generate` and `chat`: answers to the user's own prompts."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import sys
 from pathlib import Path
 
-from dsvl2_jax.errors import DSVL2Error, UsageError
-from dsvl2_jax.infer.answer import Generation
-from dsvl2_jax.infer.loading import LoadOptions, load
-from dsvl2_jax.infer.sampling import SamplingParams
-from dsvl2_jax.inputs.grounding import draw_boxes
-from dsvl2_jax.inputs.images import load_image
-from dsvl2_jax.inputs.processor import prepend_image_tags
-from dsvl2_jax.runtime import processes
-from dsvl2_jax.runtime.timing import Timing
+from tyro.conf import UseAppendAction
+
+from dsvl2_jax.apps.cli.options import (
+    Answering,
+    Checkpoint,
+    Images,
+    InAnswering,
+    InLoading,
+    Loading,
+    Together,
+    flattened,
+)
+from dsvl2_jax.runtime.processes import Processes
 
 
 def generate(
-    ckpt: str | None,
+    ckpt: Checkpoint = None,
     *,
     prompt: str,
-    images: list[Path],
-    system: str,
-    max_new_tokens: int,
-    sampling: SamplingParams,
-    chunk_size: int | None,
-    as_json: bool,
-    draw: Path | None,
-    options: LoadOptions,
+    image: Images = (),
+    answering: InAnswering = Answering(),  # noqa: B008 (frozen)
+    stop: UseAppendAction[tuple[str, ...]] = (),
+    chunk_size: int | None = None,
+    json: bool = False,
+    draw: Path | None = None,
+    loading: InLoading = Loading(),  # noqa: B008 (frozen)
+    together: Together = Processes(),  # noqa: B008 (frozen)
 ) -> None:
-    """Answers one prompt on standard output: streamed text, or one JSON object (DESIGN §3)."""
-    if draw is not None and not images:
-        raise UsageError("--draw needs an --image to draw on.")
-    if draw is not None and processes.is_first() and not draw.parent.is_dir():
-        raise UsageError(f"--draw {draw}: the directory {draw.parent} does not exist; make it first.")
-    timing = Timing()
-    with timing.phase("load"):
-        model = load(ckpt, options)
-    conversation = [{"role": "user", "content": prepend_image_tags(prompt, len(images)), "images": images}]
-    if system:
-        conversation.insert(0, {"role": "system", "content": system})
-    inputs = processes.from_first(lambda: model.processor(conversation))
+    """Answer one prompt about any number of images.
 
-    def show(_: int, text: str) -> None:
-        if processes.is_first():
-            print(text, end="", flush=True)
+    Args:
+        ckpt: converted directory, released-layout directory, training run or hub id; without it, the bundled model.
+        prompt: the user's text. <image> marks where each image goes; without it the images come first.
+        image: image files, in order; may be given several times.
+        stop: end the answer before this string; may be given several times.
+        chunk_size: prefill this many tokens at a time, to bound memory.
+        json: print one JSON object instead of streaming text.
+        draw: write the last image with the answer's boxes drawn.
+    """
+    together.join(flattened(locals()))
+    from dsvl2_jax.apps.generate import generate as run
 
-    answer = model.generate(
-        inputs,
-        max_new_tokens,
-        sampling,
+    run(
+        ckpt,
+        prompt=prompt,
+        images=[path for group in image for path in group],
+        system=answering.system,
+        max_new_tokens=answering.max_new_tokens,
+        sampling=answering.sampling(stop),
         chunk_size=chunk_size,
-        on_text=None if as_json else show,
-        timing=timing,
+        as_json=json,
+        draw=draw,
+        options=loading.load_options(),
     )
-    if not processes.is_first():
-        return
-    print(json.dumps(report(answer, timing), ensure_ascii=False) if as_json else "")
-    if draw is not None:
-        image = load_image(images[-1], options.exif)
-        try:
-            draw_boxes(image, answer.boxes).save(draw)
-        except (OSError, ValueError) as error:
-            raise DSVL2Error(f"--draw {draw}: cannot be written ({error}); name a .png or .jpg file.") from None
-        print(f"{len(answer.boxes)} box(es) drawn into {draw}", file=sys.stderr)
 
 
-def report(answer: Generation, timing: Timing) -> dict:
-    """The object that ``--json`` prints."""
-    seconds = {name: round(timing.get(name, 0.0), 4) for name in ("load", "compile", "encode", "prefill", "decode")}
-    decoded, spent = len(answer.token_ids) - 1, timing.get("decode", 0.0)
-    return {
-        "text": answer.text,
-        "token_ids": answer.token_ids,
-        "finish_reason": answer.finish_reason,
-        "prompt_tokens": answer.prompt_tokens,
-        "image_tokens": answer.image_tokens,
-        "boxes": [dataclasses.asdict(box) for box in answer.boxes],
-        "timing": seconds | {"decode_tokens_per_second": round(decoded / spent, 2) if spent else None},
-    }
+def chat(
+    ckpt: Checkpoint = None,
+    *,
+    answering: InAnswering = Answering(),  # noqa: B008 (frozen)
+    loading: InLoading = Loading(),  # noqa: B008 (frozen)
+) -> None:
+    """Talk with the model in the terminal; /help lists what a line can do besides.
+
+    Args:
+        ckpt: converted directory, released-layout directory, training run or hub id; without it, the bundled model.
+    """
+    from dsvl2_jax.apps.chat import chat as run
+    from dsvl2_jax.infer.loading import load
+
+    sampling = answering.sampling()
+    run(load(ckpt, loading.load_options()), answering.system, answering.max_new_tokens, sampling)

@@ -1,22 +1,20 @@
-"""The micro model: `base` in little, with its own tokenizer, trained from nothing on drawn pictures.
+"""The micro model: `base` scaled down, with its own tokenizer, trained from scratch on drawn pictures.
 
-    python -m dsvl2_jax.apps.micro.build start DIRECTORY      # configuration and tokenizer, from which training begins
-    python -m dsvl2_jax.apps.micro.build data DIRECTORY       # the training data of all stages
-    python -m dsvl2_jax.apps.micro.build questions DIRECTORY  # held-out questions for `dsvl2 eval`
-    python -m dsvl2_jax.apps.micro.build ship RUNS DIRECTORY  # what the repository ships: bfloat16, released layout
-    python -m dsvl2_jax.apps.micro.build examples DIRECTORY   # the pictures of ``configs/images``
+    dsvl2 micro start DIRECTORY      # configuration and tokenizer, from which training begins
+    dsvl2 micro data DIRECTORY       # the training data of all stages
+    dsvl2 micro questions DIRECTORY  # held-out questions for `dsvl2 eval`
+    dsvl2 micro ship RUNS DIRECTORY  # what the repository ships: bfloat16, released layout
+    dsvl2 micro examples DIRECTORY   # the pictures of ``configs/images``
 
 `make train-micro` runs these and, between them, `dsvl2 train` with the presets ``micro-*``. Needs the ``train`` extra.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,7 +25,7 @@ from dsvl2_jax.apps.micro import pictures, synthetic
 from dsvl2_jax.checkpoint.safetensors_source import DIGESTS_NAME, digests
 from dsvl2_jax.checkpoint.staging import write_text
 from dsvl2_jax.convert.to_safetensors import export
-from dsvl2_jax.errors import CheckpointError, DSVL2Error, UsageError
+from dsvl2_jax.errors import CheckpointError, UsageError
 from dsvl2_jax.inputs.processor import extended_candidate_resolutions
 from dsvl2_jax.inputs.tokenizer import DEFAULT_PAD_TOKEN, PROCESSOR_TOKENS
 
@@ -35,7 +33,7 @@ SEED = 0
 VOCABULARY = 640  # rows of the embedding; the tokenizer has fewer
 LEARNT_TOKENS = 600
 
-# `base` in little. The tilings are added to both files.
+# `base` scaled down. The tilings are added to both files.
 CONFIG = """{
 "model_type": "deepseek_vl_v2", "architectures": ["DeepseekVLV2ForCausalLM"], "torch_dtype": "bfloat16",
 "tile_tag": "2D", "global_view_pos": "head",
@@ -61,7 +59,7 @@ PROCESSOR_CONFIG = """{
 
 
 def start(out: Path) -> None:
-    """Writes configuration and tokenizer, all that training from nothing takes from its ``model.checkpoint``.
+    """Writes configuration and tokenizer, all that training from scratch takes from its ``model.checkpoint``.
 
     Raises:
       UsageError: the fonts of the pictures, whose descriptions the tokenizer learns from, are not installed.
@@ -257,46 +255,3 @@ def examples(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name, picture in example_pictures().items():
         picture.draw().save(out / name, optimize=True)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one job; returns the exit status, as `dsvl2` does."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dsvl2_jax.apps.micro.build", description=__doc__.partition("\n")[0]
-    )
-    jobs = parser.add_subparsers(dest="job", required=True)
-    job = jobs.add_parser("start", help="write configuration and tokenizer")
-    job.add_argument("directory", type=Path)
-    job = jobs.add_parser("data", help="write the training data")
-    job.add_argument("directory", type=Path)
-    job.add_argument("names", nargs="*", help=f"of {', '.join(DATA)}; without them, all")
-    job.add_argument("--workers", type=int, default=2)
-    job = jobs.add_parser("questions", help="write held-out questions for `dsvl2 eval`")
-    job.add_argument("directory", type=Path)
-    job.add_argument("--seed", type=int, default=EVALUATION_SEED)
-    job.add_argument("--samples", type=int, default=EVALUATION_SAMPLES, help="questions of each task")
-    job = jobs.add_parser("ship", help="write a run's weights in the released layout")
-    job.add_argument("runs", type=Path)
-    job.add_argument("directory", type=Path)
-    job = jobs.add_parser("examples", help="draw the pictures of configs/images")
-    job.add_argument("directory", type=Path)
-    args = parser.parse_args(argv)
-    try:
-        if args.job == "start":
-            start(args.directory)
-        elif args.job == "data":
-            data(args.directory, args.names, workers=args.workers)
-        elif args.job == "questions":
-            print(evaluation(args.directory, seed=args.seed, samples=args.samples))
-        elif args.job == "ship":
-            ship(args.runs, args.directory)
-        else:
-            examples(args.directory)
-    except DSVL2Error as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return error.exit_status
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

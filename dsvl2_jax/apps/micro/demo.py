@@ -17,7 +17,7 @@ from dsvl2_jax.inputs.processor import ModelInputs
 from dsvl2_jax.runtime.timing import Timing
 
 if TYPE_CHECKING:  # drawing needs more than answering does
-    from dsvl2_jax.apps.micro.synthetic import Question
+    from dsvl2_jax.apps.micro.questions import Question
 
 # Of these tasks (see `dsvl2_jax.apps.micro.synthetic.TASKS`) one question each is asked.
 ASKED = ("colour and shape", "counting", "position", "digits", "charts", "two images", "caption")

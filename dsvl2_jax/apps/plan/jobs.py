@@ -9,18 +9,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled
 from jax.typing import DTypeLike
 
-from dsvl2_jax.checkpoint.load import stays_float32
-from dsvl2_jax.checkpoint.orbax_io import nest
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.infer.decode import DecodeState, next_state
 from dsvl2_jax.infer.sampling import SamplingArrays
+from dsvl2_jax.messages import first_line
 from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model.cache import cache_layout
 from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.parameter_paths import stays_float32
 from dsvl2_jax.runtime.hardware import Topology, target_config
 from dsvl2_jax.sharding import ACTIVATION_RULES, make_mesh, partition_spec
 
@@ -52,10 +53,9 @@ def devices(topology: Topology) -> list[Any]:
         found = topologies.get_topology_desc(platform=topology.platform, topology_name=name, **options)
         return list(found.devices)
     except Exception as error:  # RuntimeError, XlaRuntimeError, ModuleNotFoundError …
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         compiler = "GPU" if extra == "cuda" else "TPU"
         raise CompilerMissing(
-            f"{topology.name}: the {compiler} compiler cannot be used ({first}); "
+            f"{topology.name}: the {compiler} compiler cannot be used ({first_line(error)}); "
             f"install it with pip install -e '.[{extra}]'."
         ) from error
 
@@ -82,7 +82,7 @@ def parameters(config: Config, mesh: Mesh, dtype: DTypeLike) -> model.Params:
         sharding = functools.reduce(lambda tree, key: tree[key], path, shardings)
         kind = jnp.float32 if stays_float32(path) else dtype
         found[path] = jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
-    return nest(found)
+    return unflatten_dict(found)
 
 
 def _array(mesh: Mesh, dtype: DTypeLike, shape: tuple[int, ...], *axes: str | None) -> jax.ShapeDtypeStruct:
@@ -90,12 +90,12 @@ def _array(mesh: Mesh, dtype: DTypeLike, shape: tuple[int, ...], *axes: str | No
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
 
-def _cache(config: Config, mesh: Mesh, batch: int, slots: int, dtype: DTypeLike) -> Any:
+def _cache(config: Config, mesh: Mesh, slots: int, cache_length: int, dtype: DTypeLike) -> Any:
     layout = cache_layout(config.language)
 
     def layer() -> dict[str, jax.ShapeDtypeStruct]:
         return {
-            name: _array(mesh, dtype, (batch, slots, *shape), "slots", "cache_length", *axes)
+            name: _array(mesh, dtype, (slots, cache_length, *shape), "slots", "cache_length", *axes)
             for name, (shape, axes) in layout.items()
         }
 
@@ -112,7 +112,7 @@ def _prefill(config: Config, mesh: Mesh, batch: int, sequence: int, dtype: DType
 
 def _decode(config: Config, mesh: Mesh, batch: int, sequence: int, dtype: DTypeLike) -> jax.stages.Lowered:
     def row(kind: DTypeLike) -> jax.ShapeDtypeStruct:
-        return _array(mesh, kind, (batch,), "rows")
+        return _array(mesh, kind, (batch,), "decode_batch")
 
     state = DecodeState(
         cache=_cache(config, mesh, batch, sequence, dtype),

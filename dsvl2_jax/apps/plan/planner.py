@@ -12,11 +12,12 @@ from dsvl2_jax.apps.plan import jobs as plan_jobs
 from dsvl2_jax.apps.plan import training as plan_train
 from dsvl2_jax.apps.plan import work as plan_work
 from dsvl2_jax.apps.plan.hlo import Cost, walk
-from dsvl2_jax.checkpoint.orbax_io import LeafPath
 from dsvl2_jax.errors import UsageError
+from dsvl2_jax.messages import first_line
 from dsvl2_jax.model.cache import cache_layout
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import abstract_leaves
+from dsvl2_jax.model.parameter_paths import LeafPath
 from dsvl2_jax.runtime.hardware import Topology
 from dsvl2_jax.sharding import (
     ACTIVATION_RULES,
@@ -223,7 +224,7 @@ def plan(
     except Exception as error:  # the compiler's own
         if "RESOURCE_EXHAUSTED" not in str(error) and "memory" not in str(error):
             raise
-        problem = str(error).splitlines()[0]
+        problem = first_line(error)
     report |= {
         "compiled": True,
         "trace_seconds": round(traced - begun, 1),
@@ -269,7 +270,9 @@ def mean_turns(config: Config, job: Job, sizes: dict[str, int]) -> float:
         return 1.0
     shards = _parts((config.language.n_routed_experts,), ("expert",), sizes, PARAM_RULES)
     assignments = (
-        job.batch * config.language.num_experts_per_tok / _parts((job.batch,), ("rows",), sizes, ACTIVATION_RULES)
+        job.batch
+        * config.language.num_experts_per_tok
+        / _parts((job.batch,), ("decode_batch",), sizes, ACTIVATION_RULES)
     )
     return assignments / (shards * -(-assignments // shards))
 

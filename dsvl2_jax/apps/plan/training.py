@@ -9,13 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, path_aware_map, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsvl2_jax.apps.plan.work import Work
-from dsvl2_jax.checkpoint.load import stays_float32
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import abstract_leaves
+from dsvl2_jax.model.parameter_paths import LeafPath, path_name, stays_float32
 from dsvl2_jax.sharding import ACTIVATION_RULES, PARAM_RULES, batch_parts, mesh_axes, partition_spec, split_further
 from dsvl2_jax.train.flops import step_flops
 from dsvl2_jax.train.parameter_rules import assign
@@ -77,7 +78,7 @@ def train_work(config: Config, settings: Settings) -> Work:
     Every row is one sample, which is the most that attention can cost; all places for tiles are filled. Bytes: the
     state is read and written once, and every accumulation step reads the layers' weights once a pass.
     """
-    rules = assign(("/".join(path) for path in abstract_leaves(config)), settings.stage.parameters)
+    rules = assign(map(path_name, abstract_leaves(config)), settings.stage.parameters)
     full = settings.compute.remat == "full"
     sequences, length = settings.batch.sequences, settings.data.sequence_length
     tiles = sequences * settings.data.tiles_per_sequence
@@ -87,20 +88,20 @@ def train_work(config: Config, settings: Settings) -> Work:
     state = weights = 0.0
     for path, (shape, _) in abstract_leaves(config).items():
         size = math.prod(shape)
-        state += 2 * (_STORED + moments) * size if rules["/".join(path)].train else 0
+        state += 2 * (_STORED + moments) * size if rules[path_name(path)].train else 0
         weights += width * size
     return Work(flops, state + (3 if full else 2) * weights)
 
 
 def resident_bytes(config: Config, settings: Settings, sizes: dict[str, int]) -> float:
     """Bytes of a device that parameters, gradients and optimizer state take."""
-    rules = assign(("/".join(path) for path in abstract_leaves(config)), settings.stage.parameters)
+    rules = assign(map(path_name, abstract_leaves(config)), settings.stage.parameters)
     moments = 2 * jnp.dtype(settings.optimizer.state_dtype).itemsize
     total = 0.0
     for path, (shape, axes) in abstract_leaves(config).items():
         spec = split_further(partition_spec(shape, axes, sizes, PARAM_RULES), shape, sizes)
         names = [name for entry in spec for name in mesh_axes(entry)]
-        trained = rules["/".join(path)].train
+        trained = rules[path_name(path)].train
         width = 2 * _STORED + moments if trained else 4 if stays_float32(path) else 2
         total += width * math.prod(shape) / math.prod(sizes[name] for name in names)
     return total
@@ -112,12 +113,12 @@ def lower(config: Config, settings: Settings, mesh: Mesh) -> jax.stages.Lowered:
 
     trainer = Trainer(config, settings, (0.5,) * 3, (0.5,) * 3, mesh)
     state = trainer.abstract_state()
-    frozen = {name: _stored(name, leaf) for name, leaf in state.frozen.items()}
+    frozen = flatten_dict(path_aware_map(_stored, unflatten_dict(state.frozen, sep="/")), sep="/")
     return trainer.lower(dataclasses.replace(state, frozen=frozen), abstract_batch(config, settings, mesh))
 
 
-def _stored(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    kind = jnp.float32 if stays_float32(tuple(name.split("/"))) else jnp.bfloat16
+def _stored(path: LeafPath, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    kind = jnp.float32 if stays_float32(path) else jnp.bfloat16
     return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=leaf.sharding)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 
@@ -14,7 +15,8 @@ from PIL import Image
 import dsvl2_jax
 from dsvl2_jax import SamplingParams
 from dsvl2_jax.apps.chat import chat
-from dsvl2_jax.apps.cli import main as cli
+from dsvl2_jax.apps.cli.main import COMMANDS, main
+from dsvl2_jax.apps.micro.build import EVALUATION_SAMPLES, EVALUATION_SEED
 
 IMAGES = golden.DATA / "images"
 
@@ -25,7 +27,7 @@ def run(capsys):
 
     def call(*args):
         try:
-            status = cli.main([str(a) for a in args])
+            status = main([str(a) for a in args])
         except SystemExit as stop:  # argument parsing leaves this way
             status = stop.code
         out, err = capsys.readouterr()
@@ -39,11 +41,75 @@ def mini(checkpoints):
     return checkpoints / "mini-small"
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(run, command):
     status, out, _ = run(command, "--help")
     assert status == 0
     assert f"dsvl2 {command}" in out
+
+
+TOGETHER = {"--processes": "None", "--coordinator": "None", "--process": "None", "--connect-timeout": "300"}
+COMPUTING = {"--dtype": "float32", "--mesh": "None"}
+LOADING = COMPUTING | {"--exif": "False", "--strict-special-tokens": "False"}
+ANSWERING = {
+    "--system": "''", "--max-new-tokens": "512", "--temperature": "0.0", "--top-p": "1.0", "--top-k": "50",
+    "--repetition-penalty": "1.0", "--seed": "0",
+}  # fmt: skip
+OPTIONS = {
+    "convert": {"--dtype": "None", "--max-memory": "1GiB"},
+    "export": {"--dtype": "None"},
+    "generate": {
+        "--prompt": "required", "--image": "repeatable", "--stop": "repeatable", "--chunk-size": "None",
+        "--json": "False", "--draw": "None", **ANSWERING, **LOADING, **TOGETHER,
+    },
+    "chat": ANSWERING | LOADING,
+    "demo": {"--seed": "0", "--out": "out", **COMPUTING},
+    "train": {"--profile": "None", "--tensorboard": "False", **TOGETHER},
+    "data check": {
+        "--ckpt": "None", "--images": "''", "--sequence-length": "4096", "--tiles-per-sequence": "20",
+        "--mask-prompt": "False", "--problems": "20", "--histogram": "None", "--json": "False",
+    },
+    "plot": {"--out": "plot.png"},
+    "eval": {
+        "--metric": "None", "--images": "''", "--out": "None", "--batch-size": "16", "--max-new-tokens": "128",
+        "--candidates": "None", "--prompt-template": "None", "--limit": "None", "--report-samples": "1000",
+        "--json": "False", **COMPUTING, **TOGETHER,
+    },
+    "plan": {
+        "--topology": "None", "--job": "None", "--batch": "None", "--sequence": "None", "--slots": "None",
+        "--micro": "None", "--set": "repeatable", "--mesh": "auto", "--no-cache": "False", "--json": "False",
+    },
+    "bench": {
+        "--size": "tiny", "--directory": "None", "--keep": "None", "--repeats": "2", "--new-tokens": "32",
+        "--processes": "2", "--rows": "2", "--length": "1024", "--steps": "3", "--rounds": "3", **COMPUTING,
+    },
+    "micro start": {},
+    "micro data": {"--workers": "2"},
+    "micro questions": {"--seed": str(EVALUATION_SEED), "--samples": str(EVALUATION_SAMPLES)},
+    "micro ship": {},
+    "micro examples": {},
+    "micro draw": {
+        "--name": "samples", "--count": "1000", "--seed": "0", "--held-out": "False", "--mixture": "full",
+        "--turns": "8", "--workers": "1",
+    },
+    "doctor": {"--json": "False"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_every_command_has_its_options_and_defaults(run, command):
+    status, out, _ = run(*command.split(), "--help")
+    assert status == 0
+    text = " ".join(re.sub("[│╭╮╰╯─]", "", out).partition("options ")[2].split())
+    found = {}
+    for option in re.split(r"(?<!\S)(?=--[a-z])", text)[1:]:
+        default = re.findall(r"\((?:default: ([^()]*)|(required|repeatable))\)", option)
+        found[option.split()[0]] = "".join(default[-1]) if default else None
+    assert found == {"--help": None} | OPTIONS[command]
+
+
+def test_no_command_is_left_out():
+    assert {command.split()[0] for command in OPTIONS} == set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", ([], ["train"]))

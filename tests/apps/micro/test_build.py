@@ -10,25 +10,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import toy_run
+from flax.traverse_util import flatten_dict, unflatten_dict
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageChops
 
 import dsvl2_jax
 from dsvl2_jax import configs
+from dsvl2_jax.apps.cli.main import main
 from dsvl2_jax.apps.micro import build, synthetic
 from dsvl2_jax.apps.micro.demo import ASKED, LOCATED, _judge, demo
-from dsvl2_jax.checkpoint import orbax_io, rules
-from dsvl2_jax.checkpoint.load import load_params, stays_float32
+from dsvl2_jax.checkpoint import rules
+from dsvl2_jax.checkpoint.load import load_params
 from dsvl2_jax.checkpoint.locate import resolve
 from dsvl2_jax.checkpoint.safetensors_source import DIGESTS_NAME, Source, check_digests
 from dsvl2_jax.convert.doctor import doctor
 from dsvl2_jax.errors import CheckpointError, UsageError
-from dsvl2_jax.infer.engine import Room
+from dsvl2_jax.infer.engine import MinBatchShape
 from dsvl2_jax.infer.loading import LoadOptions
 from dsvl2_jax.inputs.processor import Processor
 from dsvl2_jax.inputs.tokenizer import IMAGE_TOKEN, PROCESSOR_TOKENS, Tokenizer
 from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.parameter_paths import stays_float32
 from dsvl2_jax.train.run_directory import Identity, model_identity, opened
 from dsvl2_jax.train.settings.load import load
 
@@ -54,7 +57,7 @@ def listed(directory: Path) -> set[str]:
 
 
 def test_files_are_complete_small_and_as_their_digests_say():
-    assert {file.name for file in MICRO.iterdir()} == MODEL_FILES | {"README.md", DIGESTS_NAME, build.LOG_NAME}
+    assert {file.name for file in MICRO.iterdir()} == MODEL_FILES | {"README.md", DIGESTS_NAME, build.LOG_NAME, "train"}
     assert sum(file.stat().st_size for file in MICRO.glob("*.safetensors")) <= LIMIT
     assert listed(MICRO) == MODEL_FILES
     check_digests(MICRO)
@@ -182,7 +185,7 @@ def runs(tmp_path_factory) -> Path:
     }
     with opened(last) as run:
         run.begin(load(file), source, Identity(model_identity(source), {"data.jsonl": "abc"}))
-        run.save(6, orbax_io.nest(flat), {"count": np.zeros(1, np.float32)}, {"at": 6})
+        run.save(6, unflatten_dict(flat), {"count": np.zeros(1, np.float32)}, {"at": 6})
         run.wait()
     for stage in build.STAGES:
         steps = ({"kind": "step", "step": i, "loss": 1 / i, "image_loss": None, "tokens": 9} for i in range(1, 45))
@@ -206,7 +209,7 @@ def test_ship_writes_weights_log_and_digests_and_leaves_the_readme(runs, tmp_pat
     assert (out / "README.md").read_text() == "mine"
     assert listed(out) == MODEL_FILES
     config = Config.from_file(out)
-    params = orbax_io.unnest(load_params(resolve(runs / build.STAGES[-1]), config))
+    params = flatten_dict(load_params(resolve(runs / build.STAGES[-1]), config)).items()
     trained = {path: np.asarray(value) for path, value in params}
     with Source(out) as source:  # which checks the digests
         rules.check(source.shapes_and_dtypes, config, str(out))
@@ -235,15 +238,15 @@ def test_ship_names_the_stages_that_have_not_run(runs, tmp_path, capsys):
     (tmp_path / "runs" / "regions" / "log.jsonl").unlink()
     with pytest.raises(CheckpointError, match=r"has no log.jsonl of regions, align; run `make train-micro`"):
         build.ship(tmp_path / "runs", tmp_path / "out")
-    assert build.main(["ship", str(tmp_path / "runs"), str(tmp_path / "out")]) == 1
+    assert main(["micro", "ship", str(tmp_path / "runs"), str(tmp_path / "out")]) == 1
     assert not (tmp_path / "out").exists()
 
 
 def test_unknown_data_sets_are_refused_before_anything_is_written(tmp_path, capsys):
     with pytest.raises(UsageError, match=r"no data set fool, text2; expected some of text, held-out-text"):
         build.data(tmp_path / "data", ["text", "fool", "text2"])
-    assert build.main(["data", str(tmp_path / "data"), "fool"]) == 2
-    assert capsys.readouterr().err.startswith("python -m dsvl2_jax.apps.micro.build: no data set fool; ")
+    assert main(["micro", "data", str(tmp_path / "data"), "fool"]) == 2
+    assert capsys.readouterr().err.startswith("dsvl2: usage error: no data set fool; ")
     assert not (tmp_path / "data").exists()
 
 
@@ -259,7 +262,7 @@ def test_the_stages_read_the_data_that_is_made():
 
 
 def test_one_question_of_each_task_is_written(tmp_path, capsys):
-    assert build.main(["questions", str(tmp_path), "--samples", "1", "--seed", "9"]) == 0
+    assert main(["micro", "questions", str(tmp_path), "--samples", "1", "--seed", "9"]) == 0
     path = tmp_path / "questions-9-1.jsonl"
     assert capsys.readouterr().out == f"{path}\n"
     records = [json.loads(line) for line in path.read_text().splitlines()]
@@ -292,12 +295,12 @@ def answered(loaded) -> dict[str, list[tuple]]:
         for task, group in samples.items()
     }
     # One size for all, so that it compiles once.
-    room = Room(
+    least = MinBatchShape(
         QUESTIONS,
         max(len(prompt.input_ids) for group in inputs.values() for prompt in group),
         max(sum(len(prompt.tiles) for prompt in group) for group in inputs.values()),
     )
-    answers = {task: loaded.generate(group, 96, at_least=room) for task, group in inputs.items()}
+    answers = {task: loaded.generate(group, 96, at_least=least) for task, group in inputs.items()}
     return {
         task: [(s.questions[0], answer) for s, answer in zip(group, answers[task], strict=True)]
         for task, group in samples.items()

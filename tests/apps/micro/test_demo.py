@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from dsvl2_jax.apps.cli import main as cli
+from dsvl2_jax.apps.cli.main import main
 from dsvl2_jax.apps.micro.demo import ASKED, LOCATED, _judge, demo
-from dsvl2_jax.apps.micro.synthetic import TASKS, Question
+from dsvl2_jax.apps.micro.questions import Question
+from dsvl2_jax.apps.micro.synthetic import TASKS
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.infer.loading import LoadOptions
 from dsvl2_jax.inputs.grounding import Box
@@ -61,7 +62,7 @@ def test_a_negative_seed_and_a_file_for_a_folder_are_refused_before_anything_is_
         demo(None, seed=-1, out=tmp_path / "out", options=LoadOptions())
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").touch()
-    assert cli.main(["demo", "--out", str(tmp_path / "file" / "out")]) == 2
+    assert main(["demo", "--out", str(tmp_path / "file" / "out")]) == 2
     assert f"usage error: --out {tmp_path / 'file' / 'out'}: cannot be made" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""`dsvl2 eval`: what it reads and refuses, how it batches, how it goes on, and what it leaves behind."""
+"""`dsvl2 eval`: what it reads and refuses, how it batches, how it resumes, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ import pytest
 from PIL import Image
 
 import dsvl2_jax
-from dsvl2_jax.apps.cli import generate
-from dsvl2_jax.apps.cli import main as cli
+from dsvl2_jax.apps.cli.main import main
 from dsvl2_jax.checkpoint.locate import open_model, resolve
 from dsvl2_jax.errors import ConversationError, DataError, DSVL2Error, RunError, UsageError
 from dsvl2_jax.infer.answer import Generation
-from dsvl2_jax.infer.engine import Room
+from dsvl2_jax.infer.engine import MinBatchShape
 from dsvl2_jax.infer.eval import evaluate
 from dsvl2_jax.infer.eval import samples as eval_data
 from dsvl2_jax.infer.eval.evaluate import EvalOptions, prompt_size
@@ -62,7 +61,7 @@ class Parrot:
     def __init__(self):
         self.processor = open_model(resolve(None))[1]
         self.batches: list[list] = []
-        self.rooms: list[Room] = []
+        self.shapes: list[MinBatchShape] = []
         self.context = 4096
         self.dies_at = None
 
@@ -74,7 +73,7 @@ class Parrot:
         if len(self.batches) == self.dies_at:
             raise KeyboardInterrupt
         self.batches.append(inputs)
-        self.rooms.append(at_least)
+        self.shapes.append(at_least)
         return [self._answer(one) for one in inputs]
 
     def _answer(self, one):
@@ -85,7 +84,7 @@ class Parrot:
 @pytest.fixture
 def parrot(monkeypatch):
     model = Parrot()
-    monkeypatch.setattr(generate, "load", lambda ckpt, options: model)
+    monkeypatch.setattr(evaluate, "load", lambda ckpt, options: model)
     return model
 
 
@@ -138,13 +137,13 @@ def test_a_group_is_as_right_as_its_worst_sample(questions, tmp_path, parrot):
 
 
 def test_json_prints_the_summary_alone(questions, tmp_path, parrot, capsys):
-    assert cli.main(["eval", str(questions), "--metric", "anls", "--out", str(tmp_path / "out"), "--json"]) == 0
+    assert main(["eval", str(questions), "--metric", "anls", "--out", str(tmp_path / "out"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tasks"]["data"] == {"metric": "anls", "samples": 1, "score": 0.8}
 
 
 def test_without_out_results_go_below_eval(questions, tmp_path, parrot, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["eval", str(questions), "--metric", "anls"]) == 0
+    assert main(["eval", str(questions), "--metric", "anls"]) == 0
     assert (tmp_path / "eval" / "bundled" / "data" / "report.html").is_file()
 
 
@@ -154,7 +153,7 @@ def test_batches_are_of_like_size_and_padded_alike(questions, tmp_path, parrot):
     flat = [count for batch in tiles for count in batch]
     assert flat == sorted(flat, reverse=True)
     assert [len(batch) for batch in tiles] == [2, 2, 2, 1]
-    assert parrot.rooms == [Room(rows=2, tiles=2 * max(batch)) for batch in tiles]
+    assert parrot.shapes == [MinBatchShape(rows=2, tiles=2 * max(batch)) for batch in tiles]
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(questions, tmp_path, parrot):
@@ -366,7 +365,7 @@ def test_a_broken_record_is_named_with_file_and_line(questions, record, message)
 )
 def test_wrong_options_are_usage_errors(questions, arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["eval", str(questions), *arguments, "--metric", "anls"]) == UsageError.exit_status
+    assert main(["eval", str(questions), *arguments, "--metric", "anls"]) == UsageError.exit_status
     assert message in capsys.readouterr().err
     assert not (tmp_path / "eval").exists()
 
@@ -396,7 +395,7 @@ def test_it_works_without_the_training_extra():
     program = (
         "import sys\n"
         "for name in ('grain', 'optax', 'matplotlib', 'torch', 'transformers'): sys.modules[name] = None\n"
-        "import dsvl2_jax.infer.evaluate\n"
+        "import dsvl2_jax.infer.eval.evaluate\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
 

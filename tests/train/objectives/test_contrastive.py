@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_run
+from flax.traverse_util import flatten_dict
 
 from dsvl2_jax.checkpoint import locate
 from dsvl2_jax.checkpoint.load import load_params
 from dsvl2_jax.checkpoint.locate import resolve
-from dsvl2_jax.checkpoint.orbax_io import unnest
 from dsvl2_jax.errors import SettingsError
 from dsvl2_jax.inputs.processor import Processor
 from dsvl2_jax.model.config import Config, VisionConfig
@@ -198,12 +198,12 @@ def batch() -> TrainBatch:
 def stepped(own: ContrastiveTrainer, steps: int):
     """State, metrics of every step, and the parameters before and after."""
     params = init_params(own.config, jax.random.key(0))
-    before = dict(unnest(jax.device_get(params)))
+    before = flatten_dict(jax.device_get(params))
     state, found = own.init(params), []
     for _ in range(steps):
         state, metrics = own.step(state, batch())
         found.append(jax.device_get(metrics))
-    return state, found, before, dict(unnest(jax.device_get(own.params(state))))
+    return state, found, before, flatten_dict(jax.device_get(own.params(state)))
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +249,7 @@ def test_a_fresh_encoder_is_drawn_by_its_number_of_inputs_and_the_rest_is_kept(t
     assert own.begin(given) is given
     contrastive = dataclasses.replace(own.settings.contrastive, fresh_encoder=True)
     own.settings = dataclasses.replace(own.settings, contrastive=contrastive)
-    before, after = dict(unnest(given)), dict(unnest(own.begin(given)))
+    before, after = flatten_dict(given), flatten_dict(own.begin(given))
     assert before.keys() == after.keys()
     for path, value in before.items():
         assert (after[path] is value) == (path[0] != "vision"), path
@@ -299,7 +299,7 @@ def arrays(run):
     """The parameters of the run's newest checkpoint."""
     newest = resolve(str(run))
     config, _ = locate.open_model(newest)
-    return dict(unnest(jax.device_get(load_params(newest, config))))
+    return flatten_dict(jax.device_get(load_params(newest, config)))
 
 
 def test_a_run_that_is_stopped_goes_on_bit_for_bit_and_leaves_an_ordinary_checkpoint(toy, tmp_path, capfd):
@@ -321,7 +321,7 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit_and_leaves_an_ordinary_checkp
         np.testing.assert_array_equal(value, other[path])
     # As any checkpoint, it has all of the model and nothing else, the language model as it was drawn.
     config, _ = open_model(toy)
-    drawn = dict(unnest(jax.device_get(init_params(config, jax.random.key(0)))))
+    drawn = flatten_dict(jax.device_get(init_params(config, jax.random.key(0))))
     assert one.keys() == drawn.keys()
     for path, value in drawn.items():
         assert np.array_equal(one[path], value) == (path[0] != "vision"), path

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_run
+from flax.traverse_util import flatten_dict
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from dsvl2_jax.apps.micro import pictures, synthetic
 from dsvl2_jax.checkpoint import locate
-from dsvl2_jax.checkpoint.orbax_io import unnest
 from dsvl2_jax.errors import DataError, SampleError, SettingsError
 from dsvl2_jax.inputs.image_sources import open_images
 from dsvl2_jax.model.deepseek_vl2 import init_params
@@ -300,12 +300,12 @@ def trainer(toy, mesh=None, **compute) -> RegionTrainer:
 
 def stepped(own, batch, steps):
     params = init_params(own.config, jax.random.key(0))
-    before = dict(unnest(jax.device_get(params)))
+    before = flatten_dict(jax.device_get(params))
     state, found = own.init(params), []
     for _ in range(steps):
         state, metrics = own.step(state, batch)
         found.append(jax.device_get(metrics))
-    return found, before, dict(unnest(jax.device_get(own.params(state))))
+    return found, before, flatten_dict(jax.device_get(own.params(state)))
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 import functools
 
 import pytest
+from flax.traverse_util import flatten_dict
 
-from dsvl2_jax.checkpoint.orbax_io import unnest
 from dsvl2_jax.errors import SettingsError
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import abstract_params
@@ -36,7 +36,7 @@ def preset(size: str, stage: str, *overrides: str) -> Settings:
 @functools.cache
 def parameters(size: str) -> dict[str, tuple[int, ...]]:
     shapes, _ = abstract_params(Config.from_dict(released_config(size)))
-    return {"/".join(path): leaf.shape for path, leaf in unnest(shapes)}
+    return {path: leaf.shape for path, leaf in flatten_dict(shapes, sep="/").items()}
 
 
 def test_there_are_nine_of_the_paper():

@@ -1,0 +1,64 @@
+"""`dsvl2 bench`: measurements on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from dsvl2_jax.apps.cli.options import Checkpoint, Dtype, Size, needs_train_extra
+
+
+def bench(
+    job: Positional[Literal["convert", "generate", "load", "train"]],
+    ckpt: Checkpoint = None,
+    *,
+    size: Size = "tiny",
+    directory: Path | None = None,
+    keep: Path | None = None,
+    repeats: int = 2,
+    dtype: Dtype = "float32",
+    mesh: str | None = None,
+    new_tokens: int = 32,
+    processes: int = 2,
+    rows: int = 2,
+    length: int = 1024,
+    steps: int = 3,
+    rounds: int = 3,
+) -> None:
+    """Measure conversion (against cp), generation, loading onto a mesh of processes, or training (against PyTorch).
+
+    Args:
+        job: what to measure.
+        ckpt: for generate; without it, the bundled model. For load; without it, a random one in both layouts.
+        size: for convert and load, the released size whose shapes the random checkpoint gets.
+        directory: for convert and load, where to work; tiny needs 27 GB free to convert, 14 GB to load.
+        keep: for convert, where to leave the converted checkpoint.
+        repeats: for convert, how often cp and the conversion run in turn.
+        dtype: for generate and load.
+        mesh: for generate and load; without it load splits over expert, from 4 processes on over tensor too.
+        new_tokens: for generate, the tokens of the answer.
+        processes: for load, how many share the model on this machine, with one CPU device each.
+        rows: for train, sequences of a step.
+        length: for train, tokens of a sequence.
+        steps: for train, steps of a side before it is the other one's turn.
+        rounds: for train, turns of each side.
+    """
+    if job == "convert":
+        from dsvl2_jax.apps.bench.convert import bench_convert
+
+        bench_convert(size=size, directory=directory, keep=keep, repeats=repeats)
+    elif job == "train":
+        with needs_train_extra():
+            from dsvl2_jax.apps.bench.train import bench_train
+
+            bench_train(rows=rows, length=length, steps=steps, rounds=rounds)
+    elif job == "load":
+        from dsvl2_jax.apps.bench.load import bench_load
+
+        bench_load(ckpt, size=size, count=processes, mesh=mesh, dtype=dtype, directory=directory)
+    else:
+        from dsvl2_jax.apps.bench.generate import bench_generate
+
+        bench_generate(ckpt, dtype=dtype, mesh=mesh, new_tokens=new_tokens)

@@ -1,0 +1,50 @@
+"""`dsvl2 convert`, `export` and `doctor`: checkpoints in both layouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from dsvl2_jax.apps.cli.options import Checkpoint, Dtype
+
+
+def convert(
+    src: Positional[str], dst: Positional[Path], *, dtype: Dtype | None = None, max_memory: str = "1GiB"
+) -> None:
+    """Convert a checkpoint in the released layout to an Orbax directory that is complete by itself.
+
+    Args:
+        src: directory with config.json and safetensors, or a hub id such as deepseek-ai/deepseek-vl2-tiny.
+        dst: directory to make; it must not exist.
+        dtype: cast all tensors; without it each keeps its own.
+        max_memory: the most memory for tensors on their way, e.g. 4GiB. A single larger tensor still passes.
+    """
+    from dsvl2_jax.convert.to_orbax import convert as run
+
+    run(src, dst, dtype=dtype, max_memory=max_memory)
+
+
+def export(ckpt: Positional[str], dst: Positional[Path], *, dtype: Dtype | None = None) -> None:
+    """Write a converted or trained checkpoint back to the released layout (safetensors with index).
+
+    Args:
+        ckpt: converted directory, training run (its newest checkpoint) or one of its checkpoints.
+        dst: directory to make; it must not exist.
+        dtype: cast all tensors but the router's; without it each is as stored, which is float32 for trained ones.
+    """
+    from dsvl2_jax.convert.to_safetensors import export as run
+
+    run(ckpt, dst, dtype=dtype)
+
+
+def doctor(ckpt: Checkpoint = None, *, json: bool = False) -> int:
+    """Check a checkpoint in either layout; exit status 1 when it is unusable.
+
+    Args:
+        ckpt: checkpoint or training run; without it, the bundled one.
+        json: print the report as JSON.
+    """
+    from dsvl2_jax.convert.doctor import doctor as run
+
+    return run(ckpt, as_json=json)

@@ -1,0 +1,54 @@
+"""`dsvl2 data`: checking data sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from dsvl2_jax.apps.cli.options import command_group, needs_train_extra
+
+
+def check(
+    file: Positional[str],
+    *,
+    ckpt: str | None = None,
+    images: str = "",
+    sequence_length: int = 4096,
+    tiles_per_sequence: int = 20,
+    mask_prompt: bool = False,
+    problems: int = 20,
+    histogram: Path | None = None,
+    json: bool = False,
+) -> int:
+    """Check a training data set: what is in it, and what is wrong with it; exit status 1 when a sample is broken.
+
+    Args:
+        file: JSON Lines, a JSON array, .txt or .tar; a glob pattern may name several.
+        ckpt: checkpoint whose tokenizer and tiling count; without it, the bundled model's.
+        images: folder, or tar shards (a glob ending in .tar), of the images; without it, the file's folder.
+        sequence_length: tokens of a training row.
+        tiles_per_sequence: image tiles of a training row.
+        mask_prompt: count answers alone as learnt, as in fine-tuning.
+        problems: how many broken samples to list; all are counted.
+        histogram: PNG to draw token and tile counts to.
+        json: print one JSON object.
+    """
+    with needs_train_extra():
+        from dsvl2_jax.train.data.check import check as run
+
+        return run(
+            file,
+            checkpoint=ckpt,
+            images=images,
+            sequence_length=sequence_length,
+            tiles_per_sequence=tiles_per_sequence,
+            mask_prompt=mask_prompt,
+            most_problems=problems,
+            histogram=histogram,
+            as_json=json,
+        )
+
+
+COMMANDS = {"check": check}
+data = command_group("Check data sets.", COMMANDS)

@@ -1,0 +1,117 @@
+"""Types and groups of options that several commands of `dsvl2` share."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+
+import tyro
+from tyro.conf import Positional, UseAppendAction
+
+from dsvl2_jax.errors import UsageError
+from dsvl2_jax.runtime.processes import Processes
+
+if TYPE_CHECKING:  # these import jax, for which help need not wait
+    from dsvl2_jax.infer.loading import LoadOptions
+    from dsvl2_jax.infer.sampling import SamplingParams
+
+Checkpoint = Positional[str | None]
+Dtype = Literal["float32", "bfloat16"]
+Size = Literal["tiny", "small", "base"]
+Images = Annotated[tuple[tuple[Path, ...], ...], UseAppendAction]
+Settings = Annotated[tuple[str, ...], UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")]
+Together = Annotated[Processes, tyro.conf.arg(name="")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Computing:
+    """Options of every command that runs a model."""
+
+    dtype: Dtype = "float32"
+    """in which the model computes."""
+    mesh: str | None = None
+    """shard over devices, e.g. data=2,tensor=2,expert=2."""
+
+    def load_options(self) -> LoadOptions:
+        """What `dsvl2_jax.infer.loading.load` takes."""
+        from dsvl2_jax.infer.loading import LoadOptions
+
+        return LoadOptions(**dataclasses.asdict(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Loading(Computing):
+    """Options of the commands that load a model for the user's own prompts and images."""
+
+    exif: bool = False
+    """turn images as their EXIF orientation says (the official code does not)."""
+    strict_special_tokens: bool = False
+    """treat special tokens written in the prompt as plain text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answering:
+    """Options of the commands that answer the user's own prompts."""
+
+    system: str = ""
+    """a system message."""
+    max_new_tokens: int = 512
+    """the most tokens of an answer."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """sample from the most likely tokens that together reach this probability."""
+    top_k: int = 50
+    """sample from the k most likely tokens; 0 for all."""
+    repetition_penalty: float = 1.0
+    """above 1 makes repeating less likely."""
+    seed: int = 0
+    """of sampling."""
+
+    def sampling(self, stop: tuple[str, ...] = ()) -> SamplingParams:
+        """How tokens are chosen; raises UsageError for a number out of its range."""
+        from dsvl2_jax.infer.sampling import SamplingParams
+
+        return SamplingParams(self.temperature, self.top_p, self.top_k, self.repetition_penalty, self.seed, stop)
+
+
+# A parameter of this type puts a group's options among the command's own.
+InComputing = Annotated[Computing, tyro.conf.arg(name="")]
+InLoading = Annotated[Loading, tyro.conf.arg(name="")]
+InAnswering = Annotated[Answering, tyro.conf.arg(name="")]
+
+
+def flattened(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A command's arguments by name, groups of options taken apart, for `Processes.join` to compare."""
+    flat: dict[str, Any] = {}
+    for name, value in arguments.items():
+        grouped = isinstance(value, (Computing, Answering))
+        flat |= dataclasses.asdict(value) if grouped else {name: value}
+    return flat
+
+
+def command_group(description: str, commands: Mapping[str, Callable[..., int | None]]) -> Callable[..., int | None]:
+    """A command whose first word names one of several others, as ``check`` in `dsvl2 data check`."""
+    named = tuple(Annotated[Any, tyro.conf.subcommand(name=name, constructor=run)] for name, run in commands.items())
+    named = (*named, Annotated[None, tyro.conf.Suppress])  # one type alone would be no union
+
+    def chosen(status: int | None) -> int | None:
+        return status  # parsing runs the command that was named
+
+    chosen.__doc__ = description
+    chosen.__annotations__["status"] = Annotated[Union[named], tyro.conf.arg(name="")]  # noqa: UP007
+    return chosen
+
+
+@contextlib.contextmanager
+def needs_train_extra() -> Iterator[None]:
+    """Names the extra to install when a module of it is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in ("grain", "matplotlib", "optax", "tensorboardX"):
+            raise
+        raise UsageError(f"training needs {error.name}, which is not installed: pip install -e '.[train]'") from error

@@ -1,0 +1,83 @@
+"""What `dsvl2 generate` does, and the loading that it shares with the other commands."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from dsvl2_jax.errors import DSVL2Error, UsageError
+from dsvl2_jax.infer.answer import Generation
+from dsvl2_jax.infer.loading import LoadOptions, load
+from dsvl2_jax.infer.sampling import SamplingParams
+from dsvl2_jax.inputs.conversation import prepend_image_tags
+from dsvl2_jax.inputs.grounding import draw_boxes
+from dsvl2_jax.inputs.images import load_image
+from dsvl2_jax.runtime import processes
+from dsvl2_jax.runtime.timing import Timing
+
+
+def generate(
+    ckpt: str | None,
+    *,
+    prompt: str,
+    images: list[Path],
+    system: str,
+    max_new_tokens: int,
+    sampling: SamplingParams,
+    chunk_size: int | None,
+    as_json: bool,
+    draw: Path | None,
+    options: LoadOptions,
+) -> None:
+    """Answers one prompt on standard output: streamed text, or one JSON object (DESIGN §3)."""
+    if draw is not None and not images:
+        raise UsageError("--draw needs an --image to draw on.")
+    if draw is not None and processes.is_first() and not draw.parent.is_dir():
+        raise UsageError(f"--draw {draw}: the directory {draw.parent} does not exist; make it first.")
+    timing = Timing()
+    with timing.phase("load"):
+        model = load(ckpt, options)
+    conversation = [{"role": "user", "content": prepend_image_tags(prompt, len(images)), "images": images}]
+    if system:
+        conversation.insert(0, {"role": "system", "content": system})
+    inputs = processes.from_first(lambda: model.processor(conversation))
+
+    def show(_: int, text: str) -> None:
+        if processes.is_first():
+            print(text, end="", flush=True)
+
+    answer = model.generate(
+        inputs,
+        max_new_tokens,
+        sampling,
+        chunk_size=chunk_size,
+        on_text=None if as_json else show,
+        timing=timing,
+    )
+    if not processes.is_first():
+        return
+    print(json.dumps(report(answer, timing), ensure_ascii=False) if as_json else "")
+    if draw is not None:
+        image = load_image(images[-1], options.exif)
+        try:
+            draw_boxes(image, answer.boxes).save(draw)
+        except (OSError, ValueError) as error:
+            raise DSVL2Error(f"--draw {draw}: cannot be written ({error}); name a .png or .jpg file.") from None
+        print(f"{len(answer.boxes)} box(es) drawn into {draw}", file=sys.stderr)
+
+
+def report(answer: Generation, timing: Timing) -> dict:
+    """The object that ``--json`` prints."""
+    seconds = {name: round(timing.get(name, 0.0), 4) for name in ("load", "compile", "encode", "prefill", "decode")}
+    decoded, spent = len(answer.token_ids) - 1, timing.get("decode", 0.0)
+    return {
+        "text": answer.text,
+        "token_ids": answer.token_ids,
+        "finish_reason": answer.finish_reason,
+        "prompt_tokens": answer.prompt_tokens,
+        "image_tokens": answer.image_tokens,
+        "boxes": [dataclasses.asdict(box) for box in answer.boxes],
+        "timing": seconds | {"decode_tokens_per_second": round(decoded / spent, 2) if spent else None},
+    }
