@@ -29,7 +29,7 @@ from dsvl2_jax.checkpoint.load import load_params
 from dsvl2_jax.checkpoint.locate import model_files, open_model, resolve
 from dsvl2_jax.errors import DSVL2Error, RunError, SettingsError
 from dsvl2_jax.inputs.processor import Processor
-from dsvl2_jax.messages import listed
+from dsvl2_jax.messages import first_line, listed
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import entry_axes, init_params
 from dsvl2_jax.model.released import variant
@@ -239,7 +239,7 @@ class _Loop:
         try:
             self._finish(self._steps(state))
         except DSVL2Error as error:
-            self.report.event("stop", self._settled, reason=str(error).partition("\n")[0])
+            self.report.event("stop", self._settled, reason=first_line(error))
             raise
 
     def _steps(self, state: TrainState) -> TrainState:

@@ -26,7 +26,7 @@ from dsvl2_jax.checkpoint.locate import CHECKPOINTS_NAME, MODEL_NAME, PARAMS_NAM
 from dsvl2_jax.checkpoint.staging import is_disk_full, locked, write_text
 from dsvl2_jax.errors import RunError
 from dsvl2_jax.json_files import read_json_object
-from dsvl2_jax.messages import first_line, listed
+from dsvl2_jax.messages import changes, first_line, listed
 from dsvl2_jax.model.parameter_paths import LeafPath
 from dsvl2_jax.runtime import processes
 from dsvl2_jax.train.settings.load import differences, load, to_toml
@@ -160,7 +160,7 @@ class RunDirectory:
         before = self._identity()
         other = [
             *differences(load(self.path / CONFIG_NAME, accept_old_names=True), settings),
-            *_changes(before.model, identity.model, "model: "),
+            *changes(before.model, identity.model, "model: ", values=False),
         ]
         if other:
             raise RunError(
@@ -168,7 +168,7 @@ class RunDirectory:
                 f"To go on with it, use its settings ({CONFIG_NAME} in it has them all); for a new run choose another "
                 "run.directory."
             )
-        if changed := list(_changes(before.data, identity.data, "")):
+        if changed := list(changes(before.data, identity.data, values=False)):
             raise RunError(
                 f"{self.path}: the data is not that of the run's start, so it cannot go on as it would have:\n"
                 f"{listed(changed)}\n"
@@ -327,10 +327,3 @@ def model_identity(directory: Path) -> dict[str, str]:
     """File name → hash of the files that say what the model is, its weights apart."""
     files = sorted({file for pattern in _MODEL_FILES for file in directory.glob(pattern) if file.is_file()})
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
-def _changes(before: Mapping[str, str], now: Mapping[str, str], prefix: str) -> Iterator[str]:
-    for name in dict.fromkeys([*before, *now]):
-        if before.get(name) != now.get(name):
-            what = "is new" if name not in before else "is gone" if name not in now else "has changed"
-            yield f"{prefix}{name} {what}"
