@@ -152,7 +152,7 @@ class RunDirectory:
         write_text(self.path / CONFIG_NAME, to_toml(settings))
 
     def check(self, settings: Settings, identity: Identity) -> None:
-        """Refuses to go on with another run than the one that began here.
+        """Refuses to resume another run than the one that began here.
 
         Raises:
           RunError: settings, model or data files are not those of the start; all of them are listed.
@@ -165,14 +165,14 @@ class RunDirectory:
         if other:
             raise RunError(
                 f"{self.path}: holds another run than the one asked for:\n{listed(other)}\n"
-                f"To go on with it, use its settings ({CONFIG_NAME} in it has them all); for a new run choose another "
+                f"To resume it, use its settings ({CONFIG_NAME} in it has them all); for a new run choose another "
                 "run.directory."
             )
         if changed := list(changes(before.data, identity.data, values=False)):
             raise RunError(
-                f"{self.path}: the data is not that of the run's start, so it cannot go on as it would have:\n"
+                f"{self.path}: the data is not that of the run's start, so the run cannot resume exactly:\n"
                 f"{listed(changed)}\n"
-                "Put the files back to go on; or start a new run from its newest checkpoint: another run.directory, "
+                "Put the files back to resume; or start a new run from its newest checkpoint: another run.directory, "
                 f"with model.checkpoint={self.path}."
             )
 
@@ -289,7 +289,7 @@ class RunDirectory:
             return Restored(orbax_io.read_tree(path, _OPTIMIZER, optimizer), iterator)
         except Exception as error:  # Orbax and tensorstore raise ValueError, KeyError, OSError, XlaRuntimeError …
             raise RunError(
-                f"{path}: cannot be read ({first_line(error)}). Remove this directory to go on from the checkpoint "
+                f"{path}: cannot be read ({first_line(error)}). Remove this directory to resume from the checkpoint "
                 "before it."
             ) from error
 
@@ -310,7 +310,7 @@ class RunDirectory:
         if steps := self.steps():
             return (
                 f"The last complete checkpoint, of step {steps[-1]}, is untouched; mend the cause and start the same "
-                "command again: it goes on from there."
+                "command again: it resumes from there."
             )
         return "There is no earlier checkpoint; mend the cause and start the same command again."
 

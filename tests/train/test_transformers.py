@@ -13,7 +13,7 @@ from dsvl2_jax.inputs.batch import IGNORED_LABEL
 from dsvl2_jax.model.config import TEXT_POSITION
 from dsvl2_jax.model.deepseek_vl2 import abstract_params
 from dsvl2_jax.train.data.batch import TrainBatch
-from dsvl2_jax.train.objectives.language import Trainer
+from dsvl2_jax.train.objectives.language import LanguageTrainer
 from dsvl2_jax.train.settings.schema import (
     BatchSettings,
     ComputeSettings,
@@ -149,7 +149,7 @@ def test_twenty_adamw_steps_equal(case):
     shapes, _ = abstract_params(ours)
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes) | {"language": start}
     half = np.full(3, 0.5, np.float32)
-    trainer = Trainer(ours, settings(has_bias=family == "DeepseekV3"), half, half, None)
+    trainer = LanguageTrainer(ours, settings(has_bias=family == "DeepseekV3"), half, half, None)
     state = trainer.init(jax.tree.map(jax.numpy.asarray, params))
     theirs = TorchTrainer(model, family)
 

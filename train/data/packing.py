@@ -69,7 +69,7 @@ def fit(inputs: ModelInputs, shape: RowShape, too_long: str, tokens_per_side: in
     tokens_after = np.cumsum(image_tokens(cols, rows, tokens_per_side))
     image_positions = np.flatnonzero(inputs.image_mask)
     end = min(length, shape.tokens)
-    images = int(np.searchsorted(tiles_after, shape.tiles, side="right"))  # so many have room for their tiles
+    images = int(np.searchsorted(tiles_after, shape.tiles, side="right"))  # whose tiles there is room for
     if images < len(tiles_after):
         end = min(end, int(image_positions[tokens_after[images - 1] if images else 0]))
     in_images = int(np.searchsorted(image_positions, end))  # image tokens that are kept

@@ -1,9 +1,9 @@
-"""The data pipeline: files to packed steps, with exact continuation (issue: mixture, shuffling, workers, sharding).
+"""The data pipeline: files to packed steps, in a mixture, shuffled, read by workers, and resumed exactly.
 
     files ─ shuffle each epoch ─ streams ─ mix ─► read, tokenise, tile (workers) ─► drop unusable ─► pack ─► TrainBatch
 
 Everything up to the workers is random access, so that where a run stands is one number: samples read. It does not
-depend on the number of workers, processes or devices, which may change between a run's start and its continuation.
+depend on the number of workers, processes or devices, which may change when a run resumes.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ class Pipeline(Iterator[StepData]):
     def __init__(self, steps: _Steps):
         self._steps = steps
         self._ahead = ThreadPrefetchDatasetIterator(steps, 1)
-        self.parts = steps.parts  # what this process reads is about one in so many
+        self.parts = steps.parts  # streams in all, for each one that this process reads
 
     def __next__(self) -> StepData:
         return next(self._ahead)
@@ -210,7 +210,7 @@ class Pipeline(Iterator[StepData]):
         if missing := [name for name in self._steps.names if name not in state["streams"]]:
             raise DataError(
                 f"the saved place in the data lacks stream {', '.join(missing)} of data.streams; it has "
-                f"{', '.join(state['streams'])}. Go on from another checkpoint."
+                f"{', '.join(state['streams'])}. Resume from another checkpoint."
             )
         self._ahead.set_state({"streams": {name: copy.deepcopy(state["streams"][name]) for name in self._steps.names}})
 

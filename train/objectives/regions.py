@@ -21,9 +21,16 @@ from dsvl2_jax.model.layers import partitioned
 from dsvl2_jax.train.data.batch import TrainBatch
 from dsvl2_jax.train.flops import StepFlops, region_flops
 from dsvl2_jax.train.forward import compute_params, encode_tiles
-from dsvl2_jax.train.objectives.contrastive import BIAS, LOG_SCALE, normalised, rows_of_tiles, scalars
-from dsvl2_jax.train.objectives.contrastive_trainer import ContrastiveMetrics, ContrastiveTrainer
-from dsvl2_jax.train.objectives.trainer import Arrays, TrainState
+from dsvl2_jax.train.objectives.base import Arrays, TrainState
+from dsvl2_jax.train.objectives.contrastive import (
+    BIAS,
+    LOG_SCALE,
+    ContrastiveMetrics,
+    ContrastiveTrainer,
+    normalised,
+    rows_of_tiles,
+    scalars,
+)
 from dsvl2_jax.train.settings.schema import Settings
 
 # Parameters beside the model's: a phrase is the mean of its tokens' embeddings; the head is that of the regions.

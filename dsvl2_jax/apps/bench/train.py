@@ -307,13 +307,13 @@ def _torch(ids: np.ndarray, setting: Setting) -> tuple[Callable[[], float], int,
 
 
 def _ours(ids: np.ndarray, setting: Setting) -> tuple[Callable[[], float], int, float]:
-    """Our `Trainer`'s step (which returns the loss), trained parameters, and memory before the model was made."""
+    """The step of `LanguageTrainer` (it returns the loss), trained parameters, and memory before the model was made."""
     import jax
 
     from dsvl2_jax.model import deepseek_vl2 as model
     from dsvl2_jax.model.config import TEXT_POSITION, Config
     from dsvl2_jax.train.data.batch import TrainBatch
-    from dsvl2_jax.train.objectives.language import Trainer
+    from dsvl2_jax.train.objectives.language import LanguageTrainer
     from dsvl2_jax.train.settings.schema import (
         BatchSettings,
         ComputeSettings,
@@ -358,7 +358,7 @@ def _ours(ids: np.ndarray, setting: Setting) -> tuple[Callable[[], float], int, 
     jax.devices()
     base = _resident("VmRSS")
     half = np.full(3, 0.5, np.float32)
-    trainer = Trainer(config, settings, half, half, None)
+    trainer = LanguageTrainer(config, settings, half, half, None)
     state = trainer.init(model.init_params(config, jax.random.key(0)))
 
     def step() -> float:

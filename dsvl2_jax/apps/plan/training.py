@@ -109,9 +109,9 @@ def resident_bytes(config: Config, settings: Settings, sizes: dict[str, int]) ->
 
 def lower(config: Config, settings: Settings, mesh: Mesh) -> jax.stages.Lowered:
     """Lowers a step for a mesh. Frozen parameters are bfloat16, as the released checkpoints store them."""
-    from dsvl2_jax.train.objectives.language import Trainer
+    from dsvl2_jax.train.objectives.language import LanguageTrainer
 
-    trainer = Trainer(config, settings, (0.5,) * 3, (0.5,) * 3, mesh)
+    trainer = LanguageTrainer(config, settings, (0.5,) * 3, (0.5,) * 3, mesh)
     state = trainer.abstract_state()
     frozen = flatten_dict(path_aware_map(_stored, unflatten_dict(state.frozen, sep="/")), sep="/")
     return trainer.lower(dataclasses.replace(state, frozen=frozen), abstract_batch(config, settings, mesh))

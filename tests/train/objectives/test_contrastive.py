@@ -23,11 +23,16 @@ from dsvl2_jax.model.config import Config, VisionConfig
 from dsvl2_jax.model.deepseek_vl2 import init_params
 from dsvl2_jax.model.vision import AttentionPool
 from dsvl2_jax.sharding import make_mesh
-from dsvl2_jax.train.data import pipeline as data
 from dsvl2_jax.train.data.batch import TrainBatch
+from dsvl2_jax.train.data.pipeline import BatchShard, open_training
 from dsvl2_jax.train.flops import contrastive_flops
-from dsvl2_jax.train.objectives.contrastive import TextTower, same_captions, sigmoid_loss
-from dsvl2_jax.train.objectives.contrastive_trainer import ContrastiveMetrics, ContrastiveTrainer
+from dsvl2_jax.train.objectives.contrastive import (
+    ContrastiveMetrics,
+    ContrastiveTrainer,
+    TextTower,
+    same_captions,
+    sigmoid_loss,
+)
 from dsvl2_jax.train.parameter_rules import assign
 from dsvl2_jax.train.run import batch_shard, train
 from dsvl2_jax.train.settings.load import differences, load, to_toml
@@ -113,7 +118,7 @@ def test_what_pads_a_caption_changes_no_bit_of_what_it_says():
 def test_a_row_is_a_caption_that_ends_in_eos_and_its_image_in_one_tile(toy):
     config, processor = open_model(toy)
     found = load(toy / "config.toml", ["contrastive.text_length=6", "data.shuffle=false"])
-    pipeline = data.open_training(found, processor, config, data.BatchShard(rows=IMAGES))
+    pipeline = open_training(found, processor, config, BatchShard(rows=IMAGES))
     step = next(pipeline)
     pipeline.close()
     ids, segments = step.batch.ids[0], step.batch.segments[0]
