@@ -151,7 +151,7 @@ def _encoder(config: Config, passes: _Passes) -> float:
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """bf16 FLOP/s that a device can reach at most; None for kinds that FACTS §8 does not list, such as a CPU."""
+    """bf16 FLOP/s that a device can reach at most; None for kinds that `_KINDS` does not list, such as a CPU."""
     for pattern, name in _KINDS:
         if re.fullmatch(pattern, device.device_kind):
             return topology(name).flops

@@ -20,7 +20,8 @@ from dsvl2_jax.model.parameter_paths import LeafPath, path_name, stays_float32
 from dsvl2_jax.sharding import ACTIVATION_RULES, PARAM_RULES, add_fsdp_axis, batch_parts, mesh_axes, partition_spec
 from dsvl2_jax.train.flops import step_flops
 from dsvl2_jax.train.parameter_rules import assign
-from dsvl2_jax.train.settings.schema import Settings, load, presets
+from dsvl2_jax.train.settings.load import load, presets
+from dsvl2_jax.train.settings.schema import Settings
 
 KINDS = ("align", "pretrain", "sft")
 _STORED = 4  # bytes of an entry of a trained parameter, and of its gradient
@@ -108,9 +109,9 @@ def resident_bytes(config: Config, settings: Settings, sizes: dict[str, int]) ->
 
 def lower(config: Config, settings: Settings, mesh: Mesh) -> jax.stages.Lowered:
     """Lowers a step for a mesh. Frozen parameters are bfloat16, as the released checkpoints store them."""
-    from dsvl2_jax.train.objectives.language import Trainer
+    from dsvl2_jax.train.objectives.language import LanguageTrainer
 
-    trainer = Trainer(config, settings, (0.5,) * 3, (0.5,) * 3, mesh)
+    trainer = LanguageTrainer(config, settings, (0.5,) * 3, (0.5,) * 3, mesh)
     state = trainer.abstract_state()
     frozen = flatten_dict(path_aware_map(_stored, unflatten_dict(state.frozen, sep="/")), sep="/")
     return trainer.lower(dataclasses.replace(state, frozen=frozen), abstract_batch(config, settings, mesh))
