@@ -3,7 +3,7 @@
 XLA lowers ``jax.lax.ragged_dot`` on GPU to dense products over all groups, [G, M, O] of memory and G times the work.
 Here the rows of a group are cut into blocks, each of which reads its own group's matrix: the work of the rows that are
 there, and no memory besides the result. `dsvl2_jax.kernels.grouped_matmul` calls them; the FLOPs that they declare
-are read by `dsvl2_jax.apps.plan.hlo`.
+are read by `dsvl2_jax.apps.plan.hlo_walk`.
 """
 
 from __future__ import annotations

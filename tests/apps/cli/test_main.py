@@ -77,7 +77,8 @@ OPTIONS = {
     },
     "plan": {
         "--topology": "None", "--job": "None", "--batch": "None", "--sequence": "None", "--slots": "None",
-        "--micro": "None", "--set": "repeatable", "--mesh": "auto", "--no-cache": "False", "--json": "False",
+        "--micro": "None", "--set": "repeatable", "--mesh": "auto", "--csv": "None", "--no-cache": "False",
+        "--json": "False",
     },
     "bench": {
         "--size": "tiny", "--directory": "None", "--keep": "None", "--repeats": "2", "--new-tokens": "32",
