@@ -17,13 +17,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from dsvl2_jax.checkpoint import rules
-from dsvl2_jax.checkpoint.load import open_orbax, read_leaves, stays_float32
+from dsvl2_jax.checkpoint.leaves import leaf_bytes
+from dsvl2_jax.checkpoint.load import open_orbax, read_leaves
 from dsvl2_jax.checkpoint.locate import PARAMS_NAME, kind, model_files, resolve
-from dsvl2_jax.checkpoint.safetensors_source import Source, leaf_bytes
+from dsvl2_jax.checkpoint.safetensors_source import Source
 from dsvl2_jax.errors import CheckpointError, ConfigError, TokenizerError
 from dsvl2_jax.inputs.processor import ProcessorConfig
 from dsvl2_jax.inputs.tokenizer import Tokenizer
+from dsvl2_jax.messages import listed
 from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.parameter_paths import LeafPath, path_name, stays_float32
 from dsvl2_jax.model.released import variant
 from dsvl2_jax.runtime.progress import progress
 
@@ -110,10 +113,12 @@ def examine(ckpt: str | Path | None) -> Report:
     except CheckpointError as error:
         report.problems.append(str(error))
     if report.non_finite:
-        listed = [f"{name}: {found['nan']} NaN, {found['inf']} infinite" for name, found in report.non_finite.items()]
+        tensors = [
+            f"{name}: {counts['nan']} NaN, {counts['inf']} infinite" for name, counts in report.non_finite.items()
+        ]
         report.problems.append(
-            f"{len(listed)} tensors have numbers that are not finite, so outputs will be garbage; download or convert "
-            f"again:\n{rules.listed(listed)}"
+            f"{len(tensors)} tensors have numbers that are not finite, so outputs will be garbage; download or convert "
+            f"again:\n{listed(tensors)}"
         )
     return report
 
@@ -142,7 +147,7 @@ def count_parameters(config: Config) -> dict[str, int]:
     return counts | {"TOTAL": sum(counts.values())}
 
 
-def _component(path: tuple[str, ...]) -> str:
+def _component(path: LeafPath) -> str:
     if path[0] == "vision":
         return "vision.attn_pool (present, unused)" if path[1] == "attn_pool" else "vision (used)"
     if path[0] != "language":
@@ -153,8 +158,8 @@ def _component(path: tuple[str, ...]) -> str:
         return "language.attention"  # its latent norms included
     if "mlp" not in path:
         return "language.norms"
-    named = {"experts": "routed_experts", "router": "router", "shared_experts": "shared_experts"}
-    return f"language.{named.get(path[3], 'dense_mlp')}"
+    component = {"experts": "routed_experts", "router": "router", "shared_experts": "shared_experts"}
+    return f"language.{component.get(path[3], 'dense_mlp')}"
 
 
 def count_non_finite(values: np.ndarray) -> tuple[int, int]:
@@ -171,8 +176,8 @@ def count_non_finite(values: np.ndarray) -> tuple[int, int]:
 def _examine_released(directory: Path, config: Config, report: Report) -> None:
     with Source(directory) as source:
         _add_dtypes(report, ((rules.FLOAT_DTYPES.get(t.dtype, t.dtype), t.size) for t in source.tensors.values()))
-        for what, tensors in rules.compare(source.shapes_and_dtypes, config).items():
-            report.problems.append(f"{len(tensors)} {what}:\n{rules.listed(tensors)}")
+        for problem, tensors in rules.compare(source.shapes_and_dtypes, config).items():
+            report.problems.append(f"{len(tensors)} {problem}:\n{listed(tensors)}")
         with progress("reading tensors", source.total_bytes) as advance:
             for name, tensor in source.tensors.items():
                 if tensor.dtype in rules.FLOAT_DTYPES:
@@ -187,7 +192,7 @@ def _examine_orbax(directory: Path, config: Config, report: Report) -> None:
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     with progress("reading parameters", sum(leaf_bytes(*entry) for entry in stored.values())) as advance:
         for path, parameter in read_leaves(directory / PARAMS_NAME, stored, dict.fromkeys(stored, host)):
-            _add_non_finite(report, "/".join(path), np.asarray(parameter))
+            _add_non_finite(report, path_name(path), np.asarray(parameter))
             advance(parameter.nbytes)
 
 
@@ -201,9 +206,9 @@ def _add_dtypes(report: Report, sizes: Iterator[tuple[str, int]]) -> None:
 def _add_non_finite(report: Report, name: str, values: np.ndarray) -> None:
     nan, infinite = count_non_finite(values.reshape(-1))
     if nan or infinite:
-        found = report.non_finite.setdefault(name, {"nan": 0, "inf": 0})
-        found["nan"] += nan
-        found["inf"] += infinite
+        counts = report.non_finite.setdefault(name, {"nan": 0, "inf": 0})
+        counts["nan"] += nan
+        counts["inf"] += infinite
 
 
 def _print(report: Report) -> None:

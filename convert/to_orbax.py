@@ -9,11 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import re
+import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from decimal import Decimal, InvalidOperation
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,15 +20,24 @@ import numpy as np
 from rich import filesize
 
 from dsvl2_jax.checkpoint import orbax_io, rules
-from dsvl2_jax.checkpoint.load import batches
-from dsvl2_jax.checkpoint.locate import MANIFEST_NAME, MANIFEST_VERSION, PARAMS_NAME, carry_files, kind, resolve
-from dsvl2_jax.checkpoint.safetensors_source import Source, aligned_empty, leaf_bytes, numpy_dtype
+from dsvl2_jax.checkpoint.leaves import Leaves, batches, leaf_bytes
+from dsvl2_jax.checkpoint.load import DTYPES
+from dsvl2_jax.checkpoint.locate import (
+    MANIFEST_NAME,
+    MANIFEST_VERSION,
+    PARAMS_NAME,
+    carry_files,
+    kind,
+    open_model,
+    resolve,
+)
+from dsvl2_jax.checkpoint.safetensors_source import Source, aligned_empty, numpy_dtype
 from dsvl2_jax.checkpoint.staging import refuse_existing, staged
+from dsvl2_jax.convert.sizes import parse_bytes
 from dsvl2_jax.errors import CheckpointError, UsageError
-from dsvl2_jax.inputs.processor import ProcessorConfig
-from dsvl2_jax.inputs.tokenizer import Tokenizer
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import entry_axes
+from dsvl2_jax.model.parameter_paths import LeafPath, path_name
 from dsvl2_jax.runtime.progress import progress
 
 DEFAULT_MAX_MEMORY = 1 << 30
@@ -39,12 +47,6 @@ DEFAULT_MAX_MEMORY = 1 << 30
 WRITE_BATCH_BYTES = 256 << 20
 
 _ALIGNMENT = 64  # bytes between parameters of one block of memory
-
-_UNITS = {"": 1, "B": 1} | {
-    prefix + suffix: base**power
-    for power, prefix in enumerate("KMGT", start=1)
-    for suffix, base in (("", 1000), ("B", 1000), ("iB", 1024))
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +83,8 @@ def convert(
       UsageError: ``dtype`` or ``max_memory`` makes no sense.
     """
     started = time.monotonic()
-    if dtype not in (None, "float32", "bfloat16"):
-        raise UsageError(f"--dtype {dtype}: expected float32 or bfloat16.")
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}.")
     limit = parse_bytes(max_memory)
     dst = Path(dst).absolute()
     refuse_existing(dst)
@@ -92,18 +94,15 @@ def convert(
             f"{directory}: is a converted checkpoint already; convert takes the released layout. To get that layout "
             "back, use dsvl2 export."
         )
-    config = check_directory(directory)
+    config, _ = open_model(directory)
     with Source(directory) as source:
         rules.check(source.shapes_and_dtypes, config, str(directory))
         leaves = {leaf.path: leaf for leaf in rules.expand(config)}
-        kept = {path: source.leaf_dtype(leaf) for path, leaf in leaves.items()}
-        plan = {path: (leaf.shape, numpy_dtype(dtype) if dtype else kept[path]) for path, leaf in leaves.items()}
-        mixed = {
-            name: rules.FLOAT_DTYPES[source.tensors[name].dtype]
+        plan = {
+            path: (leaf.shape, numpy_dtype(dtype) if dtype else source.leaf_dtype(leaf))
             for path, leaf in leaves.items()
-            for name in leaf.sources
-            if dtype is None and rules.FLOAT_DTYPES[source.tensors[name].dtype] != kept[path].name
         }
+        mixed = {} if dtype else _mixed_dtypes(source, leaves, plan)
         total = sum(leaf_bytes(*entry) for entry in plan.values())
         with staged(dst, total) as partial:
             carry_files(directory, partial)
@@ -116,36 +115,22 @@ def convert(
         if mixed
         else ()
     )
-    parameters = sum(int(np.prod(shape, dtype=np.int64)) for shape, _ in plan.values())
+    parameters = sum(math.prod(shape) for shape, _ in plan.values())
     seconds = time.monotonic() - started
     for line in (*notes, f"wrote {dst}: {parameters:,} parameters, {filesize.decimal(total)} in {seconds:.1f} s"):
         print(line, file=sys.stderr)
     return Converted(dst, parameters, total, seconds, notes)
 
 
-def check_directory(directory: Path) -> Config:
-    """The configuration of a checkpoint, after checking that its tokenizer and processor files are usable with it."""
-    config = Config.from_file(directory)
-    ProcessorConfig.from_dir(directory)
-    Tokenizer.from_dir(directory).check_fits(config.language.vocab_size)
-    return config
-
-
-def parse_bytes(text: int | str) -> int:
-    """A number of bytes from "4GiB", "500 MB", "2e9" or a number; K, M, G, T are powers of 1000, Ki … of 1024.
-
-    Raises:
-      UsageError: it is not a positive size.
-    """
-    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]{1,2})?)\s*([A-Za-z]*)\s*", str(text))
-    units = {unit.lower(): factor for unit, factor in _UNITS.items()}
-    try:
-        size = int(Decimal(found[1]) * units[found[2].lower()]) if found else 0
-    except (KeyError, InvalidOperation):
-        size = 0
-    if size <= 0:
-        raise UsageError(f"{text!r} is not a size: expected a number with a unit, such as 4GiB, 500MB or 2000000000.")
-    return size
+def _mixed_dtypes(source: Source, leaves: Mapping[LeafPath, rules.Leaf], plan: Leaves) -> dict[str, str]:
+    """Tensors whose dtype is not that of the stacked parameter that they are part of → their own."""
+    stored_as = {name: rules.FLOAT_DTYPES[tensor.dtype] for name, tensor in source.tensors.items()}
+    return {
+        name: stored_as[name]
+        for path, leaf in leaves.items()
+        for name in leaf.sources
+        if stored_as[name] != plan[path][1].name
+    }
 
 
 def writing_bytes(size: int) -> int:
@@ -155,7 +140,12 @@ def writing_bytes(size: int) -> int:
 
 
 def _write_parameters(
-    source: Source, leaves: dict, plan: dict, writer: orbax_io.ParamWriter, limit: int, advance: Callable[[int], None]
+    source: Source,
+    leaves: Mapping[LeafPath, rules.Leaf],
+    plan: Leaves,
+    writer: orbax_io.ParamWriter,
+    limit: int,
+    advance: Callable[[int], None],
 ) -> None:
     """Reads batches of parameters and gives them to ``writer``, one being written while the next is read."""
     memory, writing, in_flight = _Memory(), None, 0
@@ -196,7 +186,7 @@ class _Memory:
         self._free.append(block)
 
 
-def _carve(block: np.ndarray, plan: dict) -> dict[orbax_io.LeafPath, np.ndarray]:
+def _carve(block: np.ndarray, plan: Leaves) -> dict[LeafPath, np.ndarray]:
     """Arrays of the planned shapes and dtypes, one after the other in ``block``."""
     arrays, start = {}, 0
     for path, (shape, dtype) in plan.items():
@@ -218,7 +208,7 @@ def _writing(path: Path, config: Config) -> Iterator[orbax_io.ParamWriter]:
         raise
 
 
-def write_manifest(directory: Path, plan: dict, *, source: str, mixed: dict[str, str]) -> None:
+def write_manifest(directory: Path, plan: Leaves, *, source: str, mixed: dict[str, str]) -> None:
     """Writes the file that makes a converted directory complete.
 
     ``mixed``: tensors of a stacked parameter whose dtype is not the parameter's, with their own dtype, so
@@ -229,7 +219,7 @@ def write_manifest(directory: Path, plan: dict, *, source: str, mixed: dict[str,
         "version": MANIFEST_VERSION,
         "source": source,
         "parameters": {
-            "/".join(path): {"shape": list(shape), "dtype": dtype.name} for path, (shape, dtype) in plan.items()
+            path_name(path): {"shape": list(shape), "dtype": dtype.name} for path, (shape, dtype) in plan.items()
         },
         "mixed_dtypes": mixed,
         "files": {

@@ -21,12 +21,14 @@ import numpy as np
 from rich import filesize
 
 from dsvl2_jax.checkpoint import rules
-from dsvl2_jax.checkpoint.load import DTYPES, open_orbax, read_leaves, stays_float32
-from dsvl2_jax.checkpoint.locate import PARAMS_NAME, carry_files, kind, model_files, resolve
-from dsvl2_jax.checkpoint.safetensors_source import INDEX_NAME, READ_BYTES, WORKERS, copy_rows, leaf_bytes, numpy_dtype
+from dsvl2_jax.checkpoint.leaves import leaf_bytes
+from dsvl2_jax.checkpoint.load import DTYPES, open_orbax, read_leaves
+from dsvl2_jax.checkpoint.locate import PARAMS_NAME, carry_files, kind, model_files, open_model, resolve
+from dsvl2_jax.checkpoint.safetensors_source import INDEX_NAME, READ_BYTES, WORKERS, copy_rows, numpy_dtype
 from dsvl2_jax.checkpoint.staging import refuse_existing, staged
-from dsvl2_jax.convert.to_orbax import check_directory, parse_bytes
+from dsvl2_jax.convert.sizes import parse_bytes
 from dsvl2_jax.errors import CheckpointError, UsageError
+from dsvl2_jax.model.parameter_paths import stays_float32
 from dsvl2_jax.runtime.progress import progress
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -46,7 +48,7 @@ class ShardWriter:
         """Creates the shards with their headers. ``tensors`` are put into shards in the order given."""
         self._directory = directory
         self._total = sum(leaf_bytes(*entry) for entry in tensors.values())
-        self._places: dict[str, tuple[int, int]] = {}  # name → (file descriptor, byte offset)
+        self._positions: dict[str, tuple[int, int]] = {}  # name → (file descriptor, byte offset)
         self._weight_map: dict[str, str] = {}
         self._descriptors: list[int] = []
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="dsvl2-write")
@@ -98,7 +100,7 @@ class ShardWriter:
         _write_all(descriptor, struct.pack("<Q", len(text)) + text, 0)
         os.truncate(descriptor, 8 + len(text) + position)
         for name in names:
-            self._places[name] = (descriptor, 8 + len(text) + header[name]["data_offsets"][0])
+            self._positions[name] = (descriptor, 8 + len(text) + header[name]["data_offsets"][0])
             self._weight_map[name] = file_name
 
     def _write_rows(self, name: str, array: np.ndarray, start: int, stop: int) -> None:
@@ -106,7 +108,7 @@ class ShardWriter:
         if not rows.flags.c_contiguous:
             strided, rows = rows, np.empty(rows.shape, rows.dtype)
             copy_rows(rows, strided)
-        descriptor, offset = self._places[name]
+        descriptor, offset = self._positions[name]
         row_bytes = array.nbytes // max(1, len(array)) if array.ndim else array.nbytes
         _write_all(descriptor, memoryview(rows.reshape(-1).view(np.uint8)), offset + start * row_bytes)
 
@@ -146,10 +148,10 @@ def export(
         raise CheckpointError(
             f"{directory}: is in the released layout already; export takes a converted directory or a training run."
         )
-    config = check_directory(model_files(directory))
+    config, _ = open_model(directory)
     leaves = {leaf.path: leaf for leaf in rules.expand(config)}
     manifest, stored = open_orbax(directory, config)
-    mixed = {name: numpy_dtype(kept) for name, kept in manifest.get("mixed_dtypes", {}).items()}
+    mixed = {name: numpy_dtype(dtype_name) for name, dtype_name in manifest.get("mixed_dtypes", {}).items()}
     tensors = {
         name: (
             leaf.layout.source_shape,

@@ -20,10 +20,13 @@ _EXPORTS = {
     "Model": "dsvl2_jax.infer.engine",
     "Processor": "dsvl2_jax.inputs.processor",
     "SamplingParams": "dsvl2_jax.infer.sampling",
+    "adapt_tiles": "dsvl2_jax.model.deepseek_vl2",
     "decode_step": "dsvl2_jax.model.deepseek_vl2",
     "draw_boxes": "dsvl2_jax.inputs.grounding",
+    "init_cache": "dsvl2_jax.model.cache",
     "load": "dsvl2_jax.infer.engine",
     "make_mesh": "dsvl2_jax.sharding",
+    "merge": "dsvl2_jax.model.deepseek_vl2",
     "prefill": "dsvl2_jax.model.deepseek_vl2",
 }
 

@@ -58,4 +58,4 @@ class SampleError(DataError):
 
 
 class RunError(DSVL2Error):
-    """A training run that cannot start, go on or be continued."""
+    """A training or evaluation run that cannot start or resume."""

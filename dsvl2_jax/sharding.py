@@ -51,7 +51,7 @@ PARAM_RULES: Rules = {
 
 ACTIVATION_RULES: Rules = {
     "batch": ("data", "expert"),  # of prefill and training
-    "rows": ("data",),  # of a decode step, where the weights stay and a few tokens visit them
+    "decode_batch": ("data",),  # of a decode step, where the weights stay and a few tokens visit them
     "slots": ("data", "tensor", "expert"),  # of the cache, and of all that meets it
     "cache_length": ("data", "tensor", "expert"),  # what fewer slots than devices leave free
     "length": (),
@@ -146,9 +146,9 @@ def batch_parts(mesh_shape: Mapping[str, int]) -> int:
     return math.prod(mesh_shape.get(name, 1) for name in ACTIVATION_RULES["batch"])
 
 
-def batch_axis(length: int) -> str:
-    """Logical name of the first axis of activations [B, T, …]: rows of one token are a decode step's."""
-    return "rows" if length == 1 else "batch"
+def batch_axis(decode: bool) -> str:
+    """Logical name of the first axis of activations [B, T, …], of a decode step or of anything else."""
+    return "decode_batch" if decode else "batch"
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

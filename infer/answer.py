@@ -34,8 +34,8 @@ class Generation:
     image_tokens: int
 
 
-class _Answer:
-    """One growing answer on the host: tokens, text, stop strings, and how much of the text was shown."""
+class AnswerBuilder:
+    """A growing answer on the host: its tokens, its text, its stop strings, and how much of the text was shown."""
 
     def __init__(self, processor: Processor, sampling: SamplingParams, eos: int):
         self.decoder = StreamDecoder(processor.tokenizer)

@@ -27,15 +27,15 @@ class DecodeState:
     cache: Cache  # per layer; see dsvl2_jax.model.attention
     tokens: jax.Array  # i32[B], the newest token of each row, not yet in the cache
     logprobs: jax.Array  # f32[B], its log-probability under the model (before penalty, temperature and cuts)
-    positions: jax.Array  # i32[B], the slot it will take
+    positions: jax.Array  # i32[B], the position in the cache that it will take
     limits: jax.Array  # i32[B], a token at this position is the row's last
     seen: jax.Array  # bool[B, V], tokens of the prompt and the answer so far
     finished: jax.Array  # bool[B]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "batch", "slots", "dtype"))
-def new_cache(config: Config, batch: int, slots: int, dtype: str) -> Cache:
-    return init_cache(config, batch, slots, dtype)
+@functools.partial(jax.jit, static_argnames=("config", "slots", "cache_length", "dtype"))
+def new_cache(config: Config, slots: int, cache_length: int, dtype: str) -> Cache:
+    return init_cache(config, slots, cache_length, dtype)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")

@@ -22,7 +22,7 @@ from dsvl2_jax.checkpoint.load import load_params
 from dsvl2_jax.checkpoint.locate import open_model, resolve
 from dsvl2_jax.errors import ConversationError, UsageError
 from dsvl2_jax.infer import decode
-from dsvl2_jax.infer.answer import Generation, _Answer
+from dsvl2_jax.infer.answer import AnswerBuilder, Generation
 from dsvl2_jax.infer.buckets import batch_bucket, length_bucket, tile_bucket
 from dsvl2_jax.infer.sampling import SamplingArrays, SamplingParams
 from dsvl2_jax.inputs.batch import Batch, collate
@@ -38,7 +38,7 @@ STREAM_STEPS = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Room:
+class MinBatchShape:
     """The least size of a batch before its buckets; 0: as its prompts need."""
 
     rows: int = 0
@@ -132,7 +132,7 @@ class Model:
         *,
         chunk_size: int | None = None,
         logprobs: bool = False,
-        at_least: Room = Room(),
+        at_least: MinBatchShape = MinBatchShape(),
         on_text: Callable[[int, str], None] | None = None,
         timing: Timing | None = None,
     ) -> Generation | list[Generation]:
@@ -171,7 +171,7 @@ class Model:
             self.check_context(prompt)
         timing = Timing() if timing is None else timing
         eos = self.processor.tokenizer.eos_id
-        answers = [_Answer(self.processor, s, eos) for s in settings]
+        answers = [AnswerBuilder(self.processor, s, eos) for s in settings]
         with self._on_mesh():
             watched = on_text is not None
             run = self._run(prompts, settings, max_new_tokens, chunk_size, timing, answers, at_least, watched)
@@ -194,8 +194,8 @@ class Model:
         max_new_tokens: int,
         chunk_size: int | None,
         timing: Timing,
-        answers: list[_Answer],
-        at_least: Room,
+        answers: list[AnswerBuilder],
+        at_least: MinBatchShape,
         watched: bool,
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yields (tokens, log-probabilities, counts) until every answer has ended."""
@@ -205,14 +205,14 @@ class Model:
         lengths = batch.lengths
         context = config.language.max_position_embeddings
         max_new = np.where(lengths > 0, np.minimum(max_new_tokens, context - lengths + 1), 1).astype(np.int32)
-        slots = length_bucket(max(length, int((lengths + max_new).max())))
+        cache_length = length_bucket(max(length, int((lengths + max_new).max())))
         if chunk_size is not None:
-            slots = max(slots, -(-length // chunk_size) * chunk_size)
+            cache_length = max(cache_length, -(-length // chunk_size) * chunk_size)
         sampling = SamplingArrays.of(settings, rows)
         with timing.phase("encode"):
             features = jax.block_until_ready(self._features(batch.tiles))
         with timing.phase("prefill"):
-            cache = decode.new_cache(config, rows, slots, self.dtype)
+            cache = decode.new_cache(config, rows, cache_length, self.dtype)
             logits, cache = self._prefill(batch, features, cache, chunk_size)
             state = decode.first_token(logits, batch.ids, lengths, max_new, cache, sampling, eos)
             first, first_logprobs, finished = self._fetch((state.tokens, state.logprobs, state.finished))
@@ -268,7 +268,7 @@ class Model:
             return jnp.zeros((0, self.config.tokens_per_tile, self.config.language.hidden_size), self.dtype)
         return _adapt_tiles(self.params, self.config, padded_tiles, self._mean, self._std)
 
-    def _batch(self, prompts: list[ModelInputs], at_least: Room = Room()) -> Batch:
+    def _batch(self, prompts: list[ModelInputs], at_least: MinBatchShape = MinBatchShape()) -> Batch:
         """Pads prompts to the buckets that programs are compiled for."""
         tiles = max(sum(len(prompt.tiles) for prompt in prompts), at_least.tiles)
         return collate(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 import transformers
+from flax.traverse_util import unflatten_dict
 
 from dsvl2_jax.checkpoint import rules
-from dsvl2_jax.checkpoint.orbax_io import nest
 from dsvl2_jax.model.config import Config
 
 torch.set_num_threads(1)  # arrays are tiny: more threads only wait for each other
@@ -100,4 +100,4 @@ def filled(config: Config, released: dict[str, np.ndarray], part: str) -> dict:
                 view[...] = released[source]
                 used.add(source)
     assert used == released.keys()
-    return nest(leaves)[part]
+    return unflatten_dict(leaves)[part]

@@ -62,7 +62,7 @@ def write_config(path: Path, model: Path, data: Path, run: Path, tables: Tables 
         "model": {"checkpoint": str(model), "random_init": True},
         "data": {"sequence_length": 128, "tiles_per_sequence": 2, "max_segments": 8, "packing_bins": 2},
         "data.train.toy": {"path": str(data)},
-        "batch": {"sequences": 2, "micro_sequences": 2},
+        "batch": {"sequences": 2, "microbatch_size": 2},
         "stage": {"bias_update_speed": 0.01},
         "optimizer": {"learning_rate": 0.003, "schedule": "cosine", "warmup_steps": 2},
         "compute": COMPUTE,
@@ -74,6 +74,6 @@ def write_config(path: Path, model: Path, data: Path, run: Path, tables: Tables 
     for name, table in content.items():
         lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
     lines += ["[[stage.parameters]]", "match = 'attn_pool|correction_bias'", "train = false"]
-    lines += ["[[stage.parameters]]", "match = 'vision'", "rate = 0.1", "[[stage.parameters]]", "match = '.'"]
+    lines += ["[[stage.parameters]]", "match = 'vision'", "lr_multiplier = 0.1", "[[stage.parameters]]", "match = '.'"]
     path.write_text("\n".join(lines) + "\n")
     return path

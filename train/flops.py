@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from dsvl2_jax.model.config import Config, VisionConfig
+from dsvl2_jax.model.parameter_paths import path_name
 from dsvl2_jax.train.settings.schema import ContrastiveSettings, ParameterRule
 
 # Parameters that multiply activations; the others add, scale or are looked up.
@@ -122,7 +123,7 @@ def _matrices(config: Config) -> Iterator[tuple[str, int]]:
     from dsvl2_jax.model.deepseek_vl2 import abstract_leaves
 
     for keys, (shape, _) in abstract_leaves(config).items():
-        path = "/".join(keys)
+        path = path_name(keys)
         if _MATRIX.search(path) and not path.startswith("vision/attn_pool/"):
             yield path, math.prod(shape)
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import path_aware_map
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from dsvl2_jax.checkpoint.load import stays_float32
 from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model.attention import ATTENTION_OUTPUT
 from dsvl2_jax.model.config import Config
@@ -19,6 +19,7 @@ from dsvl2_jax.model.decoder import DecoderLayer
 from dsvl2_jax.model.deepseek_vl2 import Params
 from dsvl2_jax.model.layers import RMSNorm
 from dsvl2_jax.model.moe import EXPERT_PRODUCT, Routing
+from dsvl2_jax.model.parameter_paths import LeafPath, stays_float32
 from dsvl2_jax.model.vision import VisionBlock
 from dsvl2_jax.sharding import PARAM_RULES, ambient_mesh_shape, partition_spec
 from dsvl2_jax.train.stacked import LayerRun, layer_runs
@@ -46,10 +47,10 @@ def compute_params(params: Params, dtype: DTypeLike | None) -> tuple[Params, jnp
     """
     dtype = jnp.dtype(dtype or params["language"]["embed_tokens"].dtype)
 
-    def leaf(path: tuple, value: jax.Array) -> jax.Array:
-        return value.astype(jnp.float32 if stays_float32(tuple(key.key for key in path)) else dtype)
+    def leaf(path: LeafPath, value: jax.Array) -> jax.Array:
+        return value.astype(jnp.float32 if stays_float32(path) else dtype)
 
-    return jax.tree_util.tree_map_with_path(leaf, params), dtype
+    return path_aware_map(leaf, params), dtype
 
 
 def _gathered(own: Params, run: LayerRun, config: Config) -> Params:
@@ -59,11 +60,11 @@ def _gathered(own: Params, run: LayerRun, config: Config) -> Params:
         return own
     leaves = model.abstract_leaves(config)
 
-    def leaf(path: tuple, value: jax.Array) -> jax.Array:
-        shape, axes = leaves[(run.part, run.members()[0], *(key.key for key in path))]
+    def leaf(path: LeafPath, value: jax.Array) -> jax.Array:
+        shape, axes = leaves[(run.part, run.members()[0], *path)]
         return lax.with_sharding_constraint(value, partition_spec(shape, axes, sizes, PARAM_RULES))
 
-    return jax.tree_util.tree_map_with_path(leaf, own)
+    return path_aware_map(leaf, own)
 
 
 def _through(run: LayerRun, params: Params, config: Config, layer: Callable, x: jax.Array, remat: str) -> Any:
@@ -132,7 +133,7 @@ def hidden_states(
         module = DecoderLayer(language, run.first, dtype)
 
         def layer(own: Params, x: jax.Array, module: DecoderLayer = module) -> tuple[jax.Array, Any]:
-            x, _, routing = module.apply({"params": own}, x, positions, valid, None, False)
+            x, _, routing = module.apply({"params": own}, x, positions, valid, None)
             return x, None if routing is None else statistics(routing)
 
         x, report = _through(run, params["language"], config, layer, x, remat)

@@ -144,7 +144,7 @@ def _head(
     chunk = min(chunk, t)
     exact = matmul_precision(hidden.dtype)
     # The vocabulary stays split over `tensor` and `expert`, and rows come to it: [D, V] is larger than they are.
-    rows = "rows", "length", "embed"
+    rows = "decode_batch", "length", "embed"
     hidden, kernel = constrain(hidden, *rows), constrain(kernel, "embed", "vocab")
 
     def split(x: jax.Array, fill: float = 0) -> jax.Array:
@@ -157,7 +157,7 @@ def _head(
     def body(kernel_bar, part):
         h, target, weight = part  # [B, chunk, D], [B, chunk], [B, chunk]
         logits = jnp.einsum("btd,dv->btv", h, kernel, precision=exact, preferred_element_type=jnp.float32)
-        logits = constrain(logits, "rows", "length", "vocab")
+        logits = constrain(logits, "decode_batch", "length", "vocab")
         # A masked sum, not a gather: it stays local when the vocabulary is sharded.
         is_target = jnp.arange(logits.shape[-1]) == target[..., None]
         of_all = jax.nn.logsumexp(logits, axis=-1)

@@ -19,7 +19,8 @@ def make_optimizer(settings: Settings, groups: Mapping[str, ParameterRule]) -> o
     """The stage's optimizer, equal to ``torch.optim.AdamW`` after clipping by the global norm.
 
     In order: clip the gradient of all trained parameters together; Adam; add ``weight_decay`` · parameter where the
-    rule says so; multiply by the rule's rate; multiply by −`learning_rate` at the number of earlier updates.
+    rule says so; multiply by the rule's ``lr_multiplier``; multiply by −`learning_rate` of the number of earlier
+    updates.
 
     Args:
       settings: of the run; ``optimizer`` and ``run.steps`` are read.
@@ -42,7 +43,7 @@ def make_optimizer(settings: Settings, groups: Mapping[str, ParameterRule]) -> o
 
 
 def learning_rate(settings: OptimizerSettings, steps: int) -> optax.Schedule:
-    """The learning rate of rate 1 as a function of the number of earlier updates (0 for the first one).
+    """The learning rate of multiplier 1 as a function of the number of earlier updates (0 for the first one).
 
     Warm-up is linear and reaches the full rate with update number ``warmup_steps``. Then ``constant`` stays;
     ``step`` is divided by √10 from 50 % of ``steps`` on and once more from 75 % on; ``cosine`` falls from the end of
@@ -99,7 +100,7 @@ def _decay_and_rate(weight_decay: float, groups: Mapping[str, ParameterRule]) ->
         def one(path: str) -> jax.Array:
             rule = groups[path]
             decay = weight_decay * params[path] if rule.decay else 0.0
-            return rule.rate * (updates[path] + decay)
+            return rule.lr_multiplier * (updates[path] + decay)
 
         return {path: one(path) for path in updates}
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from dsvl2_jax.checkpoint.rules import listed
 from dsvl2_jax.errors import SettingsError
+from dsvl2_jax.messages import listed
 from dsvl2_jax.train.settings.schema import ParameterRule
 
 # Never trained by gradient: the bias follows the measured load, and the language model computes no pooling head.

@@ -25,11 +25,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dsvl2_jax.checkpoint import rules
 from dsvl2_jax.checkpoint.load import load_params
 from dsvl2_jax.checkpoint.locate import model_files, open_model, resolve
 from dsvl2_jax.errors import DSVL2Error, RunError, SettingsError
 from dsvl2_jax.inputs.processor import Processor
+from dsvl2_jax.messages import listed
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import entry_axes, init_params
 from dsvl2_jax.model.released import variant
@@ -37,7 +37,7 @@ from dsvl2_jax.runtime import processes
 from dsvl2_jax.runtime.compile_cache import enable_compilation_cache
 from dsvl2_jax.sharding import make_mesh, parse_mesh
 from dsvl2_jax.train.data import pipeline as data
-from dsvl2_jax.train.data.pipeline import Share, StepData
+from dsvl2_jax.train.data.pipeline import BatchShard, StepData
 from dsvl2_jax.train.log.report import Report
 from dsvl2_jax.train.objectives.contrastive_trainer import ContrastiveMetrics, ContrastiveTrainer
 from dsvl2_jax.train.objectives.language import StepMetrics, Trainer
@@ -80,7 +80,7 @@ def train(config: str | Path, overrides: Sequence[str] = ()) -> None:
     settings = load(config, overrides)
     enable_compilation_cache()
     mesh = training_mesh(settings)
-    share = batch_share(settings, mesh)
+    shard = batch_shard(settings, mesh)
     with _Signals() as signals, opened(settings.run.directory) as run:
         started, steps = processes.from_first(lambda: (run.started, run.steps()))
         # A run that has a checkpoint of its own no longer needs the one that it started from.
@@ -100,9 +100,9 @@ def train(config: str | Path, overrides: Sequence[str] = ()) -> None:
             )
         objective = _TRAINERS[settings.stage.objective]
         trainer = objective(model, settings, processor.config.image_mean, processor.config.image_std, mesh)
-        pipeline = data.open_training(settings, processor, model, share)
+        pipeline = data.open_training(settings, processor, model, shard)
         with contextlib.closing(pipeline):
-            validation = data.open_validation(settings, processor, model, share)
+            validation = data.open_validation(settings, processor, model, shard)
             state = _start(settings, trainer, run, steps, source, mesh, pipeline)
             flops = trainer.flops()
             with Report(run.path, settings, devices=jax.device_count(), flops=flops, parts=pipeline.parts) as report:
@@ -143,7 +143,7 @@ def training_mesh(settings: Settings) -> Mesh | None:
     return None if devices == 1 else make_mesh(**sizes)
 
 
-def batch_share(settings: Settings, mesh: Mesh | None) -> Share:
+def batch_shard(settings: Settings, mesh: Mesh | None) -> BatchShard:
     """Which rows of a step are this process's.
 
     Raises:
@@ -151,19 +151,19 @@ def batch_share(settings: Settings, mesh: Mesh | None) -> Share:
     """
     own, shards = data_shards(mesh)
     batch = settings.batch
-    at_once = batch.micro_sequences * shards
+    at_once = batch.microbatch_size * shards
     if batch.sequences % at_once:
         raise SettingsError(
-            f"batch.sequences = {batch.sequences} does not divide by batch.micro_sequences = {batch.micro_sequences} × "
+            f"batch.sequences = {batch.sequences} does not divide by batch.microbatch_size = {batch.microbatch_size} × "
             f"{shards} data shards = {at_once}. Choose a multiple of {at_once}, or another compute.mesh."
         )
     if settings.stage.objective != "language" and batch.sequences != at_once:
         raise SettingsError(
-            f"batch.micro_sequences = {batch.micro_sequences} × {shards} data shards = {at_once}, but batch.sequences "
+            f"batch.microbatch_size = {batch.microbatch_size} × {shards} data shards = {at_once}, but batch.sequences "
             f"= {batch.sequences}. This objective compares all images of a step, without accumulation: make "
-            f"the two equal, as with batch.micro_sequences={batch.sequences // shards}."
+            f"the two equal, as with batch.microbatch_size={batch.sequences // shards}."
         )
-    return Share(own, shards, batch.micro_sequences, batch.sequences // at_once)
+    return BatchShard(own, shards, batch.microbatch_size, batch.sequences // at_once)
 
 
 def _open_model(settings: Settings, source: Path) -> tuple[Config, Processor]:
@@ -302,7 +302,7 @@ class _Loop:
             raise RunError(
                 f"step {pending.step}: the loss is {metrics.loss} and the gradient norm {metrics.gradient_norm}, so "
                 f"training stops. {left} Look at this step's samples, or lower optimizer.learning_rate:\n"
-                + rules.listed(pending.data.sources, limit=64)
+                + listed(pending.data.sources, limit=64)
             )
 
     def _validate(self, state: TrainState) -> float:

@@ -21,10 +21,13 @@ from typing import Any
 import jax
 from rich import filesize
 
-from dsvl2_jax.checkpoint import orbax_io, rules
+from dsvl2_jax.checkpoint import orbax_io
 from dsvl2_jax.checkpoint.locate import CHECKPOINTS_NAME, MODEL_NAME, PARAMS_NAME, RUN_NAME, carry_files, run_steps
 from dsvl2_jax.checkpoint.staging import is_disk_full, locked, write_text
 from dsvl2_jax.errors import RunError
+from dsvl2_jax.json_files import read_json_object
+from dsvl2_jax.messages import first_line, listed
+from dsvl2_jax.model.parameter_paths import LeafPath
 from dsvl2_jax.runtime import processes
 from dsvl2_jax.train.settings.schema import Settings
 
@@ -160,27 +163,27 @@ class RunDirectory:
         ]
         if other:
             raise RunError(
-                f"{self.path}: holds another run than the one asked for:\n{rules.listed(other)}\n"
+                f"{self.path}: holds another run than the one asked for:\n{listed(other)}\n"
                 f"To go on with it, use its settings ({CONFIG_NAME} in it has them all); for a new run choose another "
                 "run.directory."
             )
         if changed := list(_changes(before.data, identity.data, "")):
             raise RunError(
                 f"{self.path}: the data is not that of the run's start, so it cannot go on as it would have:\n"
-                f"{rules.listed(changed)}\n"
+                f"{listed(changed)}\n"
                 "Put the files back to go on; or start a new run from its newest checkpoint: another run.directory, "
                 f"with model.checkpoint={self.path}."
             )
 
     def _identity(self) -> Identity:
         path = self.path / RUN_NAME
+        content = read_json_object(path, RunError, "Choose another run.directory.")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
             version = content.pop("version")
             content.pop("layout", None)  # of processes and rows, which may change now
             if version == RUN_VERSION:
                 return Identity(**content)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError) as error:
             raise RunError(f"{path}: cannot be read ({error}). Choose another run.directory.") from None
         raise RunError(
             f"{path}: written in version {version!r} of the layout, this program reads {RUN_VERSION}. Choose another "
@@ -195,7 +198,7 @@ class RunDirectory:
         iterator: Mapping[str, Any],
         *,
         validation_loss: float | None = None,
-        entries: Mapping[orbax_io.LeafPath, int] | None = None,
+        entries: Mapping[LeafPath, int] | None = None,
     ) -> None:
         """Begins to write the checkpoint of ``step``, after the one before is complete.
 
@@ -284,17 +287,16 @@ class RunDirectory:
             iterator = {"streams": together} if together else iterators[0]
             return Restored(orbax_io.read_tree(path, _OPTIMIZER, optimizer), iterator)
         except Exception as error:  # Orbax and tensorstore raise ValueError, KeyError, OSError, XlaRuntimeError …
-            reason = str(error).strip().split("\n")[0]
             raise RunError(
-                f"{path}: cannot be read ({reason}). Remove this directory to go on from the checkpoint before it."
+                f"{path}: cannot be read ({first_line(error)}). Remove this directory to go on from the checkpoint "
+                "before it."
             ) from error
 
     def _failed(self, step: int, size: int, error: BaseException) -> RunError:
         self._remove_unfinished()
         if is_disk_full(error):
             return self._disk_full(step, size)
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        return RunError(f"{self.checkpoint(step)}: cannot be written ({reason}). {self._what_is_left()}")
+        return RunError(f"{self.checkpoint(step)}: cannot be written ({first_line(error)}). {self._what_is_left()}")
 
     def _disk_full(self, step: int, size: int) -> RunError:
         free = shutil.disk_usage(self.path).free

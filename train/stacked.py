@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 import jax
 import jax.numpy as jnp
 
-from dsvl2_jax.checkpoint.orbax_io import LeafPath
 from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.parameter_paths import LeafPath
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TextIO
 from dsvl2_jax.errors import DSVL2Error
 from dsvl2_jax.infer.engine import Model
 from dsvl2_jax.infer.sampling import SamplingParams
-from dsvl2_jax.inputs.processor import prepend_image_tags
+from dsvl2_jax.inputs.conversation import prepend_image_tags
 
 HELP = """\
 /image FILE …   attach images to your next message (<image> in it marks where they go)

@@ -11,9 +11,9 @@ from dsvl2_jax.errors import DSVL2Error, UsageError
 from dsvl2_jax.infer.answer import Generation
 from dsvl2_jax.infer.loading import LoadOptions, load
 from dsvl2_jax.infer.sampling import SamplingParams
+from dsvl2_jax.inputs.conversation import prepend_image_tags
 from dsvl2_jax.inputs.grounding import draw_boxes
 from dsvl2_jax.inputs.images import load_image
-from dsvl2_jax.inputs.processor import prepend_image_tags
 from dsvl2_jax.runtime import processes
 from dsvl2_jax.runtime.timing import Timing
 

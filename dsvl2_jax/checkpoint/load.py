@@ -8,28 +8,22 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from dsvl2_jax.checkpoint import orbax_io, rules
+from dsvl2_jax.checkpoint.leaves import Leaves, batches
 from dsvl2_jax.checkpoint.locate import PARAMS_NAME, kind, read_manifest, run_of
 from dsvl2_jax.checkpoint.safetensors_source import Source, numpy_dtype
 from dsvl2_jax.errors import CheckpointError, UsageError
+from dsvl2_jax.messages import first_line, listed
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import Params, param_shardings
+from dsvl2_jax.model.parameter_paths import LeafPath, path_name, stays_float32
 
 DTYPES = ("float32", "bfloat16")
 
-# Leaves are read one Orbax call at a time up to this size together: calls cost about 40 ms each.
-BATCH_BYTES = 64 << 20
-
-Shardings = Mapping[orbax_io.LeafPath, Sharding]
-# Leaf path → (shape, dtype).
-Stored = Mapping[orbax_io.LeafPath, tuple[tuple[int, ...], np.dtype]]
-
-
-def stays_float32(path: orbax_io.LeafPath) -> bool:
-    """True for the router's parameters, which compute in float32 whatever the model's dtype (FACTS §4)."""
-    return len(path) > 1 and path[-2] == "router"
+Shardings = Mapping[LeafPath, Sharding]
 
 
 def load_params(
@@ -38,12 +32,12 @@ def load_params(
     """Loads every parameter, one large leaf at a time.
 
     Args:
-      directory: of `resolve`, in either layout.
+      directory: as `resolve` returns it, in any layout.
       config: of the same directory.
       dtype: "float32" or "bfloat16" casts (the router's parameters are float32 always); None keeps
         each parameter's stored dtype.
-      mesh: places each parameter by `param_shardings`; None: on the first device. A process reads only what its
-        devices hold (of the released layout also the rest of the tensors' rows that this is in).
+      mesh: places each parameter by `param_shardings`; None: all on the first device. A process reads only what
+        its devices hold (in the released layout, whole rows of the tensors).
       fsdp: split large parameters over ``data`` too, as training does.
 
     Returns:
@@ -60,48 +54,48 @@ def load_params(
         first = SingleDeviceSharding(jax.devices()[0])
         shardings: Shardings = {leaf.path: first for leaf in rules.expand(config)}
     else:
-        shardings = dict(orbax_io.unnest(param_shardings(config, mesh, fsdp=fsdp)))
+        shardings = flatten_dict(param_shardings(config, mesh, fsdp=fsdp))
     read = _read_released if kind(directory) == "released" else _read_orbax
-    return orbax_io.nest(dict(read(directory, config, shardings, dtype)))
+    return unflatten_dict(dict(read(directory, config, shardings, dtype)))
 
 
-def _target_dtype(path: orbax_io.LeafPath, stored: np.dtype, dtype: str | None) -> np.dtype:
+def _target_dtype(path: LeafPath, stored: np.dtype, dtype: str | None) -> np.dtype:
     return np.dtype(np.float32) if stays_float32(path) else stored if dtype is None else numpy_dtype(dtype)
 
 
 def _read_released(
     directory: Path, config: Config, shardings: Shardings, dtype: str | None
-) -> Iterator[tuple[orbax_io.LeafPath, jax.Array]]:
+) -> Iterator[tuple[LeafPath, jax.Array]]:
     with Source(directory) as source:
         rules.check(source.shapes_and_dtypes, config, str(directory))
         for leaf in rules.expand(config):
-            array = _place(source, leaf, shardings[leaf.path], dtype)
-            yield leaf.path, array.block_until_ready()  # transfers may not pile up in host memory
+            array = _read_placed(source, leaf, shardings[leaf.path], dtype)
+            yield leaf.path, array.block_until_ready()  # so that transfers do not pile up in host memory
 
 
-def _place(source: Source, leaf: rules.Leaf, sharding: Sharding, dtype: str | None) -> jax.Array:
+def _read_placed(source: Source, leaf: rules.Leaf, sharding: Sharding, dtype: str | None) -> jax.Array:
     """A parameter on the devices, of which this process reads the slices that its own devices hold."""
     target = _target_dtype(leaf.path, source.leaf_dtype(leaf), dtype)
     read: dict[tuple[tuple[int, int], ...], np.ndarray] = {}  # several devices may hold the same slice
 
-    def part(where: tuple[slice, ...]) -> np.ndarray:
-        bounds = tuple(one.indices(size)[:2] for one, size in zip(where, leaf.shape, strict=True))
+    def read_part(window: tuple[slice, ...]) -> np.ndarray:
+        bounds = tuple(axis.indices(size)[:2] for axis, size in zip(window, leaf.shape, strict=True))
         if bounds not in read:
             read[bounds] = source.read_slice(leaf, tuple(slice(*pair) for pair in bounds), target)
         return read[bounds]
 
-    return jax.make_array_from_callback(leaf.shape, sharding, part)
+    return jax.make_array_from_callback(leaf.shape, sharding, read_part)
 
 
 def _read_orbax(
     directory: Path, config: Config, shardings: Shardings, dtype: str | None
-) -> Iterator[tuple[orbax_io.LeafPath, jax.Array]]:
+) -> Iterator[tuple[LeafPath, jax.Array]]:
     _, stored = open_orbax(directory, config)
-    dtypes = {path: _target_dtype(path, kept, dtype) for path, (_, kept) in stored.items()}
+    dtypes = {path: _target_dtype(path, stored_as, dtype) for path, (_, stored_as) in stored.items()}
     yield from read_leaves(directory / PARAMS_NAME, stored, shardings, dtypes)
 
 
-def open_orbax(directory: Path, config: Config) -> tuple[dict[str, Any], Stored]:
+def open_orbax(directory: Path, config: Config) -> tuple[dict[str, Any], Leaves]:
     """The manifest (empty for a run's checkpoint) and the leaves, both checked against files and configuration.
 
     Raises:
@@ -113,10 +107,10 @@ def open_orbax(directory: Path, config: Config) -> tuple[dict[str, Any], Stored]
 
 def read_leaves(
     params: Path,
-    stored: Stored,
+    stored: Leaves,
     shardings: Shardings,
-    dtypes: Mapping[orbax_io.LeafPath, np.dtype] | None = None,
-) -> Iterator[tuple[orbax_io.LeafPath, jax.Array]]:
+    dtypes: Mapping[LeafPath, np.dtype] | None = None,
+) -> Iterator[tuple[LeafPath, jax.Array]]:
     """Reads an Orbax checkpoint leaf by leaf, placed by ``shardings`` and cast to ``dtypes`` (default: as stored).
 
     Raises:
@@ -133,7 +127,7 @@ def read_leaves(
         try:
             arrays = orbax_io.read(params, structs)
         except Exception as error:  # Orbax and tensorstore raise ValueError, KeyError, OSError, XlaRuntimeError …
-            names = ", ".join("/".join(path) for path in batch[:3])
+            names = ", ".join(path_name(path) for path in batch[:3])
             raise CheckpointError(
                 f"{params}: damaged: {_reason(error)} (while {names}{' …' if len(batch) > 3 else ''} were read). "
                 f"{_remedy(params.parent)}"
@@ -143,7 +137,7 @@ def read_leaves(
             yield path, array if dtypes is None else array.astype(dtypes[path]).block_until_ready()
 
 
-def _stored(params: Path, config: Config) -> Stored:
+def _stored(params: Path, config: Config) -> Leaves:
     """The leaves of a converted checkpoint, checked against those of the configuration."""
     try:
         stored = orbax_io.read_shapes(params)
@@ -152,8 +146,8 @@ def _stored(params: Path, config: Config) -> Stored:
             f"{params}: not a readable Orbax checkpoint ({_reason(error)}). {_remedy(params.parent)}"
         ) from error
     leaves = {leaf.path: leaf for leaf in rules.expand(config)}
-    problems = [f"missing: {'/'.join(path)}" for path in leaves if path not in stored]
-    problems += [f"unexpected: {'/'.join(path)}" for path in stored if path not in leaves]
+    problems = [f"missing: {path_name(path)}" for path in leaves if path not in stored]
+    problems += [f"unexpected: {path_name(path)}" for path in stored if path not in leaves]
     problems += [
         f"{leaf.name}: found {list(stored[path][0])}, expected {list(leaf.shape)}"
         for path, leaf in leaves.items()
@@ -162,35 +156,19 @@ def _stored(params: Path, config: Config) -> Stored:
     if problems:
         raise CheckpointError(
             f"{params}: the parameters are not those of the model that config.json describes; convert again from one "
-            f"release:\n{rules.listed(problems)}"
+            f"release:\n{listed(problems)}"
         )
     return stored
-
-
-def batches(stored: Stored, batch_bytes: int = BATCH_BYTES) -> Iterator[list[orbax_io.LeafPath]]:
-    """Groups leaves, in order, up to ``batch_bytes`` together; a larger leaf is alone."""
-    batch: list[orbax_io.LeafPath] = []
-    total = 0
-    for path, (shape, dtype) in stored.items():
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        if batch and total + size > batch_bytes:
-            yield batch
-            batch, total = [], 0
-        batch.append(path)
-        total += size
-    if batch:
-        yield batch
 
 
 def _reason(error: BaseException) -> str:
     """The first line of the error that led to this one: Orbax wraps tensorstore's, which names array and file."""
     while error.__cause__ is not None:
         error = error.__cause__
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return first_line(error)
 
 
 def _remedy(directory: Path) -> str:
     if run_of(directory) is None:
         return "Copy or convert the checkpoint again."
-    return f"Copy it again, or remove {directory}: the run then goes on from the checkpoint before it."
+    return f"Copy it again, or remove {directory}: the run then resumes from the checkpoint before it."

@@ -10,17 +10,18 @@ and tokenizer files in ``model/``; its checkpoints appear under their names when
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-from dsvl2_jax.checkpoint import orbax_io, rules
+from dsvl2_jax.checkpoint import orbax_io
 from dsvl2_jax.checkpoint.safetensors_source import INDEX_NAME
 from dsvl2_jax.checkpoint.staging import PARTIAL_SUFFIX
 from dsvl2_jax.errors import CheckpointError, UsageError
 from dsvl2_jax.inputs.processor import Processor
+from dsvl2_jax.json_files import read_json_object
+from dsvl2_jax.messages import first_line, listed
 from dsvl2_jax.model.config import Config
 
 MANIFEST_NAME = "dsvl2_checkpoint.json"
@@ -91,12 +92,12 @@ def model_files(directory: Path) -> Path:
 
 
 def description(directory: Path) -> str:
-    """Tells apart what a checkpoint's JSON files say: configuration, tokenizer, and index or manifest of the weights.
+    """A line of text that differs where a checkpoint's JSON files do: configuration, tokenizer, index or manifest.
 
     Args:
-      directory: of `resolve`.
+      directory: as `resolve` returns it.
     """
-    files = {file.name: file for place in (model_files(directory), directory) for file in place.glob("*.json")}
+    files = {file.name: file for folder in (model_files(directory), directory) for file in folder.glob("*.json")}
     content = b"".join(name.encode() + files[name].read_bytes() for name in sorted(files))
     return f"{directory.name}, {len(files)} JSON files with SHA-256 {hashlib.sha256(content).hexdigest()[:16]}"
 
@@ -113,7 +114,7 @@ def open_model(directory: Path) -> tuple[Config, Processor]:
     """Configuration and processor of a checkpoint in any layout, after checking that they fit each other.
 
     Args:
-      directory: of `resolve`.
+      directory: as `resolve` returns it.
 
     Raises:
       ConfigError, TokenizerError: a file is missing or cannot be used.
@@ -139,10 +140,10 @@ def _download(hub_id: str) -> Path:
         patterns = ["*.json", "*.safetensors", "*.model", "*.md", "*.txt", "LICENSE*"]
         return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
     except Exception as error:  # the client raises its own, requests' and the operating system's errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{hub_id}: no directory has this name, and it cannot be downloaded from the Hugging Face hub ({reason}). "
-            "Check the name and the network, or download the files elsewhere and give their directory."
+            f"{hub_id}: no directory has this name, and it cannot be downloaded from the Hugging Face hub "
+            f"({first_line(error)}). Check the name and the network, or download the files elsewhere and give "
+            "their directory."
         ) from error
 
 
@@ -154,7 +155,7 @@ def kind(directory: Path) -> str:
     """
     if directory.name.endswith(PARTIAL_SUFFIX):
         raise CheckpointError(
-            f"{directory}: an unfinished conversion; it is incomplete. Run the conversion again: it starts anew and "
+            f"{directory}: an unfinished conversion; it is incomplete. Run the conversion again: it starts over and "
             "removes this directory."
         )
     if run_of(directory) is not None:
@@ -186,12 +187,12 @@ def read_manifest(directory: Path) -> dict[str, Any]:
       CheckpointError: the manifest cannot be read, is of another version, or files are missing or cut off.
     """
     path = directory / MANIFEST_NAME
+    manifest = read_json_object(path, CheckpointError, "Convert the checkpoint again.")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
         version, files, parameters = (manifest[key] for key in ("version", "files", "parameters"))
         sizes = {name: int(size) for name, size in files.items()}
         parameters.items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path}: cannot be read ({type(error).__name__}: {error}). Convert the checkpoint again."
         ) from None
@@ -203,12 +204,14 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     damaged = []
     for name, size in sizes.items():
         file = directory / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            damaged.append(f"{name}: {'missing' if found is None else f'{found} bytes'}, expected {size} bytes")
+        stored_size = file.stat().st_size if file.is_file() else None
+        if stored_size != size:
+            damaged.append(
+                f"{name}: {'missing' if stored_size is None else f'{stored_size} bytes'}, expected {size} bytes"
+            )
     if damaged:
         raise CheckpointError(
-            f"{directory}: the converted checkpoint is damaged; copy or convert it again:\n{rules.listed(damaged)}"
+            f"{directory}: the converted checkpoint is damaged; copy or convert it again:\n{listed(damaged)}"
         )
     return manifest
 
@@ -216,7 +219,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 def carry_files(source: Path, target: Path) -> None:
     """Copies configuration, tokenizer, licence and documentation files, so that ``target`` is complete by itself."""
     for file in sorted(source.iterdir()):
-        named = file.suffix in _CARRIED_SUFFIXES or file.name.startswith(_CARRIED_NAMES)
+        carried = file.suffix in _CARRIED_SUFFIXES or file.name.startswith(_CARRIED_NAMES)
         generated = file.name in (INDEX_NAME, MANIFEST_NAME)
-        if file.is_file() and named and not generated and file.stat().st_size <= _CARRIED_BYTES:
+        if file.is_file() and carried and not generated and file.stat().st_size <= _CARRIED_BYTES:
             shutil.copyfile(file, target / file.name)

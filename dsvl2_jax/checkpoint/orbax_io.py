@@ -3,6 +3,7 @@
 Two kinds of ordinary Orbax v1 checkpoints: one nested dict of parameters, written by partial saves so that
 the whole tree never has to be in memory (a converted directory), and several named trees with a JSON
 document, written asynchronously from arrays on devices (a training run). Leaves are named by tuples of keys.
+Tested in tests/checkpoint/test_load.py, tests/convert/test_to_orbax.py and tests/train/test_run_directory.py.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Awaitable, Iterator, Mapping
+from collections.abc import Awaitable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-LeafPath = tuple[str, ...]
+from dsvl2_jax.model.parameter_paths import LeafPath
 
 # Larger leaves are cut into pieces of at most this size, so that a sharded restore reads little more than
 # it needs: a piece is always read whole.
@@ -51,7 +53,7 @@ class ParamWriter:
         """Starts to write a batch, after the previous one has been written."""
         self.wait()
         with self._context:
-            self._pending = ocp.partial.save_async(self._path, nest(leaves))
+            self._pending = ocp.partial.save_async(self._path, unflatten_dict(leaves))
 
     def wait(self) -> None:
         """Returns when everything given to `write` is on disk. Raises what the write raised."""
@@ -167,8 +169,8 @@ def read_documents(path: Path) -> list[Any]:
 
     Any process may read them by itself, whereas Orbax's loading waits for all. Raises OSError when there is none.
     """
-    if found := _documents(path / _DOCUMENT):
-        return found
+    if documents := _documents(path / _DOCUMENT):
+        return documents
     raise FileNotFoundError(f"{path / _DOCUMENT}: no document")
 
 
@@ -177,9 +179,9 @@ def read_shapes(path: Path) -> dict[LeafPath, tuple[tuple[int, ...], np.dtype]]:
 
     ``path``: a checkpoint of one tree, or CHECKPOINT/NAME for one of several.
     """
-    where, options = _place(path)
-    tree = ocp.metadata(where, **options).metadata
-    return {leaf_path: (tuple(meta.shape), np.dtype(meta.dtype)) for leaf_path, meta in unnest(tree)}
+    checkpoint, options = _checkpoint_of(path)
+    tree = ocp.metadata(checkpoint, **options).metadata
+    return {leaf_path: (tuple(meta.shape), np.dtype(meta.dtype)) for leaf_path, meta in flatten_dict(tree).items()}
 
 
 def read(path: Path, leaves: Mapping[LeafPath, jax.ShapeDtypeStruct]) -> dict[LeafPath, jax.Array]:
@@ -187,12 +189,12 @@ def read(path: Path, leaves: Mapping[LeafPath, jax.ShapeDtypeStruct]) -> dict[Le
 
     Only the pieces that this process's devices hold are read. ``path``: as for `read_shapes`.
     """
-    where, options = _place(path)
+    checkpoint, options = _checkpoint_of(path)
     context = ocp.Context()
     context.pytree_options.loading.partial_load = True
     with context:
         try:
-            arrays = dict(unnest(ocp.load(where, nest(leaves), **options)))
+            arrays = flatten_dict(ocp.load(checkpoint, unflatten_dict(leaves), **options))
         except Exception:
             _silence_late_reads()
             raise
@@ -212,7 +214,7 @@ def _give_memory_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _place(path: Path) -> tuple[Path, dict[str, str]]:
+def _checkpoint_of(path: Path) -> tuple[Path, dict[str, str]]:
     """The checkpoint that holds the tree at ``path``, and what to tell Orbax to find the tree in it."""
     path = path.absolute()
     return (path.parent, {"checkpointable_name": path.name}) if is_checkpoint(path.parent) else (path, {})
@@ -233,23 +235,3 @@ def _saving_context(entries: Mapping[LeafPath, int]) -> ocp.Context:
     saving.storage_options.chunk_byte_size = CHUNK_BYTES
     saving.scoped_storage_options_creator = storage_options
     return context
-
-
-def nest(leaves: Mapping[LeafPath, Any]) -> dict[str, Any]:
-    """{("a", "b"): x} → {"a": {"b": x}}."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = leaf
-    return tree
-
-
-def unnest(tree: Any, prefix: LeafPath = ()) -> Iterator[tuple[LeafPath, Any]]:
-    """The inverse of `nest`, as pairs."""
-    if isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield from unnest(value, (*prefix, key))
-    else:
-        yield prefix, tree

@@ -1,4 +1,4 @@
-"""The one table that joins the released tensor names to our parameter tree (DESIGN §4.6).
+"""The one table that joins the released tensor names to our parameter tree.
 
 A rule is target path ← released name ← layout. ``{l}`` stands for a layer number, ``{e}`` for an
 expert, whose tensors are stacked along a new first axis of the target; ``{2l}`` is twice the layer
@@ -15,21 +15,20 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
-import jax
 import numpy as np
 
 from dsvl2_jax.errors import CheckpointError
+from dsvl2_jax.messages import listed
 from dsvl2_jax.model.config import Config
-from dsvl2_jax.model.deepseek_vl2 import abstract_params
+from dsvl2_jax.model.deepseek_vl2 import abstract_leaves
+from dsvl2_jax.model.parameter_paths import LeafPath, path_name
 
 Shape = tuple[int, ...]
 
 # The dtypes that a checkpoint's tensors may have: safetensors name → numpy name.
 FLOAT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-LISTED = 10  # how many problems of one kind a message spells out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +47,11 @@ class Layout:
         permuted = target.reshape([self.source_shape[a] for a in self.axes])
         return permuted.transpose(np.argsort(self.axes))
 
-    def block(self, target: Shape, where: tuple[slice, ...]) -> tuple[slice, ...] | None:
-        """The block of the released tensor that fills ``where`` of a target; None when that is not one block.
+    def block(self, target: Shape, window: tuple[slice, ...]) -> tuple[slice, ...] | None:
+        """The block of the released tensor that fills ``window`` of a target; None when that is not one block.
 
         Args:
-          target: shape of the target. where: a slice with start and stop for each of its axes.
+          target: shape of the target. window: a slice with start and stop for each of its axes.
         """
         blocks, axis = [slice(0, size) for size in self.source_shape], 0
         for number in self.axes:
@@ -62,13 +61,13 @@ class Layout:
                 axis += 1
             if math.prod(target[a] for a in group) != size:
                 return None
-            cut = [a for a in group if where[a] != slice(0, target[a])]
+            cut = [a for a in group if window[a] != slice(0, target[a])]
             if cut:
                 outer = next(a for a in group if target[a] > 1)
                 if cut != [outer]:
                     return None
                 inner = size // target[outer]
-                blocks[number] = slice(where[outer].start * inner, where[outer].stop * inner)
+                blocks[number] = slice(window[outer].start * inner, window[outer].stop * inner)
         return tuple(blocks)
 
     @property
@@ -177,7 +176,7 @@ RULES: tuple[Rule, ...] = (
     *(Rule(f"{_BLOCK}/mlp/{fc}/kernel", f"{_VISION}.mlp.{fc}.weight", linear()) for fc in ("fc1", "fc2")),
     *(Rule(f"{_BLOCK}/mlp/{fc}/bias", f"{_VISION}.mlp.{fc}.bias", same) for fc in ("fc1", "fc2")),
     *_norm("vision/norm", "vision.norm"),
-    # The pooling head: in every checkpoint, computed by contrastive training alone (FACTS §2)
+    # The pooling head: in every checkpoint, computed by contrastive training alone
     Rule("vision/attn_pool/latent", "vision.attn_pool.latent", leading_ones(2)),
     *(Rule(f"vision/attn_pool/{name}_kernel", f"vision.attn_pool.{t}.weight", linear()) for name, t in _POOLED),
     *(Rule(f"vision/attn_pool/{name}_bias", f"vision.attn_pool.{t}.bias", same) for name, t in _POOLED),
@@ -218,7 +217,7 @@ class Leaf:
     ``sources`` fills ``parameter[i]``, else the only one fills the parameter.
     """
 
-    path: tuple[str, ...]
+    path: LeafPath
     shape: Shape
     sources: tuple[str, ...]
     layout: Layout
@@ -226,7 +225,7 @@ class Leaf:
 
     @property
     def name(self) -> str:
-        return "/".join(self.path)
+        return path_name(self.path)
 
     def parts(self, parameter: np.ndarray) -> list[tuple[str, np.ndarray]]:
         """(released name, its part of the parameter viewed with the released shape), writable."""
@@ -235,21 +234,21 @@ class Leaf:
         return [(name, self.layout.view(parameter[i])) for i, name in enumerate(self.sources)]
 
     def block(
-        self, where: tuple[slice, ...], out: np.ndarray
+        self, window: tuple[slice, ...], out: np.ndarray
     ) -> tuple[tuple[slice, ...], list[tuple[str, np.ndarray]]] | None:
-        """As `parts`, for ``out``, the slice ``where`` of the parameter: each view is one block of its tensor.
+        """As `parts`, for ``out``, the slice ``window`` of the parameter: each view is one block of its tensor.
 
         Returns:
           The block, and (released name, view) for each tensor; None when the slice is not made of blocks.
         """
-        inner = where[1:] if self.stacked else where
+        inner = window[1:] if self.stacked else window
         block = self.layout.block(self.shape[1:] if self.stacked else self.shape, inner)
         if block is None:
             return None
         layout = Layout(tuple(part.stop - part.start for part in block), self.layout.axes)
         if not self.stacked:
             return block, [(self.sources[0], layout.view(out))]
-        return block, [(name, layout.view(out[i])) for i, name in enumerate(self.sources[where[0]])]
+        return block, [(name, layout.view(out[i])) for i, name in enumerate(self.sources[window[0]])]
 
 
 @functools.lru_cache(maxsize=8)
@@ -260,29 +259,23 @@ def expand(config: Config) -> tuple[Leaf, ...]:
       ValueError: the tree has a parameter that no rule, or more than one, fills; or two parameters
         would take the same tensor. That is a mistake in `RULES`, not in a checkpoint.
     """
-    shapes, _ = abstract_params(config)
-    leaves = [_leaf(flatten_key(keys), value.shape) for keys, value in jax.tree_util.tree_flatten_with_path(shapes)[0]]
-    taken: dict[str, str] = {}
+    leaves = [_leaf(path, shape) for path, (shape, _) in abstract_leaves(config).items()]
+    taken_by: dict[str, str] = {}
     for leaf in leaves:
         for source in leaf.sources:
-            if source in taken:
-                raise ValueError(f"rules: {taken[source]} and {leaf.name} both take tensor {source}")
-            taken[source] = leaf.name
+            if source in taken_by:
+                raise ValueError(f"rules: {taken_by[source]} and {leaf.name} both take tensor {source}")
+            taken_by[source] = leaf.name
     return tuple(leaves)
 
 
-def flatten_key(keys: Sequence[jax.tree_util.DictKey]) -> tuple[str, ...]:
-    """A key path of `jax.tree_util` in a nested dict as a tuple of names."""
-    return tuple(key.key for key in keys)
-
-
-def _leaf(path: tuple[str, ...], shape: Shape) -> Leaf:
-    name = "/".join(path)
-    matches = [(rule, found) for rule in RULES if (found := rule.pattern.fullmatch(name))]
+def _leaf(path: LeafPath, shape: Shape) -> Leaf:
+    name = path_name(path)
+    matches = [(rule, match) for rule in RULES if (match := rule.pattern.fullmatch(name))]
     if len(matches) != 1:
         raise ValueError(f"rules: {len(matches)} rules fill parameter {name}, expected exactly one")
-    rule, found = matches[0]
-    layer = int(found["l"]) if "l" in found.groupdict() else None
+    rule, match = matches[0]
+    layer = int(match["l"]) if "l" in match.groupdict() else None
     sources = rule.sources(layer, shape[0])
     return Leaf(path, shape, tuple(sources), rule.layout(shape[1:] if rule.stacks else shape), rule.stacks)
 
@@ -292,41 +285,34 @@ def expected_shapes(config: Config) -> dict[str, Shape]:
     return {source: leaf.layout.source_shape for leaf in expand(config) for source in leaf.sources}
 
 
-def compare(found: Mapping[str, tuple[Shape, str]], config: Config) -> dict[str, list[str]]:
+def compare(stored: Mapping[str, tuple[Shape, str]], config: Config) -> dict[str, list[str]]:
     """Kind of problem → the tensors that have it; empty when the checkpoint fits the configuration.
 
     Args:
-      found: tensor name → (shape, safetensors dtype name).
+      stored: tensor name → (shape, safetensors dtype name).
     """
     expected = expected_shapes(config)
     problems = {
-        "missing tensors": [f"{name} {list(shape)}" for name, shape in expected.items() if name not in found],
-        "unknown tensors": [f"{name} {list(found[name][0])}" for name in found if name not in expected],
+        "missing tensors": [f"{name} {list(shape)}" for name, shape in expected.items() if name not in stored],
+        "unknown tensors": [f"{name} {list(stored[name][0])}" for name in stored if name not in expected],
         "tensors of a wrong shape": [
-            f"{name}: found {list(found[name][0])}, expected {list(shape)}"
+            f"{name}: found {list(stored[name][0])}, expected {list(shape)}"
             for name, shape in expected.items()
-            if name in found and found[name][0] != shape
+            if name in stored and stored[name][0] != shape
         ],
         "tensors that are not floating point (F32, F16, BF16)": [
-            f"{name}: {dtype}" for name, (_, dtype) in found.items() if name in expected and dtype not in FLOAT_DTYPES
+            f"{name}: {dtype}" for name, (_, dtype) in stored.items() if name in expected and dtype not in FLOAT_DTYPES
         ],
     }
     return {kind: tensors for kind, tensors in problems.items() if tensors}
 
 
-def check(found: Mapping[str, tuple[Shape, str]], config: Config, source: str) -> None:
+def check(stored: Mapping[str, tuple[Shape, str]], config: Config, source: str) -> None:
     """Raises CheckpointError with every problem of `compare` in one message, unless there is none."""
-    problems = compare(found, config)
+    problems = compare(stored, config)
     if problems:
         text = "\n".join(f"  {len(tensors)} {kind}:\n{listed(tensors)}" for kind, tensors in problems.items())
         raise CheckpointError(
             f"{source}: the tensors do not fit the model that its config.json describes:\n{text}\n"
             "Check that config.json and the weights come from the same release, and download what is missing."
         )
-
-
-def listed(items: Iterable[str], limit: int = LISTED, indent: str = "    ") -> str:
-    """One item a line, at most ``limit`` of them and then how many more there are."""
-    items = list(items)
-    more = [f"and {len(items) - limit} more"] if len(items) > limit else []
-    return "\n".join(indent + item for item in items[:limit] + more)

@@ -21,8 +21,11 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from dsvl2_jax.checkpoint.rules import FLOAT_DTYPES, Leaf, Shape, listed
+from dsvl2_jax.checkpoint.leaves import leaf_bytes
+from dsvl2_jax.checkpoint.rules import FLOAT_DTYPES, Leaf, Shape
 from dsvl2_jax.errors import CheckpointError
+from dsvl2_jax.json_files import read_json_object
+from dsvl2_jax.messages import listed
 
 INDEX_NAME = "model.safetensors.index.json"
 DIGESTS_NAME = "SHA256SUMS"  # as sha256sum writes it; where it is present, the files must agree with it
@@ -103,20 +106,20 @@ class Source:
         """One parameter in our layout, cast to ``dtype``, in memory that jax on CPU can take without a copy."""
         return self.read_into(leaf, aligned_empty(leaf.shape, dtype))
 
-    def read_slice(self, leaf: Leaf, where: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
-        """As `read_leaf`, a slice of the parameter: ``where`` has start and stop for each axis.
+    def read_slice(self, leaf: Leaf, window: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+        """As `read_leaf`, a slice of the parameter: ``window`` has start and stop for each axis.
 
         Of a released tensor the rows that the slice needs are read, whole; where the slice is no block of the tensor
         (a convolution's inputs, parts of attention heads), the whole parameter is.
         """
-        if where == tuple(slice(0, size) for size in leaf.shape):
+        if window == tuple(slice(0, size) for size in leaf.shape):
             return self.read_leaf(leaf, dtype)
-        out = aligned_empty([part.stop - part.start for part in where], dtype)
-        found = leaf.block(where, out)
-        if found is None:
-            out[...] = self.read_leaf(leaf, dtype)[where]
+        out = aligned_empty(tuple(part.stop - part.start for part in window), dtype)
+        block_and_parts = leaf.block(window, out)
+        if block_and_parts is None:
+            out[...] = self.read_leaf(leaf, dtype)[window]
         else:
-            block, parts = found
+            block, parts = block_and_parts
             self._fill(parts, leaf.layout.is_identity, block)
         return out
 
@@ -163,17 +166,17 @@ class Source:
 
     def _read(self, tensor: Tensor, offset: int, out: np.ndarray) -> None:
         """Fills contiguous ``out`` from byte ``offset`` of the tensor."""
-        wanted = memoryview(out.reshape(-1).view(np.uint8))
+        remaining = memoryview(out.reshape(-1).view(np.uint8))
         position = tensor.start + offset
         descriptor = self._descriptor(tensor.file)
-        while wanted:
+        while remaining:
             try:
-                count = os.preadv(descriptor, [wanted], position)
+                count = os.preadv(descriptor, [remaining], position)
             except OSError as error:
                 raise CheckpointError(f"{tensor.file}: cannot be read ({error.strerror}). {_ADVICE}") from None
             if count == 0:
                 raise CheckpointError(f"{tensor.file}: ends at byte {position}, while it is being read. {_ADVICE}")
-            wanted = wanted[count:]
+            remaining = remaining[count:]
             position += count
 
     def _descriptor(self, file: Path) -> int:
@@ -186,7 +189,7 @@ class Source:
     def _open_sharded(self, index: Path) -> None:
         weight_map = read_index(index)
         problems: list[str] = []
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for file_name in sorted(set(weight_map.values())):
             file = self.directory / file_name
             try:
@@ -195,21 +198,21 @@ class Source:
                 problems.append(str(error))
                 continue
             for name, tensor in header.items():
-                where = weight_map.get(name)
-                if where is None:
+                listed_in = weight_map.get(name)
+                if listed_in is None:
                     problems.append(f"{file}: tensor {name} is not in {INDEX_NAME}. Download both again.")
-                elif where == file_name:
-                    found[name] = tensor
+                elif listed_in == file_name:
+                    tensors[name] = tensor
             problems += [
                 f"{index}: says that tensor {name} is in {file_name}, which does not have it. Download both again."
-                for name, where in weight_map.items()
-                if where == file_name and name not in header
+                for name, listed_in in weight_map.items()
+                if listed_in == file_name and name not in header
             ]
         if problems:
             raise CheckpointError(
                 f"{self.directory}: the shards are not those of {INDEX_NAME}:\n{listed(problems, indent='  ')}"
             )
-        self.tensors = {name: found[name] for name in weight_map}
+        self.tensors = {name: tensors[name] for name in weight_map}
 
 
 def digests(directory: Path, names: Sequence[str]) -> str:
@@ -232,10 +235,10 @@ def check_digests(directory: Path) -> None:
     present = [name for name in names if name not in missing]
     changed = sorted(set(digests(directory, present).splitlines(keepends=True)) - set(expected))
     if missing or changed:
-        found = [f"{name}: missing" for name in missing] + [f"{line[66:].strip()}: changed" for line in changed]
+        problems = [f"{name}: missing" for name in missing] + [f"{line[66:].strip()}: changed" for line in changed]
         raise CheckpointError(
             f"{directory}: its files are not those that {DIGESTS_NAME} lists; get them again (or remove {DIGESTS_NAME} "
-            f"if you changed them on purpose):\n{listed(found)}"
+            f"if you changed them on purpose):\n{listed(problems)}"
         )
 
 
@@ -257,22 +260,19 @@ def single_file(directory: Path) -> Path:
 
 def read_index(index: Path) -> dict[str, str]:
     """Tensor name → shard file name. Raises CheckpointError when the index cannot be one."""
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        pairs = list(weight_map.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{index}: not an index of shards ({type(error).__name__}: {error}); expected a JSON object with a "
-            '"weight_map" of tensor names to file names. Download the file again.'
-        ) from None
-    for name, file_name in pairs:
+    advice = "It is not an index of shards: download the file again."
+    weight_map = read_json_object(index, CheckpointError, advice).get("weight_map")
+    if not isinstance(weight_map, dict):
+        kind = type(weight_map).__name__
+        raise CheckpointError(f'{index}: "weight_map" is {kind}, expected an object of tensor names to files. {advice}')
+    for name, file_name in weight_map.items():
         # An index is downloaded data: it must not be able to name files outside its directory.
         if not isinstance(file_name, str) or not re.fullmatch(r"[^/\\]+\.safetensors", file_name):
             raise CheckpointError(
                 f"{index}: tensor {name} is said to be in {file_name!r}; expected the name of a .safetensors file in "
                 "the same directory. Download the file again."
             )
-    if not pairs:
+    if not weight_map:
         raise CheckpointError(f"{index}: lists no tensor. Download the file again.")
     return weight_map
 
@@ -322,9 +322,9 @@ def _expected_size(file: Path) -> str:
         return ""
 
 
-def aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An uninitialised array on a 64-byte boundary, which `jax.device_put` on CPU takes without copying."""
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    size = leaf_bytes(shape, dtype)
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start : start + size].view(dtype).reshape(shape)
@@ -334,7 +334,3 @@ def copy_rows(out: np.ndarray, rows: np.ndarray) -> None:
     """``out[...] = rows``, fast when one of them is a transposed view."""
     for start in range(0, len(rows), ROWS_PER_COPY):
         out[start : start + ROWS_PER_COPY] = rows[start : start + ROWS_PER_COPY]
-
-
-def leaf_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize

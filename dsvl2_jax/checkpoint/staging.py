@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from rich import filesize
 
 from dsvl2_jax.errors import CheckpointError
 
-PARTIAL_SUFFIX = ".dsvl2-partial"  # the name under which a directory is written before it is complete
+PARTIAL_SUFFIX = ".dsvl2-partial"  # of the name under which a directory is written before it is complete
+NEW_SUFFIX = ".new"  # of the name under which a file is
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _MARGIN = 16 << 20  # bytes beyond the tensors: metadata, indices, file-system blocks
@@ -92,14 +94,27 @@ def sync_tree(directory: Path) -> None:
         _sync(Path(parent))
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields the name of a new file beside ``path``, which takes its place when the block ends without an exception.
+
+    Several threads and processes may do so at once: the last one's file stays.
+    """
+    new = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}{NEW_SUFFIX}")
+    try:
+        yield new
+        new.replace(path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
-    """Writes a file that is there either whole or not at all."""
-    new = path.with_name(f"{path.name}.new")
-    with new.open("w", encoding="utf-8") as file:
+    """Writes a file that is there either whole, and on disk, or not at all. Raises OSError."""
+    with replacing(path) as new, new.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    new.replace(path)
 
 
 @contextlib.contextmanager
@@ -139,7 +154,7 @@ def _clear(directory: Path) -> None:
 
 
 def _check_space(directory: Path, need_bytes: int) -> None:
-    """Raises CheckpointError when the disk of ``directory`` has not room for ``need_bytes`` and a margin."""
+    """Raises CheckpointError when the disk of ``directory`` has no room for ``need_bytes`` and a margin."""
     free, needed = shutil.disk_usage(directory).free, need_bytes + _MARGIN
     if free < needed:
         raise CheckpointError(

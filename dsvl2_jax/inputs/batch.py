@@ -30,6 +30,16 @@ class Batch:
     tiles: ArrayLike  # u8[N, S, S, 3]; N = 0 for text only
 
 
+def rebased(image_index: np.ndarray, rows: ArrayLike) -> np.ndarray:
+    """``image_index`` with ``rows`` added where it names a row of the adaptor's output; its codes stay as they are.
+
+    Args:
+      image_index: i32[...].
+      rows: one whole number for all, or one for each entry.
+    """
+    return np.where(image_index >= 0, image_index + rows, image_index).astype(np.int32)
+
+
 def collate(
     samples: Sequence[ModelInputs],
     config: Config,
@@ -70,7 +80,7 @@ def collate(
     for row, sample in enumerate(samples):
         real = slice(lengths[row])
         ids[row, real], labels[row, real] = sample.input_ids, sample.labels
-        index[row, real] = np.where(sample.image_index >= 0, sample.image_index + first_row, sample.image_index)
+        index[row, real] = rebased(sample.image_index, first_row)
         first_row += len(sample.tiles) * config.tokens_per_tile
     tiles = np.pad(tiles, ((0, tile_count - len(tiles)), (0, 0), (0, 0), (0, 0)))
     return Batch(ids, labels, index, lengths, tiles)

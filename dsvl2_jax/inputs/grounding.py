@@ -1,4 +1,4 @@
-"""Boxes in the model's text: reading, writing and drawing them (FACTS §3).
+"""Boxes in the model's text: reading, writing and drawing them.
 
 The model writes ``<|ref|>label<|/ref|><|det|>[[x1, y1, x2, y2], …]<|/det|>`` with whole coordinates from 0 to
 999, relative to the last image of the conversation.

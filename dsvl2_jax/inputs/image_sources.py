@@ -1,7 +1,7 @@
 """Images that data files refer to: by name in a folder or in tar shards, or inline as base64.
 
 Nothing here decodes pixels: a store turns a reference into a path or a file's bytes for the processor. Stores are
-pickled into worker processes; files are opened there, on first use.
+pickled into worker processes; files are opened there, on first use. Tested in tests/inputs/test_records.py.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class FilePool:
                     os.close(self._open.popitem(last=False)[1])
                 self._open[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
             self._open.move_to_end(path)
-            found = b""
-            while len(found) < size:  # one call reads 2 GB at most
-                more = os.pread(self._open[path], size - len(found), offset + len(found))
+            data = b""
+            while len(data) < size:  # one call reads 2 GB at most
+                more = os.pread(self._open[path], size - len(data), offset + len(data))
                 if not more:
                     raise OSError(f"{path}: has become shorter since it was indexed. Do not change data during a run.")
-                found = found + more if found else more
-        return found
+                data = data + more if data else more
+        return data
 
     def close(self) -> None:
         with self._lock:
@@ -169,24 +169,24 @@ class TarImages:
         self.shards = [index_tar(path) for path in paths]
         self._pool = FilePool()
         members = [(shard, member) for shard, index in enumerate(self.shards) for member in range(len(index))]
-        members.sort(key=lambda where: self.shards[where[0]].name(where[1]))
+        members.sort(key=lambda member: self.shards[member[0]].name(member[1]))
         self._order = np.array(members, np.int64).reshape(-1, 2)
 
     def find(self, name: str) -> ImageSource:
         plain = _plain_name(name)
-        place = bisect.bisect_left(range(len(self._order)), plain, key=self._name)
-        if place == len(self._order) or self._name(place) != plain:
+        position = bisect.bisect_left(range(len(self._order)), plain, key=self._name)
+        if position == len(self._order) or self._name(position) != plain:
             shards = f"{len(self.shards)} tar shard(s), {self.shards[0].path} first"
             raise SampleError(MISSING_IMAGE, f"image {name!r}: no member of that name in {shards}.")
-        if place + 1 < len(self._order) and self._name(place + 1) == plain:
-            both = [self.shards[self._order[p, 0]].path for p in (place, place + 1)]
+        if position + 1 < len(self._order) and self._name(position + 1) == plain:
+            both = [self.shards[self._order[p, 0]].path for p in (position, position + 1)]
             raise SampleError(BAD_REFERENCE, f"image {name!r} is not one image: {both[0]} and {both[1]} have one each.")
-        shard, member = self._order[place]
+        shard, member = self._order[position]
         index = self.shards[shard]
         return self._pool.read(index.path, int(index.offsets[member]), int(index.sizes[member]))
 
-    def _name(self, place: int) -> str:
-        shard, member = self._order[place]
+    def _name(self, position: int) -> str:
+        shard, member = self._order[position]
         return self.shards[shard].name(member)
 
 
@@ -196,7 +196,7 @@ def open_images(images: str, data_path: str) -> ImageStore:
     Raises DataError when there is no such folder or shard.
     """
     if images.endswith(".tar"):
-        return TarImages(expand(images, "image shards"))
+        return TarImages(expand_paths(images, "image shards"))
     folder = images or os.path.dirname(data_path) or "."
     if not os.path.isdir(folder):
         raise DataError(
@@ -205,22 +205,22 @@ def open_images(images: str, data_path: str) -> ImageStore:
     return FolderImages(folder)
 
 
-def expand(pattern: str, what: str) -> list[str]:
+def expand_paths(pattern: str, what: str) -> list[str]:
     """The files that a path or glob pattern names, sorted. Raises DataError when there is none."""
     if not pattern:
         raise DataError(f"{what}: the path is empty. Give a file, or a glob pattern for several.")
     if os.path.isfile(pattern):
         return [pattern]
-    found = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
-    if not found:
+    paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    if not paths:
         kind = "a folder" if os.path.isdir(pattern) else "no such file"
         if glob.has_magic(pattern):
             kind = "the pattern matches no file"
         raise DataError(f"{pattern}: {kind} ({what}). Check the path; a relative one starts at {Path.cwd()}.")
-    return found
+    return paths
 
 
-def resolve(reference: Any, store: ImageStore) -> ImageSource:
+def resolve_image(reference: Any, store: ImageStore) -> ImageSource:
     """The image that a data file refers to.
 
     Args:
@@ -239,7 +239,7 @@ def resolve(reference: Any, store: ImageStore) -> ImageSource:
     if isinstance(reference, Mapping):
         for key in ("base64", "bytes", "url", "path"):
             if reference.get(key):
-                return _decode(reference[key]) if key in ("base64", "bytes") else resolve(reference[key], store)
+                return _decode(reference[key]) if key in ("base64", "bytes") else resolve_image(reference[key], store)
     if not isinstance(reference, str) or not reference:
         found = "an empty one" if reference == "" else type(reference).__name__
         raise SampleError(BAD_REFERENCE, f"an image is a file's name or base64 data; found {found}.")

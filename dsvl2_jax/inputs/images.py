@@ -1,4 +1,4 @@
-"""Images from files and memory, and their cutting into tiles (FACTS §3; DeepSeek-VL2 paper §3, dynamic tiling)."""
+"""Images from files and memory, and their cutting into tiles (dynamic tiling, arXiv 2412.10302)."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""From a conversation and its images to the arrays that the model reads (FACTS §3; DESIGN §3).
+"""From a conversation and its images to the arrays that the model reads.
 
 `ProcessorConfig` is processor_config.json, `Processor` applies the chat template, the tokenizer and the tiling,
 and `ModelInputs` is one sample: token ids, labels, tiles, and for every position where its embedding comes from.
@@ -9,26 +9,19 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from dsvl2_jax.errors import ConfigError, ConversationError, UsageError
+from dsvl2_jax.errors import ConfigError, UsageError
+from dsvl2_jax.inputs.conversation import Piece, render_conversation, render_prompt
 from dsvl2_jax.inputs.images import ImageSource, load_image, pad_image, tile_image
-from dsvl2_jax.inputs.tokenizer import ASSISTANT_TOKEN, IMAGE_TOKEN, USER_TOKEN, Tokenizer
-from dsvl2_jax.model.config import NEWLINE_POSITION, SEPARATOR_POSITION, TEXT_POSITION, read_json_object
+from dsvl2_jax.inputs.tokenizer import IMAGE_TOKEN, Tokenizer
+from dsvl2_jax.json_files import read_json_object
+from dsvl2_jax.model.config import NEWLINE_POSITION, SEPARATOR_POSITION, TEXT_POSITION
 
 # With more images than this in a conversation, none is cut into local tiles.
 MAX_TILED_IMAGES = 2
-
-_ROLES = {
-    USER_TOKEN: "user",
-    "user": "user",
-    ASSISTANT_TOKEN: "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +48,7 @@ class ProcessorConfig:
     def from_dir(cls, path: str | Path) -> "ProcessorConfig":
         """Read processor_config.json in a checkpoint directory. Raises ConfigError naming the file and field."""
         file = Path(path) / "processor_config.json"
-        values = read_json_object(file)
+        values = read_json_object(file, ConfigError)
         fields = {field.name: field for field in dataclasses.fields(cls) if field.name != "source"}
         missing = [
             name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in values
@@ -131,21 +124,6 @@ class ModelInputs:
     prompt: str  # the text that was tokenised (turn by turn): without bos, an image as <image>
 
 
-class _Piece(NamedTuple):
-    """A stretch of the rendered conversation."""
-
-    text: str
-    is_token: bool = False  # exactly one special token, put there by the template
-    marks_images: bool = False  # each <image> in it stands for the next image
-    supervised: bool = False  # trained on even when the prompt is masked
-
-
-class _Turn(NamedTuple):
-    role: str
-    text: str
-    where: str  # "turn 2 (assistant)", for messages
-
-
 @dataclasses.dataclass
 class Processor:
     """Conversations and images to `ModelInputs`, as the official processor does it; see `__call__`.
@@ -168,7 +146,9 @@ class Processor:
         Raises ConfigError or TokenizerError naming the file that is missing or wrong.
         """
         model_config = Path(path) / "config.json"
-        position = read_json_object(model_config).get("global_view_pos", "head") if model_config.is_file() else "head"
+        position = "head"
+        if model_config.is_file():
+            position = read_json_object(model_config, ConfigError).get("global_view_pos", position)
         return cls(ProcessorConfig.from_dir(path), Tokenizer.from_dir(path), position, **options)
 
     def __call__(
@@ -200,17 +180,14 @@ class Processor:
         if (conversation is None) == (prompt is None):
             found = "neither" if prompt is None else "both"
             raise UsageError(f"Give either a conversation or a prompt; found {found}.")
-        if prompt is not None:
-            pieces = _render_prompt(prompt, apply_sft_format, system_prompt)
-            sources = _image_list(images, "images") or []
-            _check_image_count(_tags(pieces), len(sources), "the prompt")
+        eos_token = self.tokenizer.eos_token
+        if conversation is None:
+            pieces, sources = render_prompt(prompt, images, eos_token, inference, apply_sft_format, system_prompt)
             mask_prompt = False
+        elif apply_sft_format:
+            raise UsageError("apply_sft_format is for a prompt; a conversation always has the chat format.")
         else:
-            if apply_sft_format:
-                raise UsageError("apply_sft_format is for a prompt; a conversation always has the chat format.")
-            turns = _check_turns(conversation, inference)
-            pieces = _render_conversation(turns, self.tokenizer.eos_token)
-            sources = _collect_images(conversation, turns, images)
+            pieces, sources = render_conversation(conversation, images, eos_token, inference)
             mask_prompt = self.config.mask_prompt if mask_prompt is None else mask_prompt
         if system_prompt and not apply_sft_format:
             warnings.warn(
@@ -218,10 +195,6 @@ class Processor:
                 'implementation; it is ignored here. Begin the conversation with a {"role": "system"} turn.',
                 stacklevel=2,
             )
-        if not inference and prompt is not None:
-            pieces.append(_Piece(self.tokenizer.eos_token, is_token=True))
-        elif inference and conversation is not None:
-            pieces.pop()  # the eos of the answer that is yet to be written
 
         tiles, grid, sizes = self._tile(sources)
         ids, labels, index = self._tokenise(pieces, grid, mask_prompt)
@@ -261,7 +234,7 @@ class Processor:
         return np.concatenate(tiles), *pairs
 
     def _tokenise(
-        self, pieces: Sequence[_Piece], grid: np.ndarray, mask_prompt: bool
+        self, pieces: Sequence[Piece], grid: np.ndarray, mask_prompt: bool
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(ids, labels, image_index), each i32[T], bos first."""
         tokenizer, ignore = self.tokenizer, self.config.ignore_id
@@ -288,11 +261,21 @@ class Processor:
             first_tile += 1 + cols * rows
 
 
+def image_tokens(cols: int | np.ndarray, rows: int | np.ndarray, side: int) -> int | np.ndarray:
+    """How many tokens an image of ``cols`` × ``rows`` local tiles takes; numbers, or arrays of them.
+
+    Both views have ``side`` tokens along a side of a tile and a newline after every row, and a separator lies between
+    the views: see `image_positions`.
+    """
+    global_view, local_view = side * (side + 1), side * rows * (side * cols + 1)
+    return global_view + 1 + local_view
+
+
 def image_positions(cols: int, rows: int, side: int, first_tile: int, global_view_pos: str = "head") -> np.ndarray:
-    """`ModelInputs.image_index` of one image, i32[side·(side+1) + 1 + side·rows·(side·cols+1)].
+    """`ModelInputs.image_index` of one image, i32[`image_tokens`].
 
     Every row of the global view, and of the local view as one picture, ends in a newline; a separator stands
-    between the views, the global one first if `global_view_pos` is "head" (FACTS §2).
+    between the views, the global one first if `global_view_pos` is "head".
     """
     start = first_tile * side * side
     global_view = start + np.arange(side * side).reshape(side, side)
@@ -314,143 +297,6 @@ def extended_candidate_resolutions(max_tiles: int, tile_size: int) -> tuple[tupl
     grids = [(cols, rows) for cols in range(1, max_tiles + 1) for rows in range(1, max_tiles // cols + 1)]
     grids.sort(key=lambda grid: (grid[0] * grid[1], grid[0]))
     return tuple((cols * tile_size, rows * tile_size) for cols, rows in grids)
-
-
-def prepend_image_tags(prompt: str, n_images: int) -> str:
-    """`prompt`, with one ``<image>`` line per image in front if it has no ``<image>`` of its own."""
-    return prompt if IMAGE_TOKEN in prompt else f"{IMAGE_TOKEN}\n" * n_images + prompt
-
-
-def _render_user(text: str) -> list[_Piece]:
-    """A user turn and the opening of its answer."""
-    return [
-        _Piece(USER_TOKEN, is_token=True),
-        _Piece(f": {text.strip()}\n\n", marks_images=True),
-        _Piece(ASSISTANT_TOKEN, is_token=True),
-        _Piece(":"),
-    ]
-
-
-def _render_conversation(turns: Sequence[_Turn], eos_token: str) -> list[_Piece]:
-    pieces: list[_Piece] = []
-    for turn in turns:
-        if turn.role == "user":
-            pieces += _render_user(turn.text)
-        elif turn.role == "system":
-            pieces.append(_Piece(turn.text.strip()))
-        else:
-            pieces.append(_Piece(turn.text.strip(), supervised=True))
-            pieces.append(_Piece(eos_token, is_token=True, supervised=True))
-    return pieces
-
-
-def _render_prompt(prompt: str, apply_sft_format: bool, system_prompt: str) -> list[_Piece]:
-    _check_text(prompt, "the prompt")
-    if not apply_sft_format:
-        return [_Piece(prompt, marks_images=True)]
-    _check_text(system_prompt, "system_prompt")
-    system = f"{system_prompt}\n\n".lstrip() if system_prompt else ""
-    return [_Piece(system, marks_images=True), *_render_user(prompt)]
-
-
-def _check_turns(conversation: Sequence[Mapping[str, Any]], inference: bool) -> list[_Turn]:
-    """The turns with plain role names, an empty assistant turn added for inference if the last is the user's."""
-    if not isinstance(conversation, Sequence) or isinstance(conversation, str | bytes) or not conversation:
-        found = "an empty one" if isinstance(conversation, list | tuple) else type(conversation).__name__
-        raise ConversationError(f'A conversation is a list of one or more {{"role", "content"}} turns; found {found}.')
-    turns = [_check_turn(item, number) for number, item in enumerate(conversation, 1)]
-    dialogue = turns[1:] if turns[0].role == "system" else turns
-    for number, turn in enumerate(dialogue):
-        expected = "assistant" if number % 2 else "user"
-        if turn.role == "system":
-            raise ConversationError(f"{turn.where}: a system turn can only be the first. Move it there.")
-        if turn.role != expected:
-            raise ConversationError(
-                f"{turn.where}: expected a turn of the {expected} here. User and assistant alternate, the user "
-                "first: join consecutive turns of one speaker, or add the missing one."
-            )
-    if not dialogue:
-        raise ConversationError(f"{turns[0].where}: the conversation has nothing after it. Add a user turn.")
-    last = turns[-1]
-    if not inference:
-        if last.role != "assistant" or not last.text.strip():
-            raise ConversationError(
-                f"{last.where} is the last: a training conversation ends in an assistant turn with text. Add the "
-                "answer, or pass inference=True to have it written."
-            )
-    elif last.role == "user":
-        turns.append(_Turn("assistant", "", "the answer"))
-    elif last.text.strip():
-        raise ConversationError(
-            f"{last.where} is the last and has text: for inference a conversation ends in a user turn or an empty "
-            "assistant turn. Remove the answer, or pass inference=False to train on it."
-        )
-    return turns
-
-
-def _check_turn(item: Any, number: int) -> _Turn:
-    if not isinstance(item, Mapping) or "role" not in item or "content" not in item:
-        found = sorted(map(str, item)) if isinstance(item, Mapping) else type(item).__name__
-        raise ConversationError(f'turn {number}: expected an object with "role" and "content"; found {found}.')
-    role = item["role"]
-    if not isinstance(role, str) or role not in _ROLES:
-        raise ConversationError(f"turn {number}: unknown role {role!r}. The roles are {', '.join(map(repr, _ROLES))}.")
-    turn = _Turn(_ROLES[role], item["content"], f"turn {number} ({_ROLES[role]})")
-    _check_text(turn.text, f"{turn.where}: content")
-    if turn.role == "assistant" and IMAGE_TOKEN in turn.text:
-        raise ConversationError(
-            f"{turn.where}: has {turn.text.count(IMAGE_TOKEN)} {IMAGE_TOKEN}; images can only be in user turns. "
-            "Move the tag and its image to the user turn before it."
-        )
-    return turn
-
-
-def _check_text(text: Any, what: str) -> None:
-    if not isinstance(text, str):
-        raise ConversationError(f"{what} is of type {type(text).__name__}, expected a string.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ConversationError(f"{what} is not valid Unicode at character {error.start}: {error.reason}.") from error
-
-
-def _image_list(images: Any, what: str) -> list[ImageSource] | None:
-    if images is None:
-        return None
-    if isinstance(images, str | bytes | Image.Image) or not isinstance(images, Sequence):
-        raise ConversationError(f"{what} is of type {type(images).__name__}, expected a list of paths or PIL images.")
-    return list(images)
-
-
-def _collect_images(
-    conversation: Sequence[Mapping[str, Any]], turns: Sequence[_Turn], images: Sequence[ImageSource] | None
-) -> list[ImageSource]:
-    """All images of the conversation in order, their number equal to that of the user turns' tags."""
-    per_turn = [
-        _image_list(item.get("images"), f"{turn.where}: images") or []
-        for item, turn in zip(conversation, turns, strict=False)  # turns may have one more, the answer
-    ]
-    listed = _image_list(images, "images")
-    if listed is not None and any(per_turn):
-        raise UsageError('Images are given twice: in the turns\' "images" and as images=. Use one of the two.')
-    sources = [image for turn_images in per_turn for image in turn_images] if listed is None else listed
-    tags = [turn.text.count(IMAGE_TOKEN) if turn.role == "user" else 0 for turn in turns]
-    shares = zip(turns, tags, per_turn, strict=False)
-    uneven = [f"{turn.where} has {n} and {len(own)}" for turn, n, own in shares if listed is None and n != len(own)]
-    _check_image_count(sum(tags), len(sources), "the conversation", "; ".join(uneven))
-    return sources
-
-
-def _tags(pieces: Sequence[_Piece]) -> int:
-    return sum(piece.text.count(IMAGE_TOKEN) for piece in pieces if piece.marks_images)
-
-
-def _check_image_count(n_tags: int, n_images: int, what: str, detail: str = "") -> None:
-    if n_tags != n_images:
-        raise ConversationError(
-            f"{what} has {n_tags} {IMAGE_TOKEN} tag(s) but {n_images} image(s){detail and f' ({detail})'}. "
-            f"Put one {IMAGE_TOKEN} in the user's text where each image belongs."
-        )
 
 
 def _as_tuples(value: Any) -> Any:

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dsvl2_jax.errors import ConversationError, ImageError, SampleError
-from dsvl2_jax.inputs.image_sources import ImageStore, resolve
-from dsvl2_jax.inputs.processor import ModelInputs, Processor, prepend_image_tags
+from dsvl2_jax.inputs.conversation import prepend_image_tags
+from dsvl2_jax.inputs.image_sources import ImageStore, resolve_image
+from dsvl2_jax.inputs.processor import ModelInputs, Processor
 from dsvl2_jax.inputs.tokenizer import IMAGE_TOKEN
 
 # The reasons that samples are counted under when their text fails them.
@@ -38,7 +39,7 @@ def parse_record(record: Any, own_images: Sequence[Any] = ()) -> Record:
     Raises SampleError, saying what was found and expected.
     """
     if not isinstance(record, Mapping):
-        raise SampleError(BAD_RECORD, f"expected a JSON object, found {_kind(record)}.")
+        raise SampleError(BAD_RECORD, f"expected a JSON object, found {type_name(record)}.")
     listed = list(own_images) or image_references(record)
     for key in ("messages", "conversations"):
         if record.get(key) is not None:
@@ -48,7 +49,7 @@ def parse_record(record: Any, own_images: Sequence[Any] = ()) -> Record:
         raise SampleError(
             BAD_RECORD,
             'expected "messages", "conversations" or "text"; found '
-            + (f'"text" of type {_kind(text)}.' if text is not None else f"{', '.join(sorted(map(str, record)))}."),
+            + (f'"text" of type {type_name(text)}.' if text is not None else f"{', '.join(sorted(map(str, record)))}."),
         )
     if not text.strip() and not listed:
         raise SampleError(BAD_RECORD, '"text" is empty.')
@@ -60,28 +61,29 @@ def process(record: Record, processor: Processor, store: ImageStore, mask_prompt
 
     Raises SampleError with the reason; OSError when a file cannot be read.
     """
-    images = [resolve(reference, store) for reference in record.images]
+    images = [resolve_image(reference, store) for reference in record.images]
     try:
         if record.text is not None:
             return processor(prompt=record.text, images=images, inference=False)
         return processor(record.conversation, images, inference=False, mask_prompt=mask_prompt)
     except ImageError as error:
-        raise _unreadable(error, record.images) from error
+        raise unreadable_image(error, record.images) from error
     except ConversationError as error:
         raise SampleError(BAD_CONVERSATION, str(error)) from error
 
 
-def _unreadable(error: ImageError, images: Sequence[Any]) -> SampleError:
+def unreadable_image(error: ImageError, images: Sequence[Any]) -> SampleError:
+    """The error of a sample one of whose images cannot be read; it names all of them, by their references."""
     return SampleError(UNREADABLE_IMAGE, f"{error} (image: {', '.join(map(_short, images))})")
 
 
-def _parse_turns(turns: Any, key: str, listed: list[Any], own: bool) -> Record:
+def _parse_turns(turns: Any, key: str, listed: list[Any], ignore_own: bool) -> Record:
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
-        raise SampleError(BAD_RECORD, f'"{key}" is {_kind(turns)}, expected a list of one or more turns.')
+        raise SampleError(BAD_RECORD, f'"{key}" is {type_name(turns)}, expected a list of one or more turns.')
     parsed, in_turns = [], []
     for number, turn in enumerate(turns, 1):
         role, content, images = _parse_turn(turn, f"{key}: turn {number}")
-        if images and not own:
+        if images and not ignore_own:
             # Tags of one turn count for its own images only; the processor checks the sum.
             content = prepend_image_tags(content, len(images)) if role == "user" else content
             if content.count(IMAGE_TOKEN) != len(images):
@@ -102,29 +104,31 @@ def _parse_turns(turns: Any, key: str, listed: list[Any], own: bool) -> Record:
     return Record(tuple(images), conversation=tuple(parsed))
 
 
-def _parse_turn(turn: Any, where: str) -> tuple[str, str, list[Any]]:
+def _parse_turn(turn: Any, label: str) -> tuple[str, str, list[Any]]:
     """(role, text, the turn's own images)."""
     if not isinstance(turn, Mapping):
-        raise SampleError(BAD_RECORD, f"{where} is {_kind(turn)}, expected an object.")
+        raise SampleError(BAD_RECORD, f"{label} is {type_name(turn)}, expected an object.")
     for role_key, text_key in (("role", "content"), ("from", "value")):
         if role_key in turn and text_key in turn:
             role, content = turn[role_key], turn[text_key]
             break
     else:
         found = ", ".join(sorted(map(str, turn)))
-        raise SampleError(BAD_RECORD, f'{where}: expected "role" and "content", or "from" and "value"; found {found}.')
+        raise SampleError(BAD_RECORD, f'{label}: expected "role" and "content", or "from" and "value"; found {found}.')
     if not isinstance(role, str) or role not in _ROLES:
-        raise SampleError(BAD_RECORD, f"{where}: unknown role {role!r}. Known are {', '.join(_ROLES)}.")
+        raise SampleError(BAD_RECORD, f"{label}: unknown role {role!r}. Known are {', '.join(_ROLES)}.")
     images = image_references(turn)
     if isinstance(content, list):
-        content, part_images = _join_parts(content, where)
+        content, part_images = _join_parts(content, label)
         images = images or part_images
     if not isinstance(content, str):
-        raise SampleError(BAD_RECORD, f"{where}: the text is {_kind(content)}, expected a string or a list of parts.")
+        raise SampleError(
+            BAD_RECORD, f"{label}: the text is {type_name(content)}, expected a string or a list of parts."
+        )
     return _ROLES[role], content, images
 
 
-def _join_parts(parts: list[Any], where: str) -> tuple[str, list[Any]]:
+def _join_parts(parts: list[Any], label: str) -> tuple[str, list[Any]]:
     """A content list's text, with a tag line for each image part, and the images that the parts carry."""
     text, images = "", []
     for part in parts:
@@ -137,7 +141,7 @@ def _join_parts(parts: list[Any], where: str) -> tuple[str, list[Any]]:
             images += [reference] if reference else []  # without one it stands for the next of the listed images
         else:
             raise SampleError(
-                BAD_RECORD, f'{where}: a part of "content" is neither text nor an image: {str(part)[:60]}'
+                BAD_RECORD, f'{label}: a part of "content" is neither text nor an image: {str(part)[:60]}'
             )
     return text, images
 
@@ -150,7 +154,8 @@ def image_references(record: Mapping[str, Any]) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _kind(value: Any) -> str:
+def type_name(value: Any) -> str:
+    """What a JSON value is, for messages: "an object", "a list", …"""
     return {dict: "an object", list: "a list", str: "a string", type(None): "nothing"}.get(
         type(value), type(value).__name__
     )

@@ -1,4 +1,4 @@
-"""Text to token ids and back, with the special tokens that the DeepSeek-VL2 processor needs (FACTS §3).
+"""Text to token ids and back, with the special tokens that the DeepSeek-VL2 processor needs.
 
 A checkpoint's ``tokenizer.json`` is read with the `tokenizers` library; a directory that has only a
 sentencepiece ``tokenizer.model`` works as well. Both sit behind one `Tokenizer`, so nothing else in the
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dsvl2_jax.errors import TokenizerError
+from dsvl2_jax.json_files import read_json_object
 
 IMAGE_TOKEN = "<image>"
 REF_TOKEN, REF_END_TOKEN = "<|ref|>", "<|/ref|>"
@@ -163,7 +164,7 @@ class _SentencePieceBackend:
         if self.special_ids.isdisjoint(ids):
             return ids
         # The model knows a special token as a user-defined symbol: cut each one after its first character.
-        cut = self._pattern.sub(lambda found: found[0][0] + "\0" + found[0][1:], text)
+        cut = self._pattern.sub(lambda match: match[0][0] + "\0" + match[0][1:], text)
         return [index for piece in cut.split("\0") for index in self._model.encode(piece)]
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
@@ -210,8 +211,10 @@ class Tokenizer:
         Raises TokenizerError when there is no tokenizer, a file is broken, or bos or eos cannot be found.
         """
         path = Path(path)
-        config = _read_json(path / "tokenizer_config.json")
-        names = _read_json(path / "special_tokens_map.json")
+        config, names = (
+            read_json_object(path / name, TokenizerError) if (path / name).is_file() else {}
+            for name in ("tokenizer_config.json", "special_tokens_map.json")
+        )
         known = config.get("added_tokens_decoder") or {}
         # transformers reads special_tokens_map.json first for the older layout, the one without added_tokens_decoder.
         sources = (config, names) if known else (names, config)
@@ -292,34 +295,21 @@ class StreamDecoder:
         self._ids.append(int(token_id))
         text = self._tokenizer.decode(self._ids, self._skip)
         # Only the last few replacement characters can still turn into a real one.
-        held = min(len(text) - len(text.rstrip(REPLACEMENT)), _UTF8_PARTIAL)
-        piece = text[self._printed : len(text) - held]
+        incomplete = min(len(text) - len(text.rstrip(REPLACEMENT)), _UTF8_PARTIAL)
+        piece = text[self._printed : len(text) - incomplete]
         self._printed += len(piece)
         # A blank is no context: sentencepiece drops all spaces that a sequence begins with.
-        if piece.strip() and not held:
+        if piece.strip() and not incomplete:
             self._ids = self._ids[self._context :]
             self._context = len(self._ids)
             self._printed = len(self._tokenizer.decode(self._ids, self._skip))
         return piece
 
     def flush(self) -> str:
-        """What is held back still, broken characters included. The decoder is then ready for another stream."""
+        """What is still held back, broken characters included. The decoder is then ready for another stream."""
         rest = self._tokenizer.decode(self._ids, self._skip)[self._printed :]
         self._ids, self._context, self._printed = [], 0, 0
         return rest
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty if there is no file. Raises TokenizerError if it is no JSON object."""
-    if not path.is_file():
-        return {}
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TokenizerError(f"{path}: not valid JSON ({error}). Download the file again.") from error
-    if not isinstance(document, dict):
-        raise TokenizerError(f"{path}: expected a JSON object, found {type(document).__name__}.")
-    return document
 
 
 def _token_name(sources: Iterable[dict[str, Any]], key: str) -> str | None:

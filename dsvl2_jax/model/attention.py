@@ -1,9 +1,9 @@
 """Multi-head attention (tiny) and multi-head latent attention (small, base), with a cache as argument and result.
 
-Cache layout, one dict per layer, slot index = token position:
+Cache layout, one dict per layer, [slots, cache_length, ...]; an entry's index is its token's position:
   MLA  {"latent": [B, S, R], "rope_key": [B, S, rope]}   normed latent and rotated key, shared by all heads
   MHA  {"key": [B, S, Hkv, Dh], "value": [B, S, Hkv, Dh]} rotated keys
-A query at position p sees slots ≤ p, so right-padding and stale slots are never seen. Without a cache a row may
+A query at position p sees entries ≤ p, so right-padding and stale entries are never seen. Without a cache a row may
 hold several samples one after the other, each with positions from 0: a token sees its own sample only.
 """
 
@@ -232,19 +232,25 @@ class MultiHeadAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_btd: jax.Array, positions: jax.Array, cache: LayerCache | None, read_cache: bool
+        self,
+        x_btd: jax.Array,
+        positions: jax.Array,
+        cache: LayerCache | None,
+        *,
+        read_cache: bool = False,
+        decode: bool = False,
     ) -> tuple[jax.Array, LayerCache | None]:
         """As `LatentAttention.__call__`."""
         cfg = self.config
         heads, kv_heads, width = cfg.num_attention_heads, cfg.kv_heads, cfg.head_dim
-        rows = batch_axis(x_btd.shape[1])
+        batch = batch_axis(decode)
 
         def project(name: str, count: int, axis: str) -> jax.Array:
             axes = ("embed", axis, "head_dim")
             layer = linear(
                 (count, width), axes, dtype=self.dtype, std=cfg.initializer_range, bias=cfg.attention_bias, name=name
             )
-            return constrain(layer(x_btd), rows, "length", axis, "head_dim")
+            return constrain(layer(x_btd), batch, "length", axis, "head_dim")
 
         cos, sin = rotary_tables(positions, width, cfg.rope_theta)
         query = rotate_half(project("q_proj", heads, "heads"), cos, sin)
@@ -258,15 +264,15 @@ class MultiHeadAttention(nn.Module):
         key, value = (jnp.repeat(source[n], heads // kv_heads, axis=2) for n in ("key", "value"))
         value = value.astype(self.dtype)
         if read_cache:
-            beside = "slots" if rows == "rows" else rows  # a decode step goes to the cache, longer ones fetch it
-            length, own = ("cache_length", None) if rows == "rows" else (None, "heads")
-            query = constrain(query, beside, None, own, "head_dim")
-            key, value = (constrain(a, beside, length, "heads", "head_dim") for a in (key, value))
+            # A decode step goes to the cache, which is split by slots; longer ones fetch it, split by heads.
+            first_axis, length_axis, head_axis = ("slots", "cache_length", None) if decode else (batch, None, "heads")
+            query = constrain(query, first_axis, None, head_axis, "head_dim")
+            key, value = (constrain(a, first_axis, length_axis, "heads", "head_dim") for a in (key, value))
             out = attend([query], [key], value, (None, positions), width**-0.5)
-            out = constrain(out, beside, None, own, "head_dim")
+            out = constrain(out, first_axis, None, head_axis, "head_dim")
         else:
             out = attend_to_row([query], [key], value, positions, width**-0.5)
-        out = checkpoint_name(constrain(out, rows, "length", "heads", "head_dim"), ATTENTION_OUTPUT)
+        out = checkpoint_name(constrain(out, batch, "length", "heads", "head_dim"), ATTENTION_OUTPUT)
         axes = ("heads", "head_dim", "embed")
         out = linear(
             x_btd.shape[-1],
@@ -283,8 +289,8 @@ class MultiHeadAttention(nn.Module):
 class LatentAttention(nn.Module):
     """Multi-head latent attention (DeepSeek-V2 §2.1, FACTS §4), cached as one latent and one key per token.
 
-    A single new token uses the absorbed form (queries and outputs pass through kv_b_proj, the cache is
-    read as it is); longer inputs use the expanded form (keys and values made from latents). Both are equal.
+    A decode step uses the absorbed form (queries and outputs pass through kv_b_proj, the cache is
+    read as it is); everything else uses the expanded form (keys and values made from latents). Both are equal.
     """
 
     config: LanguageConfig
@@ -292,7 +298,13 @@ class LatentAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_btd: jax.Array, positions: jax.Array, cache: LayerCache | None, read_cache: bool
+        self,
+        x_btd: jax.Array,
+        positions: jax.Array,
+        cache: LayerCache | None,
+        *,
+        read_cache: bool = False,
+        decode: bool = False,
     ) -> tuple[jax.Array, LayerCache | None]:
         """Attends causally.
 
@@ -301,6 +313,7 @@ class LatentAttention(nn.Module):
           positions: i32[B, T], consecutive in each row; without a cache, in each sample of a row.
           cache: this layer's cache, or None to keep nothing.
           read_cache: static. False: attend to the T tokens given only. True: to the cache, once they are in it.
+          decode: static. True in a decode step: T is 1, and the cache is read.
 
         Returns:
           [B, T, D] and the updated cache.
@@ -308,7 +321,7 @@ class LatentAttention(nn.Module):
         cfg = self.config
         heads, nope, rope, rank = cfg.num_attention_heads, cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.kv_lora_rank
         std, bias = cfg.initializer_range, cfg.attention_bias
-        rows = batch_axis(x_btd.shape[1])
+        batch = batch_axis(decode)
 
         query_input, query_axis = x_btd, "embed"
         if cfg.q_lora_rank is not None:
@@ -321,7 +334,7 @@ class LatentAttention(nn.Module):
         query = linear(
             (heads, nope + rope), (query_axis, "heads", "head_dim"), dtype=self.dtype, std=std, name=query_name
         )(query_input)
-        query = constrain(query, rows, "length", "heads", "head_dim")
+        query = constrain(query, batch, "length", "heads", "head_dim")
         q_nope, q_rope = query[..., :nope], query[..., nope:]
 
         compressed = linear(
@@ -347,19 +360,19 @@ class LatentAttention(nn.Module):
         key_up, value_up = kernel[:, :nope], kernel[:, nope:]
         scale = (nope + rope) ** -0.5
         exact = matmul_precision(self.dtype)
-        if x_btd.shape[1] == 1 and read_cache:
+        if decode:
             q_latent = jnp.einsum("bthn,hnr->bthr", q_nope, key_up, precision=exact)
-            q_latent = constrain(q_latent, rows, "length", "heads", "latent")
+            q_latent = constrain(q_latent, batch, "length", "heads", "latent")
             # To the cache, which is split by slots, and back: cheaper than every device reading all of it.
             queries = [constrain(q, "slots", None, None, None) for q in (q_latent, q_rope)]
             out = attend_to_latents(*queries, latent, rope_key, positions, scale)  # [B, 1, H, R]
-            out = constrain(constrain(out, "slots", None, None, None), rows, "length", "heads", "latent")
+            out = constrain(constrain(out, "slots", None, None, None), batch, "length", "heads", "latent")
             out = jnp.einsum("bthr,hvr->bthv", out, value_up, precision=exact)
         else:
-            latent, rope_key = (constrain(a, rows, None, "latent") for a in (latent, rope_key))
+            latent, rope_key = (constrain(a, batch, None, "latent") for a in (latent, rope_key))
             key = jnp.einsum("bsr,hnr->bshn", latent, key_up, precision=exact)
             value = jnp.einsum("bsr,hvr->bshv", latent, value_up, precision=exact)
-            key, value = (constrain(a, rows, "length", "heads", "head_dim") for a in (key, value))
+            key, value = (constrain(a, batch, "length", "heads", "head_dim") for a in (key, value))
             if read_cache:
                 out = attend([q_nope, q_rope], [key, rope_key], value, (None, positions), scale)
             else:  # one product of the joined parts instead of two whose results are added
@@ -367,7 +380,7 @@ class LatentAttention(nn.Module):
                 parts = (q_nope, q_rope), (key, rope_keys)
                 query, key = (jnp.concatenate(part, axis=-1) for part in parts)
                 out = attend_to_row([query], [key], value, positions, scale)
-        out = checkpoint_name(constrain(out, rows, "length", "heads", "head_dim"), ATTENTION_OUTPUT)
+        out = checkpoint_name(constrain(out, batch, "length", "heads", "head_dim"), ATTENTION_OUTPUT)
         axes = ("heads", "head_dim", "embed")
         out = linear(x_btd.shape[-1], axes, dtype=self.dtype, std=std, contract=2, bias=bias, name="o_proj")(out)
         return out, cache

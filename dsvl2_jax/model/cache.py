@@ -12,7 +12,7 @@ from dsvl2_jax.sharding import constrain
 
 
 def cache_layout(config: LanguageConfig) -> dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]:
-    """Name → (shape of a token's entry, its logical axes), of one layer; batch and slots come before.
+    """Name → (shape of a token's entry, its logical axes), of one layer; [slots, cache_length] come before.
 
     Latent attention keeps ``kv_lora_rank + qk_rope_head_dim`` numbers per token and layer (576 for small and
     base), multi-head attention all keys and values (2,560 for tiny).
@@ -26,13 +26,13 @@ def cache_layout(config: LanguageConfig) -> dict[str, tuple[tuple[int, ...], tup
     return {"key": heads, "value": heads}
 
 
-def init_cache(config: Config, batch: int, slots: int, dtype: DTypeLike) -> Cache:
+def init_cache(config: Config, slots: int, cache_length: int, dtype: DTypeLike) -> Cache:
     """An empty cache, jittable: per layer the arrays of `cache_layout`; see `dsvl2_jax.model.attention`."""
     layout = cache_layout(config.language)
 
     def layer() -> dict[str, jax.Array]:
         return {
-            name: constrain(jnp.zeros((batch, slots, *shape), dtype), "slots", "cache_length", *axes)
+            name: constrain(jnp.zeros((slots, cache_length, *shape), dtype), "slots", "cache_length", *axes)
             for name, (shape, axes) in layout.items()
         }
 

@@ -8,11 +8,11 @@ the field's name. Nothing here imports jax.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from dsvl2_jax.errors import ConfigError
+from dsvl2_jax.json_files import read_json_object
 
 ROUTING_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 SCORING_FUNCTIONS = ("softmax", "sigmoid")
@@ -174,20 +174,7 @@ class Config:
         """Reads ``config.json`` (the file, or the directory that holds it)."""
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
-        return cls.from_dict(read_json_object(path), source=str(path))
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Reads a json file that must hold an object; raises ConfigError with the file's name otherwise."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: not found. A checkpoint directory needs this file; download it again.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON ({error}). Download the file again.") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: found a JSON {type(raw).__name__}, expected an object with named fields.")
-    return raw
+        return cls.from_dict(read_json_object(path, ConfigError), source=str(path))
 
 
 class _Reader:

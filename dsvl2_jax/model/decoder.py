@@ -30,21 +30,25 @@ class DecoderLayer(nn.Module):
         positions: jax.Array,
         valid: jax.Array | None,
         cache: LayerCache | None,
-        read_cache: bool,
+        *,
+        read_cache: bool = False,
+        decode: bool = False,
     ) -> tuple[jax.Array, LayerCache | None, Routing | None]:
         cfg = self.config
         attention = LatentAttention if cfg.use_mla else MultiHeadAttention
         normed = RMSNorm(cfg.rms_norm_eps, name="input_layernorm")(x_btd)
-        attended, cache = attention(cfg, self.dtype, name="self_attn")(normed, positions, cache, read_cache)
-        rows = batch_axis(x_btd.shape[1])
-        x_btd = constrain(x_btd + attended, rows, "length", "embed")
+        attended, cache = attention(cfg, self.dtype, name="self_attn")(
+            normed, positions, cache, read_cache=read_cache, decode=decode
+        )
+        batch = batch_axis(decode)
+        x_btd = constrain(x_btd + attended, batch, "length", "embed")
         normed = RMSNorm(cfg.rms_norm_eps, name="post_attention_layernorm")(x_btd)
         routing = None
         if cfg.is_moe_layer(self.layer):
-            fed, routing = MoE(cfg, self.dtype, name="mlp")(normed, valid)
+            fed, routing = MoE(cfg, self.dtype, name="mlp")(normed, valid, decode=decode)
         else:
-            fed = GatedMLP(cfg.intermediate_size, self.dtype, cfg.initializer_range, name="mlp")(normed)
-        return constrain(x_btd + fed, rows, "length", "embed"), cache, routing
+            fed = GatedMLP(cfg.intermediate_size, self.dtype, cfg.initializer_range, name="mlp")(normed, decode=decode)
+        return constrain(x_btd + fed, batch, "length", "embed"), cache, routing
 
 
 class Decoder(nn.Module):
@@ -74,7 +78,9 @@ class Decoder(nn.Module):
         positions: jax.Array,
         valid: jax.Array | None = None,
         cache: Cache | None = None,
+        *,
         read_cache: bool = False,
+        decode: bool = False,
     ) -> tuple[jax.Array, Cache | None, list[Routing | None]]:
         """Runs all layers and the final norm.
 
@@ -83,16 +89,18 @@ class Decoder(nn.Module):
           positions: i32[B, T], consecutive in each row; without a cache, in each sample of a row.
           valid: bool[B, T], False for padding; None: no padding.
           cache: one dict per layer (see `attention`), or None.
-          read_cache: static; see `LatentAttention`.
+          read_cache, decode: static; see `LatentAttention`.
 
         Returns:
           [B, T, D] hidden states, the updated cache, and each layer's routing (None for dense layers).
         """
-        x = constrain(x_btd, batch_axis(x_btd.shape[1]), "length", "embed")
+        x = constrain(x_btd, batch_axis(decode), "length", "embed")
         new_cache: Cache | None = None if cache is None else []
         routings = []
         for i, layer in enumerate(self.layers):
-            x, layer_cache, routing = layer(x, positions, valid, None if cache is None else cache[i], read_cache)
+            x, layer_cache, routing = layer(
+                x, positions, valid, None if cache is None else cache[i], read_cache=read_cache, decode=decode
+            )
             routings.append(routing)
             if new_cache is not None:
                 new_cache.append(layer_cache)

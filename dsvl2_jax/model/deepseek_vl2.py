@@ -11,9 +11,9 @@ import functools
 from typing import Any
 
 import flax.linen as nn
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike, DTypeLike
 
@@ -121,7 +121,7 @@ def abstract_params(config: Config) -> tuple[Params, Params]:
 @functools.lru_cache(maxsize=8)
 def abstract_leaves(config: Config) -> dict[tuple[str, ...], tuple[tuple[int, ...], tuple[str | None, ...]]]:
     """Path → (shape, logical axes) of every parameter."""
-    shapes, axes = (flax.traverse_util.flatten_dict(tree) for tree in abstract_params(config))
+    shapes, axes = (flatten_dict(tree) for tree in abstract_params(config))
     return {path: (shapes[path].shape, axes[path]) for path in shapes}
 
 
@@ -140,7 +140,7 @@ def param_shardings(config: Config, mesh: Mesh, *, fsdp: bool = False) -> dict[s
         spec = partition_spec(shape, axes, sizes, PARAM_RULES)
         return NamedSharding(mesh, split_further(spec, shape, sizes) if fsdp else spec)
 
-    return flax.traverse_util.unflatten_dict({path: sharding(*leaf) for path, leaf in abstract_leaves(config).items()})
+    return unflatten_dict({path: sharding(*leaf) for path, leaf in abstract_leaves(config).items()})
 
 
 def encode_tiles(params: Params, config: Config, tiles: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
@@ -228,7 +228,8 @@ def prefill(
     Args:
       embeddings: [B, T, D], right-padded.
       lengths: i32[B], real tokens of each row in this call (0 … T).
-      cache: see `dsvl2_jax.model.cache.init_cache`; slot index = position. Needs start + T slots.
+      cache: see `dsvl2_jax.model.cache.init_cache`; an entry's index is its position. Needs a
+        ``cache_length`` of start + T.
       start: i32[B], tokens already in the cache. None: nothing is, and the cache is not read.
 
     Returns:
@@ -248,8 +249,8 @@ def prefill(
 
 def _next_logits(params: Params, config: Config, hidden_bd: jax.Array) -> jax.Array:
     """[B, D] → f32[B, V], made where the output head's parts are, then whole rows, from which tokens are chosen."""
-    logits = output_logits(params, config, constrain(hidden_bd, "rows", "embed"))
-    return constrain(constrain(logits, "rows", "vocab"), "slots", "vocab")
+    logits = output_logits(params, config, constrain(hidden_bd, "decode_batch", "embed"))
+    return constrain(constrain(logits, "decode_batch", "vocab"), "slots", "vocab")
 
 
 def decode_step(
@@ -258,12 +259,14 @@ def decode_step(
     """One token for every row.
 
     Args:
-      tokens: i32[B]. positions: i32[B], the slot that each token takes.
+      tokens: i32[B]. positions: i32[B], the position in the cache that each token takes.
       cache: holds every earlier position.
 
     Returns:
       f32[B, V] logits of the next token, and the cache.
     """
     embeddings = embed_tokens(params, config, tokens[:, None])
-    hidden, cache, _ = _apply(params, config, "hidden", embeddings, positions[:, None], None, cache, read_cache=True)
+    hidden, cache, _ = _apply(
+        params, config, "hidden", embeddings, positions[:, None], None, cache, read_cache=True, decode=True
+    )
     return _next_logits(params, config, hidden[:, 0]), cache

@@ -1,6 +1,6 @@
 """Small layers shared by the encoder, the adaptor and the decoder.
 
-Letters in array names, used everywhere: B batch, T tokens, S cache slots, N tiles, P patches, W vision
+Letters in array names, used everywhere: B batch, T tokens, S cache length, N tiles, P patches, W vision
 width, D language width, H heads, R latent rank, E experts, F expert MLP width, V vocabulary, K top-k.
 """
 
@@ -69,11 +69,11 @@ class GatedMLP(nn.Module):
     std: float
 
     @nn.compact
-    def __call__(self, x_btd: jax.Array) -> jax.Array:
+    def __call__(self, x_btd: jax.Array, *, decode: bool = False) -> jax.Array:
         axes = ("embed", "mlp")
         gate = linear(self.width, axes, dtype=self.dtype, std=self.std, name="gate_proj")(x_btd)
         up = linear(self.width, axes, dtype=self.dtype, std=self.std, name="up_proj")(x_btd)
-        hidden = constrain(nn.silu(gate) * up, batch_axis(x_btd.shape[1]), "length", "mlp")
+        hidden = constrain(nn.silu(gate) * up, batch_axis(decode), "length", "mlp")
         return linear(x_btd.shape[-1], axes[::-1], dtype=self.dtype, std=self.std, name="down_proj")(hidden)
 
 

@@ -93,7 +93,9 @@ class RoutedExperts(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x_btd: jax.Array, experts_btk: jax.Array, weights_btk: jax.Array) -> jax.Array:
+    def __call__(
+        self, x_btd: jax.Array, experts_btk: jax.Array, weights_btk: jax.Array, *, decode: bool = False
+    ) -> jax.Array:
         """Returns the weighted sum of the chosen experts' outputs, [B, T, D].
 
         An expert id outside 0 … E−1 adds nothing: padding tokens carry E.
@@ -119,7 +121,7 @@ class RoutedExperts(nn.Module):
         def spec(shape, axes, rules):
             return partition_spec(shape, axes, mesh_shape, rules)
 
-        tokens = spec(x_btd.shape, (batch_axis(x_btd.shape[1]), "length", None), ACTIVATION_RULES)
+        tokens = spec(x_btd.shape, (batch_axis(decode), "length", None), ACTIVATION_RULES)
         into_spec, back_spec = spec(gate.shape, into, PARAM_RULES), spec(down.shape, back, PARAM_RULES)
         shards = mesh_shape["expert"] if into_spec[0] else 1
         gathered = shards > 1 and "expert" in mesh_axes(tokens[0])
@@ -160,8 +162,8 @@ def run_experts(
       x_btd: [B, T, D]. experts_btk: i32[B, T, K]. weights_btk: f32[B, T, K].
       gate, up: [E', D, F']. down: [E', F', D].
       first_expert: id of the first of the E' experts; assignments to others count as zero.
-      shards: E / E'. Above 1, a share of B·T·K / shards assignments is worked on at a time, until none is left: as
-        much as an even routing gives, and whatever an uneven one does.
+      shards: E / E'. Above 1, B·T·K / shards assignments are worked on at a time, until none is left: as many
+        as an even routing gives, and whatever an uneven one does.
 
     Returns:
       [B, T, D], the weighted sum in float32, cast to the dtype of ``x_btd``.
@@ -175,7 +177,7 @@ def run_experts(
     group_sizes = (local[:, None] == jnp.arange(count)).sum(0, dtype=jnp.int32)
     flat = x_btd.reshape(b * t, d)
     if shards > 1:
-        mixed = _in_shares(shards, flat, weights_btk.reshape(-1), gate, up, down, order, group_sizes)
+        mixed = _run_chunked(shards, flat, weights_btk.reshape(-1), gate, up, down, order, group_sizes)
         return mixed.reshape(b, t, d).astype(x_btd.dtype)
 
     rows = flat[order // top_k]  # [B·T·K, D]
@@ -203,7 +205,7 @@ def _sorted_by(keys: jax.Array, most: int) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Share:
+class _Chunk:
     """Some consecutive rows of the assignments sorted by expert."""
 
     assignments: jax.Array  # i32[C], of B·T·K
@@ -213,21 +215,21 @@ class _Share:
     group_sizes: jax.Array  # i32[E']
 
 
-def _shares(
+def _chunks(
     shards: int, weights: jax.Array, order: jax.Array, group_sizes: jax.Array, tokens: int
-) -> tuple[Callable[[jax.Array], _Share], jax.Array]:
-    """(a function from the index of a share to the share, how many shares there are)."""
+) -> tuple[Callable[[jax.Array], _Chunk], jax.Array]:
+    """(a function from the index of a chunk to the chunk, how many chunks there are)."""
     total = order.shape[0]
     size = -(-total // shards)
     padded = jnp.pad(order, (0, size))
     ends = jnp.cumsum(group_sizes)
 
-    def share(i: jax.Array) -> _Share:
+    def chunk(i: jax.Array) -> _Chunk:
         start = i * size
         assignments = lax.dynamic_slice_in_dim(padded, start, size)
         inside = start + jnp.arange(size) < ends[-1]
         own = jnp.clip(ends - start, 0, size)
-        return _Share(
+        return _Chunk(
             assignments,
             assignments // (total // tokens),
             inside,
@@ -235,11 +237,11 @@ def _shares(
             jnp.diff(own, prepend=0),
         )
 
-    return share, -(-ends[-1] // size)
+    return chunk, -(-ends[-1] // size)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _in_shares(
+def _run_chunked(
     shards: int,
     x: jax.Array,
     weights: jax.Array,
@@ -249,69 +251,69 @@ def _in_shares(
     order: jax.Array,
     group_sizes: jax.Array,
 ) -> jax.Array:
-    """The weighted sums of `run_experts`, f32[tokens, D], a share at a time.
+    """The weighted sums of `run_experts`, f32[tokens, D], a chunk of the assignments at a time.
 
     Args:
       x: [tokens, D]. weights: f32[tokens · K].
       order: i32[tokens · K], the assignments sorted by expert. group_sizes: i32[E'], of the experts held here.
     """
-    share, count = _shares(shards, weights, order, group_sizes, x.shape[0])
+    chunk_at, count = _chunks(shards, weights, order, group_sizes, x.shape[0])
 
     def body(i: jax.Array, out: jax.Array) -> jax.Array:
-        part = share(i)
-        rows = x[part.tokens]
-        hidden = nn.silu(grouped_matmul(rows, gate, part.group_sizes)) * grouped_matmul(rows, up, part.group_sizes)
-        made = grouped_matmul(hidden, down, part.group_sizes)
-        return out.at[part.tokens].add(made.astype(jnp.float32) * part.weights)
+        chunk = chunk_at(i)
+        rows = x[chunk.tokens]
+        hidden = nn.silu(grouped_matmul(rows, gate, chunk.group_sizes)) * grouped_matmul(rows, up, chunk.group_sizes)
+        made = grouped_matmul(hidden, down, chunk.group_sizes)
+        return out.at[chunk.tokens].add(made.astype(jnp.float32) * chunk.weights)
 
     return lax.fori_loop(0, count, body, jnp.zeros(x.shape, jnp.float32))
 
 
-def _in_shares_forward(shards: int, *given: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return _in_shares(shards, *given), given
+def _run_chunked_forward(shards: int, *given: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _run_chunked(shards, *given), given
 
 
-def _in_shares_backward(shards: int, given: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[Any, ...]:
+def _run_chunked_backward(shards: int, given: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[Any, ...]:
     """Works out the experts' hidden rows again; their output is not needed."""
     x, weights, gate, up, down, order, group_sizes = given
-    share, count = _shares(shards, weights, order, group_sizes, x.shape[0])
+    chunk_at, count = _chunks(shards, weights, order, group_sizes, x.shape[0])
     cotangent = cotangent.astype(x.dtype)  # which it had before the sum
 
     def body(i: jax.Array, bars: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         x_bar, weights_bar, gate_bar, up_bar, down_bar = bars
-        part = share(i)
+        chunk = chunk_at(i)
 
         def back(rows: jax.Array, matrices: jax.Array) -> jax.Array:
-            return grouped_transposed(rows, matrices, part.group_sizes)
+            return grouped_transposed(rows, matrices, chunk.group_sizes)
 
         def outer(total: jax.Array, rows: jax.Array, rows_bar: jax.Array) -> jax.Array:
-            return grouped_outer(rows, rows_bar, part.group_sizes, total)
+            return grouped_outer(rows, rows_bar, chunk.group_sizes, total)
 
-        rows = x[part.tokens]
-        gated, lifted = (grouped_matmul(rows, matrices, part.group_sizes) for matrices in (gate, up))
+        rows = x[chunk.tokens]
+        gated, lifted = (grouped_matmul(rows, matrices, chunk.group_sizes) for matrices in (gate, up))
         hidden, pull = jax.vjp(lambda a, b: nn.silu(a) * b, gated, lifted)
-        made_bar = cotangent[part.tokens]
+        made_bar = cotangent[chunk.tokens]
         unweighted = back(made_bar, down)  # times the weight: the hidden rows' cotangent
         weight_bar = (hidden.astype(jnp.float32) * unweighted.astype(jnp.float32)).sum(-1)
-        weight_bar = jnp.where(part.inside, weight_bar, 0.0)
-        gated_bar, lifted_bar = pull((unweighted * part.weights).astype(hidden.dtype))
+        weight_bar = jnp.where(chunk.inside, weight_bar, 0.0)
+        gated_bar, lifted_bar = pull((unweighted * chunk.weights).astype(hidden.dtype))
         rows_bar = back(gated_bar, gate) + back(lifted_bar, up)
         return (
-            x_bar.at[part.tokens].add(rows_bar.astype(jnp.float32)),
-            weights_bar.at[part.assignments].add(weight_bar),
+            x_bar.at[chunk.tokens].add(rows_bar.astype(jnp.float32)),
+            weights_bar.at[chunk.assignments].add(weight_bar),
             outer(gate_bar, rows, gated_bar),
             outer(up_bar, rows, lifted_bar),
-            outer(down_bar, hidden, (made_bar * part.weights).astype(x.dtype)),
+            outer(down_bar, hidden, (made_bar * chunk.weights).astype(x.dtype)),
         )
 
-    # Few experts are in two shares, so their gradients may be added in the dtype in which they are handed on.
+    # Few experts are in two chunks, so their gradients may be added in the dtype in which they are handed on.
     dtypes = jnp.float32, jnp.float32, gate.dtype, up.dtype, down.dtype
     zeros = tuple(jnp.zeros(a.shape, dtype) for a, dtype in zip(given, dtypes, strict=False))
     bars = lax.fori_loop(0, count, body, zeros)
     return *(bar.astype(a.dtype) for bar, a in zip(bars, given, strict=False)), None, None
 
 
-_in_shares.defvjp(_in_shares_forward, _in_shares_backward)
+_run_chunked.defvjp(_run_chunked_forward, _run_chunked_backward)
 
 
 class MoE(nn.Module):
@@ -321,12 +323,15 @@ class MoE(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x_btd: jax.Array, valid_bt: jax.Array | None) -> tuple[jax.Array, Routing]:
+    def __call__(
+        self, x_btd: jax.Array, valid_bt: jax.Array | None, *, decode: bool = False
+    ) -> tuple[jax.Array, Routing]:
         """Applies the layer.
 
         Args:
           x_btd: [B, T, D], normed.
           valid_bt: bool[B, T]; False marks padding, which visits no expert. None: all tokens are real.
+          decode: static, True in a decode step: tokens then stay split over ``data`` alone.
 
         Returns:
           [B, T, D] and the router's decisions.
@@ -336,8 +341,8 @@ class MoE(nn.Module):
         experts = routing.experts
         if valid_bt is not None:
             experts = jnp.where(valid_bt[..., None], experts, cfg.n_routed_experts)
-        out = RoutedExperts(cfg, self.dtype, name="experts")(x_btd, experts, routing.weights)
+        out = RoutedExperts(cfg, self.dtype, name="experts")(x_btd, experts, routing.weights, decode=decode)
         if cfg.n_shared_experts:
             width = cfg.n_shared_experts * cfg.moe_intermediate_size
-            out = out + GatedMLP(width, self.dtype, cfg.initializer_range, name="shared_experts")(x_btd)
+            out = out + GatedMLP(width, self.dtype, cfg.initializer_range, name="shared_experts")(x_btd, decode=decode)
         return out, routing

@@ -1,13 +1,12 @@
 """Accelerators: what a device of each can do, and the compilers' targets for programs that need none of them here.
 
-The figures are the vendors'. Names are those of Cloud TPU, where v5p-8 counts cores and has 4 chips; a chip of TPU7x is
-two devices.
+The figures are the vendors', dense bfloat16. Names are those of Cloud TPU, where v5p-8 counts cores and has 4 chips; a
+chip of TPU7x is two devices.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import os
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dsvl2_jax.errors import UsageError
+from dsvl2_jax.messages import did_you_mean, first_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +98,10 @@ _H200 = {
 }
 
 
-def target_config(place: Topology) -> str:
+def target_config(target: Topology) -> str:
     """What XLA's GPU compiler must know of a GPU that is not here: a GpuTargetConfigProto as text."""
     text = Path(__file__).with_name("h100.txtpb").read_text(encoding="utf-8")
-    for field, value in _H200.items() if place.shape == "h200" else ():
+    for field, value in _H200.items() if target.shape == "h200" else ():
         text = re.sub(rf'\b{field}: (?:"[^"]*"|\d+)', f"{field}: {value}", text)
     return text
 
@@ -113,9 +113,7 @@ def topology(name: str) -> Topology:
       UsageError: there is none of this name.
     """
     if name not in TOPOLOGIES:
-        near = difflib.get_close_matches(name, TOPOLOGIES, 1)
-        meant = f"; did you mean {near[0]}?" if near else "."
-        raise UsageError(f"topology {name!r} is none of {', '.join(TOPOLOGIES)}{meant}")
+        raise UsageError(f"topology {name!r} is none of {', '.join(TOPOLOGIES)}{did_you_mean(name, TOPOLOGIES)}")
     return TOPOLOGIES[name]
 
 
@@ -154,9 +152,8 @@ def compile_devices(topology: Topology) -> list[Any]:
         described = topologies.get_topology_desc(platform=topology.platform, topology_name=name, **options)
         return list(described.devices)
     except Exception as error:  # RuntimeError, XlaRuntimeError, ModuleNotFoundError …
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         compiler = "GPU" if extra == "cuda" else "TPU"
         raise CompilerMissing(
-            f"{topology.name}: the {compiler} compiler cannot be used ({first}); "
+            f"{topology.name}: the {compiler} compiler cannot be used ({first_line(error)}); "
             f"install it with pip install -e '.[{extra}]'."
         ) from error

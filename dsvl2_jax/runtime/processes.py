@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dsvl2_jax.errors import DSVL2Error, UsageError
+from dsvl2_jax.messages import first_line
 
 T = TypeVar("T")
 
@@ -43,7 +44,7 @@ class Processes:
     """How this process meets the others that run the same command; docs/pods.md has examples."""
 
     processes: str | None = None
-    """run as one of so many processes; auto: as many as Cloud TPU, GKE or SLURM have started."""
+    """number of processes that run the command together; auto: as many as Cloud TPU, GKE or SLURM have started."""
     coordinator: str | None = None
     """HOST:PORT where process 0 is met, the same for all."""
     process: int | None = None
@@ -68,9 +69,9 @@ class Processes:
         _standard_output_is_ours()
         _connect(self, count)
         _link = _Link()
-        own = {name: value for name, value in arguments.items() if value is not self}
+        others = {name: value for name, value in arguments.items() if value is not self}
         same_everywhere("the program", _versions())
-        same_everywhere("the command", ", ".join(f"{name}={value!s}" for name, value in own.items()))
+        same_everywhere("the command", ", ".join(f"{name}={value!s}" for name, value in others.items()))
 
     def _count(self) -> int | None:
         """The number of processes; 1: this one alone; None: jax finds out."""
@@ -133,9 +134,9 @@ def gather(value: str) -> list[str]:
 def same_everywhere(what: str, value: str) -> None:
     """Raises UsageError, in all processes, unless all of them have the same value."""
     values = gather(value)
-    if other := [i for i, found in enumerate(values) if found != values[0]]:
+    if different := [i for i, its_value in enumerate(values) if its_value != values[0]]:
         raise UsageError(
-            f"{what} must be the same in all processes; in process {other[0]} it is\n  {values[other[0]]}\n"
+            f"{what} must be the same in all processes; in process {different[0]} it is\n  {values[different[0]]}\n"
             f"and in process 0\n  {values[0]}\nStart all of them in the same way, from the same files."
         )
 
@@ -180,9 +181,9 @@ class _Link:
 
     def gather(self, value: str) -> list[str]:
         self._rounds += 1
-        place = f"dsvl2/{self._rounds}/"
-        self.client.key_value_set(f"{place}{self.index}", value)
-        return [self.client.blocking_key_value_get(f"{place}{i}", _FOREVER) for i in range(self.count)]
+        prefix = f"dsvl2/{self._rounds}/"
+        self.client.key_value_set(f"{prefix}{self.index}", value)
+        return [self.client.blocking_key_value_get(f"{prefix}{i}", _FOREVER) for i in range(self.count)]
 
     def decide(self, name: str, value: str | None) -> str | None:
         key = f"dsvl2/decided/{name}"
@@ -206,8 +207,9 @@ class _Link:
             self._watcher.join(_LEAVING)
             return
         gone = any(sign in message for sign in _PEER_GONE)
-        # The watcher ends this process when there is word of another failure. Who notices that a peer has gone waits
-        # for its missed heartbeat, which says which one; who may have failed like all others leaves it to process 0.
+        # The watcher ends this process when another failure is reported. A process that notices a lost peer waits for
+        # the missed heartbeat, which says which peer it was; one that may have failed like all others leaves the report
+        # to process 0.
         self._watcher.join(_DEAD + 3 * _BEAT if gone else _GRACE if self.index else 0)
         self._leave_word(status, message)
         self._watcher.join(_LEAVING * 3)
@@ -232,8 +234,8 @@ class _Link:
         if alone or self.index == 0:
             by = f"error: process {word['process']}: " if word["process"] else "error: "
             print(word["message"].replace("error: ", by, 1), file=sys.stderr, flush=True)
-        # Who loses the service, which is in process 0, is aborted by jax; and so are all when a barrier is missed.
-        # After the barrier too the others may be slower to end than process 0 is.
+        # jax aborts a process that loses the service, which is in process 0, and all of them when a barrier is missed.
+        # Even after the barrier the others may take longer to end than process 0 does.
         if not word.get("gone") and not alone:
             with contextlib.suppress(Exception):  # some have ended before
                 self.client.wait_at_barrier("dsvl2/left", int(_LEAVING * 1000))
@@ -262,7 +264,7 @@ class _Link:
                         )
 
 
-_AGAIN = "Start the same command again; training goes on from its last complete checkpoint."
+_AGAIN = "Start the same command again; training resumes from its last complete checkpoint."
 
 _link: _Link | None = None
 _connecting = False
@@ -302,13 +304,14 @@ def _connect(options: Processes, count: int | None) -> None:
         )
     _connecting = False
     if problem:
-        reason = str(problem[0]).strip().split("\n")[0]
-        where = (
+        meeting = (
             f"at {address} "
             if address
             else "(jax finds no cluster here: give --processes N, --coordinator, --process) "
         )
-        raise UsageError(f"--processes {options.processes}: the processes cannot meet {where}({reason}).")
+        raise UsageError(
+            f"--processes {options.processes}: the processes cannot meet {meeting}({first_line(problem[0])})."
+        )
 
 
 def _standard_output_is_ours() -> None:

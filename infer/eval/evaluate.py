@@ -13,7 +13,6 @@ from typing import Any
 
 import rich.markup
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from dsvl2_jax.checkpoint import locate
@@ -21,15 +20,22 @@ from dsvl2_jax.checkpoint.locate import RUN_NAME
 from dsvl2_jax.checkpoint.staging import write_text
 from dsvl2_jax.errors import ConversationError, DataError, DSVL2Error, UsageError
 from dsvl2_jax.infer.answer import Generation
-from dsvl2_jax.infer.engine import Model, Room
+from dsvl2_jax.infer.engine import MinBatchShape, Model
 from dsvl2_jax.infer.eval.report import Thumbnails, write_report
 from dsvl2_jax.infer.eval.results import EvalRun, checkpoint_digest, file_digest, open_run
 from dsvl2_jax.infer.eval.samples import Sample, read_samples, score
 from dsvl2_jax.infer.loading import LoadOptions, load
-from dsvl2_jax.inputs.image_sources import ImageStore, open_images, resolve
+from dsvl2_jax.inputs.image_sources import ImageStore, open_images, resolve_image
 from dsvl2_jax.inputs.images import load_image, select_best_resolution
-from dsvl2_jax.inputs.processor import MAX_TILED_IMAGES, ModelInputs, Processor, extended_candidate_resolutions
+from dsvl2_jax.inputs.processor import (
+    MAX_TILED_IMAGES,
+    ModelInputs,
+    Processor,
+    extended_candidate_resolutions,
+    image_tokens,
+)
 from dsvl2_jax.runtime import processes
+from dsvl2_jax.runtime.progress import progress
 
 SUMMARY_NAME = "summary.json"
 
@@ -127,8 +133,8 @@ def _follow(ckpt: str | None, options: EvalOptions) -> None:
     if processes.from_first(bool):
         model = load(ckpt, LoadOptions(options.dtype, options.mesh))
         while (work := processes.from_first(lambda: None)) is not None:
-            inputs, room = work
-            model.generate(inputs, options.max_new_tokens, at_least=room)
+            inputs, least = work
+            model.generate(inputs, options.max_new_tokens, at_least=least)
 
 
 def checkpoint_name(directory: Path) -> str:
@@ -171,7 +177,7 @@ def summarise(results: Iterable[Result]) -> dict[str, Any]:
 def prompt_size(sample: Sample, processor: Processor) -> tuple[int, int]:
     """(tiles, tokens) of a sample's prompt, from its texts and the sizes of its images; the template not counted."""
     config = processor.config
-    side, tiles = config.tokens_per_side, 0
+    tiles = 0
     tokens = sum(len(processor.tokenizer.encode(turn["content"])) for turn in sample.conversation)
     for size in sample.sizes:
         canvas = (config.tile_size,) * 2
@@ -179,7 +185,7 @@ def prompt_size(sample: Sample, processor: Processor) -> tuple[int, int]:
             canvas = select_best_resolution(size, config.candidate_resolutions)
         cols, rows = (length // config.tile_size for length in canvas)
         tiles += 1 + cols * rows
-        tokens += side * (side + 1) + 1 + side * rows * (side * cols + 1)
+        tokens += image_tokens(cols, rows, config.tokens_per_side)
     return tiles, tokens
 
 
@@ -215,7 +221,7 @@ def _answer_all(
 
     def prepare(sample: Sample) -> _Prepared:
         try:
-            images = [load_image(resolve(reference, store)) for reference in sample.images]
+            images = [load_image(resolve_image(reference, store)) for reference in sample.images]
             thumbnails.make(sample, images)
             inputs = model.processor(list(sample.conversation), images)
         except (DSVL2Error, OSError) as error:
@@ -226,24 +232,16 @@ def _answer_all(
             return _Prepared(sample, None, str(error))
         return _Prepared(sample, inputs)
 
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
-        TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("answering", total=total, completed=total - len(missing), speed="")
-        started, done = time.perf_counter(), 0
+    with progress("answering", total, done=total - len(missing), unit="items") as advance:
         for prepared in _prefetched(batches, prepare):
             inputs = [p.inputs for p in prepared if p.inputs is not None]
-            # As many tiles as if every prompt had the most: a batch of mixed ones runs the program of its largest.
+            # Counted as if every prompt had the most tiles, so that a mixed batch runs the program of its largest.
             most_tiles = max((len(i.tiles) for i in inputs), default=0)
-            room = Room(rows=rows, tiles=rows * most_tiles)
-            processes.from_first(lambda work=(inputs, room): work)
-            generations = iter(model.generate(inputs, options.max_new_tokens, at_least=room))
+            least = MinBatchShape(rows=rows, tiles=rows * most_tiles)
+            processes.from_first(lambda work=(inputs, least): work)
+            generations = iter(model.generate(inputs, options.max_new_tokens, at_least=least))
             run.append(result_of(p, None if p.inputs is None else next(generations)) for p in prepared)
-            done += len(prepared)
-            speed = f"{done / (time.perf_counter() - started):.1f}/s"
-            progress.update(bar, advance=len(prepared), speed=speed)
+            advance(len(prepared))
     processes.from_first(lambda: None)  # there is no more
 
 

@@ -92,10 +92,10 @@ def vqa(answer: str, references: Sequence[str]) -> float:
     """
     if len(references) < 2:
         raise ValueError(f"VQA accuracy needs the answers of several annotators, found {len(references)}")
-    found = vqa_normalise(answer)
-    agreeing = [vqa_normalise(reference) == found for reference in references]
+    normalised = vqa_normalise(answer)
+    agreeing = [vqa_normalise(reference) == normalised for reference in references]
     total = sum(agreeing)
-    return sum(min((total - own) / VQA_AGREEING, 1.0) for own in agreeing) / len(agreeing)
+    return sum(min((total - agrees) / VQA_AGREEING, 1.0) for agrees in agreeing) / len(agreeing)
 
 
 def vqa_normalise(text: str) -> str:
@@ -106,11 +106,11 @@ def vqa_normalise(text: str) -> str:
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
-    whole = text
+    original = text
     for mark in _VQA_PUNCTUATION:
         # A mark beside a space separates nothing; one within a word does.
-        beside = f"{mark} " in whole or f" {mark}" in whole
-        text = text.replace(mark, "" if beside else " ")
+        at_space = f"{mark} " in original or f" {mark}" in original
+        text = text.replace(mark, "" if at_space else " ")
     words = [_VQA_NUMBERS.get(word, word) for word in _VQA_PERIOD.sub("", text).split()]
     return " ".join(_VQA_CONTRACTIONS.get(word, word) for word in words if word not in _VQA_ARTICLES)
 
@@ -145,25 +145,25 @@ def chosen(answer: str, choices: Sequence[str]) -> str | None:
     5. it has the text of one choice in it.
     """
     letters, answer = LETTERS[: len(choices)], answer.strip().replace("*", "")
-    one = f"[{letters}{letters.lower()}]"
-    start = re.match(rf"\(({one})\)|({one})(?:[.):,]|\s*$|\s*\n)", answer)
+    letter = f"[{letters}{letters.lower()}]"
+    start = re.match(rf"\(({letter})\)|({letter})(?:[.):,]|\s*$|\s*\n)", answer)
     if start:
         return (start[1] or start[2]).upper()
     texts = [normalise(text) for text in choices]
     if texts.count(normalise(answer)) == 1:
         return letters[texts.index(normalise(answer))]
     # A small letter, A or I after such words is a choice unless a word follows, as in "the answer is a dog".
-    said = re.findall(
+    stated = re.findall(
         r"\b(?i:answer|option|choice)(?i:\s+is)?\s*:?\s*(?i:option\s+|choice\s+)?"
-        rf"(?:\(({one})\)|(?=[B-HJ-Z])([{letters}])(?![\w'’])|({one})(?![\w'’])(?!\s+(?!because|since|as\b)\w))",
+        rf"(?:\(({letter})\)|(?=[B-HJ-Z])([{letters}])(?![\w'’])|({letter})(?![\w'’])(?!\s+(?!because|since|as\b)\w))",
         answer,
     )
-    if said:
-        return "".join(said[-1]).upper()
+    if stated:
+        return "".join(stated[-1]).upper()
     for pattern in (rf"\(([{letters}])\)", rf"(?<![\w'’])([{letters}])(?![\w'’])"):
-        found = set(re.findall(pattern, answer)) - (set() if pattern.startswith(r"\(") else {"A", "I"})
-        if len(found) == 1:
-            return found.pop()
+        candidates = set(re.findall(pattern, answer)) - (set() if pattern.startswith(r"\(") else {"A", "I"})
+        if len(candidates) == 1:
+            return candidates.pop()
     within = [text for text in texts if text and re.search(rf"(?<!\w){re.escape(text)}(?!\w)", normalise(answer))]
     longest = [text for text in within if not any(text != other and text in other for other in within)]
     return letters[texts.index(longest[0])] if len(longest) == 1 and texts.count(longest[0]) == 1 else None
@@ -202,9 +202,9 @@ def facts(answer: str, references: Sequence[str]) -> float:
     neither a missing nor a repeated clause is free. No clause and no fact: 1.
     """
     clauses = Counter(filter(None, map(normalise, _CLAUSE_END.split(answer))))
-    wanted = Counter(normalise(reference) for reference in references)
-    most = max(clauses.total(), wanted.total())
-    return (clauses & wanted).total() / most if most else 1.0
+    expected = Counter(normalise(reference) for reference in references)
+    most = max(clauses.total(), expected.total())
+    return (clauses & expected).total() / most if most else 1.0
 
 
 def edit_distance(first: str, second: str) -> int:
@@ -230,10 +230,10 @@ def _spaced(text: str) -> str:
 
 
 def _relaxed_match(answer: str, reference: str) -> bool:
-    found, wanted = _number(answer), _number(reference)
-    if found is None or wanted is None:
+    value, expected = _number(answer), _number(reference)
+    if value is None or expected is None:
         return answer.lower() == reference.lower()
-    return abs(found - wanted) <= RELAXED_TOLERANCE * abs(wanted)
+    return abs(value - expected) <= RELAXED_TOLERANCE * abs(expected)
 
 
 def _number(text: str) -> float | None:

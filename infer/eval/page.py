@@ -1,4 +1,7 @@
-"""The page of an evaluation's report. `eval_report` fills in what stands between @@; texts stay texts."""
+"""The page of an evaluation's report; `report` fills in the fields between @@, with all texts escaped.
+
+Tested with the report, in tests/infer/eval/test_evaluate.py.
+"""
 
 PAGE = """<!doctype html>
 <html lang="en">

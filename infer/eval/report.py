@@ -1,4 +1,7 @@
-"""The browsable report of an evaluation: one HTML page that needs no network, and a folder of thumbnails beside it."""
+"""The browsable report of an evaluation: one HTML page that needs no network, and a folder of thumbnails beside it.
+
+Tested in tests/infer/eval/test_evaluate.py.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import hashlib
 import html
 import json
 import re
-import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,11 +17,11 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from dsvl2_jax.checkpoint.staging import write_text
+from dsvl2_jax.checkpoint.staging import replacing, write_text
 from dsvl2_jax.errors import DataError
 from dsvl2_jax.infer.eval.page import PAGE
 from dsvl2_jax.infer.eval.samples import Sample
-from dsvl2_jax.inputs.image_sources import ImageStore, resolve
+from dsvl2_jax.inputs.image_sources import ImageStore, resolve_image
 from dsvl2_jax.inputs.images import load_image
 
 REPORT_NAME, THUMBNAILS_NAME = "report.html", "thumbnails"
@@ -56,9 +58,8 @@ class Thumbnails:
                 continue
             small = image.copy()
             small.thumbnail((_SIDE, _SIDE))
-            partial = file.with_suffix(f".{threading.get_ident()}.new")
-            small.save(partial, "JPEG", quality=_QUALITY)
-            partial.replace(file)
+            with replacing(file) as new:
+                small.save(new, "JPEG", quality=_QUALITY)
 
     def complete(self, store: ImageStore) -> None:
         """Makes those that are missing, for samples that an earlier run answered without showing them.
@@ -69,7 +70,7 @@ class Thumbnails:
             if all((self.directory / _file_name(reference)).exists() for reference in sample.images):
                 continue
             try:
-                self.make(sample, [load_image(resolve(reference, store)) for reference in sample.images])
+                self.make(sample, [load_image(resolve_image(reference, store)) for reference in sample.images])
             except OSError as error:
                 raise DataError(f"sample {sample.id}: {error}") from error
 
@@ -98,7 +99,7 @@ def write_report(
         # Inside a script element only "<" could end it.
         "DATA": json.dumps(shown, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
     }
-    page = re.sub("@@([A-Z]+)@@", lambda place: parts[place[1]], PAGE)
+    page = re.sub("@@([A-Z]+)@@", lambda match: parts[match[1]], PAGE)
     file = out / REPORT_NAME
     write_text(file, page)
     return file

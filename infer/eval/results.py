@@ -1,4 +1,7 @@
-"""The directory of an evaluation: what it is of, and a result per line that a killed run does not lose."""
+"""The directory of an evaluation: what it is of, and a result per line that a killed run does not lose.
+
+Tested in tests/infer/eval/test_evaluate.py.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from dsvl2_jax.checkpoint.locate import PARAMS_NAME, model_files
-from dsvl2_jax.checkpoint.staging import locked, write_text
+from dsvl2_jax.checkpoint.staging import NEW_SUFFIX, locked, write_text
 from dsvl2_jax.errors import RunError
+from dsvl2_jax.json_files import read_json_object
 
 IDENTITY_NAME, RESULTS_NAME = "run.json", "results.jsonl"
 VERSION = 1
@@ -41,7 +45,7 @@ class EvalRun:
 
 @contextlib.contextmanager
 def open_run(path: Path, identity: Mapping[str, Any]) -> Iterator[EvalRun]:
-    """Begins an evaluation in a directory, or goes on with the one that is there.
+    """Starts an evaluation in a directory, or resumes the one that is there.
 
     Args:
       identity: what makes results comparable: nested objects of texts and numbers.
@@ -68,18 +72,15 @@ def open_run(path: Path, identity: Mapping[str, Any]) -> Iterator[EvalRun]:
 def _check_identity(path: Path, identity: dict[str, Any]) -> None:
     file = path / IDENTITY_NAME
     if not file.exists():
-        if others := sorted(p.name for p in path.iterdir() if not p.name.endswith(".new")):
+        if others := sorted(p.name for p in path.iterdir() if not p.name.endswith(NEW_SUFFIX)):
             raise RunError(f"{path}: holds no evaluation, but {', '.join(others[:3])}. Choose another --out.")
         write_text(file, json.dumps(identity, indent=1, ensure_ascii=False) + "\n")
         return
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(f"{file}: not JSON ({error}). Remove {path}, or choose another --out.") from None
+    before = read_json_object(file, RunError, f"Remove {path}, or choose another --out.")
     if changes := list(_changes(before, identity)):
         raise RunError(
             f"{path}: holds the results of another evaluation: {'; '.join(changes)}. Choose another --out, or remove "
-            "the directory to begin anew."
+            "the directory to start over."
         )
 
 
@@ -96,9 +97,9 @@ def _read_results(file: Path) -> dict[int, dict[str, Any]]:
     if not file.exists():
         return {}
     content = file.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
+    complete = content[: content.rfind(b"\n") + 1]
     results = {}
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(complete.splitlines(), 1):
         try:
             result = json.loads(line)
             results[result["line"]] = result
@@ -107,30 +108,32 @@ def _read_results(file: Path) -> dict[int, dict[str, Any]]:
                 f"{file}:{number}: not a result ({type(error).__name__}: {error}). Remove this line: its sample is "
                 "then answered again."
             ) from None
-    if len(whole) < len(content):
+    if len(complete) < len(content):
         with file.open("r+b") as torn:
-            torn.truncate(len(whole))
+            torn.truncate(len(complete))
     return results
 
 
 def file_digest(file: Path) -> str:
-    """Tells files apart. Raises OSError."""
+    """16 hexadecimal digits of the SHA-256 of a file's contents. Raises OSError."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()[:_DIGEST]
 
 
 def checkpoint_digest(directory: Path) -> str:
-    """Tells checkpoints apart, from their files: names, sizes, and contents (of a large file, pieces all over it).
+    """16 hexadecimal digits that differ where checkpoints do: names, sizes and contents of their files.
+
+    Of a large file, pieces spread evenly over it are read.
 
     Args:
-      directory: of `checkpoint.resolve`.
+      directory: as `dsvl2_jax.checkpoint.locate.resolve` returns it.
     """
     params = directory / PARAMS_NAME
     files = [p for p in params.rglob("*") if p.is_file()] if params.is_dir() else directory.glob("*.safetensors")
-    named = [(str(p.relative_to(directory)), p) for p in files]
-    named += [(p.name, p) for p in model_files(directory).glob("*.json")]
+    names_and_files = [(str(p.relative_to(directory)), p) for p in files]
+    names_and_files += [(p.name, p) for p in model_files(directory).glob("*.json")]
     digest = hashlib.sha256()
-    for name, file in sorted(named):
+    for name, file in sorted(names_and_files):
         size = file.stat().st_size
         digest.update(f"{name}\0{size}\0".encode())
         with file.open("rb") as opened:

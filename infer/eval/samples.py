@@ -1,4 +1,7 @@
-"""What `dsvl2 eval` reads: a question with its reference per JSON line (docs/evaluation.md), and how it is scored."""
+"""What `dsvl2 eval` reads: a question with its reference per JSON line (docs/evaluation.md), and how it is scored.
+
+Tested in tests/infer/eval/test_evaluate.py.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from PIL import Image
 from dsvl2_jax.errors import DataError, DSVL2Error, UsageError
 from dsvl2_jax.infer.eval import metrics
 from dsvl2_jax.inputs.grounding import parse_boxes
-from dsvl2_jax.inputs.image_sources import ImageStore, resolve
+from dsvl2_jax.inputs.image_sources import ImageStore, resolve_image
 from dsvl2_jax.inputs.images import ImageSource, load_image
 from dsvl2_jax.inputs.records import parse_record
 from dsvl2_jax.inputs.tokenizer import IMAGE_TOKEN
@@ -44,7 +47,7 @@ class Sample:
     choices: tuple[str, ...] = ()
     boxes: tuple[tuple[float, ...], ...] = ()  # x1, y1, x2, y2 in pixels of the last image
     facts: tuple[str, ...] = ()
-    group: str | None = None  # samples of one group count as one, as right as the least right of them
+    group: str | None = None  # samples of one group count as one, with the lowest of their scores
 
     @property
     def question(self) -> str:
@@ -69,10 +72,10 @@ class Score:
 
 
 def score(sample: Sample, answer: str, boxes: Sequence[Sequence[float]]) -> Score:
-    """How right an answer is; ``boxes`` are those that it has, in pixels."""
+    """The score of an answer; ``boxes`` are those in it, x1, y1, x2, y2 in pixels of the last image."""
     if sample.metric == "iou":
-        found = metrics.boxes_iou(boxes, sample.boxes)
-        return Score(float(found >= metrics.IOU_THRESHOLD), found)
+        mean_iou = metrics.boxes_iou(boxes, sample.boxes)
+        return Score(float(mean_iou >= metrics.IOU_THRESHOLD), mean_iou)
     if sample.metric == "choice":
         return Score(max(metrics.choice(answer, sample.choices, reference) for reference in sample.answers))
     return Score(getattr(metrics, sample.metric)(answer, sample.facts if sample.metric == "facts" else sample.answers))
@@ -89,7 +92,7 @@ def read_samples(
       metric: for records without their own.
       template: the prompt, with ``{question}`` and ``{choices}`` (and ``\\n`` for a new line); None: `TEMPLATE`, with
         choices `CHOICE_TEMPLATE`.
-      limit: read so many samples at most.
+      limit: read at most this many samples.
 
     Raises:
       UsageError: the metric or template is no such thing.
@@ -189,16 +192,16 @@ class _Reader:
         content = turns[-1]["content"]
         start = _TAG_LINES.match(content).end()
         lines = "\n".join(f"{letter}. {text}" for letter, text in zip(metrics.LETTERS, choices, strict=False))
-        # One pass, so that what stands in a question is never taken for a place of the template.
+        # One pass, so that a question's own text is never taken for a field of the template.
         filled = re.sub(
-            r"\{(question|choices)\}", lambda place: content[start:] if place[1] == "question" else lines, template
+            r"\{(question|choices)\}", lambda match: content[start:] if match[1] == "question" else lines, template
         )
         return (*turns[:-1], {"role": "user", "content": content[:start] + filled})
 
     def _size(self, reference: Any) -> tuple[int, int]:
         name = reference if isinstance(reference, str) else None
         if name not in self._sizes:
-            size = _header_size(resolve(reference, self.store))
+            size = _header_size(resolve_image(reference, self.store))
             if name is None:
                 return size
             self._sizes[name] = size
@@ -239,10 +242,10 @@ def _boxes(
         written = [parse_boxes(answer, sizes) for answer in answers[:1]]
         return tuple((float(b.x1), float(b.y1), float(b.x2), float(b.y2)) for boxes in written for b in boxes)
     boxes, (width, height) = record["boxes"], sizes[-1]
-    whole = isinstance(boxes, list) and all(
+    well_formed = isinstance(boxes, list) and all(
         isinstance(box, list) and len(box) == 4 and all(type(x) in (int, float) for x in box) for box in boxes
     )
-    if not whole:
+    if not well_formed:
         raise DataError(f'"boxes" is {json.dumps(boxes)[:60]}, expected a list of [x1, y1, x2, y2] in pixels.')
     for x1, y1, x2, y2 in boxes:
         inside = min(x1, y1) >= -_OVERHANG and x2 <= width + _OVERHANG and y2 <= height + _OVERHANG

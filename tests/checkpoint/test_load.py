@@ -6,10 +6,12 @@ import jax
 import numpy as np
 import pytest
 import released_checkpoint
+from flax.traverse_util import flatten_dict
 
-from dsvl2_jax.checkpoint import load, orbax_io, rules
-from dsvl2_jax.checkpoint.load import batches, load_params
-from dsvl2_jax.checkpoint.locate import MANIFEST_NAME, PARAMS_NAME, kind, resolve
+from dsvl2_jax.checkpoint import rules
+from dsvl2_jax.checkpoint.leaves import batches
+from dsvl2_jax.checkpoint.load import load_params
+from dsvl2_jax.checkpoint.locate import MANIFEST_NAME, PARAMS_NAME
 from dsvl2_jax.checkpoint.safetensors_source import Source
 from dsvl2_jax.convert.to_orbax import convert
 from dsvl2_jax.errors import CheckpointError, UsageError
@@ -36,7 +38,7 @@ def broken(converted, tmp_path):
 
 
 def flat(params):
-    return dict(orbax_io.unnest(params))
+    return flatten_dict(params)
 
 
 def assert_same(found, expected):
@@ -84,7 +86,6 @@ def test_halves_of_released_parameters_are_read_as_they_are_of_the_whole(checkpo
 def test_large_leaves_are_read_alone_and_cast_the_same(checkpoints, converted, monkeypatch):
     config = Config.from_file(checkpoints / "mini-base")
     expected = load_params(converted["mini-base"], config, "float32")
-    monkeypatch.setattr(load, "BATCH_BYTES", 10_000)
     monkeypatch.setattr(batches, "__defaults__", (10_000,))
     assert_same(load_params(converted["mini-base"], config, "float32"), expected)
 
@@ -101,15 +102,6 @@ def test_a_mesh_places_every_parameter(checkpoints, converted, sizes):
             assert_same(params, expected)
             for path, array in flat(params).items():
                 assert array.sharding.is_equivalent_to(wanted[path], array.ndim), path
-
-
-def test_kind_and_resolve_know_both_layouts(checkpoints, converted):
-    assert kind(resolve(str(checkpoints / "mini-tiny"))) == "released"
-    assert kind(resolve(converted["mini-tiny"])) == "orbax"
-    with pytest.raises(CheckpointError, match="cannot be downloaded"):
-        resolve("deepseek-ai/deepseek-vl2-tiny")  # the tests are offline
-    with pytest.raises(CheckpointError, match="no such directory"):
-        resolve("a/b/c")
 
 
 def test_an_unknown_dtype_is_a_usage_error(converted):

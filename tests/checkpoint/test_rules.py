@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dsvl2_jax.checkpoint import rules
 from dsvl2_jax.errors import CheckpointError
+from dsvl2_jax.messages import MAX_LISTED
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.released import SIZES, released_config, variant
 
@@ -175,7 +176,7 @@ def test_all_problems_are_in_one_message_and_long_lists_are_cut(released):
         assert part in message
     assert "view_seperator: found [5], expected" in message
     assert f"{quantised} tensors that are not floating point" in message
-    assert f"and {quantised - rules.LISTED} more" in message
+    assert f"and {quantised - MAX_LISTED} more" in message
     assert message.count("\n") < 40
 
 

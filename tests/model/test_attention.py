@@ -15,7 +15,7 @@ from dsvl2_jax.model.config import LanguageConfig
 from dsvl2_jax.model.layers import rotary_tables, rotate_half, rotate_interleaved
 from dsvl2_jax.sharding import make_mesh
 
-ROWS, LENGTH, SLOTS = 2, 9, 16
+ROWS, LENGTH, CACHE_LENGTH = 2, 9, 16
 
 # Of the largest element (DESIGN §5).
 TOLERANCE = 2e-5
@@ -45,11 +45,11 @@ class Variant:
     config: LanguageConfig
     params: dict
 
-    def run(self, x, positions=None, cache=None, read_cache=False):
+    def run(self, x, positions=None, cache=None, read_cache=False, decode=False):
         """(output, cache) of one call."""
         if positions is None:
             positions = np.broadcast_to(np.arange(x.shape[1], dtype=np.int32), x.shape[:2])
-        return _run(self.config, self.params, x, positions, cache, read_cache)
+        return _run(self.config, self.params, x, positions, cache, read_cache, decode)
 
     def empty_cache(self) -> dict[str, np.ndarray]:
         """Full of what must never be seen."""
@@ -58,16 +58,16 @@ class Variant:
             widths = {"latent": (cfg.kv_lora_rank,), "rope_key": (cfg.qk_rope_head_dim,)}
         else:
             widths = dict.fromkeys(("key", "value"), (cfg.kv_heads, cfg.head_dim))
-        return {name: np.full((ROWS, SLOTS, *width), 1e4, np.float32) for name, width in widths.items()}
+        return {name: np.full((ROWS, CACHE_LENGTH, *width), 1e4, np.float32) for name, width in widths.items()}
 
 
 def module(cfg: LanguageConfig) -> nn.Module:
     return (LatentAttention if cfg.use_mla else MultiHeadAttention)(cfg, jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5))
-def _run(cfg, params, x, positions, cache, read_cache):
-    return module(cfg).apply({"params": params}, x, positions, cache, read_cache)
+@functools.partial(jax.jit, static_argnums=(0, 5, 6))
+def _run(cfg, params, x, positions, cache, read_cache, decode):
+    return module(cfg).apply({"params": params}, x, positions, cache, read_cache=read_cache, decode=decode)
 
 
 @functools.cache
@@ -79,7 +79,7 @@ def inputs(length: int = LENGTH) -> np.ndarray:
 def variant(request) -> Variant:
     cfg = VARIANTS[request.param]
     positions = np.zeros((ROWS, LENGTH), np.int32)
-    init = functools.partial(module(cfg).init, cache=None, read_cache=False)
+    init = functools.partial(module(cfg).init, cache=None)
     shapes = nn.unbox(jax.eval_shape(init, jax.random.key(0), inputs(), positions)["params"])
     rng = np.random.default_rng(0)  # not init's: its biases are zero and its scales one
     values = jax.tree.map(lambda p: rng.normal(0, 0.4, p.shape).astype(np.float32), shapes)
@@ -147,7 +147,7 @@ def test_decoding_token_by_token_equals_the_whole_sequence(variant):
     whole, _ = variant.run(inputs())
     cache, steps = variant.empty_cache(), []
     for t in range(LENGTH):
-        out, cache = variant.run(inputs()[:, t : t + 1], np.full((ROWS, 1), t, np.int32), cache, read_cache=True)
+        out, cache = variant.run(inputs()[:, t : t + 1], np.full((ROWS, 1), t, np.int32), cache, True, True)
         steps.append(out)
     close(np.concatenate(steps, axis=1), whole)
 
@@ -161,7 +161,7 @@ def test_chunks_through_the_cache_equal_the_whole_sequence(variant):
 
 
 def test_rows_continue_at_their_own_positions_and_padding_is_never_seen(variant):
-    """Row 1 has 6 real tokens of 9 when decoding begins: its padding lies in slots 6 to 8 until overwritten."""
+    """Row 1 has 6 real tokens of 9 when decoding begins: its padding is at positions 6 to 8 until overwritten."""
     lengths = np.array([LENGTH, 6], np.int32)
     x = inputs(LENGTH + 3)
     expected, _ = variant.run(x)
@@ -171,7 +171,7 @@ def test_rows_continue_at_their_own_positions_and_padding_is_never_seen(variant)
         close(out[row, :length], expected[row, :length])
     for step in range(3):
         positions = lengths[:, None] + step
-        out, cache = variant.run(np.take_along_axis(x, positions[..., None], 1), positions, cache, read_cache=True)
+        out, cache = variant.run(np.take_along_axis(x, positions[..., None], 1), positions, cache, True, True)
         close(out[:, 0], expected[np.arange(ROWS), positions[:, 0]])
 
 

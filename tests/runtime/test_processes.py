@@ -134,7 +134,7 @@ def test_training_has_the_losses_of_one_process_on_any_mesh_and_goes_on_after_ki
     toy_run.make_model(tmp_path / "model")
     data, run = toy_run.make_data(tmp_path), tmp_path / "run"
     cadence = {"directory": str(run), "steps": STEPS, "checkpoint_every": EVERY, "validate_every": 99, "log_every": 1}
-    tables = {"batch": {"sequences": 4, "micro_sequences": 1}, "run": cadence, "data": {"streams": 2}}
+    tables = {"batch": {"sequences": 4, "microbatch_size": 1}, "run": cadence, "data": {"streams": 2}}
     config = toy_run.write_config(tmp_path / "config.toml", tmp_path / "model", data, run, tables)
 
     def saved():
@@ -158,7 +158,7 @@ def test_training_has_the_losses_of_one_process_on_any_mesh_and_goes_on_after_ki
     assert "process 0" in two.err(1) or "another task died" in two.err(1)
 
     # Four processes, of which two and two share a data shard, go on.
-    mesh = ("compute.mesh=data=2,tensor=2", "batch.micro_sequences=2")
+    mesh = ("compute.mesh=data=2,tensor=2", "batch.microbatch_size=2")
     four = Group(tmp_path, 4, "train", config, *mesh)
     assert four.finish() == [0] * 4, four.err(0)
     assert list(losses(run)) == list(range(1, STEPS + 1))
@@ -170,7 +170,7 @@ def test_training_has_the_losses_of_one_process_on_any_mesh_and_goes_on_after_ki
     largest_file(newest / "params").unlink()
     broken = Group(tmp_path, 2, "generate", run, "--prompt", "red", "--mesh", "tensor=2")
     assert_said_once(broken, [1, 1], f"{newest / 'params'}: damaged: ")
-    assert f"or remove {newest}: the run then goes on from" in broken.errors(0)[0]
+    assert f"or remove {newest}: the run then resumes from" in broken.errors(0)[0]
     assert "Traceback" not in broken.err(0) + broken.err(1)
 
 

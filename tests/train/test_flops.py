@@ -9,6 +9,7 @@ import pytest
 from dsvl2_jax import configs
 from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.parameter_paths import path_name
 from dsvl2_jax.model.released import released_config
 from dsvl2_jax.train.flops import step_flops
 from dsvl2_jax.train.settings.schema import ParameterRule
@@ -17,7 +18,7 @@ TRAIN, FREEZE = ParameterRule(".", train=True), ParameterRule(".", train=False)
 
 
 def rules(config: Config, frozen: tuple[str, ...] = ()) -> dict[str, ParameterRule]:
-    paths = ("/".join(keys) for keys in model.abstract_leaves(config))
+    paths = map(path_name, model.abstract_leaves(config))
     return {path: FREEZE if path.startswith((*frozen, "vision/attn_pool")) else TRAIN for path in paths}
 
 

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from golden import DATA
 from safetensors.numpy import load_file
 
 from dsvl2_jax.checkpoint import rules
 from dsvl2_jax.checkpoint.load import load_params
-from dsvl2_jax.checkpoint.orbax_io import unnest
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.inputs.batch import IGNORED_LABEL, Batch, collate
 from dsvl2_jax.inputs.processor import ModelInputs, Processor
@@ -95,7 +95,7 @@ def gradient(name: str, case: str) -> tuple[jax.Array, Sums, dict[str, np.ndarra
     dialog = mini.sample("train_dialog")
     batch = collate([mini.sample(case)], mini.config, length=len(dialog.input_ids), tile_count=len(dialog.tiles))
     (total, metrics), tree = gradient_of(mini.params, mini.config, one_sample_a_row(batch), *mini.pixels)
-    leaves = dict(unnest(jax.device_get(tree)))
+    leaves = flatten_dict(jax.device_get(tree))
     named = (leaf.parts(leaves[leaf.path]) for leaf in rules.expand(mini.config))
     return total, metrics, dict(itertools.chain.from_iterable(named))
 

@@ -14,8 +14,8 @@ from dsvl2_jax.train.settings.schema import OptimizerSettings, ParameterRule, Ru
 
 SHAPES = {"vision/kernel": (5, 3), "vision/bias": (3,), "language/kernel": (4, 6), "language/scale": (6,)}
 GROUPS = {
-    "vision/kernel": ParameterRule("^vision/", rate=0.1),
-    "vision/bias": ParameterRule("bias$", rate=0.1, decay=False),
+    "vision/kernel": ParameterRule("^vision/", lr_multiplier=0.1),
+    "vision/bias": ParameterRule("bias$", lr_multiplier=0.1, decay=False),
     "language/kernel": ParameterRule("kernel$"),
     "language/scale": ParameterRule("scale$", decay=False),
 }
@@ -59,7 +59,7 @@ def test_equals_torch_adamw(schedule):
 
     params = {path: torch.nn.Parameter(torch.tensor(value)) for path, value in arrays(0).items()}
     groups = [
-        {"params": [params[path]], "weight_decay": 0.1 if rule.decay else 0.0, "rate": rule.rate}
+        {"params": [params[path]], "weight_decay": 0.1 if rule.decay else 0.0, "rate": rule.lr_multiplier}
         for path, rule in GROUPS.items()
     ]
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
@@ -139,7 +139,7 @@ def test_warm_up_is_linear_and_never_zero():
 
 def test_cosine_falls_from_the_warm_up_to_its_floor():
     expected = [0.5, 1.0] + [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(9)]
-    assert rates(10, schedule="cosine", warmup_steps=2, final_rate=0.1) == pytest.approx(expected, abs=1e-6)
+    assert rates(10, schedule="cosine", warmup_steps=2, final_lr_multiplier=0.1) == pytest.approx(expected, abs=1e-6)
     assert rates(10, schedule="cosine")[-1] == pytest.approx(0.0, abs=1e-6)
 
 

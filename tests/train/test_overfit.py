@@ -7,10 +7,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from dsvl2_jax import configs
-from dsvl2_jax.checkpoint.orbax_io import unnest
 from dsvl2_jax.inputs.batch import collate
 from dsvl2_jax.inputs.processor import Processor
 from dsvl2_jax.model import deepseek_vl2 as model
@@ -52,7 +52,7 @@ def settings(size: str, stage: str, *more: str) -> settings.Settings:
     if stage != "align":
         overrides.append("data.train.text.path=unused")
     overrides += [f"optimizer.learning_rate={RATE}", "optimizer.schedule=constant", "optimizer.warmup_steps=0"]
-    overrides += ["batch.sequences=8", "batch.micro_sequences=8", "data.max_segments=1"]
+    overrides += ["batch.sequences=8", "batch.microbatch_size=8", "data.max_segments=1"]
     overrides += ["compute.dtype=float32", "compute.remat=none"]
     return settings.load(f"{size}-{stage}", [*overrides, *more])
 
@@ -73,7 +73,7 @@ def samples(*, mask_prompt: bool) -> TrainBatch:
 def start(size: str, stage: str):
     trainer = Trainer(config(size), settings(size, stage), HALF, HALF, None)
     params = model.init_params(config(size), jax.random.key(0))
-    kept = {path: np.asarray(leaf) for path, leaf in unnest(params)}
+    kept = {path: np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
     return trainer, trainer.init(params), kept
 
 
@@ -101,7 +101,7 @@ def test_alignment_learns_without_moving_the_language_model(size):
         state, metrics = trainer.step(state, batch)
         losses.append(float(metrics.loss))
     assert losses[-1] < 0.98 * losses[0]
-    after = dict(unnest(trainer.params(state)))
+    after = flatten_dict(trainer.params(state))
     moved = {path for path in before if not np.array_equal(after[path], before[path])}
     assert not {path for path in moved if path[0] == "language" or path[:2] == ("vision", "attn_pool")}
     expected = {path for path in before if path[0] != "language" and path[:2] != ("vision", "attn_pool")}

@@ -17,7 +17,7 @@ FROZEN = ParameterRule("attn_pool|correction_bias", train=False)
 
 
 def test_the_first_rule_that_matches_holds():
-    vision, rest = ParameterRule("^vision/", rate=0.1), ParameterRule(".")
+    vision, rest = ParameterRule("^vision/", lr_multiplier=0.1), ParameterRule(".")
     assigned = assign(PATHS, (FROZEN, vision, rest))
     assert list(assigned) == list(PATHS)
     assert [assigned[path] for path in PATHS] == [rest, FROZEN, FROZEN, vision, rest]

@@ -187,7 +187,7 @@ def sharded(toy, tmp_path):
 
     def make(**run):
         tables = {
-            "batch": {"sequences": 8, "micro_sequences": 1},
+            "batch": {"sequences": 8, "microbatch_size": 1},
             "compute": toy_run.COMPUTE | {"mesh": "data=4,expert=2"},
             "run": {"directory": str(tmp_path / "run"), "steps": 4, "checkpoint_every": 2, "validate_every": 99} | run,
         }

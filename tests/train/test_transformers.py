@@ -7,8 +7,8 @@ chunks. Theirs runs one sample at a time.
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
-from dsvl2_jax.checkpoint.orbax_io import unnest
 from dsvl2_jax.inputs.batch import IGNORED_LABEL
 from dsvl2_jax.model.config import TEXT_POSITION
 from dsvl2_jax.model.deepseek_vl2 import abstract_params
@@ -66,7 +66,7 @@ def settings(*, has_bias: bool) -> settings.Settings:
     )
     return settings.Settings(
         data=settings.DataSettings(sequence_length=LENGTH, max_segments=3),
-        batch=settings.BatchSettings(sequences=4, micro_sequences=2),
+        batch=settings.BatchSettings(sequences=4, microbatch_size=2),
         stage=settings.StageSettings(rules, BALANCE, SPEED if has_bias else 0.0),
         optimizer=settings.OptimizerSettings(learning_rate=RATE, schedule="step", weight_decay=DECAY),
         compute=settings.ComputeSettings(dtype="float32", remat="full", loss_chunk=8),
@@ -158,8 +158,8 @@ def test_twenty_adamw_steps_equal(case):
     assert np.mean(losses[-BATCHES:]) < 0.9 * np.mean(losses[:BATCHES])  # there was something to learn
 
     weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    expected = dict(unnest(filled(ours, released_names(weights), "language")))
-    found, before = (dict(unnest(tree)) for tree in (trainer.params(state)["language"], start))
+    expected = flatten_dict(filled(ours, released_names(weights), "language"))
+    found, before = (flatten_dict(tree) for tree in (trainer.params(state)["language"], start))
     assert found.keys() == expected.keys()
     for path, want in expected.items():
         change = np.linalg.norm(want - before[path])

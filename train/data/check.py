@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 from rich.table import Table
 
 from dsvl2_jax.checkpoint.locate import resolve
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.inputs.processor import Processor
-from dsvl2_jax.train.data.samples import SampleSource, Unusable
+from dsvl2_jax.runtime.progress import progress
+from dsvl2_jax.train.data.samples import SampleSource, SkippedSample
 from dsvl2_jax.train.settings.schema import DataSettings, SourceSettings
 
 _AT_A_TIME = 512  # samples handed to the threads; bounds what waits
@@ -95,7 +95,7 @@ def examine(
     problems: list[str] = []
     sizes: list[tuple[int, int, int]] = []
     for found in _measured(source):
-        if isinstance(found, Unusable):
+        if isinstance(found, SkippedSample):
             broken[found.reason] += 1
             if len(problems) < most_problems:
                 problems.append(f"{found.name}: {found.message}")
@@ -182,25 +182,23 @@ def draw(summary: Summary, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _measured(source: SampleSource) -> Iterator[tuple[int, int, int] | Unusable]:
+def _measured(source: SampleSource) -> Iterator[tuple[int, int, int] | SkippedSample]:
     """(tokens, supervised tokens, tiles) of each sample in order, or what is wrong with it."""
 
-    def measure(index: int) -> tuple[int, int, int] | Unusable:
+    def measure(index: int) -> tuple[int, int, int] | SkippedSample:
         item = source[index]
-        if isinstance(item, Unusable):
+        if isinstance(item, SkippedSample):
             return item
         # A segment's first token is never predicted.
         return len(item["tokens"]), int((item["tokens"][1:, 1] >= 0).sum()), len(item["tiles"])
 
-    console = Console(stderr=True)
     with (
         concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads,
-        Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
+        progress("reading", len(source), unit="items", transient=True) as advance,
     ):
-        task = progress.add_task("reading", total=len(source))
         for start in range(0, len(source), _AT_A_TIME):
             for found in threads.map(measure, range(start, min(start + _AT_A_TIME, len(source)))):
-                progress.advance(task)
+                advance(1)
                 yield found
 
 

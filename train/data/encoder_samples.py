@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from dsvl2_jax.errors import ImageError, SampleError
-from dsvl2_jax.inputs.image_sources import ImageStore, resolve
+from dsvl2_jax.inputs.image_sources import ImageStore, resolve_image
 from dsvl2_jax.inputs.images import load_image
 from dsvl2_jax.inputs.processor import ModelInputs, Processor
-from dsvl2_jax.inputs.records import BAD_CONVERSATION, BAD_RECORD, Record, _kind, _unreadable, image_references
+from dsvl2_jax.inputs.records import BAD_CONVERSATION, BAD_RECORD, Record, image_references, type_name, unreadable_image
 from dsvl2_jax.inputs.tokenizer import IMAGE_TOKEN, Tokenizer
 from dsvl2_jax.model.config import TEXT_POSITION
 
@@ -49,9 +49,9 @@ def process_pair(record: Record, processor: Processor, store: ImageStore, text_l
     truncated = len(ids) >= text_length
     tokens = np.array([*ids[: text_length - 1], tokenizer.eos_id], np.int32)
     try:
-        tile = processor.global_view(resolve(record.images[0], store))
+        tile = processor.global_view(resolve_image(record.images[0], store))
     except ImageError as error:
-        raise _unreadable(error, record.images[:1]) from error
+        raise unreadable_image(error, record.images[:1]) from error
     return (
         ModelInputs(
             input_ids=tokens,
@@ -95,18 +95,18 @@ def parse_regions(record: Any, own_images: Sequence[Any] = ()) -> Regions:
     Raises SampleError, saying what was found and expected.
     """
     if not isinstance(record, Mapping):
-        raise SampleError(BAD_RECORD, f"expected a JSON object, found {_kind(record)}.")
+        raise SampleError(BAD_RECORD, f"expected a JSON object, found {type_name(record)}.")
     images = list(own_images) or image_references(record)
     if not images:
         raise SampleError(NO_IMAGE, "has no image, which training on regions needs.")
     given = record.get("regions")
     if not isinstance(given, list) or not given:
-        raise SampleError(BAD_RECORD, f'"regions" is {_kind(given)}, expected a list of one or more regions.')
+        raise SampleError(BAD_RECORD, f'"regions" is {type_name(given)}, expected a list of one or more regions.')
     found = []
     for number, region in enumerate(given, 1):
         where = f"region {number}"
         if not isinstance(region, Mapping):
-            raise SampleError(BAD_RECORD, f"{where} is {_kind(region)}, expected an object.")
+            raise SampleError(BAD_RECORD, f"{where} is {type_name(region)}, expected an object.")
         box = region.get("box")
         if not (
             isinstance(box, list)
@@ -157,11 +157,11 @@ def process_regions(
     """
     try:
         image = load_image(
-            resolve(regions.image, store), processor.apply_exif_orientation, rescale_16bit=processor.rescale_16bit
+            resolve_image(regions.image, store), processor.apply_exif_orientation, rescale_16bit=processor.rescale_16bit
         )
         tile = processor.global_view(image)
     except ImageError as error:
-        raise _unreadable(error, [regions.image]) from error
+        raise unreadable_image(error, [regions.image]) from error
     ids, codes, count, truncated = [], [], 0, False
     for box, said in regions.boxes:
         where = _patches(box, image.size, tile.shape[0], processor.config.patch_size)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dsvl2_jax.errors import SampleError
-from dsvl2_jax.inputs.batch import IGNORED_LABEL
-from dsvl2_jax.inputs.processor import ModelInputs
+from dsvl2_jax.inputs.batch import IGNORED_LABEL, rebased
+from dsvl2_jax.inputs.processor import ModelInputs, image_tokens
 from dsvl2_jax.model.config import TEXT_POSITION
 from dsvl2_jax.train.data.batch import TrainBatch
 
@@ -63,7 +63,8 @@ def fit(inputs: ModelInputs, shape: RowShape, too_long: str, tokens_per_side: in
             raise SampleError(TOO_MANY_TOKENS, f"{length} tokens, rows have {shape.tokens}.")
         raise SampleError(TOO_MANY_TILES, f"{tiles} tiles, rows have room for {shape.tiles}.")
     tiles_after = np.cumsum(1 + inputs.tile_grid.prod(axis=1))
-    tokens_after = np.cumsum(_image_lengths(inputs.tile_grid, tokens_per_side))
+    cols, rows = inputs.tile_grid.astype(np.int64).T
+    tokens_after = np.cumsum(image_tokens(cols, rows, tokens_per_side))
     image_positions = np.flatnonzero(inputs.image_mask)
     end = min(length, shape.tokens)
     images = int(np.searchsorted(tiles_after, shape.tiles, side="right"))  # so many have room for their tiles
@@ -149,17 +150,10 @@ def assemble(
             place += len(sample_tiles)
         # By segment, padding (segment 0) first: where its tiles begin, among those of its accumulation step.
         before = np.concatenate([[0, 0], np.cumsum(counts)[:-1]]) + number % in_step * shape.tiles
-        index = tokens[2, number]
-        index += np.where(index >= 0, before[segments[number]] * tokens_per_tile, 0).astype(np.int32)
+        tokens[2, number] = rebased(tokens[2, number], before[segments[number]] * tokens_per_tile)
         with_images[number] = np.array([False, *(n > 0 for n in counts)])[segments[number]]
     lead = (accumulation, in_step, shape.tokens)
     return TrainBatch(
         *(column.reshape(lead) for column in (*tokens, positions, segments, with_images)),
         tiles=tiles.reshape(accumulation, in_step * shape.tiles, tile_size, tile_size, 3),
     )
-
-
-def _image_lengths(grid: np.ndarray, side: int) -> np.ndarray:
-    """Tokens of each image, i64[images], for grids i32[images, 2] of (cols, rows); FACTS §2 has the layout."""
-    cols, rows = grid.astype(np.int64).T
-    return side * (side + 1) + 1 + side * rows * (side * cols + 1)

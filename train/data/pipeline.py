@@ -34,13 +34,13 @@ from dsvl2_jax.train.data import packing
 from dsvl2_jax.train.data.batch import TrainBatch
 from dsvl2_jax.train.data.encoder_samples import NO_ATTRIBUTE, NO_IMAGE, Pairs
 from dsvl2_jax.train.data.packing import TOO_LONG, RowShape
-from dsvl2_jax.train.data.samples import Unusable, fingerprint, open_sources
+from dsvl2_jax.train.data.samples import SkippedSample, fingerprint, open_sources
 from dsvl2_jax.train.settings.schema import DataSettings, Settings
 
 __all__ = [
+    "BatchShard",
     "DataStats",
     "Pipeline",
-    "Share",
     "StepData",
     "Validation",
     "fingerprint",
@@ -103,28 +103,28 @@ class StepData:
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
+class BatchShard:
     """How a step's rows are split, and which of them this process computes. The step's rows do not depend on it."""
 
-    own: Sequence[int] = (0,)  # data shards of this process, ascending
-    shards: int = 1  # of all processes
+    data_shards: Sequence[int] = (0,)  # of this process, ascending
+    total_shards: int = 1  # of all processes
     rows: int = 1  # of a data shard in an accumulation step
     accumulation: int = 1  # A
 
-    def places(self, streams: int) -> list[tuple[int, int]]:
+    def stream_rows(self, streams: int) -> list[tuple[int, int]]:
         """(stream, row of its part of the step) of each row of this process's batch, accumulation step by step.
 
         A stream's rows are those of neighbouring data shards, if the numbers allow it, so that few processes read it.
         """
-        at_once = self.shards * self.rows
+        at_once = self.total_shards * self.rows
         step = [(row * streams // at_once, a, row) for a in range(self.accumulation) for row in range(at_once)]
         number = {(a, row): divmod(n, len(step) // streams) for n, (_, a, row) in enumerate(sorted(step))}
-        own = [shard * self.rows + row for shard in self.own for row in range(self.rows)]
-        return [number[a, row] for a in range(self.accumulation) for row in own]
+        local = [shard * self.rows + row for shard in self.data_shards for row in range(self.rows)]
+        return [number[a, row] for a in range(self.accumulation) for row in local]
 
 
-def open_training(settings: Settings, processor: Processor, config: Config, share: Share) -> Pipeline:
-    """The endless training data of one process: its share of every step's rows.
+def open_training(settings: Settings, processor: Processor, config: Config, shard: BatchShard) -> Pipeline:
+    """The endless training data of one process: its part of every step's rows.
 
     ``data.streams`` streams, each with its own samples of every epoch, give equally many rows to a step. A process
     reads the streams that its rows are of.
@@ -144,14 +144,14 @@ def open_training(settings: Settings, processor: Processor, config: Config, shar
     weights = [source.weight for source in sources.values()]
     total = -(-sum(map(len, opened)) // data.streams)
     streams = {}
-    for stream in sorted({stream for stream, _ in share.places(data.streams)}):
+    for stream in sorted({stream for stream, _ in shard.stream_rows(data.streams)}):
         mixed = grain.MapDataset.mix([epoch[stream :: data.streams] for epoch in epochs], weights=weights)
-        streams[stream] = _Usable(mixed, data, total, workers=data.workers)
+        streams[stream] = _UsableSamples(mixed, data, total, workers=data.workers)
     seed = settings.run.seed if data.shuffle else None
-    return Pipeline(_Steps(streams, data.streams, share, opened[0].shape, seed, processor, config, ahead=True))
+    return Pipeline(_Steps(streams, data.streams, shard, opened[0].shape, seed, processor, config, ahead=True))
 
 
-def open_validation(settings: Settings, processor: Processor, config: Config, share: Share) -> Validation | None:
+def open_validation(settings: Settings, processor: Processor, config: Config, shard: BatchShard) -> Validation | None:
     """The held-out samples of all validation files, in order, each once; None when the settings name no file.
 
     They are one stream, so that every process has equally many steps. Arguments and errors are those of
@@ -162,8 +162,8 @@ def open_validation(settings: Settings, processor: Processor, config: Config, sh
     data, pairs = _reading(settings)
     opened = open_sources("data.validation", data.validation, processor, data, pairs)
     samples = grain.MapDataset.concatenate([grain.MapDataset.source(source) for source in opened])
-    usable = _Usable(samples, data, len(samples), threads=data.workers)
-    return Validation(lambda: _Steps({0: usable}, 1, share, opened[0].shape, None, processor, config))
+    usable = _UsableSamples(samples, data, len(samples), threads=data.workers)
+    return Validation(lambda: _Steps({0: usable}, 1, shard, opened[0].shape, None, processor, config))
 
 
 def _reading(settings: Settings) -> tuple[DataSettings, Pairs | None]:
@@ -235,10 +235,10 @@ class Validation:
             steps.close()
 
 
-class _Usable(grain.IterDataset):
+class _UsableSamples(grain.IterDataset):
     """The usable `packing.element`s among a map dataset's `SampleSource` items.
 
-    Unusable ones are logged, and their reasons go along with the next usable one, so that a continued run counts
+    SkippedSample ones are logged, and their reasons go along with the next usable one, so that a continued run counts
     them in the same step. `total` is the number of samples of an epoch.
     """
 
@@ -250,9 +250,9 @@ class _Usable(grain.IterDataset):
         self.interrupted = False  # set to end reading soon, from another thread
         self.left_over: list[str] = []  # reasons of unusable samples after the last usable one, once that is known
 
-    def __iter__(self) -> _UsableIterator:
+    def __iter__(self) -> _UsableSamplesIterator:
         self.left_over = []
-        return _UsableIterator(self)
+        return _UsableSamplesIterator(self)
 
     def read_from(self, start: int) -> grain.DatasetIterator:
         options = grain.ReadOptions(self.threads, self.threads * _BUFFER)
@@ -264,10 +264,10 @@ class _Usable(grain.IterDataset):
         return iter(rest.mp_prefetch(workers, worker_init_fn=_start_worker))
 
 
-class _UsableIterator(grain.DatasetIterator):
+class _UsableSamplesIterator(grain.DatasetIterator):
     """Its state is the number of samples read, whatever the workers have read ahead, and two counts."""
 
-    def __init__(self, dataset: _Usable):
+    def __init__(self, dataset: _UsableSamples):
         super().__init__()
         self._dataset = dataset
         self._inner: grain.DatasetIterator | None = None
@@ -285,11 +285,11 @@ class _UsableIterator(grain.DatasetIterator):
                 self._dataset.left_over = skipped
                 raise
             self._state["read"] += 1
-            if isinstance(item, Unusable):
+            if isinstance(item, SkippedSample):
                 skipped.append(item.reason)
                 self._leave_out(item)
             self._check()
-            if not isinstance(item, Unusable):
+            if not isinstance(item, SkippedSample):
                 self._state["useless"] = 0
                 if type(item["tiles"]) is not np.ndarray:
                     # Shared memory is given back at once: a packer's worth of tiles would fill a container's.
@@ -297,7 +297,7 @@ class _UsableIterator(grain.DatasetIterator):
                 return item | {"skipped": skipped}
         raise StopIteration
 
-    def _leave_out(self, item: Unusable) -> None:
+    def _leave_out(self, item: SkippedSample) -> None:
         _LOG.warning("%s: left out (%s): %s", item.name, item.reason, item.message)
         self._problems = [*self._problems[1 - _LAST_PROBLEMS :], f"{item.name}: {item.message}"]
         self._state["useless"] += 1
@@ -359,13 +359,13 @@ def _start_worker(index: int, count: int) -> None:
 
 
 class _Steps(Iterator[StepData]):
-    """Packs each stream's samples into rows, and rows into this process's share of the steps."""
+    """Packs each stream's samples into rows, and rows into this process's part of the steps."""
 
     def __init__(
         self,
-        streams: Mapping[int, _Usable],
+        streams: Mapping[int, _UsableSamples],
         count: int,
-        share: Share,
+        shard: BatchShard,
         shape: RowShape,
         seed: int | None,
         processor: Processor,
@@ -373,10 +373,10 @@ class _Steps(Iterator[StepData]):
         *,
         ahead: bool = False,
     ):
-        """``streams``: those that the share needs, of ``count``."""
-        self._streams, self._share, self._shape = streams, share, shape
-        self._places = share.places(count)
-        self._rows = share.shards * share.rows * share.accumulation // count  # of a stream in a step
+        """``streams``: those that the shard needs, of ``count``."""
+        self._streams, self._shard, self._shape = streams, shard, shape
+        self._stream_rows = shard.stream_rows(count)
+        self._rows = shard.total_shards * shard.rows * shard.accumulation // count  # of a stream in a step
         self.names = list(map(str, streams))
         self.parts = count / len(streams)
         self._packed = {}
@@ -394,20 +394,20 @@ class _Steps(Iterator[StepData]):
             rows[number] = list(itertools.islice(packed, self._rows))
         if not any(rows.values()):
             raise StopIteration
-        for number, found in rows.items():
-            found += [None] * (self._rows - len(found))
-            self._stats[number] += self._counted(found, self._streams[number])
+        for number, stream_rows in rows.items():
+            stream_rows += [None] * (self._rows - len(stream_rows))
+            self._stats[number] += self._counted(stream_rows, self._streams[number])
         batch = packing.assemble(
-            [rows[stream][row] for stream, row in self._places],
+            [rows[stream][row] for stream, row in self._stream_rows],
             self._shape,
-            accumulation=self._share.accumulation,
+            accumulation=self._shard.accumulation,
             tile_size=self._tile_size,
             tokens_per_tile=self._tokens_per_tile,
         )
-        names = [name for found in rows.values() for row in found if row for name in row["name"]]
+        names = [name for stream_rows in rows.values() for row in stream_rows if row for name in row["name"]]
         return StepData(batch, names, functools.reduce(operator.add, self._stats.values()))
 
-    def _counted(self, rows: Sequence[packing.Row | None], samples: _Usable) -> DataStats:
+    def _counted(self, rows: Sequence[packing.Row | None], samples: _UsableSamples) -> DataStats:
         full = [row for row in rows if row is not None]
         skipped = Counter(samples.left_over)
         samples.left_over = []

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dsvl2_jax.errors import DataError, SampleError
-from dsvl2_jax.inputs.image_sources import FilePool, ImageStore, expand, index_tar, open_images
+from dsvl2_jax.inputs.image_sources import FilePool, ImageStore, expand_paths, index_tar, open_images
 from dsvl2_jax.inputs.processor import Processor
 from dsvl2_jax.inputs.records import parse_record, process
 from dsvl2_jax.train.data import packing
@@ -23,7 +23,7 @@ UNREADABLE, UNEXPECTED = "file unreadable", "unexpected error"
 
 
 @dataclasses.dataclass(frozen=True)
-class Unusable:
+class SkippedSample:
     """A sample that is left out, on its way from a worker."""
 
     name: str
@@ -49,7 +49,7 @@ class SampleSource:
         one image and its text.
         """
         self.label = label
-        self.files: list[DataFile] = [open_data_file(path) for path in expand(source.path, label)]
+        self.files: list[DataFile] = [open_data_file(path) for path in expand_paths(source.path, label)]
         self._ends = np.cumsum([len(file) for file in self.files])
         if not len(self):
             raise DataError(f"{source.path}: no samples ({label}). The file is empty, or the archive has no texts.")
@@ -70,7 +70,7 @@ class SampleSource:
     def may_have_images(self) -> bool:
         return any(file.may_have_images for file in self.files)
 
-    def __getitem__(self, index: int) -> dict[str, Any] | Unusable:
+    def __getitem__(self, index: int) -> dict[str, Any] | SkippedSample:
         """`packing.element`, or why there is none. Raises nothing: a bad sample must not end a worker."""
         file, place = self._locate(int(index))
         name = file.name(place)
@@ -91,11 +91,11 @@ class SampleSource:
                 side = self._processor.config.tokens_per_side
                 inputs, truncated = packing.fit(inputs, self.shape, self._data.too_long, side)
         except SampleError as error:
-            return Unusable(name, error.reason, str(error))
+            return SkippedSample(name, error.reason, str(error))
         except OSError as error:
-            return Unusable(name, UNREADABLE, str(error))
+            return SkippedSample(name, UNREADABLE, str(error))
         except Exception as error:  # whatever a stranger's data sets off in the libraries that read it
-            return Unusable(name, UNEXPECTED, f"{type(error).__name__}: {error}")
+            return SkippedSample(name, UNEXPECTED, f"{type(error).__name__}: {error}")
         return packing.element(inputs, name, truncated=truncated)
 
     def _locate(self, index: int) -> tuple[DataFile, int]:
@@ -141,8 +141,8 @@ def fingerprint(settings: Settings) -> dict[str, str]:
         for name, source in sources.items():
             if label == "data.train" and source.weight <= 0:
                 continue
-            for path in expand(source.path, f"{label}.{name}"):
+            for path in expand_paths(source.path, f"{label}.{name}"):
                 digests[path] = open_data_file(path).digest
             if source.images.endswith(".tar"):
-                digests |= {path: index_tar(path).digest for path in expand(source.images, "image shards")}
+                digests |= {path: index_tar(path).digest for path in expand_paths(source.images, "image shards")}
     return digests

@@ -67,7 +67,7 @@ class Report:
         self._parts = parts
         self._peak = peak_flops(jax.devices()[0].device_kind)
         self._schedule = learning_rate(settings.optimizer, settings.run.steps)
-        self._rates = sorted({rule.rate for rule in settings.stage.parameters if rule.train}, reverse=True)
+        self._rates = sorted({rule.lr_multiplier for rule in settings.stage.parameters if rule.train}, reverse=True)
         self._log = RunLog(self._directory)
         self._board: Any = None
         self._console = console or Console(stderr=True)

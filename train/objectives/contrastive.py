@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import ArrayLike, DTypeLike
 
 from dsvl2_jax.model import deepseek_vl2 as model
@@ -83,7 +83,7 @@ def init_auxiliary(config: Config, settings: Settings, rng: jax.Array) -> dict[s
     def is_box(_: Any, leaf: Any) -> bool:
         return isinstance(leaf, nn.LogicallyPartitioned)
 
-    flat = flax.traverse_util.flatten_dict(tower, sep="/", is_leaf=is_box)
+    flat = flatten_dict(tower, sep="/", is_leaf=is_box)
     drawn = draw({path: box.value.shape for path, box in flat.items()}, None, rng)
     flat = {path: box.replace_boxed(drawn[path]) for path, box in flat.items()}
     return {TEXT + path: leaf for path, leaf in flat.items()} | scalars(settings)
@@ -151,7 +151,7 @@ def rows_of_tiles(x: jax.Array, rows: int) -> jax.Array:
 def text_features(auxiliary: dict[str, jax.Array], config: Config, batch: TrainBatch, settings: Settings) -> jax.Array:
     """f32[B, W] of length 1. ``auxiliary``: of `init_auxiliary`, unboxed."""
     own = {path.removeprefix(TEXT): leaf for path, leaf in auxiliary.items() if path.startswith(TEXT)}
-    params = flax.traverse_util.unflatten_dict(own, sep="/")
+    params = unflatten_dict(own, sep="/")
     tower = text_tower(config, settings)
     return normalised(tower.apply({"params": params}, jnp.asarray(batch.ids), jnp.asarray(batch.segments) > 0))
 

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from dsvl2_jax.checkpoint.orbax_io import nest, unnest
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import Params
 from dsvl2_jax.train.data.batch import TrainBatch
@@ -92,11 +92,11 @@ class ContrastiveTrainer(BaseTrainer):
         """Draws the encoder anew if ``contrastive.fresh_encoder`` says so; the rest stays."""
         if not self.settings.contrastive.fresh_encoder:
             return params
-        old = {"/".join(path): leaf for path, leaf in unnest(params["vision"])}
+        old = flatten_dict(params["vision"], sep="/")
         shapes = {path: leaf.shape for path, leaf in old.items()}
         shardings = {path: leaf.sharding for path, leaf in old.items()}
         fresh = jax.jit(functools.partial(draw, shapes, self.config.vision.grid), out_shardings=shardings)(self._key(2))
-        return params | {"vision": nest({tuple(path.split("/")): leaf for path, leaf in fresh.items()})}
+        return params | {"vision": unflatten_dict(fresh, sep="/")}
 
     def _key(self, number: int) -> jax.Array:
         """Not the key of the model's own parameters, if these are random."""
@@ -138,8 +138,7 @@ class ContrastiveTrainer(BaseTrainer):
     def _parts(self, trained: Arrays, state: TrainState) -> tuple[Params, Arrays]:
         """The model's parameters and the auxiliary ones. ``trained`` has both kinds."""
         everything = {**state.biases, **state.frozen, **{path: trained[path] for path in state.trained}}
-        params = nest({tuple(path.split("/")): leaf for path, leaf in everything.items()})
-        return params, {path: trained[path] for path in state.optimizer["auxiliary"]}
+        return unflatten_dict(everything, sep="/"), {path: trained[path] for path in state.optimizer["auxiliary"]}
 
     def _loss(self, trained: Arrays, state: TrainState, batch: TrainBatch) -> tuple[jax.Array, ContrastiveMetrics]:
         params, auxiliary = self._parts(trained, state)

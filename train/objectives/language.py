@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import unflatten_dict
 from jax import lax
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from dsvl2_jax.checkpoint.orbax_io import nest
 from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.parameter_paths import path_name
 from dsvl2_jax.train.data.batch import TrainBatch
 from dsvl2_jax.train.flops import StepFlops, step_flops
 from dsvl2_jax.train.loss import LossOptions, Sums, loss_fn, step_totals
@@ -120,8 +121,7 @@ class Trainer(BaseTrainer):
         return _metrics(jax.tree.map(lambda part: part.sum(0), parts), jnp.float32(jnp.nan))
 
     def _loss(self, params: Mapping[str, jax.Array], micro: TrainBatch, totals: Any) -> tuple[jax.Array, Sums]:
-        nested = nest({tuple(path.split("/")): leaf for path, leaf in params.items()})
-        return loss_fn(nested, self.config, micro, totals, *self._pixels, self._options)
+        return loss_fn(unflatten_dict(params, sep="/"), self.config, micro, totals, *self._pixels, self._options)
 
     def _moved_biases(self, biases: Arrays, load: jax.Array) -> Arrays:
         """Bias update of ``noaux_tc``: up by the speed where the load was below its layer's mean, down where above."""
@@ -131,7 +131,7 @@ class Trainer(BaseTrainer):
         moves = speed * jnp.sign(load.mean(-1, keepdims=True) - load)  # [L, E], in order of layers
         moved, first = {}, 0
         for path in self._members:  # in order of layers
-            name = "/".join(path)
+            name = path_name(path)
             if name in biases:
                 count = len(self._members[path])
                 moved[name] = biases[name] + moves[first : first + count].reshape(biases[name].shape)

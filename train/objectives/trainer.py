@@ -18,13 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from dsvl2_jax.checkpoint.orbax_io import LeafPath, nest
 from dsvl2_jax.errors import SettingsError
+from dsvl2_jax.inputs.batch import rebased
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import Params, abstract_leaves
+from dsvl2_jax.model.parameter_paths import LeafPath, path_name
 from dsvl2_jax.sharding import ACTIVATION_RULES, PARAM_RULES, partition_spec, split_further
 from dsvl2_jax.train.data.batch import TrainBatch
 from dsvl2_jax.train.flops import StepFlops
@@ -74,7 +76,7 @@ class BaseTrainer:
         self.mesh = mesh
         self._pixels = np.asarray(mean, np.float32), np.asarray(std, np.float32)
         self._members = stacked_paths(config, list(abstract_leaves(config)), stack=settings.compute.scan_layers)
-        paths = ("/".join(path) for path in abstract_leaves(config))
+        paths = map(path_name, abstract_leaves(config))
         # By the paths of layers apart.
         self.parameter_rules = assign(paths, settings.stage.parameters, settings.stage.objective)
         self.rules = self._stacked_rules()
@@ -105,13 +107,13 @@ class BaseTrainer:
         """Stacked path → rule."""
         rules = {}
         for path, members in self._members.items():
-            found = {self.parameter_rules["/".join(member)] for member in members}
+            found = {self.parameter_rules[path_name(member)] for member in members}
             if len(found) > 1:
                 raise SettingsError(
-                    f"stage.parameters: {'/'.join(members[0])} … {'/'.join(members[-1])} follow different rules, but "
+                    f"stage.parameters: {path_name(members[0])} … {path_name(members[-1])} follow different rules, but "
                     "these layers are trained as one stack: give them one rule, or set compute.scan_layers = false."
                 )
-            rules["/".join(path)] = found.pop()
+            rules[path_name(path)] = found.pop()
         return rules
 
     def begin(self, params: Params) -> Params:
@@ -128,7 +130,7 @@ class BaseTrainer:
         abstract = self.abstract_state()
         parts: dict[str, Arrays] = {"trained": {}, "biases": {}, "frozen": {}}
         for path, members in self._members.items():
-            name = "/".join(path)
+            name = path_name(path)
             part = self._part(name)
             target = getattr(abstract, part)[name]
             leaves = {member: _take(params, member) for member in members}
@@ -148,7 +150,7 @@ class BaseTrainer:
             stacked = path != members[0]
             shape, axes = ((len(members), *shape), (None, *axes)) if stacked else (shape, axes)
             sharding = self._sharding(shape, axes, stacked)
-            name = "/".join(path)
+            name = path_name(path)
             shapes[self._part(name)][name] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
         step = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._whole())
         return TrainState(step=step, optimizer=self._abstract_optimizer(shapes["trained"]), **shapes)
@@ -170,7 +172,7 @@ class BaseTrainer:
 
     def params(self, state: TrainState) -> Params:
         """The parameters as a checkpoint holds them: nested, layers separate. They share no memory with the state."""
-        return nest(self._separate({**state.trained, **state.biases, **state.frozen}))
+        return unflatten_dict(self._separate({**state.trained, **state.biases, **state.frozen}))
 
     def step(self, state: TrainState, batch: TrainBatch) -> tuple[TrainState, Any]:
         """One optimizer step; the state given is consumed. ``batch``: numpy, the rows of this process."""
@@ -193,7 +195,7 @@ class BaseTrainer:
             return batch
         own, shards = data_shards(self.mesh)
         devices = self.mesh.size // shards  # of a data shard
-        rows = self.settings.batch.micro_sequences
+        rows = self.settings.batch.microbatch_size
         if batch.ids.shape[1] != rows * len(own):
             raise ValueError(f"{batch.ids.shape[1]} rows given, {rows} for each of {len(own)} data shards expected")
         per_row = self.config.tokens_per_tile
@@ -206,8 +208,8 @@ class BaseTrainer:
         index = batch.image_index
         if count:
             tile = np.maximum(index, 0) // per_row
-            tile = np.asarray(own)[tile // given] * even + tile % given
-            index = np.where(index >= 0, tile * per_row + index % per_row, index).astype(np.int32)
+            moved = np.asarray(own)[tile // given] * even + tile % given
+            index = rebased(index, (moved - tile) * per_row)
 
         def put(x: np.ndarray, shard: int, spec: PartitionSpec) -> jax.Array:
             """``shard``: entries of a data shard along axis 1."""
@@ -232,7 +234,7 @@ class BaseTrainer:
         return {path: leaf.astype(dtype) for path, leaf in stacked.items()}
 
     def _unstacked(self, leaves: Arrays) -> dict[LeafPath, jax.Array]:
-        separate = {tuple(path.split("/")): leaf for path, leaf in leaves.items()}
+        separate = {path: leaves[path_name(path)] for path in self._members}
         separate = unstack_layers(separate, self.config, stack=self.settings.compute.scan_layers)
         # A jitted function returns an argument that it does not change as it is, hence the copy.
         return {path: jnp.copy(leaf) for path, leaf in separate.items()}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dsvl2_jax.errors import UsageError
+from dsvl2_jax.messages import did_you_mean
 
 if TYPE_CHECKING:
     from dsvl2_jax.train.settings.schema import DataSettings, Settings, StageSettings
@@ -37,7 +37,7 @@ _RANGES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "data.streams": _POSITIVE,
     "data.max_broken_share": _SHARE,
     "batch.sequences": _POSITIVE,
-    "batch.micro_sequences": _POSITIVE,
+    "batch.microbatch_size": _POSITIVE,
     "stage.balance_loss_weight": _NOT_NEGATIVE,
     "stage.bias_update_speed": _NOT_NEGATIVE,
     "contrastive.text_layers": _POSITIVE,
@@ -72,9 +72,7 @@ def fields(settings: Settings, leaves: Mapping[str, Any]) -> Iterator[Problem]:
     """
     for name, allowed in _CHOICES.items():
         if leaves[name] not in allowed:
-            near = difflib.get_close_matches(leaves[name], allowed, 1)
-            hint = f"; did you mean {near[0]}?" if near else "."
-            yield _path(name), f"{leaves[name]!r} is none of {', '.join(allowed)}{hint}"
+            yield _path(name), f"{leaves[name]!r} is none of {', '.join(allowed)}{did_you_mean(leaves[name], allowed)}"
     for name, (text, holds) in _RANGES.items():
         if not holds(leaves[name]):
             yield _path(name), f"must be {text}, not {leaves[name]}."
@@ -111,8 +109,11 @@ def _stage(stage: StageSettings) -> Iterator[Problem]:
             re.compile(rule.match)
         except re.error as error:
             yield (*where, "match"), f"{rule.match!r} is not a regular expression: {error}."
-        if rule.rate <= 0:
-            yield (*where, "rate"), f"must be positive, not {rule.rate}; to freeze parameters say train = false."
+        if rule.lr_multiplier <= 0:
+            yield (
+                (*where, "lr_multiplier"),
+                f"must be positive, not {rule.lr_multiplier}; to freeze parameters say train = false.",
+            )
 
 
 def together(settings: Settings) -> Iterator[Problem]:
@@ -124,9 +125,9 @@ def together(settings: Settings) -> Iterator[Problem]:
         shards = batch_parts(parse_mesh(settings.compute.mesh))
     except UsageError as error:
         yield ("compute", "mesh"), str(error).removeprefix("--mesh: ")
-    if batch.micro_sequences > 0 and batch.sequences % (batch.micro_sequences * shards):
+    if batch.microbatch_size > 0 and batch.sequences % (batch.microbatch_size * shards):
         parts = f" × {shards} data shards" if shards > 1 else ""
-        unit = f"micro_sequences = {batch.micro_sequences}{parts}"
+        unit = f"microbatch_size = {batch.microbatch_size}{parts}"
         yield ("batch", "sequences"), f"{batch.sequences} is no multiple of {unit}."
     if settings.data.streams > 0 and batch.sequences % settings.data.streams:
         yield ("data", "streams"), f"{settings.data.streams} does not divide batch.sequences = {batch.sequences}."

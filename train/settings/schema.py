@@ -7,7 +7,6 @@ Paths in them are relative to the working directory.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import re
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dsvl2_jax.errors import SettingsError
+from dsvl2_jax.messages import did_you_mean, nearest
 from dsvl2_jax.train.settings import check as settings_check
 from dsvl2_jax.train.settings.check import Problem
 
@@ -61,10 +61,10 @@ class DataSettings:
 
 @dataclasses.dataclass(frozen=True)
 class BatchSettings:
-    """``[batch]``: sequences of one optimizer step. Accumulation steps follow: sequences / (micro × data shards)."""
+    """``[batch]``: sequences of one optimizer step; accumulation steps = sequences / (microbatch × data shards)."""
 
     sequences: int = 64  # rows in a step, over all devices and accumulation steps
-    micro_sequences: int = 1  # rows that a data shard computes at a time
+    microbatch_size: int = 1  # rows that a data shard computes at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class ParameterRule:
 
     match: str = ""
     train: bool = True
-    rate: float = 1.0  # factor on the learning rate
+    lr_multiplier: float = 1.0  # factor on the learning rate
     decay: bool = True  # weight decay
 
 
@@ -166,7 +166,7 @@ COMMAND_LINE = "command line"
 # What a resumed run may change: none of it reaches the parameters.
 _MAY_CHANGE = (
     "compute.mesh",
-    "batch.micro_sequences",
+    "batch.microbatch_size",
     "data.validation",
     "data.max_broken_share",
     "data.workers",
@@ -202,8 +202,7 @@ def find(name: str | Path) -> Path:
         return path
     if str(name) in known:
         return known[str(name)]
-    near = difflib.get_close_matches(path.stem, known, 1)
-    hint = f"; did you mean {near[0]}?" if near else "."
+    hint = did_you_mean(path.stem, known)
     raise SettingsError(f"{name}: no such file, and no such preset{hint} The presets are {', '.join(known)}.")
 
 
@@ -361,13 +360,11 @@ def _build(kind: Any, raw: Any, where: settings_check.Path, problems: list[Probl
 
 
 def _unknown(key: str, siblings: Sequence[str]) -> str:
-    near = difflib.get_close_matches(key, siblings, 1)
-    if near:
-        return f"unknown key; did you mean {near[0]}?"
+    if near := nearest(key, siblings):
+        return f"unknown key; did you mean {near}?"
     everywhere = {name.rpartition(".")[2]: name for name in _field_names(Settings)}
-    near = difflib.get_close_matches(key, everywhere, 1)
-    if near:
-        return f"unknown key here; did you mean {everywhere[near[0]]}?"
+    if near := nearest(key, everywhere):
+        return f"unknown key here; did you mean {everywhere[near]}?"
     return f"unknown key; the keys here are {', '.join(siblings)}."
 
 
@@ -433,6 +430,6 @@ def _literal(value: Any) -> str:
 
 
 def _name(where: settings_check.Path) -> str:
-    """stage.parameters[0].rate, as in messages."""
+    """stage.parameters[0].lr_multiplier, as in messages."""
     parts = (f"[{key}]" if isinstance(key, int) else f".{key}" for key in where)
     return "".join(parts).removeprefix(".")

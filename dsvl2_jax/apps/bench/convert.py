@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from dsvl2_jax.checkpoint import rules
-from dsvl2_jax.checkpoint.safetensors_source import leaf_bytes
+from dsvl2_jax.checkpoint.leaves import leaf_bytes
 from dsvl2_jax.checkpoint.staging import refuse_existing, staged, sync_tree
 from dsvl2_jax.convert.to_safetensors import ShardWriter
 from dsvl2_jax.errors import CheckpointError, UsageError

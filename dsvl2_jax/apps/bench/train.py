@@ -333,7 +333,7 @@ def _ours(ids: np.ndarray, setting: Setting) -> tuple[Callable[[], float], int, 
     )
     settings = schema.Settings(
         data=schema.DataSettings(sequence_length=length, tiles_per_sequence=0, max_segments=1),
-        batch=schema.BatchSettings(sequences=rows, micro_sequences=rows),
+        batch=schema.BatchSettings(sequences=rows, microbatch_size=rows),
         stage=schema.StageSettings(rules, balance_loss_weight=0.0),
         optimizer=schema.OptimizerSettings(learning_rate=LEARNING_RATE),
         compute=schema.ComputeSettings(dtype="float32", remat=setting.remat, loss_chunk=256),

@@ -21,9 +21,8 @@ def convert(
         max_memory: the most memory for tensors on their way, e.g. 4GiB. A single larger tensor still passes.
     """
     from dsvl2_jax.convert.to_orbax import convert as run
-    from dsvl2_jax.convert.to_orbax import parse_bytes
 
-    run(src, dst, dtype=dtype, max_memory=parse_bytes(max_memory))
+    run(src, dst, dtype=dtype, max_memory=max_memory)
 
 
 def export(ckpt: Positional[str], dst: Positional[Path], *, dtype: Dtype | None = None) -> None:

@@ -8,16 +8,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from dsvl2_jax.checkpoint.load import stays_float32
-from dsvl2_jax.checkpoint.orbax_io import nest
 from dsvl2_jax.infer.decode import DecodeState, next_state
 from dsvl2_jax.infer.sampling import SamplingArrays
 from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model.cache import cache_layout
 from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.parameter_paths import stays_float32
 from dsvl2_jax.sharding import ACTIVATION_RULES, partition_spec
 
 
@@ -43,7 +43,7 @@ def abstract_parameters(config: Config, mesh: Mesh, dtype: DTypeLike) -> model.P
         sharding = functools.reduce(lambda tree, key: tree[key], path, shardings)
         kind = jnp.float32 if stays_float32(path) else dtype
         flat[path] = jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
-    return nest(flat)
+    return unflatten_dict(flat)
 
 
 def _array(mesh: Mesh, dtype: DTypeLike, shape: tuple[int, ...], *axes: str | None) -> jax.ShapeDtypeStruct:
@@ -73,7 +73,7 @@ def _prefill(config: Config, mesh: Mesh, batch: int, sequence: int, dtype: DType
 
 def _decode(config: Config, mesh: Mesh, batch: int, sequence: int, dtype: DTypeLike) -> jax.stages.Lowered:
     def row(kind: DTypeLike) -> jax.ShapeDtypeStruct:
-        return _array(mesh, kind, (batch,), "rows")
+        return _array(mesh, kind, (batch,), "decode_batch")
 
     state = DecodeState(
         cache=_cache(config, mesh, batch, sequence, dtype),

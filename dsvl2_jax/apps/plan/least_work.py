@@ -11,6 +11,7 @@ import math
 from dsvl2_jax.model.cache import cache_layout
 from dsvl2_jax.model.config import Config, LanguageConfig
 from dsvl2_jax.model.deepseek_vl2 import abstract_leaves
+from dsvl2_jax.model.parameter_paths import path_name
 from dsvl2_jax.train.flops import StepFlops, step_flops
 from dsvl2_jax.train.settings.schema import ParameterRule
 
@@ -88,7 +89,7 @@ def _experts(config: LanguageConfig, weights: _Weights, tokens: int) -> int:
 def _forward(config: Config) -> StepFlops:
     """Of a forward pass alone."""
     frozen = ParameterRule(train=False)
-    return step_flops(config, {"/".join(path): frozen for path in abstract_leaves(config)})
+    return step_flops(config, {path_name(path): frozen for path in abstract_leaves(config)})
 
 
 def _language(config: Config) -> _Weights:

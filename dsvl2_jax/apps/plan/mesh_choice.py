@@ -8,10 +8,10 @@ from typing import Any
 
 from dsvl2_jax.apps.plan.job import ITEMSIZE, Job
 from dsvl2_jax.apps.plan.training_step import check_batch, training_state_bytes
-from dsvl2_jax.checkpoint.orbax_io import LeafPath
 from dsvl2_jax.model.cache import cache_layout
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import abstract_leaves
+from dsvl2_jax.model.parameter_paths import LeafPath
 from dsvl2_jax.runtime.hardware import Topology
 from dsvl2_jax.sharding import ACTIVATION_RULES, MESH_AXES, PARAM_RULES, batch_parts, mesh_axes, partition_spec
 
@@ -56,7 +56,7 @@ def _device_load(config: Config, job: Job, sizes: dict[str, int]) -> float:
     if job.kind == "encode":
         return 1 / pieces((job.batch,), ("tiles",), sizes, ACTIVATION_RULES)
     if job.kind != "decode":
-        rows = job.batch if job.settings is None else job.settings.batch.micro_sequences * sizes["data"]
+        rows = job.batch if job.settings is None else job.settings.batch.microbatch_size * sizes["data"]
         heads = (rows, job.sequence, cfg.num_attention_heads, 1)
         return 1 / pieces(heads, ("batch", "length", "heads", "head_dim"), sizes, ACTIVATION_RULES)
     visited = min(1.0, job.batch * cfg.num_experts_per_tok / cfg.n_routed_experts) if cfg.n_routed_experts else 0.0
@@ -113,4 +113,4 @@ def _divides(job: Job, sizes: dict[str, int]) -> bool:
     if job.settings is None:
         return True
     batch = job.settings.batch
-    return batch.sequences % (batch.micro_sequences * batch_parts(sizes)) == 0
+    return batch.sequences % (batch.microbatch_size * batch_parts(sizes)) == 0

@@ -23,6 +23,7 @@ from dsvl2_jax.apps.plan.mesh_choice import (
     resident_parts,
 )
 from dsvl2_jax.apps.plan.training_step import check_batch, lower_training_step
+from dsvl2_jax.messages import first_line
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.runtime.hardware import CompilerMissing, Topology, compile_devices
 from dsvl2_jax.sharding import ACTIVATION_RULES, PARAM_RULES, batch_parts, check_mesh, make_mesh
@@ -104,7 +105,7 @@ def _compile(
     except Exception as error:  # the compiler's own
         if "RESOURCE_EXHAUSTED" not in str(error) and "memory" not in str(error):
             raise
-        problem = {"problem": str(error).splitlines()[0]}
+        problem = {"problem": first_line(error)}
     return compiled, {
         "compiled": True,
         "trace_seconds": round(traced - begun, 1),
@@ -155,7 +156,7 @@ def mean_trip_count(config: Config, job: Job, sizes: dict[str, int]) -> float:
     if job.kind != "decode" or not config.language.n_routed_experts:
         return 1.0
     shards = pieces((config.language.n_routed_experts,), ("expert",), sizes, PARAM_RULES)
-    copies = pieces((job.batch,), ("rows",), sizes, ACTIVATION_RULES)
+    copies = pieces((job.batch,), ("decode_batch",), sizes, ACTIVATION_RULES)
     assignments = job.batch * config.language.num_experts_per_tok / copies
     return assignments / (shards * -(-assignments // shards))
 

@@ -8,13 +8,13 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dsvl2_jax.apps.plan.job import Job
 from dsvl2_jax.apps.plan.planner import plan
+from dsvl2_jax.checkpoint.staging import write_text
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.runtime.compile_cache import user_cache
 from dsvl2_jax.runtime.hardware import Topology
@@ -93,8 +93,6 @@ def _write(file: Path, report: dict[str, Any]) -> None:
     """Whole or not at all; a directory that cannot be written to costs the cache, not the plan."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".part", delete=False, encoding="utf-8") as part:
-            json.dump(report, part)
-        Path(part.name).replace(file)
+        write_text(file, json.dumps(report))
     except OSError:
         return

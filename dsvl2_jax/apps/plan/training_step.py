@@ -9,13 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, path_aware_map, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsvl2_jax.apps.plan.least_work import Work
-from dsvl2_jax.checkpoint.load import stays_float32
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import abstract_leaves
+from dsvl2_jax.model.parameter_paths import LeafPath, path_name, stays_float32
 from dsvl2_jax.sharding import ACTIVATION_RULES, PARAM_RULES, batch_parts, mesh_axes, partition_spec, split_further
 from dsvl2_jax.train.flops import step_flops
 from dsvl2_jax.train.parameter_rules import assign
@@ -40,7 +41,7 @@ def preset_settings(
     sizes = {
         "batch.sequences": sequences,
         "data.sequence_length": length,
-        "batch.micro_sequences": micro,
+        "batch.microbatch_size": micro,
         # The presets leave the data to the user; nothing is read of them here.
         "data.train.vl.path": "planned.jsonl",
         "data.train.text.path": "planned.jsonl" if kind == "pretrain" else None,
@@ -52,9 +53,9 @@ def preset_settings(
 def check_batch(settings: Settings, sizes: dict[str, int]) -> None:
     """Raises UsageError when a step's sequences cannot be split evenly."""
     batch, shards = settings.batch, batch_parts(sizes)
-    if batch.sequences % (batch.micro_sequences * shards):
+    if batch.sequences % (batch.microbatch_size * shards):
         raise UsageError(
-            f"a step of {batch.sequences} sequences is no multiple of {batch.micro_sequences} at a time on each of "
+            f"a step of {batch.sequences} sequences is no multiple of {batch.microbatch_size} at a time on each of "
             f"{shards} data shards; change --batch, --micro or --mesh."
         )
 
@@ -62,7 +63,7 @@ def check_batch(settings: Settings, sizes: dict[str, int]) -> None:
 def program_settings(settings: Settings) -> dict[str, Any]:
     """The settings that shape the program, as a JSON object."""
     return {
-        "micro": settings.batch.micro_sequences,
+        "micro": settings.batch.microbatch_size,
         "tiles": settings.data.tiles_per_sequence,
         "remat": settings.compute.remat,
         "dtype": settings.compute.dtype,
@@ -76,7 +77,7 @@ def training_work(config: Config, settings: Settings) -> Work:
     Every row is one sample, which is the most that attention can cost; all places for tiles are filled. Bytes: the
     state is read and written once, and every accumulation step reads the layers' weights once a pass.
     """
-    rules = assign(("/".join(path) for path in abstract_leaves(config)), settings.stage.parameters)
+    rules = assign(map(path_name, abstract_leaves(config)), settings.stage.parameters)
     full = settings.compute.remat == "full"
     sequences, length = settings.batch.sequences, settings.data.sequence_length
     tiles = sequences * settings.data.tiles_per_sequence
@@ -86,20 +87,20 @@ def training_work(config: Config, settings: Settings) -> Work:
     state = weights = 0.0
     for path, (shape, _) in abstract_leaves(config).items():
         size = math.prod(shape)
-        state += 2 * (_STORED + moments) * size if rules["/".join(path)].train else 0
+        state += 2 * (_STORED + moments) * size if rules[path_name(path)].train else 0
         weights += width * size
     return Work(flops, state + (3 if full else 2) * weights)
 
 
 def training_state_bytes(config: Config, settings: Settings, sizes: dict[str, int]) -> float:
     """Bytes of a device that parameters, gradients and optimizer state take."""
-    rules = assign(("/".join(path) for path in abstract_leaves(config)), settings.stage.parameters)
+    rules = assign(map(path_name, abstract_leaves(config)), settings.stage.parameters)
     moments = 2 * jnp.dtype(settings.optimizer.state_dtype).itemsize
     total = 0.0
     for path, (shape, axes) in abstract_leaves(config).items():
         spec = split_further(partition_spec(shape, axes, sizes, PARAM_RULES), shape, sizes)
         names = [name for entry in spec for name in mesh_axes(entry)]
-        trained = rules["/".join(path)].train
+        trained = rules[path_name(path)].train
         width = 2 * _STORED + moments if trained else 4 if stays_float32(path) else 2
         total += width * math.prod(shape) / math.prod(sizes[name] for name in names)
     return total
@@ -111,12 +112,12 @@ def lower_training_step(config: Config, settings: Settings, mesh: Mesh) -> jax.s
 
     trainer = Trainer(config, settings, (0.5,) * 3, (0.5,) * 3, mesh)
     state = trainer.abstract_state()
-    frozen = {name: _stored(name, leaf) for name, leaf in state.frozen.items()}
+    frozen = flatten_dict(path_aware_map(_stored, unflatten_dict(state.frozen, sep="/")), sep="/")
     return trainer.lower(dataclasses.replace(state, frozen=frozen), abstract_batch(config, settings, mesh))
 
 
-def _stored(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    kind = jnp.float32 if stays_float32(tuple(name.split("/"))) else jnp.bfloat16
+def _stored(path: LeafPath, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    kind = jnp.float32 if stays_float32(path) else jnp.bfloat16
     return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=leaf.sharding)
 
 
@@ -126,12 +127,12 @@ def abstract_batch(config: Config, settings: Settings, mesh: Mesh) -> Any:
 
     sizes, batch = dict(mesh.shape), settings.batch
     shards = batch_parts(sizes)
-    steps = batch.sequences // (batch.micro_sequences * shards)
-    rows = (steps, batch.micro_sequences * shards, settings.data.sequence_length)
+    steps = batch.sequences // (batch.microbatch_size * shards)
+    rows = (steps, batch.microbatch_size * shards, settings.data.sequence_length)
     by_row = NamedSharding(mesh, PartitionSpec(None, ACTIVATION_RULES["batch"]))
     by_tile = NamedSharding(mesh, PartitionSpec(None, ACTIVATION_RULES["tiles"]))
     others = mesh.size // shards  # devices among which a data shard's tiles are dealt out
-    tiles = -(-batch.micro_sequences * settings.data.tiles_per_sequence // others) * mesh.size
+    tiles = -(-batch.microbatch_size * settings.data.tiles_per_sequence // others) * mesh.size
     side = config.vision.image_size
     whole = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=by_row)
     return TrainBatch(

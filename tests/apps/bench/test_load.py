@@ -6,14 +6,15 @@ import json
 import math
 
 import pytest
+from flax.traverse_util import flatten_dict
 
 from dsvl2_jax.apps.bench.convert import random_checkpoint
 from dsvl2_jax.apps.bench.load import bench_load
 from dsvl2_jax.apps.cli.main import main
-from dsvl2_jax.checkpoint import orbax_io
 from dsvl2_jax.convert.to_orbax import convert
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import abstract_leaves, entry_axes, param_shardings
+from dsvl2_jax.model.parameter_paths import path_name
 from dsvl2_jax.sharding import make_mesh
 
 MESHES = {2: {"expert": 2}, 4: {"tensor": 2, "expert": 2}}
@@ -39,7 +40,7 @@ def test_each_process_holds_its_shard_and_reads_little_more(layouts, count, caps
 
     config, directories = layouts
     mesh = make_mesh(**MESHES[count], devices=jax.devices()[:count])
-    shardings = dict(orbax_io.unnest(param_shardings(config, mesh)))
+    shardings = flatten_dict(param_shardings(config, mesh))
     leaves = {path: shape for path, (shape, _) in abstract_leaves(config).items()}
     sizes = {path: (4 if "router" in path else 2) for path in leaves}  # bytes of an entry
     shard = sum(math.prod(shardings[path].shard_shape(shape)) * sizes[path] for path, shape in leaves.items())
@@ -60,7 +61,7 @@ def test_each_process_holds_its_shard_and_reads_little_more(layouts, count, caps
 
 def test_experts_and_heads_have_one_axis_each(layouts):
     config, _ = layouts
-    axes = {"/".join(path): axis for path, axis in entry_axes(config).items()}
+    axes = {path_name(path): axis for path, axis in entry_axes(config).items()}
     assert axes["language/layers_1/mlp/experts/gate_proj"] == 0
     assert axes["language/layers_1/self_attn/q_proj/kernel"] == axes["language/layers_1/self_attn/v_proj/kernel"] == 1
     assert axes["language/layers_1/self_attn/o_proj/kernel"] == 0

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import toy_run
+from flax.traverse_util import flatten_dict, unflatten_dict
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageChops
@@ -19,17 +20,18 @@ from dsvl2_jax import configs
 from dsvl2_jax.apps.cli.main import main
 from dsvl2_jax.apps.micro import build, synthetic
 from dsvl2_jax.apps.micro.demo import ASKED, LOCATED, _judge, demo
-from dsvl2_jax.checkpoint import orbax_io, rules
-from dsvl2_jax.checkpoint.load import load_params, stays_float32
+from dsvl2_jax.checkpoint import rules
+from dsvl2_jax.checkpoint.load import load_params
 from dsvl2_jax.checkpoint.locate import resolve
 from dsvl2_jax.checkpoint.safetensors_source import DIGESTS_NAME, Source, check_digests
 from dsvl2_jax.convert.doctor import doctor
 from dsvl2_jax.errors import CheckpointError, UsageError
-from dsvl2_jax.infer.engine import Room
+from dsvl2_jax.infer.engine import MinBatchShape
 from dsvl2_jax.infer.loading import LoadOptions
 from dsvl2_jax.inputs.processor import Processor
 from dsvl2_jax.inputs.tokenizer import IMAGE_TOKEN, PROCESSOR_TOKENS, Tokenizer
 from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.parameter_paths import stays_float32
 from dsvl2_jax.train.run_directory import Identity, model_identity, opened
 from dsvl2_jax.train.settings import schema as settings
 
@@ -183,7 +185,7 @@ def runs(tmp_path_factory) -> Path:
     }
     with opened(last) as run:
         run.begin(settings.load(file), source, Identity(model_identity(source), {"data.jsonl": "abc"}))
-        run.save(6, orbax_io.nest(flat), {"count": np.zeros(1, np.float32)}, {"at": 6})
+        run.save(6, unflatten_dict(flat), {"count": np.zeros(1, np.float32)}, {"at": 6})
         run.wait()
     for stage in build.STAGES:
         steps = ({"kind": "step", "step": i, "loss": 1 / i, "image_loss": None, "tokens": 9} for i in range(1, 45))
@@ -207,7 +209,7 @@ def test_ship_writes_weights_log_and_digests_and_leaves_the_readme(runs, tmp_pat
     assert (out / "README.md").read_text() == "mine"
     assert listed(out) == MODEL_FILES
     config = Config.from_file(out)
-    params = orbax_io.unnest(load_params(resolve(runs / build.STAGES[-1]), config))
+    params = flatten_dict(load_params(resolve(runs / build.STAGES[-1]), config)).items()
     trained = {path: np.asarray(value) for path, value in params}
     with Source(out) as source:  # which checks the digests
         rules.check(source.shapes_and_dtypes, config, str(out))
@@ -293,12 +295,12 @@ def answered(loaded) -> dict[str, list[tuple]]:
         for task, group in samples.items()
     }
     # One size for all, so that it compiles once.
-    room = Room(
+    least = MinBatchShape(
         QUESTIONS,
         max(len(prompt.input_ids) for group in inputs.values() for prompt in group),
         max(sum(len(prompt.tiles) for prompt in group) for group in inputs.values()),
     )
-    answers = {task: loaded.generate(group, 96, at_least=room) for task, group in inputs.items()}
+    answers = {task: loaded.generate(group, 96, at_least=least) for task, group in inputs.items()}
     return {
         task: [(s.questions[0], answer) for s, answer in zip(group, answers[task], strict=True)]
         for task, group in samples.items()

@@ -25,7 +25,7 @@ def pictures_of(stage: str) -> list[str]:
 # Steps of each stage, and what differs from its preset.
 STAGES = {
     "language": (100, TEXTS),
-    "encoder": (150, [*CAPTIONS, "batch.sequences=64", "batch.micro_sequences=64"]),
+    "encoder": (150, [*CAPTIONS, "batch.sequences=64", "batch.microbatch_size=64"]),
     "align": (60, pictures_of("align")),
     "pretrain": (200, [*pictures_of("pretrain"), "optimizer.schedule=constant"]),
     "sft": (100, pictures_of("sft")),
@@ -70,7 +70,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for stage, (steps, changes) in STAGES.items():
         sizes = ["data.workers=0", f"run.steps={steps}", f"run.validate_every={steps}", "run.checkpoint_every=1000"]
         if stage != "encoder":
-            sizes += ["data.sequence_length=256", "batch.sequences=8", "batch.micro_sequences=8"]
+            sizes += ["data.sequence_length=256", "batch.sequences=8", "batch.microbatch_size=8"]
         commands.append(
             ["train", f"micro-{stage}", f"model.checkpoint={before}", f"run.directory={stage}", *sizes, *changes]
         )

@@ -134,12 +134,12 @@ def checked(monkeypatch: pytest.MonkeyPatch, config: Config, job: Job, place: st
         # What must be there and is no argument of a training step are its gradients, in float32. Where they are summed
         # over several sequences, one's own and the weights, in the dtype of computation, take as much again.
         gradients = max(0.0, found["resident_bytes"] - taken["arguments"])
-        gradients *= 2 if job.batch > job.settings.batch.micro_sequences * shards else 1
+        gradients *= 2 if job.batch > job.settings.batch.microbatch_size * shards else 1
     assert taken["temporaries"] - gradients <= most
     if job.kind == "encode":
         assert not whole_scores(texts[0], config.vision.patches, 1)
         return found
-    at_a_time = job.batch // shards if job.settings is None else job.settings.batch.micro_sequences
+    at_a_time = job.batch // shards if job.settings is None else job.settings.batch.microbatch_size
     tokens = max(1, at_a_time) * (1 if job.kind == "decode" else job.sequence)
     experts = language.n_routed_experts // sizes["expert"]
     assert not dense_products(texts[0], experts, tokens * language.num_experts_per_tok)

@@ -1,4 +1,4 @@
-"""`dsvl2 eval`: what it reads and refuses, how it batches, how it goes on, and what it leaves behind."""
+"""`dsvl2 eval`: what it reads and refuses, how it batches, how it resumes, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dsvl2_jax.apps.cli.main import main
 from dsvl2_jax.checkpoint.locate import open_model, resolve
 from dsvl2_jax.errors import ConversationError, DataError, DSVL2Error, RunError, UsageError
 from dsvl2_jax.infer.answer import Generation
-from dsvl2_jax.infer.engine import Room
+from dsvl2_jax.infer.engine import MinBatchShape
 from dsvl2_jax.infer.eval import evaluate
 from dsvl2_jax.infer.eval import samples as eval_data
 from dsvl2_jax.infer.eval.evaluate import EvalOptions, prompt_size
@@ -61,7 +61,7 @@ class Parrot:
     def __init__(self):
         self.processor = open_model(resolve(None))[1]
         self.batches: list[list] = []
-        self.rooms: list[Room] = []
+        self.shapes: list[MinBatchShape] = []
         self.context = 4096
         self.dies_at = None
 
@@ -73,7 +73,7 @@ class Parrot:
         if len(self.batches) == self.dies_at:
             raise KeyboardInterrupt
         self.batches.append(inputs)
-        self.rooms.append(at_least)
+        self.shapes.append(at_least)
         return [self._answer(one) for one in inputs]
 
     def _answer(self, one):
@@ -153,7 +153,7 @@ def test_batches_are_of_like_size_and_padded_alike(questions, tmp_path, parrot):
     flat = [count for batch in tiles for count in batch]
     assert flat == sorted(flat, reverse=True)
     assert [len(batch) for batch in tiles] == [2, 2, 2, 1]
-    assert parrot.rooms == [Room(rows=2, tiles=2 * max(batch)) for batch in tiles]
+    assert parrot.shapes == [MinBatchShape(rows=2, tiles=2 * max(batch)) for batch in tiles]
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(questions, tmp_path, parrot):

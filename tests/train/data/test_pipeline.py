@@ -26,15 +26,15 @@ from dsvl2_jax.model.config import Config
 from dsvl2_jax.train.data.batch import TrainBatch
 from dsvl2_jax.train.data.files import open_data_file
 from dsvl2_jax.train.data.pipeline import (
+    BatchShard,
     DataStats,
     Pipeline,
-    Share,
     StepData,
     fingerprint,
     open_training,
     open_validation,
 )
-from dsvl2_jax.train.data.samples import Unusable, open_sources
+from dsvl2_jax.train.data.samples import SkippedSample, open_sources
 from dsvl2_jax.train.settings.schema import DataSettings, RunSettings, Settings, SourceSettings
 
 MICRO = Path(configs.__file__).parent / "micro"
@@ -92,7 +92,7 @@ def make_settings(*paths: Path | str, weights: tuple[float, ...] = (), validatio
 
 
 def pipeline(settings: Settings, processor: Processor, config: Config, **sizes) -> Pipeline:
-    return open_training(settings, processor, config, Share(**({"rows": 2, "accumulation": 2} | sizes)))
+    return open_training(settings, processor, config, BatchShard(**({"rows": 2, "accumulation": 2} | sizes)))
 
 
 def take(steps: Pipeline, count: int) -> list[StepData]:
@@ -150,7 +150,7 @@ def test_a_packed_batch_is_its_samples(reference, root, processor, config):
     for source in open_sources("data.train", settings.data.train, processor, settings.data):
         for index in range(len(source)):
             item = source[index]
-            if not isinstance(item, Unusable):
+            if not isinstance(item, SkippedSample):
                 ids, labels, merge = item["tokens"].T
                 made_of = sources(merge, item["tiles"], config.tokens_per_tile)
                 samples[item["name"]] = ids.tolist(), labels.tolist(), made_of, len(item["tiles"]) > 0
@@ -186,11 +186,14 @@ def test_workers_give_the_same_data_and_states_and_continue(reference, root, pro
 def test_a_state_goes_on_with_other_processes_rows_and_streams_of_its_own(root, processor, config):
     """Two streams: the samples of every step are the same, whoever reads them, and so is what follows a state."""
     settings = make_settings(root / "mixed.jsonl", root / "text.jsonl", streams=2)
-    splits = [[Share(rows=4)], [Share(rows=1, accumulation=4)], [Share((i,), 4) for i in (0, 1, 2, 3)]]
-    splits += [[Share((0, 2), 4), Share((1, 3), 4)], [Share((i,), 2, rows=1, accumulation=2) for i in (0, 1)]]
+    splits = [[BatchShard(rows=4)], [BatchShard(rows=1, accumulation=4)], [BatchShard((i,), 4) for i in (0, 1, 2, 3)]]
+    splits += [
+        [BatchShard((0, 2), 4), BatchShard((1, 3), 4)],
+        [BatchShard((i,), 2, rows=1, accumulation=2) for i in (0, 1)],
+    ]
     state, found = None, []
     for split in splits:
-        processes = [open_training(settings, processor, config, share) for share in split]
+        processes = [open_training(settings, processor, config, shard) for shard in split]
         if state is not None:
             for steps in processes:
                 steps.set_state(json.loads(state))
@@ -209,8 +212,10 @@ def test_a_state_goes_on_with_other_processes_rows_and_streams_of_its_own(root, 
             again.close()
     assert all(len(rows) == 4 for rows in found[0])
     assert all(other == found[0] for other in found[1:])
-    assert [len(steps) for steps in (Share((0,), 2, accumulation=2).places(2), Share((1,), 2).places(1))] == [2, 1]
-    one = open_training(settings, processor, config, Share((1,), 2))
+    assert [
+        len(steps) for steps in (BatchShard((0,), 2, accumulation=2).stream_rows(2), BatchShard((1,), 2).stream_rows(1))
+    ] == [2, 1]
+    one = open_training(settings, processor, config, BatchShard((1,), 2))
     with pytest.raises(DataError, match="lacks stream 1 of"):
         one.set_state({"streams": {"0": {}}})
     one.close()
@@ -219,7 +224,7 @@ def test_a_state_goes_on_with_other_processes_rows_and_streams_of_its_own(root, 
 ORPHANS = """
 import os, sys
 import numpy as np
-sys.path.insert(0, sys.argv[2])
+sys.path[:0] = sys.argv[2:]
 from test_pipeline import MICRO, Config, Path, Processor, make_settings, pipeline
 if __name__ == "__main__":
     steps = pipeline(make_settings(Path(sys.argv[1]), workers=1), Processor.from_dir(MICRO), Config.from_file(MICRO))
@@ -233,7 +238,8 @@ if __name__ == "__main__":
 def test_workers_end_when_the_run_is_killed(root, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(ORPHANS)
-    command = [sys.executable, str(script), str(root / "text.jsonl"), str(Path(__file__).parent)]
+    folders = [str(Path(__file__).parents[n]) for n in (0, 2)]  # of this module, and of the helpers that it imports
+    command = [sys.executable, str(script), str(root / "text.jsonl"), *folders]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as run:
         workers = [int(pid) for pid in run.stdout.readline().split()]
         assert len(workers) == 1 and Path(f"/proc/{workers[0]}").exists()
@@ -334,8 +340,8 @@ def test_long_samples_are_skipped_or_truncated_and_counted(root, processor, conf
 
 def test_validation_is_read_once_in_order_and_its_last_step_padded(root, processor, config):
     settings = make_settings(root / "text.jsonl", validation=(root / "mixed.jsonl", root / "text.jsonl"), packing=False)
-    share = Share(rows=4, accumulation=2)
-    held_out = open_validation(settings, processor, config, share)
+    shard = BatchShard(rows=4, accumulation=2)
+    held_out = open_validation(settings, processor, config, shard)
     steps = list(held_out)
     good = [f"{root / 'mixed.jsonl'}:{n + 1}" for n in range(30) if n % 10 != 7]
     expected = good + [f"{root / 'text.jsonl'}:{n + 1}" for n in range(12)]
@@ -348,17 +354,18 @@ def test_validation_is_read_once_in_order_and_its_last_step_padded(root, process
     for one, other in zip(held_out, steps, strict=True):  # a second pass is the same
         assert_same(one, other)
     threaded = dataclasses.replace(settings, data=dataclasses.replace(settings.data, workers=3))
-    threaded_steps = list(open_validation(threaded, processor, config, share))
+    threaded_steps = list(open_validation(threaded, processor, config, shard))
     for one, other in zip(threaded_steps, steps, strict=True):
         assert_same(one, other)
-    assert open_validation(make_settings(root / "text.jsonl"), processor, config, share) is None
+    assert open_validation(make_settings(root / "text.jsonl"), processor, config, shard) is None
 
 
 def test_validation_is_the_same_for_any_number_of_processes(root, processor, config):
     settings = make_settings(root / "text.jsonl", validation=(root / "mixed.jsonl",))
-    whole = list(open_validation(settings, processor, config, Share(rows=2, accumulation=2)))
+    whole = list(open_validation(settings, processor, config, BatchShard(rows=2, accumulation=2)))
     parts = [
-        list(open_validation(settings, processor, config, Share((index,), 2, accumulation=2))) for index in range(2)
+        list(open_validation(settings, processor, config, BatchShard((index,), 2, accumulation=2)))
+        for index in range(2)
     ]
     assert len(whole) == len(parts[0]) == len(parts[1])
     for step, left, right in zip(whole, *parts, strict=True):
@@ -441,7 +448,7 @@ def test_shards_of_samples_text_files_and_broken_lines(tmp_path, processor, conf
         tmp_path / "shard-*.tar", tmp_path / "*.txt", lines, packing=False, shuffle=False, max_broken_share=1.0
     )
     settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, validation=settings.data.train))
-    (step,) = open_validation(settings, processor, config, Share(rows=4))
+    (step,) = open_validation(settings, processor, config, BatchShard(rows=4))
     shard = tmp_path / "shard-0.tar"
     assert step.sources == [f"{shard}:a/1", f"{shard}:a/2", f"{tmp_path / 'story.txt'}:1", f"{lines}:2"]
     assert step.stats.skipped == {"record": 3}

@@ -44,7 +44,7 @@ def stats(step: int) -> DataStats:
 
 
 def make_settings(**run) -> Settings:
-    rules = (ParameterRule("^vision/", rate=0.1), ParameterRule("."))
+    rules = (ParameterRule("^vision/", lr_multiplier=0.1), ParameterRule("."))
     optimizer = OptimizerSettings(learning_rate=1e-3, schedule="step")
     return Settings(stage=StageSettings(rules), optimizer=optimizer, run=RunSettings(steps=8, **run))
 

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_run
+from flax.traverse_util import flatten_dict
 
 from dsvl2_jax.checkpoint import locate
 from dsvl2_jax.checkpoint.load import load_params
 from dsvl2_jax.checkpoint.locate import resolve
-from dsvl2_jax.checkpoint.orbax_io import unnest
 from dsvl2_jax.errors import SettingsError
 from dsvl2_jax.inputs.processor import Processor
 from dsvl2_jax.model.config import Config, VisionConfig
@@ -29,7 +29,7 @@ from dsvl2_jax.train.flops import contrastive_flops
 from dsvl2_jax.train.objectives.contrastive import TextTower, same_captions, sigmoid_loss
 from dsvl2_jax.train.objectives.contrastive_trainer import ContrastiveMetrics, ContrastiveTrainer
 from dsvl2_jax.train.parameter_rules import assign
-from dsvl2_jax.train.run import batch_share, train
+from dsvl2_jax.train.run import batch_shard, train
 from dsvl2_jax.train.settings import schema as settings
 from dsvl2_jax.train.settings.schema import ContrastiveSettings, ParameterRule
 
@@ -113,7 +113,7 @@ def test_what_pads_a_caption_changes_no_bit_of_what_it_says():
 def test_a_row_is_a_caption_that_ends_in_eos_and_its_image_in_one_tile(toy):
     config, processor = open_model(toy)
     found = settings.load(toy / "config.toml", ["contrastive.text_length=6", "data.shuffle=false"])
-    pipeline = data.open_training(found, processor, config, data.Share(rows=IMAGES))
+    pipeline = data.open_training(found, processor, config, data.BatchShard(rows=IMAGES))
     step = next(pipeline)
     pipeline.close()
     ids, segments = step.batch.ids[0], step.batch.segments[0]
@@ -151,7 +151,7 @@ def write(toy, run):
         "model": {"checkpoint": str(toy / "model"), "random_init": True},
         "data.train.toy": {"path": str(toy / "train.jsonl")},
         "data.validation.held": {"path": str(toy / "held.jsonl")},
-        "batch": {"sequences": IMAGES, "micro_sequences": IMAGES // 8},
+        "batch": {"sequences": IMAGES, "microbatch_size": IMAGES // 8},
         "stage": {"objective": "contrastive"},
         "contrastive": {"text_layers": 1, "text_length": 40},
         "optimizer": {"learning_rate": 0.003},
@@ -176,7 +176,7 @@ def trainer(toy, mesh=None, **compute) -> ContrastiveTrainer:
     config, processor = open_model(toy)
     found = settings.load(toy / "config.toml")
     shards = 1 if mesh is None else mesh.shape["data"]
-    batch = dataclasses.replace(found.batch, micro_sequences=IMAGES // shards)
+    batch = dataclasses.replace(found.batch, microbatch_size=IMAGES // shards)
     compute = dataclasses.replace(found.compute, **compute)
     found = dataclasses.replace(found, batch=batch, compute=compute)
     return ContrastiveTrainer(config, found, processor.config.image_mean, processor.config.image_std, mesh)
@@ -198,12 +198,12 @@ def batch() -> TrainBatch:
 def stepped(own: ContrastiveTrainer, steps: int):
     """State, metrics of every step, and the parameters before and after."""
     params = init_params(own.config, jax.random.key(0))
-    before = dict(unnest(jax.device_get(params)))
+    before = flatten_dict(jax.device_get(params))
     state, found = own.init(params), []
     for _ in range(steps):
         state, metrics = own.step(state, batch())
         found.append(jax.device_get(metrics))
-    return state, found, before, dict(unnest(jax.device_get(own.params(state))))
+    return state, found, before, flatten_dict(jax.device_get(own.params(state)))
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +249,7 @@ def test_a_fresh_encoder_is_drawn_by_its_number_of_inputs_and_the_rest_is_kept(t
     assert own.begin(given) is given
     contrastive = dataclasses.replace(own.settings.contrastive, fresh_encoder=True)
     own.settings = dataclasses.replace(own.settings, contrastive=contrastive)
-    before, after = dict(unnest(given)), dict(unnest(own.begin(given)))
+    before, after = flatten_dict(given), flatten_dict(own.begin(given))
     assert before.keys() == after.keys()
     for path, value in before.items():
         assert (after[path] is value) == (path[0] != "vision"), path
@@ -299,7 +299,7 @@ def arrays(run):
     """The parameters of the run's newest checkpoint."""
     newest = resolve(str(run))
     config, _ = locate.open_model(newest)
-    return dict(unnest(jax.device_get(load_params(newest, config))))
+    return flatten_dict(jax.device_get(load_params(newest, config)))
 
 
 def test_a_run_that_is_stopped_goes_on_bit_for_bit_and_leaves_an_ordinary_checkpoint(toy, tmp_path, capfd):
@@ -321,7 +321,7 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit_and_leaves_an_ordinary_checkp
         np.testing.assert_array_equal(value, other[path])
     # As any checkpoint, it has all of the model and nothing else, the language model as it was drawn.
     config, _ = open_model(toy)
-    drawn = dict(unnest(jax.device_get(init_params(config, jax.random.key(0)))))
+    drawn = flatten_dict(jax.device_get(init_params(config, jax.random.key(0))))
     assert one.keys() == drawn.keys()
     for path, value in drawn.items():
         assert np.array_equal(one[path], value) == (path[0] != "vision"), path
@@ -373,8 +373,8 @@ def test_settings_survive_and_are_compared(toy, tmp_path):
 
 
 def test_accumulation_is_refused(toy):
-    found = settings.load(toy / "config.toml", ["compute.mesh=", "batch.micro_sequences=4"])
+    found = settings.load(toy / "config.toml", ["compute.mesh=", "batch.microbatch_size=4"])
     with pytest.raises(
-        SettingsError, match=r"batch\.micro_sequences = 4 × 1 data shards = 4, but batch\.sequences = 8"
+        SettingsError, match=r"batch\.microbatch_size = 4 × 1 data shards = 4, but batch\.sequences = 8"
     ):
-        batch_share(found, None)
+        batch_shard(found, None)

@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dsvl2_jax import sharding
-from dsvl2_jax.checkpoint.orbax_io import nest, unnest
 from dsvl2_jax.errors import SettingsError
 from dsvl2_jax.inputs.batch import IGNORED_LABEL
 from dsvl2_jax.inputs.processor import ModelInputs, image_positions
 from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model.config import TEXT_POSITION, Config
+from dsvl2_jax.model.parameter_paths import path_name
 from dsvl2_jax.sharding import make_mesh
 from dsvl2_jax.train.data.batch import TrainBatch
 from dsvl2_jax.train.data.packing import RowShape, assemble
@@ -65,7 +66,11 @@ VARIANTS = {
 }
 SHAPE = RowShape(tokens=56, tiles=3, segments=5)
 ROWS = 8
-ALL = (ParameterRule("attn_pool|correction_bias", False), ParameterRule("vision/", rate=0.1), ParameterRule(""))
+ALL = (
+    ParameterRule("attn_pool|correction_bias", False),
+    ParameterRule("vision/", lr_multiplier=0.1),
+    ParameterRule(""),
+)
 ALIGN = (ParameterRule("attn_pool|language/", False), ParameterRule(""))
 
 
@@ -84,7 +89,7 @@ def config(variant: str) -> Config:
 def settings(rules=ALL, rows: int = ROWS, **compute) -> Settings:
     return Settings(
         data=DataSettings(sequence_length=SHAPE.tokens, max_segments=SHAPE.segments),
-        batch=BatchSettings(micro_sequences=rows),
+        batch=BatchSettings(microbatch_size=rows),
         stage=StageSettings(rules, balance_loss_weight=0.02, bias_update_speed=0.01),
         optimizer=OptimizerSettings(learning_rate=1e-2, clip_norm=0.0),
         compute=ComputeSettings(**{"dtype": "float32", "loss_chunk": 20} | compute),
@@ -153,7 +158,7 @@ def batch_of(rows: list[list[ModelInputs]], accumulation: int = 1) -> TrainBatch
 @functools.cache
 def weights(variant: str) -> dict:
     rng = np.random.default_rng(1)
-    flat = dict(unnest(model.init_params(config(variant), jax.random.key(0))))
+    flat = flatten_dict(model.init_params(config(variant), jax.random.key(0)))
     for path, leaf in flat.items():
         if path[-1] == "correction_bias":
             flat[path] = rng.normal(0, 0.05, leaf.shape).astype(np.float32)
@@ -163,7 +168,7 @@ def weights(variant: str) -> dict:
 
 
 def parameters(variant: str) -> dict:
-    return nest({path: jnp.asarray(leaf) for path, leaf in weights(variant).items()})
+    return unflatten_dict({path: jnp.asarray(leaf) for path, leaf in weights(variant).items()})
 
 
 def stepped(variant: str, chosen: Settings, batch: TrainBatch, mesh=None) -> tuple[TrainState, StepMetrics, dict]:
@@ -174,9 +179,9 @@ def stepped(variant: str, chosen: Settings, batch: TrainBatch, mesh=None) -> tup
     # The first moment after one unclipped step is (1 − β1) · gradient.
     moment = next(s for s in jax.tree.leaves(state.optimizer, is_leaf=_is_adam) if _is_adam(s)).mu
     gradient = dataclasses.replace(state, trained={path: leaf / (1 - 0.9) for path, leaf in moment.items()})
-    found = dict(unnest(jax.device_get(trainer.params(gradient))))
-    rules = assign(("/".join(path) for path in found), chosen.stage.parameters)
-    return state, metrics, {path: leaf for path, leaf in found.items() if rules["/".join(path)].train}
+    found = flatten_dict(jax.device_get(trainer.params(gradient)))
+    rules = assign(map(path_name, found), chosen.stage.parameters)
+    return state, metrics, {path: leaf for path, leaf in found.items() if rules[path_name(path)].train}
 
 
 def _is_adam(state) -> bool:
@@ -201,7 +206,7 @@ def assert_same(found, expected) -> None:
     assert gradient.keys() == true.keys()
     for path, value in true.items():
         difference = np.linalg.norm(gradient[path] - value)
-        assert difference <= TOLERANCE * np.linalg.norm(value) + 1e-9, ("/".join(path), difference)
+        assert difference <= TOLERANCE * np.linalg.norm(value) + 1e-9, (path_name(path), difference)
 
 
 CASES = {
@@ -247,7 +252,7 @@ def test_router_biases_move_by_the_speed_towards_the_idle_experts():
     for layer, own in enumerate(load, start=1):
         path = ("language", f"layers_{layer}", "mlp", "router", "correction_bias")
         expected = weights("base")[path] + np.float32(0.01) * np.sign(own.mean() - own)
-        np.testing.assert_allclose(state.biases["/".join(path)], expected, rtol=1e-6)
+        np.testing.assert_allclose(state.biases[path_name(path)], expected, rtol=1e-6)
 
 
 def test_a_frozen_language_model_keeps_every_bit_and_costs_no_optimizer_state():
@@ -258,7 +263,7 @@ def test_a_frozen_language_model_keeps_every_bit_and_costs_no_optimizer_state():
     for path, value in gradient.items():
         assert np.linalg.norm(value - true[path]) <= TOLERANCE * np.linalg.norm(true[path]) + 1e-9, path
     trainer = Trainer(config("base"), settings(ALIGN), [0.5] * 3, [0.5] * 3)
-    after = dict(unnest(jax.device_get(trainer.params(state))))
+    after = flatten_dict(jax.device_get(trainer.params(state)))
     for path, value in weights("base").items():
         same = np.array_equal(np.asarray(value).view(np.uint8), after[path].view(np.uint8))
         moved = path in gradient or path[-1] == "correction_bias"
@@ -282,10 +287,10 @@ def test_parameters_come_out_as_they_went_in_and_outlive_the_donated_state():
     negative_zero = weights("base")[("image_newline",)].copy()
     negative_zero[:3] = -0.0
     given = {**weights("base"), ("image_newline",): negative_zero}
-    state = trainer.init(nest({path: jnp.asarray(leaf) for path, leaf in given.items()}))
+    state = trainer.init(unflatten_dict({path: jnp.asarray(leaf) for path, leaf in given.items()}))
     out = trainer.params(state)
     trainer.step(state, batch_of(packed()))
-    found = dict(unnest(jax.device_get(out)))
+    found = flatten_dict(jax.device_get(out))
     assert found.keys() == given.keys()
     for path, value in given.items():
         assert np.array_equal(np.asarray(value).view(np.uint8), found[path].view(np.uint8)), path

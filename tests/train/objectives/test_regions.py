@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_run
+from flax.traverse_util import flatten_dict
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from dsvl2_jax.apps.micro import pictures, synthetic
 from dsvl2_jax.checkpoint import locate
-from dsvl2_jax.checkpoint.orbax_io import unnest
 from dsvl2_jax.errors import SampleError, SettingsError
 from dsvl2_jax.inputs.image_sources import open_images
 from dsvl2_jax.model.deepseek_vl2 import init_params
@@ -57,7 +57,7 @@ def toy(tmp_path_factory):
         path = "{directory}/regions.jsonl"
         [batch]
         sequences = {IMAGES}
-        micro_sequences = {IMAGES}
+        microbatch_size = {IMAGES}
         [stage]
         objective = "regions"
         [[stage.parameters]]
@@ -186,7 +186,7 @@ def rows(toy):
     """The first step's batch of the toy's data."""
     config, processor = open_model(toy)
     found = settings.load(toy / "config.toml", ["data.shuffle=false"])
-    pipeline = data.open_training(found, processor, config, data.Share(rows=IMAGES))
+    pipeline = data.open_training(found, processor, config, data.BatchShard(rows=IMAGES))
     step = next(pipeline)
     pipeline.close()
     return step
@@ -254,19 +254,19 @@ def trainer(toy, mesh=None, **compute) -> RegionTrainer:
     config, processor = open_model(toy)
     found = settings.load(toy / "config.toml")
     shards = 1 if mesh is None else mesh.shape["data"]
-    batch = dataclasses.replace(found.batch, micro_sequences=IMAGES // shards)
+    batch = dataclasses.replace(found.batch, microbatch_size=IMAGES // shards)
     found = dataclasses.replace(found, batch=batch, compute=dataclasses.replace(found.compute, **compute))
     return RegionTrainer(config, found, processor.config.image_mean, processor.config.image_std, mesh)
 
 
 def stepped(own, batch, steps):
     params = init_params(own.config, jax.random.key(0))
-    before = dict(unnest(jax.device_get(params)))
+    before = flatten_dict(jax.device_get(params))
     state, found = own.init(params), []
     for _ in range(steps):
         state, metrics = own.step(state, batch)
         found.append(jax.device_get(metrics))
-    return found, before, dict(unnest(jax.device_get(own.params(state))))
+    return found, before, flatten_dict(jax.device_get(own.params(state)))
 
 
 @pytest.fixture(scope="module")

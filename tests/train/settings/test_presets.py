@@ -3,8 +3,8 @@
 import functools
 
 import pytest
+from flax.traverse_util import flatten_dict
 
-from dsvl2_jax.checkpoint.orbax_io import unnest
 from dsvl2_jax.errors import SettingsError
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import abstract_params
@@ -35,7 +35,7 @@ def load(size: str, stage: str, *overrides: str) -> settings.Settings:
 @functools.cache
 def parameters(size: str) -> dict[str, tuple[int, ...]]:
     shapes, _ = abstract_params(Config.from_dict(released_config(size)))
-    return {"/".join(path): leaf.shape for path, leaf in unnest(shapes)}
+    return {path: leaf.shape for path, leaf in flatten_dict(shapes, sep="/").items()}
 
 
 def test_there_are_nine_of_the_paper():
@@ -80,7 +80,7 @@ def test_rules_cover_the_released_model_and_freeze_what_they_should(size, stage)
         frozen = bool(GRADIENT_FREE.search(path)) or (stage == "align" and path.startswith("language/"))
         assert rule.train != frozen, path
         if rule.train:
-            assert rule.rate == (0.1 if path.startswith("vision/") else 1.0), path
+            assert rule.lr_multiplier == (0.1 if path.startswith("vision/") else 1.0), path
             vector = path.endswith(("/bias", "/scale", "_embed", "_tokens")) or len(shapes[path]) == 1
             assert rule.decay != vector, path
     trained = sum(rule.train for rule in rules.values())

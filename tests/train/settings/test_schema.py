@@ -24,7 +24,7 @@ weight = 0.3
 path = "held.jsonl"
 [[stage.parameters]]
 match = "^vision/"
-rate = 0.1
+lr_multiplier = 0.1
 [[stage.parameters]]
 match = "."
 decay = false
@@ -53,7 +53,7 @@ def test_tables_become_settings(file):
     loaded = settings.load(file)
     assert loaded.data.train == {"vl": SourceSettings("vl.jsonl", 0.7), "text": SourceSettings("text.jsonl", 0.3)}
     assert loaded.data.validation["held"].path == "held.jsonl"
-    assert loaded.stage.parameters == (ParameterRule("^vision/", rate=0.1), ParameterRule(".", decay=False))
+    assert loaded.stage.parameters == (ParameterRule("^vision/", lr_multiplier=0.1), ParameterRule(".", decay=False))
     assert loaded.optimizer.learning_rate == 1.0 and isinstance(loaded.optimizer.learning_rate, float)
     assert loaded.data.packing is False and loaded.run.steps == 100
     assert loaded.compute == settings.ComputeSettings()
@@ -72,7 +72,7 @@ def test_overrides_are_toml_values_or_bare_strings(file):
             "run.profile=2:3",
             "data.train.more={path='more.jsonl', weight=2}",
             "data.train.text.weight=0",
-            "stage.parameters=[{match='.', rate=0.5}]",
+            "stage.parameters=[{match='.', lr_multiplier=0.5}]",
             "compute.mesh=data=2,tensor=2",
             "run.steps=8",
         ],
@@ -83,16 +83,16 @@ def test_overrides_are_toml_values_or_bare_strings(file):
         "vl": SourceSettings("other file.jsonl", 0.7),
         "more": SourceSettings("more.jsonl", 2.0),
     }
-    assert loaded.stage.parameters == (ParameterRule(".", rate=0.5),)
+    assert loaded.stage.parameters == (ParameterRule(".", lr_multiplier=0.5),)
     assert loaded.compute.mesh == "data=2,tensor=2"
 
 
 def test_all_problems_come_in_one_message_with_their_origin(file):
-    file.write_text(FILE + "[batch]\nsequnces = 3\nmicro_sequences = 'two'\n[compute]\nremat = 'dot'\n")
+    file.write_text(FILE + "[batch]\nsequnces = 3\nmicrobatch_size = 'two'\n[compute]\nremat = 'dot'\n")
     message = problems(file, "run.steps=ten", "lerning_rate=1", "optimizer.beta2=2", "nonsense")
     for line in (
         f"{file}: batch.sequnces: unknown key; did you mean sequences?",
-        f'{file}: batch.micro_sequences: must be a whole number, not "two".',
+        f'{file}: batch.microbatch_size: must be a whole number, not "two".',
         f"{file}: compute.remat: 'dot' is none of none, dots, full; did you mean dots?",
         'command line: run.steps: must be a whole number, not "ten".',
         "command line: lerning_rate: unknown key here; did you mean optimizer.learning_rate?",
@@ -125,11 +125,11 @@ def test_all_problems_come_in_one_message_with_their_origin(file):
         ("optimizer.learning_rate=0", "must be positive"),
         ("optimizer.warmup_steps=100", "must be less than run.steps = 100"),
         ("optimizer.schedule=linear", "none of cosine, step, constant"),
-        ("batch.micro_sequences=3", "64 is no multiple of micro_sequences = 3"),
-        ("compute.mesh=data=3", "64 is no multiple of micro_sequences = 1 × 3 data shards"),
+        ("batch.microbatch_size=3", "64 is no multiple of microbatch_size = 3"),
+        ("compute.mesh=data=3", "64 is no multiple of microbatch_size = 1 × 3 data shards"),
         ("compute.mesh=date=3", "compute.mesh: unknown axis 'date'"),
         ("stage.parameters=[{match='('}]", "stage.parameters[0].match: '(' is not a regular expression"),
-        ("stage.parameters=[{match='.', rate=0}]", "stage.parameters[0].rate: must be positive"),
+        ("stage.parameters=[{match='.', lr_multiplier=0}]", "stage.parameters[0].lr_multiplier: must be positive"),
         ("stage.parameters=[{match='.', train=false}]", "no rule trains anything"),
         ("stage.parameters=[]", "stage.parameters: no rule"),
         ("stage.parameters=[3]", "stage.parameters[0]: must be a table, not 3"),
