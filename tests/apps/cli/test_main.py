@@ -69,6 +69,7 @@ OPTIONS = {
         "--ckpt": "None", "--images": "''", "--sequence-length": "4096", "--tiles-per-sequence": "20",
         "--mask-prompt": "False", "--problems": "20", "--histogram": "None", "--json": "False",
     },
+    "data import": {},
     "plot": {"--out": "plot.png"},
     "eval": {
         "--metric": "None", "--images": "''", "--out": "None", "--batch-size": "16", "--max-new-tokens": "128",
