@@ -1,4 +1,4 @@
-"""Reading of the golden files, shared by the tests; see data/README.md for what they hold."""
+"""Reading of the golden files, shared by the tests: outputs of the official PyTorch code on small random checkpoints."""
 
 from __future__ import annotations
 
