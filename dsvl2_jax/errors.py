@@ -45,6 +45,11 @@ class SettingsError(UsageError):
 class DataError(DSVL2Error):
     """A data set that cannot be read, or that has too many broken samples."""
 
+    @staticmethod
+    def unreadable(path: object, error: OSError) -> "DataError":
+        """The error for a file that the operating system does not let us read."""
+        return DataError(f"{path}: cannot be read ({error.strerror or error}). Check the path and the file.")
+
 
 class SampleError(DataError):
     """One sample that cannot be trained on; `reason` is the short name under which it is counted."""

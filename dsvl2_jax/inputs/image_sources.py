@@ -104,7 +104,7 @@ def index_tar(path: str) -> TarIndex:
     try:
         status = os.stat(path)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}). Check the path.") from None
+        raise DataError.unreadable(path, error) from None
     return _index_tar(path, status.st_size, status.st_mtime_ns)
 
 

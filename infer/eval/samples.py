@@ -118,7 +118,7 @@ def read_samples(
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error}). Expected JSON Lines.") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}). Check the path.") from None
+        raise DataError.unreadable(path, error) from None
     if not samples:
         raise DataError(f"{path}: has no samples. Expected one JSON object a line (docs/evaluation.md).")
     return samples

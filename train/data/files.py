@@ -158,7 +158,7 @@ def open_data_file(path: str) -> DataFile:
         status = os.stat(path)
         return _open(path, suffix, status.st_size, status.st_mtime_ns)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}). Check the path and the file.") from None
+        raise DataError.unreadable(path, error) from None
 
 
 @functools.cache
