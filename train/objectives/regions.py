@@ -48,8 +48,8 @@ def init_auxiliary(config: Config, settings: Settings, rng: jax.Array) -> dict[s
         return init(rng, (rows, width), jnp.float32)
 
     tokens, head = jax.random.split(rng)
-    own = {TOKENS: drawn(config.language.vocab_size, "vocab", tokens), HEAD: drawn(width, "vision_embed", head)}
-    return own | scalars(settings)
+    arrays = {TOKENS: drawn(config.language.vocab_size, "vocab", tokens), HEAD: drawn(width, "vision_embed", head)}
+    return arrays | scalars(settings)
 
 
 def phrase_members(lengths_br: jax.Array, tokens: int) -> jax.Array:
@@ -61,9 +61,9 @@ def phrase_members(lengths_br: jax.Array, tokens: int) -> jax.Array:
 
 def phrase_numbers(ids_bt: jax.Array, member_brt: jax.Array) -> jax.Array:
     """u32[B, R], equal for equal phrases; different ones differ but for one pair in four billions."""
-    place = jnp.cumsum(member_brt, axis=-1) * member_brt  # from 1 within each phrase
+    position = jnp.cumsum(member_brt, axis=-1) * member_brt  # from 1 within each phrase
     mixed = (ids_bt[:, None].astype(jnp.uint32) + 1) * jnp.uint32(2654435761)
-    mixed = (mixed ^ (mixed >> 15)) * (2 * place.astype(jnp.uint32) + 1) * jnp.uint32(2246822519)
+    mixed = (mixed ^ (mixed >> 15)) * (2 * position.astype(jnp.uint32) + 1) * jnp.uint32(2246822519)
     mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(3266489917)
     sums = jnp.where(member_brt > 0, mixed, 0).sum(-1, dtype=jnp.uint32)
     return jnp.where((member_brt > 0).any(-1), sums, _NOTHING)
@@ -93,23 +93,23 @@ def region_loss(
       for which the right phrase is the nearest. nan without regions.
     """
     unique, first = jnp.unique(number_n, return_index=True, size=most, fill_value=_NOTHING)
-    own = number_n[:, None] == unique[None]
+    said = number_n[:, None] == unique[None]
     counted = (attribute_n[:, None] == attribute_n[first][None]) & (unique != _NOTHING)[None]
     counted &= (number_n != _NOTHING)[:, None]
     cosines = jnp.einsum("nw,uw->nu", x_nw, y_nw[first], precision=jax.lax.Precision.HIGHEST)
     logits = jnp.exp(log_scale) * cosines + bias
-    losses = -nn.log_sigmoid(jnp.where(own, logits, -logits))
+    losses = -nn.log_sigmoid(jnp.where(said, logits, -logits))
     nearest = jnp.where(counted, cosines, -jnp.inf).argmax(-1)
     count = (number_n != _NOTHING).sum()
-    found = (unique[nearest] == number_n) & (number_n != _NOTHING)
-    return jnp.where(counted, losses, 0.0).sum() / count, found.sum() / count
+    nearest_is_said = (unique[nearest] == number_n) & (number_n != _NOTHING)
+    return jnp.where(counted, losses, 0.0).sum() / count, nearest_is_said.sum() / count
 
 
 def region_features(x_bpw: jax.Array, boxes_br4: jax.Array, grid: int) -> jax.Array:
     """[B, P, W] patches → [B, R, W], the mean over each box's rectangle of them (`PhraseBatch`)."""
     left, top, right, bottom = jnp.split(boxes_br4, 4, axis=-1)
-    place = jnp.arange(grid)
-    columns, rows = (left <= place) & (place < right), (top <= place) & (place < bottom)  # [B, R, grid]
+    line = jnp.arange(grid)
+    columns, rows = (left <= line) & (line < right), (top <= line) & (line < bottom)  # [B, R, grid]
     inside = (rows[..., :, None] & columns[..., None, :]).reshape(*boxes_br4.shape[:2], grid * grid).astype(x_bpw.dtype)
     return jnp.einsum("brp,bpw->brw", inside, x_bpw) / jnp.maximum(inside.sum(-1, keepdims=True), 1)
 
