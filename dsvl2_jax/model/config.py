@@ -1,8 +1,7 @@
 """Model configuration, read straight from a released ``config.json``.
 
-A key that is missing takes the default of the official configuration classes (FACTS §1,
-``reference/config_defaults.json``); a value that this implementation cannot honour is refused with
-the field's name. Nothing here imports jax.
+A key that is missing takes the default of the official configuration classes; a value that this implementation cannot
+honour is refused with the field's name. Nothing here imports jax.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class VisionConfig:
 
     @property
     def grid(self) -> int:
-        """Patches along one side; pixels beyond ``grid · patch_size`` are never seen (FACTS §2)."""
+        """Patches along one side; pixels beyond ``grid · patch_size`` are never seen."""
         return self.image_size // self.patch_size
 
     @property
@@ -197,8 +196,8 @@ class _Reader:
     def config(self, raw: dict[str, Any]) -> Config:
         for key in ("vision_config", "projector_config", "language_config"):
             if not isinstance(raw.get(key), dict):
-                found = "nothing" if key not in raw else type(raw[key]).__name__
-                self.problems.append(f"{key}: expected an object, found {found}")
+                kind = "nothing" if key not in raw else type(raw[key]).__name__
+                self.problems.append(f"{key}: expected an object, found {kind}")
         if "tile_tag" not in raw:
             self.problems.append('tile_tag: missing; the released models have "2D"')
         self.stop_if_wrong()

@@ -24,12 +24,12 @@ from jax.typing import ArrayLike, DTypeLike
 from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model.config import Config, VisionConfig
 from dsvl2_jax.model.deepseek_vl2 import Params
-from dsvl2_jax.model.layers import linear, partitioned
+from dsvl2_jax.model.layers import Linear, declare
 from dsvl2_jax.model.vision import INIT_STD, VisionBlock, layer_norm
 from dsvl2_jax.sharding import ambient_mesh_shape, batch_parts
 from dsvl2_jax.train.data.batch import TrainBatch
 from dsvl2_jax.train.flops import StepFlops, contrastive_flops
-from dsvl2_jax.train.forward import compute_params, encode_tiles
+from dsvl2_jax.train.forward import compute_params, training_layers
 from dsvl2_jax.train.objectives.base import Arrays, BaseTrainer, TrainState
 from dsvl2_jax.train.settings.schema import ContrastiveSettings, ParameterRule, Settings
 
@@ -58,11 +58,11 @@ class TextTower(nn.Module):
         """i32[B, T] tokens, bool[B, T] False for padding at the right → [B, W]."""
         width = self.config.width
 
-        def declare(name: str, axis: str | None, rows: int) -> jax.Array:
-            return self.param(name, partitioned(nn.initializers.normal(INIT_STD), (axis, None)), (rows, width))
+        def table(name: str, axis: str | None, rows: int) -> jax.Array:
+            return declare(self, name, (rows, width), (axis, None), nn.initializers.normal(INIT_STD))
 
-        tokens = declare("embed_tokens", "vocab", self.vocab_size)
-        x = jnp.take(tokens, ids_bt, axis=0) + declare("pos_embed", None, self.settings.text_length)
+        tokens = table("embed_tokens", "vocab", self.vocab_size)
+        x = jnp.take(tokens, ids_bt, axis=0) + table("pos_embed", None, self.settings.text_length)
         x = x.astype(self.dtype)
         # A row without a caption sees its padding, so that its softmax is finite; the loss passes it over.
         seen = valid_bt | ~valid_bt.any(-1, keepdims=True)
@@ -72,7 +72,7 @@ class TextTower(nn.Module):
         x = layer_norm(self.dtype, "norm")(x)
         mean = jnp.where(seen[..., None], x, 0).sum(1) / seen.sum(-1, keepdims=True)
         axes = ("vision_embed", None)
-        return linear(width, axes, dtype=self.dtype, std=INIT_STD, bias=True, name="head")(mean.astype(self.dtype))
+        return Linear(width, axes, self.dtype, INIT_STD, bias=True, name="head")(mean.astype(self.dtype))
 
 
 def text_tower(config: Config, settings: Settings) -> TextTower:
@@ -144,8 +144,9 @@ def image_features(
     params: Params, config: Config, batch: TrainBatch, mean: ArrayLike, std: ArrayLike, settings: Settings
 ) -> jax.Array:
     """f32[B, W] of length 1, of an accumulation step whose rows have one tile each."""
-    params, dtype = compute_params(params, settings.compute.dtype)
-    x = encode_tiles(params, config, batch.tiles, mean, std, dtype, settings.compute.remat)
+    params = compute_params(params, settings.compute.dtype)
+    wrap = training_layers(config, settings.compute.remat)
+    x = model.encode_tiles(params, config, batch.tiles, mean, std, wrap=wrap)
     return normalised(rows_of_tiles(model.pool_patches(params, config, x), batch.ids.shape[0]))
 
 

@@ -20,7 +20,7 @@ from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.layers import partitioned
 from dsvl2_jax.train.data.batch import TrainBatch
 from dsvl2_jax.train.flops import StepFlops, region_flops
-from dsvl2_jax.train.forward import compute_params, encode_tiles
+from dsvl2_jax.train.forward import compute_params, training_layers
 from dsvl2_jax.train.objectives.base import Arrays, TrainState
 from dsvl2_jax.train.objectives.contrastive import (
     BIAS,
@@ -125,9 +125,10 @@ class RegionTrainer(ContrastiveTrainer):
     def _loss(self, trained: Arrays, state: TrainState, batch: TrainBatch) -> tuple[jax.Array, ContrastiveMetrics]:
         params, auxiliary = self._parts(trained, state)
         settings = self.settings.contrastive
-        params, dtype = compute_params(params, self.settings.compute.dtype)
-        x = encode_tiles(params, self.config, batch.tiles, *self._pixels, dtype, self.settings.compute.remat)
-        x = rows_of_tiles(model.norm_patches(params, self.config, x), batch.ids.shape[0])
+        params = compute_params(params, self.settings.compute.dtype)
+        wrap = training_layers(self.config, self.settings.compute.remat)
+        x = model.encode_tiles(params, self.config, batch.tiles, *self._pixels, wrap=wrap)
+        x = rows_of_tiles(x, batch.ids.shape[0])
         ids, phrases = jnp.asarray(batch.ids), jax.tree.map(jnp.asarray, batch.phrases)
         member = phrase_members(phrases.lengths, ids.shape[1])
         embedded = jnp.take(auxiliary[TOKENS], ids, axis=0)

@@ -269,11 +269,8 @@ def mean_turns(config: Config, job: Job, sizes: dict[str, int]) -> float:
     if job.kind != "decode" or not config.language.n_routed_experts:
         return 1.0
     shards = _parts((config.language.n_routed_experts,), ("expert",), sizes, PARAM_RULES)
-    assignments = (
-        job.batch
-        * config.language.num_experts_per_tok
-        / _parts((job.batch,), ("decode_batch",), sizes, ACTIVATION_RULES)
-    )
+    rows = job.batch / _parts((job.batch,), ("decode_batch",), sizes, ACTIVATION_RULES)
+    assignments = rows * config.language.num_experts_per_tok
     return assignments / (shards * -(-assignments // shards))
 
 

@@ -17,7 +17,7 @@ from dsvl2_jax.errors import UsageError
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import abstract_leaves
 from dsvl2_jax.model.parameter_paths import LeafPath, path_name, stays_float32
-from dsvl2_jax.sharding import ACTIVATION_RULES, PARAM_RULES, batch_parts, mesh_axes, partition_spec, split_further
+from dsvl2_jax.sharding import ACTIVATION_RULES, PARAM_RULES, add_fsdp_axis, batch_parts, mesh_axes, partition_spec
 from dsvl2_jax.train.flops import step_flops
 from dsvl2_jax.train.parameter_rules import assign
 from dsvl2_jax.train.settings.load import load, presets
@@ -99,7 +99,7 @@ def resident_bytes(config: Config, settings: Settings, sizes: dict[str, int]) ->
     moments = 2 * jnp.dtype(settings.optimizer.state_dtype).itemsize
     total = 0.0
     for path, (shape, axes) in abstract_leaves(config).items():
-        spec = split_further(partition_spec(shape, axes, sizes, PARAM_RULES), shape, sizes)
+        spec = add_fsdp_axis(partition_spec(shape, axes, sizes, PARAM_RULES), shape, sizes)
         names = [name for entry in spec for name in mesh_axes(entry)]
         trained = rules[path_name(path)].train
         width = 2 * _STORED + moments if trained else 4 if stays_float32(path) else 2

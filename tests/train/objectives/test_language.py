@@ -34,7 +34,7 @@ from dsvl2_jax.train.settings.schema import (
     StageSettings,
 )
 
-# ‖Δ‖/‖g‖ of gradients, and of losses (DESIGN §5).
+# ‖Δ‖/‖g‖ of gradients, and of losses.
 TOLERANCE = 2e-5
 
 LANGUAGE = {
