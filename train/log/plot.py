@@ -226,7 +226,7 @@ def _half_window(count: int) -> int:
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Over a fortieth of the values; at the ends, over what there is of that."""
+    """The mean over a fortieth of the values; at both ends over those of them that exist."""
     half, steps = _half_window(len(values)), np.arange(len(values))
     first, end = np.maximum(steps - half, 0), np.minimum(steps + half + 1, len(values))
     sums = np.concatenate([[0.0], np.cumsum(values)])

@@ -22,7 +22,8 @@ from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from dsvl2_jax.train.flops import StepFlops, peak_flops
+from dsvl2_jax.runtime.hardware import peak_flops
+from dsvl2_jax.train.flops import StepFlops
 from dsvl2_jax.train.log.run_log import Line, RunLog
 from dsvl2_jax.train.optimizer import learning_rate
 from dsvl2_jax.train.settings.schema import Settings
@@ -64,7 +65,7 @@ class Report:
         self._devices = devices
         self._flops = flops
         self._parts = parts
-        self._peak = peak_flops(jax.devices()[0])
+        self._peak = peak_flops(jax.devices()[0].device_kind)
         self._schedule = learning_rate(settings.optimizer, settings.run.steps)
         self._rates = sorted({rule.lr_multiplier for rule in settings.stage.parameters if rule.train}, reverse=True)
         self._log = RunLog(self._directory)

@@ -73,7 +73,7 @@ class RunLog:
 
 
 def read(path: Path) -> Iterator[Line]:
-    """The lines of a log. What a killed process left of its last one is passed over.
+    """The lines of a log. A last line that a killed process left incomplete is ignored.
 
     Raises:
       RunError: the file cannot be read, or a line before the last is no line of a log.

@@ -117,7 +117,7 @@ class BaseTrainer:
         return rules
 
     def begin(self, params: Params) -> Params:
-        """What a run begins with, of its source's parameters."""
+        """The parameters that a run starts from, given those of its checkpoint."""
         return params
 
     def init(self, params: Params) -> TrainState:

@@ -33,7 +33,7 @@ from dsvl2_jax.train.forward import compute_params, training_layers
 from dsvl2_jax.train.objectives.base import Arrays, BaseTrainer, TrainState
 from dsvl2_jax.train.settings.schema import ContrastiveSettings, ParameterRule, Settings
 
-# Parameters beside the model's: the captions' tower below ``text/``, and the loss's two scalars.
+# Parameters besides the model's: the captions' tower below ``text/``, and the loss's two scalars.
 TEXT, LOG_SCALE, BIAS = "text/", "log_scale", "bias"
 
 _EPSILON = 1e-12  # under the root of a feature's squared length
@@ -83,7 +83,7 @@ def text_tower(config: Config, settings: Settings) -> TextTower:
 
 
 def init_auxiliary(config: Config, settings: Settings, rng: jax.Array) -> dict[str, Any]:
-    """What is trained beside the model: path → f32 array in a box with its logical axes. Jittable."""
+    """What is trained in addition to the model: path → f32 array in a box with its logical axes. Jittable."""
     ids = jnp.zeros((1, settings.contrastive.text_length), jnp.int32)
     tower = text_tower(config, settings).init(rng, ids, ids == 0)["params"]
 
@@ -246,7 +246,7 @@ class ContrastiveTrainer(BaseTrainer):
     """
 
     metrics = ContrastiveMetrics
-    init_auxiliary = staticmethod(init_auxiliary)  # what is trained beside the model
+    init_auxiliary = staticmethod(init_auxiliary)  # what is trained in addition to the model
 
     def __init__(self, config: Config, settings: Settings, mean: ArrayLike, std: ArrayLike, mesh: Mesh | None = None):
         self._boxed = jax.eval_shape(lambda: self.init_auxiliary(config, settings, jax.random.key(0)))
@@ -257,7 +257,7 @@ class ContrastiveTrainer(BaseTrainer):
         return contrastive_flops(self.config, self.parameter_rules, self.settings.contrastive)
 
     def begin(self, params: Params) -> Params:
-        """Draws the encoder anew if ``contrastive.fresh_encoder`` says so; the rest stays."""
+        """Initialises the encoder anew if ``contrastive.fresh_encoder`` says so; the rest stays."""
         if not self.settings.contrastive.fresh_encoder:
             return params
         old = flatten_dict(params["vision"], sep="/")

@@ -33,14 +33,14 @@ from dsvl2_jax.train.objectives.contrastive import (
 )
 from dsvl2_jax.train.settings.schema import Settings
 
-# Parameters beside the model's: a phrase is the mean of its tokens' embeddings; the head is that of the regions.
+# Parameters besides the model's: a phrase is the mean of its tokens' embeddings; the head is that of the regions.
 TOKENS, HEAD = "text/embed_tokens", "region/head"
 
 _NOTHING = np.uint32(2**32 - 1)  # the number of a phrase that is none
 
 
 def init_auxiliary(config: Config, settings: Settings, rng: jax.Array) -> dict[str, Any]:
-    """What is trained beside the model: path → f32 array in a box with its logical axes. Jittable."""
+    """What is trained in addition to the model: path → f32 array in a box with its logical axes. Jittable."""
     width = config.vision.width
 
     def drawn(rows: int, axis: str, rng: jax.Array) -> Any:
@@ -85,7 +85,7 @@ def region_loss(
       number_n: u32[N], of the phrase (`phrase_numbers`).
       attribute_n: i32[N]; a region is compared with the phrases of the same attribute.
       log_scale, bias: f32[], log t and b.
-      most: different phrases that are compared; when a step has more, chance leaves some out.
+      most: different phrases that are compared; of more than that an arbitrary choice is left out.
 
     Returns:
       (f32[], f32[]): −Σ_ij log σ(z_ij (t·x_i·y_j + b)) over regions i and different phrases j of the same attribute,
@@ -115,7 +115,7 @@ def region_features(x_bpw: jax.Array, boxes_br4: jax.Array, grid: int) -> jax.Ar
 
 
 class RegionTrainer(ContrastiveTrainer):
-    """Training of the encoder on named regions; what is kept beside the model is as in `ContrastiveTrainer`."""
+    """Training of the encoder on named regions; what is kept besides the model is as in `ContrastiveTrainer`."""
 
     init_auxiliary = staticmethod(init_auxiliary)
 

@@ -69,6 +69,7 @@ OPTIONS = {
         "--ckpt": "None", "--images": "''", "--sequence-length": "4096", "--tiles-per-sequence": "20",
         "--mask-prompt": "False", "--problems": "20", "--histogram": "None", "--json": "False",
     },
+    "data import": {},
     "plot": {"--out": "plot.png"},
     "eval": {
         "--metric": "None", "--images": "''", "--out": "None", "--batch-size": "16", "--max-new-tokens": "128",
@@ -77,7 +78,8 @@ OPTIONS = {
     },
     "plan": {
         "--topology": "None", "--job": "None", "--batch": "None", "--sequence": "None", "--slots": "None",
-        "--micro": "None", "--set": "repeatable", "--mesh": "auto", "--no-cache": "False", "--json": "False",
+        "--micro": "None", "--set": "repeatable", "--mesh": "auto", "--csv": "None", "--no-cache": "False",
+        "--json": "False",
     },
     "bench": {
         "--size": "tiny", "--directory": "None", "--keep": "None", "--repeats": "2", "--new-tokens": "32",
