@@ -1,4 +1,7 @@
-"""What one training step reads: packed rows of several samples, and the tiles that they share."""
+"""What one training step reads: packed rows of several samples, and the tiles that they share.
+
+Tested in tests/train/data/test_packing.py.
+"""
 
 from __future__ import annotations
 

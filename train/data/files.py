@@ -2,6 +2,8 @@
 
 JSON Lines (or a JSON array of the same records), plain text (a file is one document) and tar shards of samples
 look alike from here on: a length, a name for each sample, and `read`.
+
+Tested in tests/train/data/test_pipeline.py.
 """
 
 from __future__ import annotations

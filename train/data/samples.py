@@ -1,4 +1,7 @@
-"""Samples of a data set by number: read, tokenised, tiled and fitted to a row, or the reason why not."""
+"""Samples of a data set by number: read, tokenised, tiled and fitted to a row, or the reason why not.
+
+Tested in tests/train/data/test_pipeline.py.
+"""
 
 from __future__ import annotations
 

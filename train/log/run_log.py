@@ -1,4 +1,7 @@
-"""``log.jsonl`` of a run: one JSON object per line, ``kind`` telling what it is about."""
+"""``log.jsonl`` of a run: one JSON object per line, ``kind`` telling what it is about.
+
+Tested in tests/train/log/test_report.py.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 Parameters are a flat dict, ``{"language/layers_1_to_11/mlp/router/kernel": array}``, with stacked layers, in three
 parts: trained ones (float32, with optimizer state), router biases (moved by the measured load), and frozen ones,
 which keep their stored dtype and cost neither gradient nor optimizer memory.
+
+Tested in tests/train/objectives/test_language.py.
 """
 
 from __future__ import annotations
