@@ -72,7 +72,7 @@ def step_flops(config: Config, rules: Mapping[str, ParameterRule], *, remat: boo
 def contrastive_flops(config: Config, rules: Mapping[str, ParameterRule], settings: ContrastiveSettings) -> StepFlops:
     """The counts of contrastive training: tokens are the captions', a tile is an image, with all that it has once.
 
-    The comparison of all images with all captions is left out: it is no part of the towers, and little beside them.
+    The comparison of all images with all captions is left out: it is no part of the towers and small beside them.
     """
     vision, passes = config.vision, _Passes(rules)
     width, layers = vision.width, settings.text_layers
@@ -86,7 +86,7 @@ def contrastive_flops(config: Config, rules: Mapping[str, ParameterRule], settin
 
 
 def region_flops(config: Config, rules: Mapping[str, ParameterRule]) -> StepFlops:
-    """The counts of training on regions: the encoder. Pooling and comparison are little beside it, and left out."""
+    """The counts of training on regions: the encoder. Pooling and comparison are small beside it and left out."""
     return StepFlops(0.0, 0.0, _encoder(config, _Passes(rules)))
 
 
@@ -104,18 +104,18 @@ class _Passes:
     def __init__(self, rules: Mapping[str, ParameterRule], remat: bool = False):
         self._rules = rules
         self._remat = remat
-        self._trained = {_place(path) for path, rule in rules.items() if rule.train}
+        self._trained = {_depth(path) for path, rule in rules.items() if rule.train}
         self._first = min(self._trained, default=(math.inf,))
 
     def of(self, path: str) -> int:
         """For a weight's product with its input."""
-        backward = (self._first < _place(path)) + self._rules[path].train
+        backward = (self._first < _depth(path)) + self._rules[path].train
         return 1 + backward + (self._remat and backward > 0 and _LAYER.search(path) is not None)
 
     def attention(self, part: float, layers: int) -> int:
         """Summed over the layers; scores and values have two inputs, whose gradients cost the forward's each."""
-        places = [(part, 1.0, float(i)) for i in range(layers)]
-        return sum(3 + self._remat if self._first < place or place in self._trained else 1 for place in places)
+        depths = [(part, 1.0, float(i)) for i in range(layers)]
+        return sum(3 + self._remat if self._first < depth or depth in self._trained else 1 for depth in depths)
 
 
 def _matrices(config: Config) -> Iterator[tuple[str, int]]:
@@ -131,13 +131,13 @@ def _matrices(config: Config) -> Iterator[tuple[str, int]]:
 def _encoder(config: Config, passes: _Passes) -> float:
     """FLOPs of a tile in the vision encoder."""
     vision = config.vision
-    found = _matrices(config)
-    per_patch = sum(2.0 * size * passes.of(path) for path, size in found if path.startswith("vision/"))
+    matrices = _matrices(config)
+    per_patch = sum(2.0 * size * passes.of(path) for path, size in matrices if path.startswith("vision/"))
     per_pair = 2.0 * 2 * vision.width * passes.attention(0.0, vision.layers)
     return per_patch * vision.patches + per_pair * vision.patches**2
 
 
-def _place(path: str) -> tuple[float, ...]:
+def _depth(path: str) -> tuple[float, ...]:
     """Where a parameter enters the forward pass; a gradient flows from later places to earlier trained ones."""
     if path in ("image_newline", "view_seperator"):
         return (2.0, 0.0)

@@ -65,16 +65,16 @@ def assign(
         count = f"these {len(uncovered)} parameters"
         problems.append(f"no rule covers {count}; add one with train = true or false:\n{listed(uncovered, _SHOWN)}")
     for i, rule in enumerate(rules):
-        where = f"rule {i + 1} (match = '{rule.match}')"
+        name = f"rule {i + 1} (match = '{rule.match}')"
         if i not in matched:
-            problems.append(f"{where} matches no parameter of this model; correct or remove it.")
+            problems.append(f"{name} matches no parameter of this model; correct or remove it.")
         elif i not in used:
-            problems.append(f"{where} is never used, since earlier rules match all its parameters; move or remove it.")
+            problems.append(f"{name} is never used, since earlier rules match all its parameters; move or remove it.")
     from_what = "" if objective == "language" else f" from the {objective} objective"
-    for i, found in trained_free.items():
+    for i, paths in trained_free.items():
         problems.append(
             f"rule {i + 1} (match = '{rules[i].match}') trains parameters that get no gradient{from_what}; put a rule "
-            f"with train = false for them before it:\n{listed(found, _SHOWN)}"
+            f"with train = false for them before it:\n{listed(paths, _SHOWN)}"
         )
     if problems:
         raise SettingsError("stage.parameters: " + "\nstage.parameters: ".join(problems))

@@ -157,7 +157,7 @@ def batch_shard(settings: Settings, mesh: Mesh | None) -> BatchShard:
     Raises:
       SettingsError: the batch does not divide.
     """
-    own, shards = data_shards(mesh)
+    local_shards, shards = data_shards(mesh)
     batch = settings.batch
     at_once = batch.microbatch_size * shards
     if batch.sequences % at_once:
@@ -171,17 +171,17 @@ def batch_shard(settings: Settings, mesh: Mesh | None) -> BatchShard:
             f"= {batch.sequences}. This objective compares all images of a step, without accumulation: make "
             f"the two equal, as with batch.microbatch_size={batch.sequences // shards}."
         )
-    return BatchShard(own, shards, batch.microbatch_size, batch.sequences // at_once)
+    return BatchShard(local_shards, shards, batch.microbatch_size, batch.sequences // at_once)
 
 
 def _open_model(settings: Settings, source: Path) -> tuple[Config, Processor]:
     config, processor = open_model(source)
-    wanted, found = settings.model.size, variant(config)
-    if wanted not in ("any", found):
-        what = f"has the shapes of the released {found} model" if found != "other" else "is of no released size"
+    wanted, size = settings.model.size, variant(config)
+    if wanted not in ("any", size):
+        what = f"has the shapes of the released {size} model" if size != "other" else "is of no released size"
         raise SettingsError(
             f"model.size = {wanted}, but model.checkpoint = {settings.model.checkpoint} {what}. Give a checkpoint of "
-            f"{wanted}, or the configuration for {found if found != 'other' else 'it, or model.size=any'}."
+            f"{wanted}, or the configuration for {size if size != 'other' else 'it, or model.size=any'}."
         )
     return config, processor
 

@@ -1,4 +1,7 @@
-"""What one training step reads: packed rows of several samples, and the tiles that they share."""
+"""What one training step reads: packed rows of several samples, and the tiles that they share.
+
+Tested in tests/train/data/test_packing.py.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +50,8 @@ class TrainBatch:
 
 def one_sample_a_row(batch: Batch) -> TrainBatch:
     """A collated batch as a single accumulation step whose every row is one segment."""
-    place = np.arange(batch.ids.shape[1], dtype=np.int32)
-    valid = place < batch.lengths[:, None]
+    column = np.arange(batch.ids.shape[1], dtype=np.int32)
+    valid = column < batch.lengths[:, None]
     with_images = valid & (batch.image_index != TEXT_POSITION).any(1, keepdims=True)
-    rows = (batch.ids, batch.labels, batch.image_index, np.where(valid, place, 0), valid.astype(np.int32), with_images)
+    rows = (batch.ids, batch.labels, batch.image_index, np.where(valid, column, 0), valid.astype(np.int32), with_images)
     return TrainBatch(*(a[None] for a in (*rows, batch.tiles)))

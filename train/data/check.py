@@ -94,13 +94,13 @@ def examine(
     broken: Counter[str] = Counter()
     problems: list[str] = []
     sizes: list[tuple[int, int, int]] = []
-    for found in _measured(source):
-        if isinstance(found, SkippedSample):
-            broken[found.reason] += 1
+    for sample in _measured(source):
+        if isinstance(sample, SkippedSample):
+            broken[sample.reason] += 1
             if len(problems) < most_problems:
-                problems.append(f"{found.name}: {found.message}")
+                problems.append(f"{sample.name}: {sample.message}")
         else:
-            sizes.append(found)
+            sizes.append(sample)
     tokens, supervised, tiles = np.array(sizes, np.int64).reshape(-1, 3).T
     return Summary(
         len(source.files),
@@ -197,9 +197,9 @@ def _measured(source: SampleSource) -> Iterator[tuple[int, int, int] | SkippedSa
         progress("reading", len(source), unit="items", transient=True) as advance,
     ):
         for start in range(0, len(source), _AT_A_TIME):
-            for found in threads.map(measure, range(start, min(start + _AT_A_TIME, len(source)))):
+            for result in threads.map(measure, range(start, min(start + _AT_A_TIME, len(source)))):
                 advance(1)
-                yield found
+                yield result
 
 
 def _print(summary: Summary, bundled: bool) -> None:

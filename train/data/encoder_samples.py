@@ -1,4 +1,7 @@
-"""Samples of the encoder's own training: an image in one tile, with a caption or with named regions."""
+"""Samples of the encoder's own training: an image in one tile, with a caption or with named regions.
+
+Tested in tests/train/objectives/test_contrastive.py and tests/train/objectives/test_regions.py.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 JSON Lines (or a JSON array of the same records), plain text (a file is one document) and tar shards of samples
 look alike from here on: a length, a name for each sample, and `read`.
+
+Tested in tests/train/data/test_pipeline.py.
 """
 
 from __future__ import annotations
@@ -200,28 +202,28 @@ def _index_array(path: str) -> JsonFile:
     try:
         text = data.decode("utf-8-sig")
         offset = len(data) - len(text.encode())  # of a byte order mark
-        place, known, line = text.index("[") + 1, 0, 1
+        position, known, line = text.index("[") + 1, 0, 1
         while True:
-            place += len(text[place : place + 4096]) - len(text[place : place + 4096].lstrip(" \t\r\n"))
-            if text[place : place + 1].isspace():
+            position += len(text[position : position + 4096]) - len(text[position : position + 4096].lstrip(" \t\r\n"))
+            if text[position : position + 1].isspace():
                 continue
-            if text[place : place + 1] == "]":
+            if text[position : position + 1] == "]":
                 break
-            _, end = decoder.raw_decode(text, place)
+            _, end = decoder.raw_decode(text, position)
             # Bytes, not characters, are what a file is read by.
-            offset += len(text[known:place].encode())
-            line += text.count("\n", known, place)
-            size = len(text[place:end].encode())
+            offset += len(text[known:position].encode())
+            line += text.count("\n", known, position)
+            size = len(text[position:end].encode())
             starts.append(offset)
             sizes.append(size)
             lines.append(line)
-            offset, line, known = offset + size, line + text.count("\n", place, end), end
-            place = end
-            while text[place : place + 1] in (" ", "\t", "\r", "\n"):
-                place += 1
-            if text[place : place + 1] == ",":
-                place += 1
-            elif text[place : place + 1] != "]":
+            offset, line, known = offset + size, line + text.count("\n", position, end), end
+            position = end
+            while text[position : position + 1] in (" ", "\t", "\r", "\n"):
+                position += 1
+            if text[position : position + 1] == ",":
+                position += 1
+            elif text[position : position + 1] != "]":
                 raise ValueError(f'expected "," or "]" at line {line}')
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: begins with [ but is no JSON array of records ({error}). Repair the file.") from None

@@ -123,7 +123,7 @@ def pack(samples: grain.IterDataset, shape: RowShape, bins: int, seed: int | Non
 
     Args:
       bins: rows that are filled at the same time.
-      seed: of the order in which rows filled together come out; None: as they were begun.
+      seed: of the order in which rows filled together come out; None: in the order of their first samples.
     """
     from grain.experimental import BestFitPackIterDataset
 

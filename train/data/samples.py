@@ -1,4 +1,7 @@
-"""Samples of a data set by number: read, tokenised, tiled and fitted to a row, or the reason why not."""
+"""Samples of a data set by number: read, tokenised, tiled and fitted to a row, or the reason why not.
+
+Tested in tests/train/data/test_pipeline.py.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +100,7 @@ class SampleSource:
             return SkippedSample(name, error.reason, str(error))
         except OSError as error:
             return SkippedSample(name, UNREADABLE, str(error))
-        except Exception as error:  # whatever a stranger's data sets off in the libraries that read it
+        except Exception as error:  # whatever unknown data make the libraries that read it raise
             return SkippedSample(name, UNEXPECTED, f"{type(error).__name__}: {error}")
         return packing.element(inputs, name, truncated=truncated)
 

@@ -154,11 +154,11 @@ def draw(runs: Sequence[Curves]) -> Any:
         if panel.get_legend_handles_labels()[0]:
             # "best" looks at every point of every curve.
             falls = panel in (by_name["loss"], by_name.get("balance"))
-            place: dict[str, Any] = {"loc": "upper right" if falls else "lower right"}
+            legend: dict[str, Any] = {"loc": "upper right" if falls else "lower right"}
             if many:  # beside the panel; a line for each run, whose other lines have its colour
                 handles = {line.get_color(): line for line in reversed(panel.get_legend_handles_labels()[0])}
-                place = {"handles": [*handles.values()][::-1], "loc": "upper left", "bbox_to_anchor": (1.0, 1.02)}
-            panel.legend(frameon=False, fontsize="small", **place)
+                legend = {"handles": [*handles.values()][::-1], "loc": "upper left", "bbox_to_anchor": (1.0, 1.02)}
+            panel.legend(frameon=False, fontsize="small", **legend)
     return figure
 
 
@@ -226,9 +226,9 @@ def _half_window(count: int) -> int:
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Over a fortieth of the values; at the ends, over what there is of that."""
-    half, places = _half_window(len(values)), np.arange(len(values))
-    first, end = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
+    """The mean over a fortieth of the values; at both ends over those of them that exist."""
+    half, steps = _half_window(len(values)), np.arange(len(values))
+    first, end = np.maximum(steps - half, 0), np.minimum(steps + half + 1, len(values))
     sums = np.concatenate([[0.0], np.cumsum(values)])
     return (sums[end] - sums[first]) / (end - first)
 

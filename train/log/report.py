@@ -162,12 +162,14 @@ class Report:
     def _line(self, step: int, metrics: LanguageMetrics | ContrastiveMetrics, data: DataStats, seconds: float) -> Line:
         counts = {name: getattr(data, name) for name in _COUNTED}
         # After a resume without a log, what one step took of the data is not known.
-        own = None if self._counts is None else {name: counts[name] - self._counts[name] for name in _COUNTED}
+        step_counts = None if self._counts is None else {name: counts[name] - self._counts[name] for name in _COUNTED}
         self._counts = counts
         tokens = int(metrics.tokens)
-        samples, tiles = (round(own[name] * self._parts) for name in ("samples", "tiles")) if own else (None, None)
+        samples, tiles = (
+            (round(step_counts[name] * self._parts) for name in ("samples", "tiles")) if step_counts else (None, None)
+        )
         mfu = None
-        if self._flops and self._peak and own and seconds > 0:
+        if self._flops and self._peak and step_counts and seconds > 0:
             mfu = self._flops.step(tokens, samples, tiles) / (seconds * self._devices * self._peak)
         return {
             "kind": "step",
@@ -251,8 +253,8 @@ class Report:
         table.add_row("step", header)
         table.add_row("loss", _losses(line).removeprefix("loss "))
         if self._validation is not None:
-            found = _losses(self._validation).removeprefix("loss ")
-            table.add_row("validation", f"{found} at step {self._validation['step']:,}")
+            losses = _losses(self._validation).removeprefix("loss ")
+            table.add_row("validation", f"{losses} at step {self._validation['step']:,}")
         table.add_row("speed", f"{rate} tokens/s, {seconds} s/step, MFU {mfu}")
         if "load_max_over_mean" in line:
             table.add_row("max/mean load", f"{_balance(line)}, balance loss {line['balance_loss']:.3g}")

@@ -1,4 +1,7 @@
-"""``log.jsonl`` of a run: one JSON object per line, ``kind`` telling what it is about."""
+"""``log.jsonl`` of a run: one JSON object per line, ``kind`` telling what it is about.
+
+Tested in tests/train/log/test_report.py.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +76,7 @@ class RunLog:
 
 
 def read(path: Path) -> Iterator[Line]:
-    """The lines of a log. What a killed process left of its last one is passed over.
+    """The lines of a log. A last line that a killed process left incomplete is ignored.
 
     Raises:
       RunError: the file cannot be read, or a line before the last is no line of a log.

@@ -3,6 +3,8 @@
 Parameters are a flat dict, ``{"language/layers_1_to_11/mlp/router/kernel": array}``, with stacked layers, in three
 parts: trained ones (float32, with optimizer state), router biases (moved by the measured load), and frozen ones,
 which keep their stored dtype and cost neither gradient nor optimizer memory.
+
+Tested in tests/train/objectives/test_language.py.
 """
 
 from __future__ import annotations
@@ -107,17 +109,17 @@ class BaseTrainer:
         """Stacked path → rule."""
         rules = {}
         for path, members in self._members.items():
-            found = {self.parameter_rules[path_name(member)] for member in members}
-            if len(found) > 1:
+            member_rules = {self.parameter_rules[path_name(member)] for member in members}
+            if len(member_rules) > 1:
                 raise SettingsError(
                     f"stage.parameters: {path_name(members[0])} … {path_name(members[-1])} follow different rules, but "
                     "these layers are trained as one stack: give them one rule, or set compute.scan_layers = false."
                 )
-            rules[path_name(path)] = found.pop()
+            rules[path_name(path)] = member_rules.pop()
         return rules
 
     def begin(self, params: Params) -> Params:
-        """What a run begins with, of its source's parameters."""
+        """The parameters that a run starts from, given those of its checkpoint."""
         return params
 
     def init(self, params: Params) -> TrainState:
@@ -135,8 +137,10 @@ class BaseTrainer:
             target = getattr(abstract, part)[name]
             leaves = {member: _take(params, member) for member in members}
             dtype = leaves[members[0]].dtype if part == "frozen" else target.dtype
-            place = jax.jit(functools.partial(self._stacked, dtype=dtype), out_shardings={path: target.sharding})
-            parts[part][name] = place(leaves)[path]
+            stack_and_put = jax.jit(
+                functools.partial(self._stacked, dtype=dtype), out_shardings={path: target.sharding}
+            )
+            parts[part][name] = stack_and_put(leaves)[path]
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.optimizer)
         optimizer = self._init_optimizer(parts["trained"], shardings)
         step = jax.device_put(np.int32(0), abstract.step.sharding)
@@ -193,22 +197,24 @@ class BaseTrainer:
         """Puts this process's rows on its devices: rows over data shards, tiles evenly over all devices."""
         if self.mesh is None:
             return batch
-        own, shards = data_shards(self.mesh)
+        local_shards, shards = data_shards(self.mesh)
         devices = self.mesh.size // shards  # of a data shard
         rows = self.settings.batch.microbatch_size
-        if batch.ids.shape[1] != rows * len(own):
-            raise ValueError(f"{batch.ids.shape[1]} rows given, {rows} for each of {len(own)} data shards expected")
+        if batch.ids.shape[1] != rows * len(local_shards):
+            raise ValueError(
+                f"{batch.ids.shape[1]} rows given, {rows} for each of {len(local_shards)} data shards expected"
+            )
         per_row = self.config.tokens_per_tile
         a, count = batch.tiles.shape[:2]
-        given = count // len(own)  # tiles of a data shard
+        given = count // len(local_shards)  # tiles of a data shard
         even = -(-given // devices) * devices
-        tiles = batch.tiles.reshape(a, len(own), given, *batch.tiles.shape[2:])
+        tiles = batch.tiles.reshape(a, len(local_shards), given, *batch.tiles.shape[2:])
         if even > given:
             tiles = np.pad(tiles, ((0, 0), (0, 0), (0, even - given), (0, 0), (0, 0), (0, 0)))
         index = batch.image_index
         if count:
             tile = np.maximum(index, 0) // per_row
-            moved = np.asarray(own)[tile // given] * even + tile % given
+            moved = np.asarray(local_shards)[tile // given] * even + tile % given
             index = rebased(index, (moved - tile) * per_row)
 
         def put(x: np.ndarray, shard: int, spec: PartitionSpec) -> jax.Array:
@@ -217,9 +223,9 @@ class BaseTrainer:
                 return jax.device_put(x, NamedSharding(self.mesh, PartitionSpec()))
             shape = (x.shape[0], shard * shards, *x.shape[2:])
 
-            def local(where: tuple[slice, ...]) -> np.ndarray:
-                start, stop, _ = where[1].indices(shape[1])  # within one data shard
-                first = own.index(start // shard) * shard + start % shard
+            def local(slices: tuple[slice, ...]) -> np.ndarray:
+                start, stop, _ = slices[1].indices(shape[1])  # within one data shard
+                first = local_shards.index(start // shard) * shard + start % shard
                 return x[:, first : first + stop - start]
 
             return jax.make_array_from_callback(shape, NamedSharding(self.mesh, spec), local)
@@ -267,12 +273,12 @@ def data_shards(mesh: Mesh | None) -> tuple[list[int], int]:
         return [0], 1
     split = [axis in ACTIVATION_RULES["batch"] for axis in mesh.axis_names]
     sizes = [size for size, counts in zip(mesh.devices.shape, split, strict=True) if counts]
-    own = {
-        int(np.ravel_multi_index([at for at, counts in zip(where, split, strict=True) if counts], sizes))
-        for where, device in np.ndenumerate(mesh.devices)
+    local_shards = {
+        int(np.ravel_multi_index([at for at, counts in zip(position, split, strict=True) if counts], sizes))
+        for position, device in np.ndenumerate(mesh.devices)
         if device.process_index == jax.process_index()
     }
-    return sorted(own), math.prod(sizes)
+    return sorted(local_shards), math.prod(sizes)
 
 
 def _take(tree: dict[str, Any], path: LeafPath) -> jax.Array:

@@ -33,7 +33,7 @@ from dsvl2_jax.train.forward import compute_params, training_layers
 from dsvl2_jax.train.objectives.base import Arrays, BaseTrainer, TrainState
 from dsvl2_jax.train.settings.schema import ContrastiveSettings, ParameterRule, Settings
 
-# Parameters beside the model's: the captions' tower below ``text/``, and the loss's two scalars.
+# Parameters besides the model's: the captions' tower below ``text/``, and the loss's two scalars.
 TEXT, LOG_SCALE, BIAS = "text/", "log_scale", "bias"
 
 _EPSILON = 1e-12  # under the root of a feature's squared length
@@ -83,7 +83,7 @@ def text_tower(config: Config, settings: Settings) -> TextTower:
 
 
 def init_auxiliary(config: Config, settings: Settings, rng: jax.Array) -> dict[str, Any]:
-    """What is trained beside the model: path → f32 array in a box with its logical axes. Jittable."""
+    """What is trained in addition to the model: path → f32 array in a box with its logical axes. Jittable."""
     ids = jnp.zeros((1, settings.contrastive.text_length), jnp.int32)
     tower = text_tower(config, settings).init(rng, ids, ids == 0)["params"]
 
@@ -109,8 +109,8 @@ def _waves(side: int, width: int) -> jax.Array:
     are learnt long after colours are.
     """
     quarter = width // 4
-    place = jnp.arange(side, dtype=jnp.float32)[:, None] * (math.pi / 2) * jnp.geomspace(1.0, 1 / 16, quarter)
-    one = jnp.concatenate([jnp.sin(place), jnp.cos(place)], axis=1) * 0.5**0.5  # [side, width / 2]
+    angles = jnp.arange(side, dtype=jnp.float32)[:, None] * (math.pi / 2) * jnp.geomspace(1.0, 1 / 16, quarter)
+    one = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1) * 0.5**0.5  # [side, width / 2]
     waves = jnp.concatenate([jnp.repeat(one, side, axis=0), jnp.tile(one, (side, 1))], axis=1)
     return jnp.pad(waves, ((0, 0), (0, width - 4 * quarter)))
 
@@ -158,8 +158,8 @@ def rows_of_tiles(x: jax.Array, rows: int) -> jax.Array:
 
 def text_features(auxiliary: dict[str, jax.Array], config: Config, batch: TrainBatch, settings: Settings) -> jax.Array:
     """f32[B, W] of length 1. ``auxiliary``: of `init_auxiliary`, unboxed."""
-    own = {path.removeprefix(TEXT): leaf for path, leaf in auxiliary.items() if path.startswith(TEXT)}
-    params = unflatten_dict(own, sep="/")
+    tower_leaves = {path.removeprefix(TEXT): leaf for path, leaf in auxiliary.items() if path.startswith(TEXT)}
+    params = unflatten_dict(tower_leaves, sep="/")
     tower = text_tower(config, settings)
     return normalised(tower.apply({"params": params}, jnp.asarray(batch.ids), jnp.asarray(batch.segments) > 0))
 
@@ -185,15 +185,15 @@ def sigmoid_loss(
       (f32[], f32[]): −Σ_ij log σ(z_ij (t·x_i·y_j + b)) over the images, with z = 1 on the diagonal and −1 elsewhere,
       in nats an image, and the share of images whose own caption is the nearest of the batch; nan without images.
     """
-    own = jnp.eye(x_bw.shape[0], dtype=bool)
-    counted = valid_b[:, None] & valid_b[None] & (own | ~same_bb)
+    diagonal = jnp.eye(x_bw.shape[0], dtype=bool)
+    counted = valid_b[:, None] & valid_b[None] & (diagonal | ~same_bb)
     cosines = jnp.einsum("iw,jw->ij", x_bw, y_bw, precision=jax.lax.Precision.HIGHEST)
     logits = jnp.exp(log_scale) * cosines + bias
-    losses = -nn.log_sigmoid(jnp.where(own, logits, -logits))
+    losses = -nn.log_sigmoid(jnp.where(diagonal, logits, -logits))
     images = valid_b.sum()
     nearest = jnp.where(counted, cosines, -jnp.inf).argmax(-1)
-    found = (nearest == jnp.arange(len(valid_b))) & valid_b
-    return jnp.where(counted, losses, 0.0).sum() / images, found.sum() / images
+    nearest_is_own = (nearest == jnp.arange(len(valid_b))) & valid_b
+    return jnp.where(counted, losses, 0.0).sum() / images, nearest_is_own.sum() / images
 
 
 def normalised(x: jax.Array) -> jax.Array:
@@ -246,7 +246,7 @@ class ContrastiveTrainer(BaseTrainer):
     """
 
     metrics = ContrastiveMetrics
-    init_auxiliary = staticmethod(init_auxiliary)  # what is trained beside the model
+    init_auxiliary = staticmethod(init_auxiliary)  # what is trained in addition to the model
 
     def __init__(self, config: Config, settings: Settings, mean: ArrayLike, std: ArrayLike, mesh: Mesh | None = None):
         self._boxed = jax.eval_shape(lambda: self.init_auxiliary(config, settings, jax.random.key(0)))
@@ -257,7 +257,7 @@ class ContrastiveTrainer(BaseTrainer):
         return contrastive_flops(self.config, self.parameter_rules, self.settings.contrastive)
 
     def begin(self, params: Params) -> Params:
-        """Draws the encoder anew if ``contrastive.fresh_encoder`` says so; the rest stays."""
+        """Initialises the encoder anew if ``contrastive.fresh_encoder`` says so; the rest stays."""
         if not self.settings.contrastive.fresh_encoder:
             return params
         old = flatten_dict(params["vision"], sep="/")

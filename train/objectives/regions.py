@@ -33,14 +33,14 @@ from dsvl2_jax.train.objectives.contrastive import (
 )
 from dsvl2_jax.train.settings.schema import Settings
 
-# Parameters beside the model's: a phrase is the mean of its tokens' embeddings; the head is that of the regions.
+# Parameters besides the model's: a phrase is the mean of its tokens' embeddings; the head is that of the regions.
 TOKENS, HEAD = "text/embed_tokens", "region/head"
 
 _NOTHING = np.uint32(2**32 - 1)  # the number of a phrase that is none
 
 
 def init_auxiliary(config: Config, settings: Settings, rng: jax.Array) -> dict[str, Any]:
-    """What is trained beside the model: path → f32 array in a box with its logical axes. Jittable."""
+    """What is trained in addition to the model: path → f32 array in a box with its logical axes. Jittable."""
     width = config.vision.width
 
     def drawn(rows: int, axis: str, rng: jax.Array) -> Any:
@@ -48,8 +48,8 @@ def init_auxiliary(config: Config, settings: Settings, rng: jax.Array) -> dict[s
         return init(rng, (rows, width), jnp.float32)
 
     tokens, head = jax.random.split(rng)
-    own = {TOKENS: drawn(config.language.vocab_size, "vocab", tokens), HEAD: drawn(width, "vision_embed", head)}
-    return own | scalars(settings)
+    arrays = {TOKENS: drawn(config.language.vocab_size, "vocab", tokens), HEAD: drawn(width, "vision_embed", head)}
+    return arrays | scalars(settings)
 
 
 def phrase_members(lengths_br: jax.Array, tokens: int) -> jax.Array:
@@ -61,9 +61,9 @@ def phrase_members(lengths_br: jax.Array, tokens: int) -> jax.Array:
 
 def phrase_numbers(ids_bt: jax.Array, member_brt: jax.Array) -> jax.Array:
     """u32[B, R], equal for equal phrases; different ones differ but for one pair in four billions."""
-    place = jnp.cumsum(member_brt, axis=-1) * member_brt  # from 1 within each phrase
+    position = jnp.cumsum(member_brt, axis=-1) * member_brt  # from 1 within each phrase
     mixed = (ids_bt[:, None].astype(jnp.uint32) + 1) * jnp.uint32(2654435761)
-    mixed = (mixed ^ (mixed >> 15)) * (2 * place.astype(jnp.uint32) + 1) * jnp.uint32(2246822519)
+    mixed = (mixed ^ (mixed >> 15)) * (2 * position.astype(jnp.uint32) + 1) * jnp.uint32(2246822519)
     mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(3266489917)
     sums = jnp.where(member_brt > 0, mixed, 0).sum(-1, dtype=jnp.uint32)
     return jnp.where((member_brt > 0).any(-1), sums, _NOTHING)
@@ -85,7 +85,7 @@ def region_loss(
       number_n: u32[N], of the phrase (`phrase_numbers`).
       attribute_n: i32[N]; a region is compared with the phrases of the same attribute.
       log_scale, bias: f32[], log t and b.
-      most: different phrases that are compared; when a step has more, chance leaves some out.
+      most: different phrases that are compared; of more than that an arbitrary choice is left out.
 
     Returns:
       (f32[], f32[]): −Σ_ij log σ(z_ij (t·x_i·y_j + b)) over regions i and different phrases j of the same attribute,
@@ -93,29 +93,29 @@ def region_loss(
       for which the right phrase is the nearest. nan without regions.
     """
     unique, first = jnp.unique(number_n, return_index=True, size=most, fill_value=_NOTHING)
-    own = number_n[:, None] == unique[None]
+    said = number_n[:, None] == unique[None]
     counted = (attribute_n[:, None] == attribute_n[first][None]) & (unique != _NOTHING)[None]
     counted &= (number_n != _NOTHING)[:, None]
     cosines = jnp.einsum("nw,uw->nu", x_nw, y_nw[first], precision=jax.lax.Precision.HIGHEST)
     logits = jnp.exp(log_scale) * cosines + bias
-    losses = -nn.log_sigmoid(jnp.where(own, logits, -logits))
+    losses = -nn.log_sigmoid(jnp.where(said, logits, -logits))
     nearest = jnp.where(counted, cosines, -jnp.inf).argmax(-1)
     count = (number_n != _NOTHING).sum()
-    found = (unique[nearest] == number_n) & (number_n != _NOTHING)
-    return jnp.where(counted, losses, 0.0).sum() / count, found.sum() / count
+    nearest_is_said = (unique[nearest] == number_n) & (number_n != _NOTHING)
+    return jnp.where(counted, losses, 0.0).sum() / count, nearest_is_said.sum() / count
 
 
 def region_features(x_bpw: jax.Array, boxes_br4: jax.Array, grid: int) -> jax.Array:
     """[B, P, W] patches → [B, R, W], the mean over each box's rectangle of them (`PhraseBatch`)."""
     left, top, right, bottom = jnp.split(boxes_br4, 4, axis=-1)
-    place = jnp.arange(grid)
-    columns, rows = (left <= place) & (place < right), (top <= place) & (place < bottom)  # [B, R, grid]
+    line = jnp.arange(grid)
+    columns, rows = (left <= line) & (line < right), (top <= line) & (line < bottom)  # [B, R, grid]
     inside = (rows[..., :, None] & columns[..., None, :]).reshape(*boxes_br4.shape[:2], grid * grid).astype(x_bpw.dtype)
     return jnp.einsum("brp,bpw->brw", inside, x_bpw) / jnp.maximum(inside.sum(-1, keepdims=True), 1)
 
 
 class RegionTrainer(ContrastiveTrainer):
-    """Training of the encoder on named regions; what is kept beside the model is as in `ContrastiveTrainer`."""
+    """Training of the encoder on named regions; what is kept besides the model is as in `ContrastiveTrainer`."""
 
     init_auxiliary = staticmethod(init_auxiliary)
 

@@ -1,4 +1,7 @@
-"""What the settings of a run must be beyond each field's own range, which `schema` has."""
+"""What the settings of a run must be beyond each field's own range, which `schema` has.
+
+Tested in tests/train/settings/test_load.py.
+"""
 
 from __future__ import annotations
 

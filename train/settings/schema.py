@@ -2,6 +2,8 @@
 that resumes may change it.
 
 `dsvl2_jax.train.settings.load` reads and writes them. Paths in them are relative to the working directory.
+
+Tested in tests/train/settings/test_load.py and tests/train/settings/test_presets.py.
 """
 
 from __future__ import annotations
