@@ -18,7 +18,7 @@ help:
 	@echo "make test-pods    compile for TPU topologies, whole models included (no TPU needed; more than half an hour)"
 	@echo "make test-gpu-compile   the same for H100s (no GPU needed; fetches 4 GB into .venv-gpu; a quarter of an hour)"
 	@echo "make eval-micro   ask the bundled model 500 held-out questions a task (CKPT=DIR asks another)"
-	@echo "make train-micro  train the bundled model from nothing, about three and a half hours; goes on where it was stopped"
+	@echo "make train-micro  train the bundled model from scratch, about three and a half hours; resumes where it was stopped"
 	@echo "make .venv   only set up $(VENV); PYTHON=python3.12 picks another interpreter"
 	@echo "make lint    ruff (lint and format check) and the rule of the layers (import-linter)"
 	@echo "make docs    build the documentation site into $(OUT)/site; a warning is an error"
@@ -91,7 +91,7 @@ MALLOC := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_thres
 TRAINING := JAX_NUM_CPU_DEVICES=2 GLIBC_TUNABLES=$(MALLOC):glibc.malloc.top_pad=268435456
 RUNS := runs/micro
 
-# Every part that is complete is kept, and a stage that was stopped goes on from its last checkpoint.
+# Every part that is complete is kept, and a stage that was stopped resumes from its last checkpoint.
 train-micro: $(TRAIN_INSTALLED)
 	test -d $(RUNS)/start || $(BIN)/dsvl2 micro start $(RUNS)/start
 	$(BIN)/dsvl2 micro data $(RUNS)/data

@@ -1,4 +1,4 @@
-"""`make train-micro` in little: its stages, from nothing, on one large shape a picture, until colours are seen."""
+"""`make train-micro` scaled down: its stages, from scratch, on one large shape a picture, until colours are seen."""
 
 import json
 import os
