@@ -1,8 +1,8 @@
 """Logical axes → mesh axes: one table for parameters, one for activations.
 
-The mesh has the axes ``data``, ``tensor`` and ``expert`` (DESIGN §4.5). Modules name *logical* axes; this file alone
-knows what they map to. A dimension is split over those axes of its rule that earlier dimensions of the array have left
-free and that divide it; a large part that stays whole for this reason is logged, never an error.
+The mesh has the axes ``data``, ``tensor`` and ``expert``. Modules name *logical* axes; this file alone knows what they
+map to. A dimension is split over those axes of its rule that divide it and that earlier dimensions of the array have
+left free; a parameter's dimension that stays whole for this reason is logged, never an error.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ PARAM_RULES: Rules = {
 ACTIVATION_RULES: Rules = {
     "batch": ("data", "expert"),  # of prefill and training
     "decode_batch": ("data",),  # of a decode step, where the weights stay and a few tokens visit them
-    "slots": ("data", "tensor", "expert"),  # of the cache, and of all that meets it
-    "cache_length": ("data", "tensor", "expert"),  # what fewer slots than devices leave free
+    "logits_batch": ("data",),  # of training's logits, where the vocabulary stays split and the tokens visit it
+    "slots": ("data", "tensor", "expert"),  # rows of the cache, and of all that meets it
+    "cache_length": ("data", "tensor", "expert"),  # positions; they take the axes that few slots leave free
     "length": (),
     "embed": (),
     "heads": ("tensor", "expert"),
@@ -88,28 +89,28 @@ def partition_spec(
     if len(shape) != len(axes):
         raise ValueError(f"array of shape {tuple(shape)} has {len(axes)} logical axes: {tuple(axes)}")
     used: set[str] = set()
-    entries = []
+    entries: list[tuple[str, ...]] = []
     for size, axis in zip(shape, axes, strict=True):
         if axis is not None and axis not in rules:
             raise ValueError(f"logical axis {axis!r} of {tuple(axes)} has no rule; the table has {', '.join(rules)}")
-        names = _dividing(size, rules[axis] if axis else (), mesh_shape, used)
+        split = _dividing(size, rules[axis] if axis else (), mesh_shape, used)
         for name in rules[axis] if axis and rules is PARAM_RULES else ():
-            if mesh_shape.get(name, 1) > 1 and name not in used.union(names):
+            if mesh_shape.get(name, 1) > 1 and name not in used.union(split):
                 _log_once(f"axis {axis} of size {size} does not divide over {name} = {mesh_shape[name]}: replicated")
-        used.update(names)
-        entries.append(names)
+        used.update(split)
+        entries.append(split)
     return _spec(entries)
 
 
 def _dividing(size: int, names: Sequence[str], mesh_shape: Mapping[str, int], used: set[str]) -> tuple[str, ...]:
     """Those of ``names`` that are free and, one after the other, divide ``size``."""
-    found: tuple[str, ...] = ()
+    dividing: tuple[str, ...] = ()
     for name in names:
         parts = mesh_shape.get(name, 1)
         if parts > 1 and name not in used and size % parts == 0:
-            found += (name,)
+            dividing += (name,)
             size //= parts
-    return found
+    return dividing
 
 
 def _spec(entries: Sequence[tuple[str, ...]]) -> PartitionSpec:
@@ -121,7 +122,7 @@ def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
-def split_further(
+def add_fsdp_axis(
     spec: PartitionSpec, shape: Sequence[int], mesh_shape: Mapping[str, int], *, layers: bool = False
 ) -> PartitionSpec:
     """A parameter's spec with one more dimension split over the mesh axes that it leaves free (FSDP, for training).
@@ -131,13 +132,13 @@ def split_further(
     """
     entries = [mesh_axes(entry) for entry in spec]
     used = {name for entry in entries for name in entry}
-    found = {
+    splits = {
         i: _dividing(shape[i], MESH_AXES, mesh_shape, used) for i in range(int(layers), len(shape)) if not entries[i]
     }
-    if not found or math.prod(shape) < MIN_SPLIT_SIZE:
+    if not splits or math.prod(shape) < MIN_SPLIT_SIZE:
         return spec
-    best = max(found, key=lambda i: (math.prod(mesh_shape[name] for name in found[i]), shape[i]))
-    entries[best] = found[best]
+    best = max(splits, key=lambda i: (math.prod(mesh_shape[name] for name in splits[i]), shape[i]))
+    entries[best] = splits[best]
     return _spec(entries)
 
 
@@ -166,20 +167,20 @@ def split_over(shape: Sequence[int], axes: Sequence[str | None], dimension: int)
     return names, math.prod(sizes[name] for name in names)
 
 
-def on_shards(
+def shard_map_kernel(
     function: Callable[..., Any],
     in_axes: Sequence[Sequence[str | None]],
     out_axes: Sequence[Sequence[str | None]],
     out_like: Sequence[Any] | None = None,
 ) -> Callable[..., Any]:
-    """``function`` on each device's own part of its arguments; without a mesh, ``function``.
+    """A kernel that each device runs on its own part of the arguments; without a mesh, the kernel itself.
 
-    For kernels, which XLA cannot split: it would gather all on every device.
+    XLA cannot split kernels: it would gather their arguments on every device.
 
     Args:
       function: from arrays to a tuple of arrays.
-      in_axes, out_axes: logical axes of each, of `ACTIVATION_RULES`.
-      out_like: what has the shapes of the results, for a function that knows of other devices.
+      in_axes, out_axes: logical axes of each argument and result, of `ACTIVATION_RULES`.
+      out_like: arrays with the shapes of the results, needed where ``function`` communicates between devices.
     """
 
     def call(*arrays: jax.Array) -> Any:
@@ -226,14 +227,14 @@ def make_mesh(data: int = 1, tensor: int = 1, expert: int = 1, devices: Sequence
     devices = list(devices) if devices is not None else jax.devices()
     sizes = (data, tensor, expert)
     check_mesh(dict(zip(MESH_AXES, sizes, strict=True)), len(devices))
-    # Not jax.make_mesh: but for v5e it refuses an axis that ends within a row of chips (data=8 of 4 × 4), and it
+    # Not jax.make_mesh: except on v5e it refuses an axis that ends within a row of chips (data=8 of 4 × 4), and it
     # refuses several slices.
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     if data % slices:
         raise UsageError(f"mesh data={data}: {slices} TPU slices are used, so data must be a multiple of {slices}.")
     if slices > 1:
-        own = (data // slices, tensor, expert)
-        placed = mesh_utils.create_hybrid_device_mesh(own, (slices, 1, 1), devices, allow_split_physical_axes=True)
+        of_slice = (data // slices, tensor, expert)
+        placed = mesh_utils.create_hybrid_device_mesh(of_slice, (slices, 1, 1), devices, allow_split_physical_axes=True)
     else:
         placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 3)

@@ -48,7 +48,7 @@ class AnswerBuilder:
         self.shown = 0
 
     def extend(self, tokens: np.ndarray, logprobs: np.ndarray) -> str:
-        """Adds tokens; returns the text that can be shown now: no broken character, no beginning of a stop string."""
+        """Adds tokens; returns the text to show now: no incomplete character, no beginning of a stop string."""
         for token, value in zip(tokens.tolist(), logprobs.tolist(), strict=True):
             if self.stopped:
                 break

@@ -1,4 +1,4 @@
-"""The decode cache and the shape buckets that keep compiled programs few (DESIGN §4.8)."""
+"""Shape buckets: sizes are rounded up to a few, so that few programs are compiled."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ TILE_STEP = 8
 
 
 def length_bucket(tokens: int) -> int:
-    """The least compiled length that holds ``tokens``: 64, 128, 256, then multiples of 512."""
+    """The smallest compiled length that holds ``tokens``: 64, 128, 256, then multiples of 512."""
     for size in SHORT_LENGTHS:
         if tokens <= size:
             return size
@@ -17,7 +17,7 @@ def length_bucket(tokens: int) -> int:
 
 
 def tile_bucket(tiles: int, devices: int = 1) -> int:
-    """The least compiled number of tiles, a multiple of ``devices`` so that they share evenly; 0 stays 0."""
+    """The smallest compiled number of tiles, a multiple of ``devices`` so that all have as many; 0 stays 0."""
     if tiles == 0:
         return 0
     size = next((b for b in TILE_BUCKETS if tiles <= b), -(-tiles // TILE_STEP) * TILE_STEP)
@@ -25,5 +25,5 @@ def tile_bucket(tiles: int, devices: int = 1) -> int:
 
 
 def batch_bucket(rows: int) -> int:
-    """The least power of two that holds ``rows``."""
+    """The smallest power of two that holds ``rows``."""
     return 1 << (rows - 1).bit_length()

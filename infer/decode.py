@@ -15,7 +15,7 @@ from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.decoder import Cache
 from dsvl2_jax.model.deepseek_vl2 import Params
 
-# Tokens that one call of `decode_tokens` can give; how many it does give is a traced number.
+# The most tokens that one call of `decode_tokens` gives; how many it does give is a traced number.
 STEPS = 32
 
 
@@ -33,33 +33,31 @@ class DecodeState:
     finished: jax.Array  # bool[B]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "slots", "cache_length", "dtype"))
-def new_cache(config: Config, slots: int, cache_length: int, dtype: str) -> Cache:
-    return init_cache(config, slots, cache_length, dtype)
+new_cache = jax.jit(init_cache, static_argnames=("config", "slots", "cache_length", "dtype"))
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def prefill_tokens(
     params: Params,
     config: Config,
-    ids: jax.Array,
-    image_index: jax.Array,
+    ids_bt: jax.Array,
+    image_index_bt: jax.Array,
     features: jax.Array,
-    lengths: jax.Array,
+    lengths_b: jax.Array,
     cache: Cache,
-    start: jax.Array | None,
+    start_b: jax.Array | None,
 ) -> tuple[jax.Array, Cache]:
-    """`model.prefill` from token ids: merges, then fills the cache. ``start`` None: the prompt is whole."""
-    embeddings = model.merge(params, config, ids, image_index, features)
-    return model.prefill(params, config, embeddings, lengths, cache, start)
+    """`model.prefill` from token ids: merges, then fills the cache. ``start_b`` None: the prompt is whole."""
+    embeddings_btd = model.merge(params, config, ids_bt, image_index_bt, features)
+    return model.prefill(params, config, embeddings_btd, lengths_b, cache, start_b)
 
 
 @functools.partial(jax.jit, static_argnames="eos", donate_argnames="cache")
 def first_token(
-    logits: jax.Array,
-    ids: jax.Array,
-    lengths: jax.Array,
-    max_new: jax.Array,
+    logits_bv: jax.Array,
+    ids_bt: jax.Array,
+    lengths_b: jax.Array,
+    max_new_b: jax.Array,
     cache: Cache,
     sampling: SamplingArrays,
     eos: int,
@@ -67,46 +65,52 @@ def first_token(
     """Chooses each row's first token from the prefill's logits.
 
     Args:
-      logits: f32[B, V]. ids: i32[B, T] prompts, right-padded. lengths: i32[B], 0 for a padding row.
-      max_new: i32[B], tokens that each row may give (at least 1).
+      logits_bv: f32[B, V].
+      ids_bt: i32[B, T] prompts, right-padded.
+      lengths_b: i32[B], 0 for a padding row.
+      max_new_b: i32[B], tokens that each row may give (at least 1).
     """
-    rows = jnp.arange(ids.shape[0])
-    real = jnp.arange(ids.shape[1]) < lengths[:, None]
+    rows = jnp.arange(ids_bt.shape[0])
+    real_bt = jnp.arange(ids_bt.shape[1]) < lengths_b[:, None]
     # Padding repeats the row's first token, which is in the prompt anyway.
-    ids = jnp.where(real, ids, ids[:, :1])
-    seen = jnp.zeros(logits.shape, jnp.bool_).at[rows[:, None], ids].set(True)
-    tokens, logprobs = _choose(logits, seen, sampling, lengths)
+    ids_bt = jnp.where(real_bt, ids_bt, ids_bt[:, :1])
+    seen_bv = jnp.zeros(logits_bv.shape, jnp.bool_).at[rows[:, None], ids_bt].set(True)
+    tokens_b, logprobs_b = _choose(logits_bv, seen_bv, sampling, lengths_b)
     return DecodeState(
         cache=cache,
-        tokens=tokens,
-        logprobs=logprobs,
-        positions=lengths,
-        limits=lengths + max_new - 1,
-        seen=seen.at[rows, tokens].set(True),
-        finished=(tokens == eos) | (max_new <= 1) | (lengths == 0),
+        tokens=tokens_b,
+        logprobs=logprobs_b,
+        positions=lengths_b,
+        limits=lengths_b + max_new_b - 1,
+        seen=seen_bv.at[rows, tokens_b].set(True),
+        finished=(tokens_b == eos) | (max_new_b <= 1) | (lengths_b == 0),
     )
 
 
-def _choose(logits: jax.Array, seen: jax.Array, sampling: SamplingArrays, step: jax.Array):
-    tokens = choose(logits, seen, sampling, step)
-    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-    return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
+def _choose(
+    logits_bv: jax.Array, seen_bv: jax.Array, sampling: SamplingArrays, step_b: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """i32[B] the next tokens, and f32[B] their log-probabilities."""
+    with jax.named_scope("sampling"):
+        tokens_b = choose(logits_bv, seen_bv, sampling, step_b)
+        chosen_b = jnp.take_along_axis(logits_bv, tokens_b[:, None], axis=-1)[:, 0]
+        return tokens_b, chosen_b - jax.nn.logsumexp(logits_bv, axis=-1)
 
 
 def next_state(params: Params, config: Config, state: DecodeState, sampling: SamplingArrays, eos: int) -> DecodeState:
     """One decode step; finished rows keep their token."""
-    logits, cache = model.decode_step(params, config, state.tokens, state.positions, state.cache)
-    positions = state.positions + ~state.finished
-    new, logprobs = _choose(logits, state.seen, sampling, positions)
-    new = jnp.where(state.finished, state.tokens, new)
+    logits_bv, cache = model.decode_step(params, config, state.tokens, state.positions, state.cache)
+    positions_b = state.positions + ~state.finished
+    tokens_b, logprobs_b = _choose(logits_bv, state.seen, sampling, positions_b)
+    tokens_b = jnp.where(state.finished, state.tokens, tokens_b)
     return DecodeState(
         cache=cache,
-        tokens=new,
-        logprobs=logprobs,
-        positions=positions,
+        tokens=tokens_b,
+        logprobs=logprobs_b,
+        positions=positions_b,
         limits=state.limits,
-        seen=state.seen.at[jnp.arange(new.shape[0]), new].set(True),
-        finished=state.finished | (new == eos) | (positions >= state.limits),
+        seen=state.seen.at[jnp.arange(tokens_b.shape[0]), tokens_b].set(True),
+        finished=state.finished | (tokens_b == eos) | (positions_b >= state.limits),
     )
 
 

@@ -33,13 +33,13 @@ from dsvl2_jax.model.deepseek_vl2 import Params
 from dsvl2_jax.runtime.compile_cache import enable_compilation_cache
 from dsvl2_jax.runtime.timing import Timing, compile_log
 
-# Tokens between two looks at the host: stop strings are seen, and text is streamed, this often.
+# After how many tokens the host looks at them, for stop strings and to stream the text.
 STREAM_STEPS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class MinBatchShape:
-    """The least size of a batch before its buckets; 0: as its prompts need."""
+    """The smallest size of a batch before it is rounded up to buckets; 0: as its prompts need."""
 
     rows: int = 0
     length: int = 0  # tokens of a prompt
@@ -69,7 +69,7 @@ def load(path: str | Path | None = None, dtype: str | None = "float32", mesh: Me
 
 
 class Model:
-    """A loaded model: ``config``, ``params``, ``processor`` and the calls of DESIGN §3."""
+    """A loaded model: ``config``, ``params``, ``processor`` and the calls of docs/python.md."""
 
     def __init__(self, config: Config, params: Params, processor: Processor, mesh: Mesh | None = None):
         self.config = config
@@ -88,7 +88,7 @@ class Model:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def _fetch(self, arrays: Any) -> Any:
-        """A tree of arrays as numpy: the same in every process, though each has but a part of them."""
+        """A tree of arrays as numpy: the same in every process, though each holds only a part of them."""
         return jax.device_get(self._whole(arrays))
 
     def _whole(self, arrays: Any) -> Any:
@@ -140,9 +140,9 @@ class Model:
 
         Args:
           inputs: of `processor`, made with ``inference=True``.
-          max_new_tokens: at most so many per answer; the context's end may come first.
+          max_new_tokens: the most tokens of an answer; the context's end may come first.
           sampling: one setting for all, or one per prompt.
-          chunk_size: prefill so many prompt tokens at a time, to bound memory; None: the prompt whole.
+          chunk_size: how many prompt tokens to prefill at a time, to bound memory; None: all of them.
           logprobs: also return each token's log-probability.
           at_least: pad the batch to this, so that batches of several sizes run the same programs.
           on_text: called with (index of the prompt, new text) while the answers grow.
@@ -217,7 +217,7 @@ class Model:
             state = decode.first_token(logits, batch.ids, lengths, max_new, cache, sampling, eos)
             first, first_logprobs, finished = self._fetch((state.tokens, state.logprobs, state.finished))
         yield first[:, None], first_logprobs[:, None], np.ones(rows, np.int32)
-        # Looking often costs little; not looking at all would decode past stop strings and stream in bursts.
+        # Looking often costs little; looking seldom would decode past stop strings and stream in bursts.
         steps = np.int32(STREAM_STEPS if watched or any(s.stop for s in settings) else decode.STEPS)
         while not finished[: len(prompts)].all() and not all(answer.stopped for answer in answers):
             with timing.phase("decode"):
@@ -236,12 +236,12 @@ class Model:
         for c in range(chunks):
             part = slice(c * chunk_size, (c + 1) * chunk_size)
             start = np.full(lengths.shape, c * chunk_size, np.int32)
-            here = np.clip(lengths - start, 0, chunk_size).astype(np.int32)
+            in_chunk = np.clip(lengths - start, 0, chunk_size).astype(np.int32)
             new, cache = decode.prefill_tokens(
-                self.params, self.config, ids[:, part], index[:, part], features, here, cache, start
+                self.params, self.config, ids[:, part], index[:, part], features, in_chunk, cache, start
             )
             # A row's logits are those of the chunk in which it ends.
-            logits = new if logits is None else jnp.where((here > 0)[:, None], new, logits)
+            logits = new if logits is None else jnp.where((in_chunk > 0)[:, None], new, logits)
         return logits, cache
 
     def check_context(self, prompt: ModelInputs) -> None:
@@ -286,8 +286,15 @@ _merge = jax.jit(model.merge, static_argnames="config")
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _all_logits(params, config, ids, image_index, features, lengths):
-    embeddings = model.merge(params, config, ids, image_index, features)
-    valid = jnp.arange(ids.shape[1]) < lengths[:, None]
-    hidden, _ = model.forward(params, config, embeddings, valid)
-    return model.output_logits(params, config, hidden)
+def _all_logits(
+    params: Params,
+    config: Config,
+    ids_bt: jax.Array,
+    image_index_bt: jax.Array,
+    features: jax.Array,
+    lengths_b: jax.Array,
+) -> jax.Array:
+    """f32[B, T, V], the logits after every token."""
+    embeddings_btd = model.merge(params, config, ids_bt, image_index_bt, features)
+    valid_bt = jnp.arange(ids_bt.shape[1]) < lengths_b[:, None]
+    return model.output_logits(params, config, model.forward(params, config, embeddings_btd, valid_bt))

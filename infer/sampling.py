@@ -1,4 +1,5 @@
-"""Token choice on the device, with the semantics of the official generation code (FACTS §4).
+"""Token choice on the device, with the semantics of the official generation code
+(the logits processors of `transformers` that it uses).
 
 Order: repetition penalty → temperature → top-k → top-p → draw. Temperature 0 is greedy (the first of
 equal maxima), after the penalty.
@@ -11,7 +12,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from dsvl2_jax import fields
 from dsvl2_jax.errors import UsageError
+from dsvl2_jax.fields import Problem, setting
 from dsvl2_jax.sharding import constrain
 
 
@@ -21,31 +24,29 @@ class SamplingParams:
 
     Attributes:
       temperature: 0 is greedy; the authors recommend at most 0.7.
-      top_p: keeps the least set of likeliest tokens whose probability reaches it; 1 keeps all.
-      top_k: keeps the k likeliest tokens; 0 keeps all. 50 is what the official code applies when it samples.
+      top_p: keeps the smallest set of most likely tokens whose probabilities add up to it; 1 keeps all.
+      top_k: keeps the k most likely tokens; 0 keeps all. 50 is what the official code applies when it samples.
       repetition_penalty: each token of the prompt or the answer so far has its logit divided (positive) or
         multiplied (negative) by it; 1 is off.
       seed: of the random draw. The same seed, prompt and shapes give the same tokens.
       stop: strings that end the answer; the answer does not include them.
+
+    Raises:
+      UsageError: values are of the wrong type or out of range; all of them are listed.
     """
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 50
-    repetition_penalty: float = 1.0
+    temperature: float = setting(0.0, least=0, expected="0 (greedy) or a positive number")
+    top_p: float = setting(1.0, above=0, most=1)
+    top_k: int = setting(50, least=0, expected="0 (all tokens) or a positive whole number")
+    repetition_penalty: float = setting(1.0, above=0, expected="a positive number (1 is off)")
     seed: int = 0
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] = setting((), expected="a sequence of strings")
 
     def __post_init__(self) -> None:
-        def need(ok: bool, field: str, expected: str) -> None:
-            if not ok:
-                raise UsageError(f"{field}: found {getattr(self, field)!r}, expected {expected}.")
-
-        need(self.temperature >= 0, "temperature", "0 (greedy) or a positive number")
-        need(0 < self.top_p <= 1, "top_p", "a number above 0 and at most 1")
-        need(self.top_k >= 0, "top_k", "0 (off) or a positive whole number")
-        need(self.repetition_penalty > 0, "repetition_penalty", "a positive number (1 is off)")
-        need(not isinstance(self.stop, str) and all(self.stop), "stop", "a sequence of non-empty strings")
+        problems = fields.check(self)
+        if not problems and "" in self.stop:
+            problems.append(Problem(("stop",), "must not have an empty string, which every answer ends with."))
+        fields.refuse(problems, UsageError)
 
 
 @jax.tree_util.register_dataclass
@@ -78,48 +79,56 @@ def _row_keys(seeds: jax.Array) -> jax.Array:
     return jax.vmap(lambda seed, row: jax.random.fold_in(jax.random.key(seed), row))(seeds, jnp.arange(seeds.shape[0]))
 
 
-def penalise(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
+def penalise(logits_bv: jax.Array, seen_bv: jax.Array, penalty_b: jax.Array) -> jax.Array:
     """Applies the repetition penalty once to each distinct seen token.
 
     Args:
-      logits: f32[B, V]. seen: bool[B, V]. penalty: f32[B].
+      logits_bv: f32[B, V].
+      seen_bv: bool[B, V], tokens of the prompt and of the answer so far.
+      penalty_b: f32[B].
+
+    Returns:
+      f32[B, V].
     """
-    scaled = jnp.where(logits > 0, logits / penalty[:, None], logits * penalty[:, None])
-    return jnp.where(seen, scaled, logits)
+    penalty = penalty_b[:, None]
+    penalised_bv = jnp.where(logits_bv > 0, logits_bv / penalty, logits_bv * penalty)
+    return jnp.where(seen_bv, penalised_bv, logits_bv)
 
 
-def choose(logits: jax.Array, seen: jax.Array, sampling: SamplingArrays, step: jax.Array) -> jax.Array:
+def choose(logits_bv: jax.Array, seen_bv: jax.Array, sampling: SamplingArrays, step_b: jax.Array) -> jax.Array:
     """The next token of every row.
 
     Args:
-      logits: f32[B, V]. seen: bool[B, V], tokens in the prompt or answer so far.
-      step: i32[B], folded into the row's key; the token's position, so that chunking changes nothing.
+      logits_bv: f32[B, V].
+      seen_bv: bool[B, V], tokens of the prompt and of the answer so far.
+      step_b: i32[B], folded into the row's key; the token's position, so that chunking changes nothing.
 
     Returns:
       i32[B].
     """
-    logits = penalise(logits, seen, sampling.repetition_penalty)
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits_bv = penalise(logits_bv, seen_bv, sampling.repetition_penalty)
+    greedy_b = jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
     return jax.lax.cond(
         jnp.any(sampling.temperature > 0),
-        lambda: jnp.where(sampling.temperature > 0, _draw(logits, sampling, step), greedy),
-        lambda: greedy,
+        lambda: jnp.where(sampling.temperature > 0, _draw(logits_bv, sampling, step_b), greedy_b),
+        lambda: greedy_b,
     )
 
 
-def _draw(logits: jax.Array, sampling: SamplingArrays, step: jax.Array) -> jax.Array:
-    vocab = logits.shape[-1]
-    logits = constrain(logits, "slots", None)  # sorting needs whole rows
-    scaled = logits / jnp.maximum(sampling.temperature, 1e-6)[:, None]
+def _draw(logits_bv: jax.Array, sampling: SamplingArrays, step_b: jax.Array) -> jax.Array:
+    """i32[B] tokens drawn after temperature, top-k and top-p."""
+    vocab = logits_bv.shape[-1]
+    logits_bv = constrain(logits_bv, "slots", None)  # sorting needs whole rows
+    scaled = logits_bv / jnp.maximum(sampling.temperature, 1e-6)[:, None]
     descending, tokens = jax.lax.top_k(scaled, vocab)  # a stable sort: equal logits keep their order
     top_k = jnp.where(sampling.top_k == 0, vocab, jnp.minimum(sampling.top_k, vocab))
-    least = jnp.take_along_axis(descending, top_k[:, None] - 1, axis=-1)
-    kept = jnp.where(descending >= least, descending, -jnp.inf)
+    kth_largest = jnp.take_along_axis(descending, top_k[:, None] - 1, axis=-1)
+    kept = jnp.where(descending >= kth_largest, descending, -jnp.inf)
     probabilities = jax.nn.softmax(kept, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # The likeliest token always stays; 1 must keep all, whatever the sum rounds to.
+    # The most likely token always stays; 1 must keep all, whatever the sum rounds to.
     inside = (before < sampling.top_p[:, None]) | (sampling.top_p[:, None] >= 1)
     kept = jnp.where(inside, kept, -jnp.inf)
-    keys = jax.vmap(jax.random.fold_in)(sampling.keys, step)
+    keys = jax.vmap(jax.random.fold_in)(sampling.keys, step_b)
     rank = jax.vmap(jax.random.categorical)(keys, kept)
     return jnp.take_along_axis(tokens, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""The official implementation's outputs, reproduced end to end from its checkpoints (DESIGN §5)."""
+"""The official implementation's outputs, reproduced end to end from its checkpoints."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_a_float32_checkpoint_is_not_rounded(checkpoints):
 
 @pytest.mark.parametrize("name", golden.MODELS)
 def test_bfloat16_is_as_near_to_float32_as_the_official_run(name, checkpoints):
-    """DESIGN §5: median over positions of the largest logit difference, and argmax agreement."""
+    """Median over positions of the largest logit difference, and argmax agreement."""
     model = dsvl2_jax.load(checkpoints / name, dtype="bfloat16")
     model.inputs = {
         case: model.processor(golden.conversations()[case])

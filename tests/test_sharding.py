@@ -21,11 +21,11 @@ from dsvl2_jax.sharding import (
     ACTIVATION_RULES,
     MESH_AXES,
     PARAM_RULES,
+    add_fsdp_axis,
     make_mesh,
     mesh_axes,
     parse_mesh,
     partition_spec,
-    split_further,
 )
 
 REFERENCE = DATA / "reference"
@@ -72,11 +72,11 @@ def test_the_large_arrays_of_the_decoder_are_split_over_tensor_and_expert_and_th
 def test_in_training_large_arrays_are_split_over_every_axis():
     mesh = {"data": 2, "tensor": 2, "expert": 2}
     for name, shape, axes in released("base"):
-        spec = split_further(partition_spec(shape, axes, mesh, PARAM_RULES), shape, mesh)
+        spec = add_fsdp_axis(partition_spec(shape, axes, mesh, PARAM_RULES), shape, mesh)
         if math.prod(shape) > 2560 * 1152:
             assert sorted(axes_of(spec)) == ["data", "expert", "tensor"], name
-    assert split_further(PartitionSpec(None, None), (4, 4), mesh) == PartitionSpec(None, None)  # too small
-    stacked = split_further(PartitionSpec(None, None, "tensor"), (26, 1 << 10, 1 << 10), mesh, layers=True)
+    assert add_fsdp_axis(PartitionSpec(None, None), (4, 4), mesh) == PartitionSpec(None, None)  # too small
+    stacked = add_fsdp_axis(PartitionSpec(None, None, "tensor"), (26, 1 << 10, 1 << 10), mesh, layers=True)
     assert stacked == PartitionSpec(None, ("data", "expert"), "tensor")
 
 
@@ -138,7 +138,7 @@ def test_any_array_gets_a_layout_that_divides_it_and_uses_no_axis_twice(dims, si
     shape, axes = [d for d, _ in dims], [a for _, a in dims]
     mesh = dict(zip(MESH_AXES, sizes, strict=True))
     plain = partition_spec(shape, axes, mesh, PARAM_RULES)
-    for spec in (plain, split_further(plain, shape, mesh)):
+    for spec in (plain, add_fsdp_axis(plain, shape, mesh)):
         used = axes_of(spec)
         assert len(set(used)) == len(used)
         assert all(d % math.prod(mesh[n] for n in axes_of([entry])) == 0 for d, entry in zip(shape, spec, strict=True))

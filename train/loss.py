@@ -2,7 +2,7 @@
 
 `loss_fn` maps parameters and one accumulation step of a `TrainBatch` to what is differentiated and what is
 reported. It is pure; under `jax.set_mesh` its sums run over the batch of all devices. Both losses are divided by
-what the *whole* optimizer step holds (`step_totals`), so that accumulation steps simply add up (DESIGN §5).
+what the *whole* optimizer step holds (`step_totals`), so that accumulation steps simply add up.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from dsvl2_jax.inputs.batch import IGNORED_LABEL
 from dsvl2_jax.kernels.precision import matmul_precision
 from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model.config import Config, LanguageConfig
+from dsvl2_jax.model.decoder import hidden_states
 from dsvl2_jax.model.deepseek_vl2 import Params
 from dsvl2_jax.model.moe import Routing
 from dsvl2_jax.sharding import constrain
-from dsvl2_jax.train import forward
 from dsvl2_jax.train.data.batch import TrainBatch
+from dsvl2_jax.train.forward import compute_params, training_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,34 +82,38 @@ def loss_fn(
       mean, std: f32[3], of the processor's configuration.
 
     Returns:
-      f32[] to differentiate: the cross-entropy plus the balance losses (FACTS §4: the balance loss's gradient
-      enters with factor 1, aux_loss_alpha being inside); and what is reported.
+      f32[] to differentiate: the cross-entropy plus the balance losses (whose gradient enters with factor 1, since
+      aux_loss_alpha is inside, as in the reference's ``AddAuxiliaryLoss``); and what is reported.
     """
-    params, dtype = forward.compute_params(params, options.dtype)
+    params = compute_params(params, options.dtype)
+    wrap = training_layers(config, options.remat)
     if batch.tiles.shape[0]:
-        features = forward.adapt_tiles(params, config, batch.tiles, mean, std, dtype, options.remat)
+        features = model.adapt_tiles(params, config, batch.tiles, mean, std, wrap=wrap)
     else:
         features = jnp.zeros((0, config.tokens_per_tile, config.language.hidden_size))
-    embeddings = model.merge(params, config, batch.ids, batch.image_index, features)
+    embeddings_btd = model.merge(params, config, batch.ids, batch.image_index, features)
 
     def layer_statistics(routing: Routing) -> tuple[jax.Array, jax.Array]:
         balance = balance_loss(routing, batch.segments, options.max_segments, config.language)
         load = jnp.einsum("bte,bt->e", chosen_experts(routing), (batch.segments > 0).astype(jnp.float32))
         return balance / totals[1], load
 
-    hidden, balance, load = forward.hidden_states(
-        params, config, embeddings, batch.positions, batch.segments > 0, layer_statistics, dtype, options.remat
+    language = params["language"], config.language
+    hidden_btd, _, reports = hidden_states(
+        *language, embeddings_btd, batch.positions, batch.segments > 0, report=layer_statistics, wrap=wrap
     )
-    wanted = targets(batch)
-    weights = jnp.where(wanted >= 0, 1.0 / totals[0], 0.0)
+    balance, load = _of_all_layers(reports, config.language)
+    targets_bt = targets(batch)
+    supervised_bt = targets_bt >= 0
+    weights_bt = jnp.where(supervised_bt, 1.0 / totals[0], 0.0)
     head = params["language"]["lm_head"]["kernel"]
-    loss, token_losses = cross_entropy(hidden, head, wanted, weights, options.chunk)
-    supervised, image = wanted >= 0, (wanted >= 0) & batch.with_images
+    loss, losses_bt = cross_entropy(hidden_btd, head, targets_bt, weights_bt, options.chunk)
+    image_bt = supervised_bt & batch.with_images
     sums = Sums(
-        token_losses.sum(),
-        jnp.where(image, token_losses, 0.0).sum(),
-        supervised.sum(dtype=jnp.int32),
-        image.sum(dtype=jnp.int32),
+        losses_bt.sum(),
+        jnp.where(image_bt, losses_bt, 0.0).sum(),
+        supervised_bt.sum(dtype=jnp.int32),
+        image_bt.sum(dtype=jnp.int32),
         (batch.segments > 0).sum(dtype=jnp.int32),
         balance,
         load,
@@ -116,9 +121,17 @@ def loss_fn(
     return loss + balance.sum(), sums
 
 
+def _of_all_layers(reports: list[tuple[jax.Array, jax.Array]], config: LanguageConfig) -> tuple[jax.Array, jax.Array]:
+    """f32[L] balance losses and f32[L, E] loads of the L MoE layers, from those of each run of layers."""
+    if not reports:
+        return jnp.zeros(0), jnp.zeros((0, config.n_routed_experts or 0))
+    losses, loads = zip(*reports, strict=True)
+    return jnp.concatenate(losses), jnp.concatenate(loads)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy(
-    hidden: jax.Array, kernel: jax.Array, wanted: jax.Array, weights: jax.Array, chunk: int
+    hidden_btd: jax.Array, kernel_dv: jax.Array, targets_bt: jax.Array, weights_bt: jax.Array, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted cross-entropy of the output head, for ``chunk`` tokens of each row at a time.
 
@@ -126,26 +139,33 @@ def cross_entropy(
     are at hand, so nothing is computed twice.
 
     Args:
-      hidden: [B, T, D]. kernel: [D, V].
-      wanted: i32[B, T], the id that each position should predict; negative: none.
-      weights: f32[B, T], factor on each token's loss; taken as constant.
+      hidden_btd: [B, T, D]. kernel_dv: [D, V].
+      targets_bt: i32[B, T], the id that each position should predict; negative: none.
+      weights_bt: f32[B, T], factor on each token's loss; taken as constant.
 
     Returns:
-      f32[] the weighted sum, and f32[B, T] each token's loss in nats (not differentiable; 0 where none is wanted).
+      f32[] the weighted sum, and f32[B, T] each token's loss in nats (not differentiable; 0 where there is no target).
     """
-    total, losses, _ = _head(hidden, kernel, wanted, weights, chunk, gradient=False)
-    return total, losses
+    total, losses_bt, _ = _head(hidden_btd, kernel_dv, targets_bt, weights_bt, chunk, gradient=False)
+    return total, losses_bt
 
 
 def _head(
-    hidden: jax.Array, kernel: jax.Array, wanted: jax.Array, weights: jax.Array, chunk: int, *, gradient: bool
+    hidden_btd: jax.Array,
+    kernel_dv: jax.Array,
+    targets_bt: jax.Array,
+    weights_bt: jax.Array,
+    chunk: int,
+    *,
+    gradient: bool,
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
-    b, t, _ = hidden.shape
+    """(the sum, the losses, the gradients of ``hidden_btd`` and ``kernel_dv`` or None)."""
+    b, t, _ = hidden_btd.shape
     chunk = min(chunk, t)
-    exact = matmul_precision(hidden.dtype)
-    # The vocabulary stays split over `tensor` and `expert`, and rows come to it: [D, V] is larger than they are.
-    rows = "decode_batch", "length", "embed"
-    hidden, kernel = constrain(hidden, *rows), constrain(kernel, "embed", "vocab")
+    product = functools.partial(jnp.einsum, precision=matmul_precision(hidden_btd.dtype))
+    # The vocabulary stays split over `tensor` and `expert`, and tokens come to it: [D, V] is larger than they are.
+    axes = "logits_batch", "length", "embed"
+    hidden_btd, kernel_dv = constrain(hidden_btd, *axes), constrain(kernel_dv, "embed", "vocab")
 
     def split(x: jax.Array, fill: float = 0) -> jax.Array:
         x = jnp.pad(x, ((0, 0), (0, -t % chunk)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
@@ -154,39 +174,40 @@ def _head(
     def join(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x, 0, 1).reshape(b, -1, *x.shape[3:])[:, :t]
 
-    def body(kernel_bar, part):
-        h, target, weight = part  # [B, chunk, D], [B, chunk], [B, chunk]
-        logits = jnp.einsum("btd,dv->btv", h, kernel, precision=exact, preferred_element_type=jnp.float32)
-        logits = constrain(logits, "decode_batch", "length", "vocab")
+    def body(dkernel_dv: jax.Array | None, part: tuple[jax.Array, ...]) -> tuple[jax.Array | None, tuple]:
+        x_btd, target_bt, weight_bt = part  # of a chunk's tokens
+        logits_btv = product("btd,dv->btv", x_btd, kernel_dv, preferred_element_type=jnp.float32)
+        logits_btv = constrain(logits_btv, "logits_batch", "length", "vocab")
         # A masked sum, not a gather: it stays local when the vocabulary is sharded.
-        is_target = jnp.arange(logits.shape[-1]) == target[..., None]
-        of_all = jax.nn.logsumexp(logits, axis=-1)
-        losses = jnp.where(target >= 0, of_all - jnp.where(is_target, logits, 0.0).sum(-1), 0.0)
+        is_target = jnp.arange(logits_btv.shape[-1]) == target_bt[..., None]
+        lse_bt = jax.nn.logsumexp(logits_btv, axis=-1)
+        losses_bt = jnp.where(target_bt >= 0, lse_bt - jnp.where(is_target, logits_btv, 0.0).sum(-1), 0.0)
         if not gradient:
-            return None, (losses, None)
-        logits_bar = (jnp.exp(logits - of_all[..., None]) - is_target) * weight[..., None]
-        logits_bar = logits_bar.astype(h.dtype)
-        hidden_bar = constrain(jnp.einsum("btv,dv->btd", logits_bar, kernel, precision=exact), *rows)
-        kernel_bar += jnp.einsum("btd,btv->dv", h, logits_bar, precision=exact, preferred_element_type=jnp.float32)
-        return kernel_bar, (losses, hidden_bar)
+            return None, (losses_bt, None)
+        dlogits_btv = (jnp.exp(logits_btv - lse_bt[..., None]) - is_target) * weight_bt[..., None]
+        dlogits_btv = dlogits_btv.astype(x_btd.dtype)
+        dx_btd = constrain(product("btv,dv->btd", dlogits_btv, kernel_dv), *axes)
+        dkernel_dv += product("btd,btv->dv", x_btd, dlogits_btv, preferred_element_type=jnp.float32)
+        return dkernel_dv, (losses_bt, dx_btd)
 
-    start = constrain(jnp.zeros(kernel.shape, jnp.float32), "embed", "vocab") if gradient else None
-    parts = (split(hidden), split(wanted, IGNORED_LABEL), split(weights))
-    kernel_bar, (losses, hidden_bar) = lax.scan(body, start, parts)
-    losses = join(losses)
-    total = (losses * weights).sum()
-    return total, losses, (join(hidden_bar), kernel_bar.astype(kernel.dtype)) if gradient else None
+    with jax.named_scope("lm_head"):
+        start = constrain(jnp.zeros(kernel_dv.shape, jnp.float32), "embed", "vocab") if gradient else None
+        parts = (split(hidden_btd), split(targets_bt, IGNORED_LABEL), split(weights_bt))
+        dkernel_dv, (losses_bt, dhidden_btd) = lax.scan(body, start, parts)
+        losses_bt = join(losses_bt)
+        total = (losses_bt * weights_bt).sum()
+        return total, losses_bt, (join(dhidden_btd), dkernel_dv.astype(kernel_dv.dtype)) if gradient else None
 
 
-def _forward(hidden, kernel, wanted, weights, chunk):
-    total, losses, gradients = _head(hidden, kernel, wanted, weights, chunk, gradient=True)
-    return (total, losses), gradients
+def _forward(hidden_btd, kernel_dv, targets_bt, weights_bt, chunk):
+    total, losses_bt, gradients = _head(hidden_btd, kernel_dv, targets_bt, weights_bt, chunk, gradient=True)
+    return (total, losses_bt), gradients
 
 
 def _backward(chunk, gradients, cotangent):
     del chunk
-    hidden_bar, kernel_bar = (g * cotangent[0].astype(g.dtype) for g in gradients)
-    return hidden_bar, kernel_bar, None, None
+    dhidden_btd, dkernel_dv = (g * cotangent[0].astype(g.dtype) for g in gradients)
+    return dhidden_btd, dkernel_dv, None, None
 
 
 cross_entropy.defvjp(_forward, _backward)
@@ -197,8 +218,9 @@ def chosen_experts(routing: Routing) -> jax.Array:
     return jax.nn.one_hot(routing.experts, routing.scores.shape[-1]).sum(2)
 
 
-def balance_loss(routing: Routing, segments: jax.Array, max_segments: int, config: LanguageConfig) -> jax.Array:
-    """What keeps experts equally busy: α · Σ_e load_e · share_e, α when both are even (DeepSeek-V2 §2.2, FACTS §4).
+def balance_loss(routing: Routing, segments_bt: jax.Array, max_segments: int, config: LanguageConfig) -> jax.Array:
+    """What keeps experts equally busy: α · Σ_e load_e · share_e, α when both are even (DeepSeek-V2,
+    arXiv 2405.04434, §2.2).
 
     load_e is expert e's count of chosen tokens over its even share of them, share_e its mean score. With
     ``seq_aux`` they are taken per segment and added up; without, over all tokens given, times the number of
@@ -207,7 +229,7 @@ def balance_loss(routing: Routing, segments: jax.Array, max_segments: int, confi
 
     Args:
       routing: of one layer.
-      segments: i32[B, T] from 1 to ``max_segments``; 0 for padding, which counts nowhere.
+      segments_bt: i32[B, T] from 1 to ``max_segments``; 0 for padding, which counts nowhere.
 
     Returns:
       f32[].
@@ -215,14 +237,14 @@ def balance_loss(routing: Routing, segments: jax.Array, max_segments: int, confi
     scores = routing.scores
     if config.scoring_func == "sigmoid":
         scores = scores / (scores.sum(-1, keepdims=True) + 1e-20)
-    member = jax.nn.one_hot(segments - 1, max_segments)  # [B, T, M]; all zero for padding
-    per_segment = functools.partial(jnp.einsum, "btm,bte->bme", member, precision=lax.Precision.HIGHEST)
+    member_btm = jax.nn.one_hot(segments_bt - 1, max_segments)  # m: segments of a row; all zero for padding
+    per_segment = functools.partial(jnp.einsum, "btm,bte->bme", member_btm, precision=lax.Precision.HIGHEST)
     counts, shares = per_segment(chosen_experts(routing)), per_segment(scores)
-    tokens = member.sum(1)[..., None]  # [B, M, 1]
+    tokens = member_btm.sum(1)[..., None]  # [B, max_segments, 1]
     present = (tokens > 0).sum()
     if not config.seq_aux:
         counts, shares, tokens = (x.sum((0, 1)) for x in (counts, shares, tokens))
-    some = jnp.maximum(tokens, 1.0)
-    load = counts * config.n_routed_experts / (config.num_experts_per_tok * some)
-    loss = config.aux_loss_alpha * (load * shares / some).sum()
+    divisor = jnp.maximum(tokens, 1.0)
+    load = counts * config.n_routed_experts / (config.num_experts_per_tok * divisor)
+    loss = config.aux_loss_alpha * (load * shares / divisor).sum()
     return loss if config.seq_aux else loss * present

@@ -1,4 +1,4 @@
-"""Layers as separate arrays (on disk, for inference) and stacked (for training); DESIGN §4.2.
+"""Layers as separate arrays (on disk, for inference) and stacked (for training).
 
 A run of two or more consecutive layers of the same kind becomes one entry, ``layers_1_to_11``, whose arrays have
 a leading axis of layers. Layers of a kind of their own (the dense first one) stay as they are.
@@ -6,61 +6,23 @@ a leading axis of layers. Layers of a kind of their own (the dense first one) st
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
 
 from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.layer_runs import layer_runs
 from dsvl2_jax.model.parameter_paths import LeafPath
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerRun:
-    """Consecutive layers ``first … last`` of one kind, under ``part`` (vision or language) of the parameters."""
-
-    part: str
-    prefix: str  # of the layers' names: layers_ or blocks_
-    first: int
-    last: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.prefix}{self.first}" + (f"_to_{self.last}" if self.stacked else "")
-
-    @property
-    def stacked(self) -> bool:
-        return self.last > self.first
-
-    def members(self) -> list[str]:
-        """The names of the separate layers."""
-        return [f"{self.prefix}{i}" for i in range(self.first, self.last + 1)]
-
-
-def layer_runs(config: Config, *, stack: bool = True) -> dict[str, list[LayerRun]]:
-    """The runs of the encoder ("vision") and the decoder ("language"); without ``stack``, of one layer each."""
-    language = config.language
-    moe = [language.is_moe_layer(i) for i in range(language.num_hidden_layers)]
-    kinds = {"language": ("layers_", moe), "vision": ("blocks_", [False] * config.vision.layers)}
-    runs: dict[str, list[LayerRun]] = {}
-    for part, (prefix, kind) in kinds.items():
-        runs[part] = []
-        first = 0
-        for i in range(len(kind)):
-            if not stack or i + 1 == len(kind) or kind[i + 1] != kind[i]:
-                runs[part].append(LayerRun(part, prefix, first, i))
-                first = i + 1
-    return runs
 
 
 def stacked_paths(config: Config, paths: Iterable[LeafPath], *, stack: bool = True) -> dict[LeafPath, list[LeafPath]]:
     """Stacked leaf path → the paths of the separate leaves that it holds, in order of layers."""
     run_of = {
-        (part, member): (run.name, place)
+        (part, member): (run.name, index)
         for part, runs in layer_runs(config, stack=stack).items()
         for run in runs
-        for place, member in enumerate(run.members())
+        for index, member in enumerate(run.members())
     }
     out: dict[LeafPath, list[LeafPath]] = {}
     for path in sorted(paths, key=lambda path: run_of.get(path[:2], ("", 0))[1]):
@@ -80,7 +42,7 @@ def stack_layers(leaves: Mapping[LeafPath, jax.Array], config: Config, *, stack:
 
 def unstack_layers(leaves: Mapping[LeafPath, jax.Array], config: Config, *, stack: bool = True) -> dict:
     """The inverse of `stack_layers`."""
-    runs = {(part, run.name): run for part, found in layer_runs(config, stack=stack).items() for run in found}
+    runs = {(part, run.name): run for part, part_runs in layer_runs(config, stack=stack).items() for run in part_runs}
     out: dict[LeafPath, jax.Array] = {}
     for path, leaf in leaves.items():
         run = runs.get(path[:2])

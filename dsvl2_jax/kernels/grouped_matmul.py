@@ -1,9 +1,11 @@
-"""Grouped matmul: consecutive groups of rows, each times its own matrix (DESIGN §4.3).
+"""Grouped matmul: consecutive groups of rows, each times its own matrix (MegaBlocks, arXiv 2211.15841).
 
-One function, `grouped_matmul`, picks the kernel of the platform that the program is lowered for:
+`grouped_matmul`, `grouped_transposed` and `tgmm` pick the kernel of the platform that the program is lowered for:
 ``jax.lax.ragged_dot`` on TPU (native there; kernels for few rows and for gradients), the kernels of
 `dsvl2_jax.kernels.gpu_grouped_matmul` on NVIDIA GPUs (where ``ragged_dot`` is dense), and a blocked loop elsewhere
 that touches only the matrices of groups that have rows.
+
+Letters in array names are megablox's: M rows, G groups, K inputs, N outputs.
 """
 
 from __future__ import annotations
@@ -16,182 +18,172 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsvl2_jax.kernels import gpu_grouped_matmul
+from dsvl2_jax.kernels.blocks import cut_groups, row_block
 from dsvl2_jax.kernels.precision import matmul_precision
-from dsvl2_jax.kernels.tpu import few_rows_matmul, megablox_outer
-
-MAX_BLOCK = 128
+from dsvl2_jax.kernels.tpu import grouped_matvec, megablox_tgmm
+from dsvl2_jax.kernels.triton import fits_int32
 
 # So few rows XLA multiplies with every matrix, on TPUs.
 FEW_ROWS = 32
 
 
 @jax.custom_vjp
-def grouped_matmul(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
+@jax.named_scope("grouped_matmul")
+def grouped_matmul(x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array) -> jax.Array:
     """Multiplies each group of rows by its matrix.
 
     Args:
-      rows: [M, I], sorted by group.
-      weights: [G, I, O].
-      group_sizes: i32[G], with a sum ≤ M.
+      x_mk: [M, K], sorted by group.
+      w_gkn: [G, K, N].
+      group_sizes_g: i32[G], with a sum ≤ M.
 
     Returns:
-      [M, O] in the dtype of ``rows``; rows beyond the last group are zero.
+      [M, N] in the dtype of ``x_mk``; rows beyond the last group are zero.
     """
-    return lax.platform_dependent(rows, weights, group_sizes, tpu=_tpu, cuda=_cuda, rocm=_ragged, default=_blocked)
+    return lax.platform_dependent(x_mk, w_gkn, group_sizes_g, tpu=_tpu, cuda=_cuda, rocm=_ragged, default=_blocked)
 
 
-def _forward(rows, weights, group_sizes):
-    return grouped_matmul(rows, weights, group_sizes), (rows, weights, group_sizes)
+def _forward(x_mk, w_gkn, group_sizes_g):
+    return grouped_matmul(x_mk, w_gkn, group_sizes_g), (x_mk, w_gkn, group_sizes_g)
 
 
-def _backward(residuals, cotangent):
-    rows, weights, group_sizes = residuals
-    rows_bar = grouped_transposed(cotangent, weights, group_sizes)
-    weights_bar = grouped_outer(rows, cotangent, group_sizes)
-    return rows_bar.astype(rows.dtype), weights_bar.astype(weights.dtype), None
+def _backward(residuals, dout_mn):
+    x_mk, w_gkn, group_sizes_g = residuals
+    dx_mk = grouped_transposed(dout_mn, w_gkn, group_sizes_g)
+    dw_gkn = tgmm(x_mk, dout_mn, group_sizes_g)
+    return dx_mk.astype(x_mk.dtype), dw_gkn.astype(w_gkn.dtype), None
 
 
 grouped_matmul.defvjp(_forward, _backward)
 
 
-def grouped_transposed(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """`grouped_matmul` with the transposed matrices: [M, O], [G, I, O] → [M, I]."""
+@jax.named_scope("grouped_transposed")
+def grouped_transposed(x_mn: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array) -> jax.Array:
+    """`grouped_matmul` with the transposed matrices: [M, N], [G, K, N] → [M, K]."""
     return lax.platform_dependent(
-        rows,
-        weights,
-        group_sizes,
+        x_mn,
+        w_gkn,
+        group_sizes_g,
         cuda=functools.partial(_cuda, transposed=True),  # reads the weights as they lie, without a transposed copy
-        default=lambda rows, weights, sizes: grouped_matmul(rows, weights.swapaxes(1, 2), sizes),
+        default=lambda x_mn, w_gkn, group_sizes_g: grouped_matmul(x_mn, w_gkn.swapaxes(1, 2), group_sizes_g),
     )
 
 
-def grouped_outer(
-    rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array, total: jax.Array | None = None
+@jax.named_scope("tgmm")
+def tgmm(
+    x_mk: jax.Array, dout_mn: jax.Array, group_sizes_g: jax.Array, existing_out_gkn: jax.Array | None = None
 ) -> jax.Array:
-    """The gradient of the matrices: per group, rowsᵀ · cotangent.
+    """The transposed grouped matmul: per group xᵀ · dout, the gradient of the matrices.
 
     Args:
-      rows: [M, I]. cotangent: [M, O]. group_sizes: i32[G], with a sum ≤ M.
-      total: [G, I, O] in the dtype of ``rows``, to which the products are added; in place where a kernel can.
+      x_mk: [M, K]. dout_mn: [M, N]. group_sizes_g: i32[G], with a sum ≤ M.
+      existing_out_gkn: [G, K, N] in the dtype of ``x_mk``, to which the products are added; in place where a kernel
+        can.
 
     Returns:
-      [G, I, O] in the dtype of ``rows``.
+      [G, K, N] in the dtype of ``x_mk``.
     """
     return lax.platform_dependent(
-        rows,
-        cotangent,
-        group_sizes,
-        total,
-        tpu=_tpu_outer,
-        cuda=_added(_cuda_outer),
-        rocm=_added(_ragged_outer),
-        default=_added(_blocked_outer),
+        x_mk,
+        dout_mn,
+        group_sizes_g,
+        existing_out_gkn,
+        tpu=_tpu_tgmm,
+        cuda=_adding(_cuda_tgmm),
+        rocm=_adding(_ragged_tgmm),
+        default=_adding(_blocked_tgmm),
     )
 
 
-def _added(outer: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    def add(rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array, total: jax.Array | None) -> jax.Array:
-        made = outer(rows, cotangent, group_sizes)
-        return made if total is None else total + made
+def _adding(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A `tgmm` without ``existing_out_gkn`` as one with it."""
 
-    return add
+    def call(
+        x_mk: jax.Array, dout_mn: jax.Array, group_sizes_g: jax.Array, existing_out_gkn: jax.Array | None
+    ) -> jax.Array:
+        dw_gkn = function(x_mk, dout_mn, group_sizes_g)
+        return dw_gkn if existing_out_gkn is None else existing_out_gkn + dw_gkn
 
-
-def _in_a_group(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """Zeroes the rows beyond the last group."""
-    return jnp.where((jnp.arange(rows.shape[0]) < group_sizes.sum())[:, None], rows, 0)
-
-
-def _ragged(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    out = lax.ragged_dot(rows, weights, group_sizes, precision=matmul_precision(rows.dtype))
-    return _in_a_group(out, group_sizes)
+    return call
 
 
-def _tpu(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    if rows.shape[0] <= max(weights.shape[0], FEW_ROWS):
-        return few_rows_matmul(rows, weights, group_sizes)
-    return _ragged(rows, weights, group_sizes)
+def _zero_beyond_groups(out_mn: jax.Array, group_sizes_g: jax.Array) -> jax.Array:
+    return jnp.where((jnp.arange(out_mn.shape[0]) < group_sizes_g.sum())[:, None], out_mn, 0)
 
 
-def _cuda(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, transposed: bool = False) -> jax.Array:
-    if not gpu_grouped_matmul.addressable(rows, weights):
-        return _ragged(rows, weights.swapaxes(1, 2) if transposed else weights, group_sizes)
-    return _in_a_group(
-        gpu_grouped_matmul.grouped_product(rows, weights, group_sizes, transposed=transposed), group_sizes
-    )
+def _ragged(x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array) -> jax.Array:
+    out_mn = lax.ragged_dot(x_mk, w_gkn, group_sizes_g, precision=matmul_precision(x_mk.dtype))
+    return _zero_beyond_groups(out_mn, group_sizes_g)
 
 
-def _cuda_outer(rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    product = gpu_grouped_matmul.grouped_outer if gpu_grouped_matmul.addressable(rows, cotangent) else _ragged_outer
-    return product(rows, cotangent, group_sizes)
+def _tpu(x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array) -> jax.Array:
+    function = grouped_matvec if x_mk.shape[0] <= max(w_gkn.shape[0], FEW_ROWS) else _ragged
+    return function(x_mk, w_gkn, group_sizes_g)
 
 
-def _ragged_outer(rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array) -> jax.Array:
+def _cuda(x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array, transposed: bool = False) -> jax.Array:
+    if not fits_int32(x_mk, w_gkn):
+        return _ragged(x_mk, w_gkn.swapaxes(1, 2) if transposed else w_gkn, group_sizes_g)
+    out_mn = gpu_grouped_matmul.gmm(x_mk, w_gkn, group_sizes_g, transposed=transposed)
+    return _zero_beyond_groups(out_mn, group_sizes_g)
+
+
+def _cuda_tgmm(x_mk: jax.Array, dout_mn: jax.Array, group_sizes_g: jax.Array) -> jax.Array:
+    function = gpu_grouped_matmul.tgmm if fits_int32(x_mk, dout_mn) else _ragged_tgmm
+    return function(x_mk, dout_mn, group_sizes_g)
+
+
+def _ragged_tgmm(x_mk: jax.Array, dout_mn: jax.Array, group_sizes_g: jax.Array) -> jax.Array:
     dims = lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
     )
-    return lax.ragged_dot_general(rows, cotangent, group_sizes, dims, precision=matmul_precision(rows.dtype))
+    return lax.ragged_dot_general(x_mk, dout_mn, group_sizes_g, dims, precision=matmul_precision(x_mk.dtype))
 
 
-def _tpu_outer(rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array, total: jax.Array | None) -> jax.Array:
+def _tpu_tgmm(
+    x_mk: jax.Array, dout_mn: jax.Array, group_sizes_g: jax.Array, existing_out_gkn: jax.Array | None
+) -> jax.Array:
     # The compiler's own is the masked product of all rows for every group.
-    function = _added(_ragged_outer) if rows.dtype == jnp.float32 else megablox_outer
-    return function(rows, cotangent, group_sizes, total)
+    function = _adding(_ragged_tgmm) if x_mk.dtype == jnp.float32 else megablox_tgmm
+    return function(x_mk, dout_mn, group_sizes_g, existing_out_gkn)
 
 
-def _block_size(rows: int, groups: int) -> int:
-    """A power of two near the mean group, so that few rows of a block belong to the next group."""
-    mean = max(1, rows // groups)
-    return min(MAX_BLOCK, 1 << (mean - 1).bit_length())
-
-
-def _blocks(group_sizes: jax.Array, block: int, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Cuts every group into blocks: (group of each block, its first row, how many blocks there are)."""
-    counts = -(-group_sizes // block)
-    group = jnp.repeat(jnp.arange(group_sizes.shape[0]), counts, total_repeat_length=most)
-    first_block = jnp.cumsum(counts) - counts
-    first_row = jnp.cumsum(group_sizes) - group_sizes
-    start = first_row[group] + (jnp.arange(most) - first_block[group]) * block
-    return group, start, counts.sum()
-
-
-def _blocked(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
+def _blocked(x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array) -> jax.Array:
     """One block of rows at a time.
 
-    The last block of a group runs on into rows of the next one; blocks come in order, so the next
-    block writes those rows again, rightly.
+    The last block of a group reaches into the rows of the next one; blocks come in order, so the next block
+    overwrites those rows with their own product.
     """
-    count, groups = rows.shape[0], weights.shape[0]
-    block = _block_size(count, groups)
-    group, start, used = _blocks(group_sizes, block, count // block + groups)
-    padded = jnp.pad(rows, ((0, block), (0, 0)))
-    exact = matmul_precision(rows.dtype)
+    rows, groups = x_mk.shape[0], w_gkn.shape[0]
+    block = row_block(rows, groups)
+    group, start, _, count = cut_groups(group_sizes_g, block, rows)
+    padded_mk = jnp.pad(x_mk, ((0, block), (0, 0)))
+    precision = matmul_precision(x_mk.dtype)
 
-    def body(i: jax.Array, out: jax.Array) -> jax.Array:
-        x = lax.dynamic_slice_in_dim(padded, start[i], block)
-        w = lax.dynamic_index_in_dim(weights, group[i], keepdims=False)
-        y = jnp.dot(x, w, precision=exact).astype(out.dtype)
-        return lax.dynamic_update_slice_in_dim(out, y, start[i], axis=0)
+    def body(i: jax.Array, out_mn: jax.Array) -> jax.Array:
+        x = lax.dynamic_slice_in_dim(padded_mk, start[i], block)  # [block, K]
+        w = lax.dynamic_index_in_dim(w_gkn, group[i], keepdims=False)  # [K, N]
+        y = jnp.dot(x, w, precision=precision).astype(out_mn.dtype)
+        return lax.dynamic_update_slice_in_dim(out_mn, y, start[i], axis=0)
 
-    out = lax.fori_loop(0, used, body, jnp.zeros((count + block, weights.shape[2]), rows.dtype))
-    return _in_a_group(out[:count], group_sizes)
+    out_mn = lax.fori_loop(0, count, body, jnp.zeros((rows + block, w_gkn.shape[2]), x_mk.dtype))
+    return _zero_beyond_groups(out_mn[:rows], group_sizes_g)
 
 
-def _blocked_outer(rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """As `_ragged_outer`, a block of rows at a time, summed in float32."""
-    count, groups = rows.shape[0], group_sizes.shape[0]
-    block = _block_size(count, groups)
-    group, start, used = _blocks(group_sizes, block, count // block + groups)
-    ends = jnp.cumsum(group_sizes)
-    padded, padded_bar = (jnp.pad(a, ((0, block), (0, 0))) for a in (rows, cotangent))
-    exact = matmul_precision(rows.dtype)
+def _blocked_tgmm(x_mk: jax.Array, dout_mn: jax.Array, group_sizes_g: jax.Array) -> jax.Array:
+    """As `_ragged_tgmm`, a block of rows at a time, summed in float32."""
+    rows, groups = x_mk.shape[0], group_sizes_g.shape[0]
+    block = row_block(rows, groups)
+    group, start, stop, count = cut_groups(group_sizes_g, block, rows)
+    padded_mk, padded_mn = (jnp.pad(a, ((0, block), (0, 0))) for a in (x_mk, dout_mn))
+    precision = matmul_precision(x_mk.dtype)
 
-    def body(i: jax.Array, out: jax.Array) -> jax.Array:
-        x = lax.dynamic_slice_in_dim(padded, start[i], block)
-        g = lax.dynamic_slice_in_dim(padded_bar, start[i], block)
-        own = (start[i] + jnp.arange(block) < ends[group[i]])[:, None]
-        part = jnp.dot(jnp.where(own, x, 0).T, g, precision=exact, preferred_element_type=out.dtype)
-        return out.at[group[i]].add(part)
+    def body(i: jax.Array, dw_gkn: jax.Array) -> jax.Array:
+        x = lax.dynamic_slice_in_dim(padded_mk, start[i], block)  # [block, K]
+        dout = lax.dynamic_slice_in_dim(padded_mn, start[i], block)  # [block, N]
+        inside = (start[i] + jnp.arange(block) < stop[i])[:, None]
+        dw = jnp.dot(jnp.where(inside, x, 0).T, dout, precision=precision, preferred_element_type=dw_gkn.dtype)
+        return dw_gkn.at[group[i]].add(dw)
 
-    shape = (groups, rows.shape[1], cotangent.shape[1])
-    return lax.fori_loop(0, used, body, jnp.zeros(shape, jnp.float32)).astype(rows.dtype)
+    shape = (groups, x_mk.shape[1], dout_mn.shape[1])
+    return lax.fori_loop(0, count, body, jnp.zeros(shape, jnp.float32)).astype(x_mk.dtype)

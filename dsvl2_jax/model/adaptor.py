@@ -1,4 +1,4 @@
-"""The vision-language adaptor: 2×2 pixel shuffle and an MLP (DeepSeek-VL2 §2.2, FACTS §2)."""
+"""The vision-language adaptor: 2×2 pixel shuffle and an MLP (DeepSeek-VL2, arXiv 2412.10302, §2)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from dsvl2_jax.model.config import ProjectorConfig
-from dsvl2_jax.model.layers import linear
+from dsvl2_jax.model.layers import Linear
 
 
 def pixel_shuffle(x_npw: jax.Array, ratio: int) -> jax.Array:
@@ -33,6 +33,7 @@ class Adaptor(nn.Module):
 
     @nn.compact
     def __call__(self, x_npw: jax.Array) -> jax.Array:
+        """[N, P, W] of the encoder → [N, tokens per tile, D]."""
         cfg = self.config
         x = pixel_shuffle(x_npw, cfg.downsample_ratio)
         hidden = cfg.n_embed * cfg.mlp_ratio
@@ -40,7 +41,8 @@ class Adaptor(nn.Module):
             last = i == cfg.depth - 1
             axes = (None, "adaptor_mlp") if i == 0 else ("adaptor_mlp", "embed") if last else ("adaptor_mlp", None)
             features = cfg.n_embed if last else hidden
-            std = x.shape[-1] ** -0.5  # an adaptor begins with nothing even where encoder and language model do not
-            x = linear(features, axes, dtype=self.dtype, std=std, bias=True, name=f"layers_{i}")(x)
+            # Not the language model's own spread: an adaptor is trained from scratch even where the rest is not.
+            std = x.shape[-1] ** -0.5
+            x = Linear(features, axes, self.dtype, std, bias=True, name=f"layers_{i}")(x)
             x = x if last else nn.gelu(x, approximate=False)
         return x

@@ -1,4 +1,4 @@
-"""The decode cache: its layout, and an empty one."""
+"""The decode cache: its layout, and an empty one. Tested in tests/infer/test_engine.py and tests/model/."""
 
 from __future__ import annotations
 
@@ -27,7 +27,18 @@ def cache_layout(config: LanguageConfig) -> dict[str, tuple[tuple[int, ...], tup
 
 
 def init_cache(config: Config, slots: int, cache_length: int, dtype: DTypeLike) -> Cache:
-    """An empty cache, jittable: per layer the arrays of `cache_layout`; see `dsvl2_jax.model.attention`."""
+    """An empty cache, which `prefill` fills and `decode_step` reads; under `jax.set_mesh` it is split over the mesh.
+
+    Args:
+      config: static.
+      slots: rows that decode together: the B of `prefill`.
+      cache_length: positions of a row, for its prompt and its answer.
+      dtype: of the arrays; usually that of the parameters.
+
+    Returns:
+      A dict for each layer: "latent" [slots, cache_length, R] and "rope_key" [slots, cache_length, rope width] for
+      latent attention, "key" and "value" [slots, cache_length, key heads, head width] for multi-head attention.
+    """
     layout = cache_layout(config.language)
 
     def layer() -> dict[str, jax.Array]:

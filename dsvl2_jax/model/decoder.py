@@ -1,6 +1,12 @@
-"""The language model: embeddings, decoder layers, final norm and output head (FACTS §4)."""
+"""The language model: embeddings, decoder layers, final norm and output head (DeepSeek-V2, arXiv 2405.04434).
+
+Tested in tests/model/test_transformers.py and tests/model/test_deepseek_vl2.py.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -9,7 +15,8 @@ from jax.typing import DTypeLike
 
 from dsvl2_jax.model.attention import LatentAttention, LayerCache, MultiHeadAttention
 from dsvl2_jax.model.config import LanguageConfig
-from dsvl2_jax.model.layers import GatedMLP, RMSNorm, linear, partitioned
+from dsvl2_jax.model.layer_runs import LayerWrapper, language_runs, run_layers
+from dsvl2_jax.model.layers import GatedMLP, Linear, RMSNorm, declare
 from dsvl2_jax.model.moe import MoE, Routing
 from dsvl2_jax.sharding import batch_axis, constrain
 
@@ -27,90 +34,119 @@ class DecoderLayer(nn.Module):
     def __call__(
         self,
         x_btd: jax.Array,
-        positions: jax.Array,
-        valid: jax.Array | None,
+        positions_bt: jax.Array,
+        valid_bt: jax.Array | None,
         cache: LayerCache | None,
         *,
         read_cache: bool = False,
         decode: bool = False,
     ) -> tuple[jax.Array, LayerCache | None, Routing | None]:
-        cfg = self.config
+        """As `hidden_states`, of one layer; the routing is None in a dense layer."""
+        cfg, batch = self.config, batch_axis(decode)
         attention = LatentAttention if cfg.use_mla else MultiHeadAttention
         normed = RMSNorm(cfg.rms_norm_eps, name="input_layernorm")(x_btd)
         attended, cache = attention(cfg, self.dtype, name="self_attn")(
-            normed, positions, cache, read_cache=read_cache, decode=decode
+            normed, positions_bt, cache, read_cache=read_cache, decode=decode
         )
-        batch = batch_axis(decode)
         x_btd = constrain(x_btd + attended, batch, "length", "embed")
         normed = RMSNorm(cfg.rms_norm_eps, name="post_attention_layernorm")(x_btd)
         routing = None
         if cfg.is_moe_layer(self.layer):
-            fed, routing = MoE(cfg, self.dtype, name="mlp")(normed, valid, decode=decode)
+            fed, routing = MoE(cfg, self.dtype, name="mlp")(normed, valid_bt, decode=decode)
         else:
-            fed = GatedMLP(cfg.intermediate_size, self.dtype, cfg.initializer_range, name="mlp")(normed, decode=decode)
+            mlp = GatedMLP(cfg.intermediate_size, self.dtype, cfg.initializer_range, name="mlp")
+            fed = mlp(normed, decode=decode)
         return constrain(x_btd + fed, batch, "length", "embed"), cache, routing
 
 
 class Decoder(nn.Module):
-    """DeepSeekMoE decoder. Tokens enter as embeddings, so that images can be merged among them."""
+    """The decoder's parameters, and what comes before and after its layers; `hidden_states` runs the layers.
+
+    Tokens enter as embeddings, so that images can be merged among them.
+    """
 
     config: LanguageConfig
     dtype: DTypeLike
 
     def setup(self) -> None:
         cfg = self.config
-        self.embed_tokens = self.param(
-            "embed_tokens",
-            partitioned(nn.initializers.normal(cfg.initializer_range), ("vocab", "embed")),
-            (cfg.vocab_size, cfg.hidden_size),
-        )
+        init, axes = nn.initializers.normal(cfg.initializer_range), ("vocab", "embed")
+        self.embed_tokens = declare(self, "embed_tokens", (cfg.vocab_size, cfg.hidden_size), axes, init)
         self.layers = [DecoderLayer(cfg, i, self.dtype) for i in range(cfg.num_hidden_layers)]
         self.norm = RMSNorm(cfg.rms_norm_eps)
-        self.lm_head = linear(cfg.vocab_size, ("embed", "vocab"), dtype=self.dtype, std=cfg.initializer_range)
+        self.lm_head = Linear(cfg.vocab_size, ("embed", "vocab"), self.dtype, cfg.initializer_range)
 
     def embed(self, ids: jax.Array) -> jax.Array:
         """i32[...] token ids → [..., D]."""
-        return jnp.take(self.embed_tokens.astype(self.dtype), ids, axis=0)
+        with jax.named_scope("embed_tokens"):
+            return jnp.take(self.embed_tokens.astype(self.dtype), ids, axis=0)
 
-    def hidden(
-        self,
-        x_btd: jax.Array,
-        positions: jax.Array,
-        valid: jax.Array | None = None,
-        cache: Cache | None = None,
-        *,
-        read_cache: bool = False,
-        decode: bool = False,
-    ) -> tuple[jax.Array, Cache | None, list[Routing | None]]:
-        """Runs all layers and the final norm.
-
-        Args:
-          x_btd: [B, T, D] embeddings.
-          positions: i32[B, T], consecutive in each row; without a cache, in each sample of a row.
-          valid: bool[B, T], False for padding; None: no padding.
-          cache: one dict per layer (see `attention`), or None.
-          read_cache, decode: static; see `LatentAttention`.
-
-        Returns:
-          [B, T, D] hidden states, the updated cache, and each layer's routing (None for dense layers).
-        """
-        x = constrain(x_btd, batch_axis(decode), "length", "embed")
-        new_cache: Cache | None = None if cache is None else []
-        routings = []
-        for i, layer in enumerate(self.layers):
-            x, layer_cache, routing = layer(
-                x, positions, valid, None if cache is None else cache[i], read_cache=read_cache, decode=decode
-            )
-            routings.append(routing)
-            if new_cache is not None:
-                new_cache.append(layer_cache)
-        return self.norm(x), new_cache, routings
+    def final_norm(self, x_btd: jax.Array) -> jax.Array:
+        """[B, T, D] of the last layer → [B, T, D], what the head takes."""
+        return self.norm(x_btd)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] → float32 [..., V]."""
+        """[..., D] of `final_norm` → f32[..., V]."""
         return self.lm_head(hidden).astype(jnp.float32)
 
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        """i32[B, T] → f32[B, T, V]; touches every parameter, for init."""
-        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        return self.logits(self.hidden(self.embed(ids), positions)[0])
+    def __call__(self, ids_bt: jax.Array) -> jax.Array:
+        """Declares every parameter, for init."""
+        x_btd, positions_bt = self.embed(ids_bt), jnp.zeros(ids_bt.shape, jnp.int32)
+        for layer in self.layers:
+            x_btd, _, _ = layer(x_btd, positions_bt, None, None)
+        return self.logits(self.final_norm(x_btd))
+
+
+def decoder(params: dict[str, Any], config: LanguageConfig) -> Decoder:
+    """The decoder with its parameters; it computes in the dtype of its embeddings."""
+    return Decoder(config, params["embed_tokens"].dtype).bind({"params": params})
+
+
+def hidden_states(
+    params: dict[str, Any],
+    config: LanguageConfig,
+    x_btd: jax.Array,
+    positions_bt: jax.Array,
+    valid_bt: jax.Array | None = None,
+    *,
+    cache: Cache | None = None,
+    read_cache: bool = False,
+    decode: bool = False,
+    report: Callable[[Routing], Any] | None = None,
+    wrap: LayerWrapper | None = None,
+) -> tuple[jax.Array, Cache | None, list[Any]]:
+    """All layers and the final norm, in inference and in training.
+
+    Args:
+      params: of the decoder, its layers separate or, without a cache, stacked (`dsvl2_jax.model.layer_runs`).
+      x_btd: [B, T, D] embeddings.
+      positions_bt: i32[B, T], consecutive in each row; without a cache, in each sample of a row.
+      valid_bt: bool[B, T], False for padding; None: no padding.
+      cache: one dict per layer (see `dsvl2_jax.model.attention`), or None.
+      read_cache, decode: static; see `LatentAttention`.
+      report: of each MoE layer's routing, what to return of it; None: nothing.
+      wrap: see `run_layers`.
+
+    Returns:
+      [B, T, D] hidden states, the updated cache, and for each run of MoE layers the reports, stacked over its layers.
+    """
+    x_btd = constrain(x_btd, batch_axis(decode), "length", "embed")
+    new_cache, reports = [], []
+    for run in language_runs(config):
+        module = DecoderLayer(config, run.first, params["embed_tokens"].dtype)
+
+        def layer(
+            x: jax.Array, layer_params: Any, layer_cache: Any, module: DecoderLayer = module
+        ) -> tuple[jax.Array, Any, Any]:
+            x, layer_cache, routing = module.apply(
+                {"params": layer_params}, x, positions_bt, valid_bt, layer_cache, read_cache=read_cache, decode=decode
+            )
+            return x, layer_cache, None if routing is None or report is None else report(routing)
+
+        run_cache = None if cache is None else cache[run.first : run.last + 1]
+        x_btd, run_cache, run_report = run_layers(run, params, layer, x_btd, states=run_cache, wrap=wrap)
+        new_cache += run_cache
+        if run_report is not None:
+            reports.append(run_report)
+    hidden_btd = decoder(params, config).final_norm(x_btd)
+    return hidden_btd, None if cache is None else new_cache, reports

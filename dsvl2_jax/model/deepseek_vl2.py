@@ -1,4 +1,4 @@
-"""DeepSeek-VL2 as one Linen module, and the pure functions that run it.
+"""DeepSeek-VL2 (arXiv 2412.10302): its parameters, and the pure functions that run it.
 
 Parameters are a plain nested dict; `abstract_params` gives their shapes and logical axes without
 allocating anything. The functions are jittable, with ``config`` static; under `jax.set_mesh` they
@@ -17,81 +17,40 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike, DTypeLike
 
+from dsvl2_jax.model import vision
 from dsvl2_jax.model.adaptor import Adaptor
 from dsvl2_jax.model.config import NEWLINE_POSITION, SEPARATOR_POSITION, TEXT_POSITION, Config
-from dsvl2_jax.model.decoder import Cache, Decoder
-from dsvl2_jax.model.moe import Routing
-from dsvl2_jax.model.vision import VisionEncoder
-from dsvl2_jax.sharding import PARAM_RULES, constrain, partition_spec, split_further
+from dsvl2_jax.model.decoder import Cache, Decoder, decoder, hidden_states
+from dsvl2_jax.model.layer_runs import LayerWrapper
+from dsvl2_jax.model.layers import declare
+from dsvl2_jax.sharding import PARAM_RULES, add_fsdp_axis, constrain, partition_spec
 
 Params = dict[str, Any]
 
 
 class DeepSeekVL2(nn.Module):
-    """Encoder, adaptor, the two learned image tokens, and the decoder."""
+    """Declares the parameters of encoder, adaptor, the two learned image tokens and decoder.
+
+    The functions below run them.
+    """
 
     config: Config
     dtype: DTypeLike
 
     def setup(self) -> None:
         cfg = self.config
-        self.vision = VisionEncoder(cfg.vision, self.dtype)
+        self.vision = vision.VisionEncoder(cfg.vision, self.dtype)
         self.projector = Adaptor(cfg.projector, self.dtype)
         self.language = Decoder(cfg.language, self.dtype)
-        init = nn.with_logical_partitioning(nn.initializers.normal(cfg.language.hidden_size**-0.5), ("embed",))
-        self.image_newline = self.param("image_newline", init, (cfg.language.hidden_size,))
-        self.view_seperator = self.param("view_seperator", init, (cfg.language.hidden_size,))
+        width = cfg.language.hidden_size
+        for name in ("image_newline", "view_seperator"):  # spelled as in the released checkpoints
+            declare(self, name, (width,), ("embed",), nn.initializers.normal(width**-0.5))
 
-    def encode_tiles(self, tiles: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
-        return self.vision(tiles, mean, std)
-
-    def adapt_tiles(self, tiles: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
-        return self.projector(self.vision(tiles, mean, std))
-
-    def embed_patches(self, tiles: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
-        return self.vision.embed_patches(tiles, mean, std)
-
-    def adapt_patches(self, x_npw: jax.Array) -> jax.Array:
-        return self.projector(self.vision.final_norm(x_npw))
-
-    def norm_patches(self, x_npw: jax.Array) -> jax.Array:
-        return self.vision.final_norm(x_npw)
-
-    def pool_patches(self, x_npw: jax.Array) -> jax.Array:
-        return self.vision.pool(self.vision.final_norm(x_npw))
-
-    def merge(self, ids: jax.Array, image_index: jax.Array, features: jax.Array) -> jax.Array:
-        """Text embeddings and image rows by one gather (DESIGN §4.7); see the function `merge`."""
-        text = self.language.embed(ids)
-        rows = features.shape[0] * features.shape[1]
-        if rows == 0:
-            return text
-        special = jnp.stack([self.image_newline, self.view_seperator]).astype(self.dtype)
-        table = jnp.concatenate([features.reshape(rows, -1).astype(self.dtype), special])
-        index = jnp.where(image_index == NEWLINE_POSITION, rows, image_index)
-        index = jnp.where(image_index == SEPARATOR_POSITION, rows + 1, index)
-        image = jnp.take(table, jnp.maximum(index, 0), axis=0)
-        return jnp.where((image_index == TEXT_POSITION)[..., None], text, image)
-
-    def embed_tokens(self, ids: jax.Array) -> jax.Array:
-        return self.language.embed(ids)
-
-    def hidden(self, *args: Any, **kwargs: Any) -> tuple[jax.Array, Cache | None, list[Routing | None]]:
-        return self.language.hidden(*args, **kwargs)
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        return self.language.logits(hidden)
-
-    def __call__(self, ids: jax.Array, tiles: jax.Array) -> jax.Array:
-        """Touches every parameter, for init; running goes through the functions below."""
+    def __call__(self, ids: jax.Array, tiles: jax.Array) -> None:
+        """Declares every parameter, for init."""
         unit = jnp.ones(3, jnp.float32)
-        self.adapt_tiles(tiles, unit, unit)
-        return self.language(ids)
-
-
-def _apply(params: Params, config: Config, method: str, *args: Any, **kwargs: Any) -> Any:
-    dtype = kwargs.pop("dtype", None) or params["language"]["embed_tokens"].dtype
-    return DeepSeekVL2(config, dtype).apply({"params": params}, *args, method=method, **kwargs)
+        self.projector(self.vision(tiles, unit, unit))
+        self.language(ids)
 
 
 def _init(config: Config, rng: jax.Array) -> Any:
@@ -133,86 +92,117 @@ def entry_axes(config: Config) -> dict[tuple[str, ...], int]:
 
 
 def param_shardings(config: Config, mesh: Mesh, *, fsdp: bool = False) -> dict[str, Any]:
-    """A NamedSharding for every parameter, by `PARAM_RULES`; with ``fsdp`` by `split_further` too."""
+    """A NamedSharding for every parameter, by `PARAM_RULES`; with ``fsdp`` by `add_fsdp_axis` too."""
     sizes = dict(mesh.shape)
 
     def sharding(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
         spec = partition_spec(shape, axes, sizes, PARAM_RULES)
-        return NamedSharding(mesh, split_further(spec, shape, sizes) if fsdp else spec)
+        return NamedSharding(mesh, add_fsdp_axis(spec, shape, sizes) if fsdp else spec)
 
     return unflatten_dict({path: sharding(*leaf) for path, leaf in abstract_leaves(config).items()})
 
 
-def encode_tiles(params: Params, config: Config, tiles: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
-    """u8[N, S, S, 3] → [N, P, W], after the encoder's final norm. ``mean``, ``std``: f32[3]."""
-    return _apply(params, config, "encode_tiles", tiles, mean, std)
+def compute_dtype(params: Params) -> jnp.dtype:
+    """In which the model computes: the dtype of its embeddings. The router alone computes in float32 always."""
+    return params["language"]["embed_tokens"].dtype
 
 
-def adapt_tiles(params: Params, config: Config, tiles: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
-    """u8[N, S, S, 3] → [N, tokens per tile, D], after the adaptor. ``mean``, ``std``: f32[3]."""
-    return _apply(params, config, "adapt_tiles", tiles, mean, std)
-
-
-def embed_patches(params: Params, config: Config, tiles: jax.Array, mean: ArrayLike, std: ArrayLike) -> jax.Array:
-    """u8[N, S, S, 3] → [N, P, W], what the encoder's first block takes. ``mean``, ``std``: f32[3]."""
-    return _apply(params, config, "embed_patches", tiles, mean, std)
-
-
-def adapt_patches(params: Params, config: Config, x_npw: jax.Array) -> jax.Array:
-    """[N, P, W] of the encoder's last block → [N, tokens per tile, D], through its final norm and the adaptor."""
-    return _apply(params, config, "adapt_patches", x_npw)
-
-
-def norm_patches(params: Params, config: Config, x_npw: jax.Array) -> jax.Array:
-    """[N, P, W] of the encoder's last block → [N, P, W], through its final norm."""
-    return _apply(params, config, "norm_patches", x_npw)
+def encode_tiles(
+    params: Params,
+    config: Config,
+    tiles: jax.Array,
+    mean: ArrayLike,
+    std: ArrayLike,
+    *,
+    wrap: LayerWrapper | None = None,
+) -> jax.Array:
+    """u8[N, side, side, 3] → [N, P, W], the encoder's features after its final norm; see `adapt_tiles`."""
+    dtype = compute_dtype(params)
+    return vision.encode_tiles(params["vision"], config.vision, tiles, mean, std, dtype=dtype, wrap=wrap)
 
 
 def pool_patches(params: Params, config: Config, x_npw: jax.Array) -> jax.Array:
-    """[N, P, W] of the encoder's last block → [N, W], through its final norm and SigLIP's pooling head."""
-    return _apply(params, config, "pool_patches", x_npw)
+    """[N, P, W] of `encode_tiles` → [N, W], by SigLIP's pooling head."""
+    return vision.encoder(params["vision"], config.vision, compute_dtype(params)).pool(x_npw)
+
+
+def adapt_tiles(
+    params: Params,
+    config: Config,
+    tiles: jax.Array,
+    mean: ArrayLike,
+    std: ArrayLike,
+    *,
+    wrap: LayerWrapper | None = None,
+) -> jax.Array:
+    """Encodes tiles, and adapts their features to the language model.
+
+    Args:
+      params: of the whole model, nested.
+      config: static.
+      tiles: u8[N, side, side, 3] of the processor, ``side`` being ``config.vision.image_size``.
+      mean, std: f32[3], of the processor's configuration; a pixel enters as (value / 255 − mean) / std.
+      wrap: changes how layers are run, in training; see `dsvl2_jax.model.layer_runs.run_layers`.
+
+    Returns:
+      [N, ``config.tokens_per_tile``, D] in the dtype of the parameters, which `merge` takes.
+    """
+    x_npw = encode_tiles(params, config, tiles, mean, std, wrap=wrap)
+    adaptor = Adaptor(config.projector, compute_dtype(params))
+    with jax.named_scope("projector"):
+        return adaptor.apply({"params": params["projector"]}, x_npw)
 
 
 def merge(params: Params, config: Config, ids: jax.Array, image_index: jax.Array, features: jax.Array) -> jax.Array:
-    """Embeds tokens and puts the image rows among them.
+    """Embeds tokens and puts the image rows among them, by one gather.
 
     Args:
+      params: of the whole model, nested.
+      config: static.
       ids: i32[B, T].
-      image_index: i32[B, T]; a code of `dsvl2_jax.model.config` (text, newline, separator), or a row of the flattened
-        ``features``.
+      image_index: i32[B, T], of the processor: a code of `dsvl2_jax.model.config` (text, newline, separator), or a
+        row of the flattened ``features``.
       features: [N, tokens per tile, D] of `adapt_tiles`; N = 0 for text only.
 
     Returns:
-      [B, T, D].
+      [B, T, D] embeddings, which `prefill` takes.
     """
-    return _apply(params, config, "merge", ids, image_index, features)
+    text_btd = embed_tokens(params, config, ids)
+    rows = features.shape[0] * features.shape[1]
+    if rows == 0:
+        return text_btd
+    with jax.named_scope("merge"):
+        dtype = compute_dtype(params)
+        special = jnp.stack([params["image_newline"], params["view_seperator"]]).astype(dtype)
+        table = jnp.concatenate([features.reshape(rows, -1).astype(dtype), special])
+        index = jnp.where(image_index == NEWLINE_POSITION, rows, image_index)
+        index = jnp.where(index == SEPARATOR_POSITION, rows + 1, index)
+        image_btd = jnp.take(table, jnp.maximum(index, 0), axis=0)
+        return jnp.where((image_index == TEXT_POSITION)[..., None], text_btd, image_btd)
 
 
 def embed_tokens(params: Params, config: Config, ids: jax.Array) -> jax.Array:
     """i32[...] token ids → [..., D]."""
-    return _apply(params, config, "embed_tokens", ids)
+    return decoder(params["language"], config.language).embed(ids)
 
 
-def forward(
-    params: Params, config: Config, embeddings: jax.Array, valid: jax.Array | None = None
-) -> tuple[jax.Array, list[Routing | None]]:
-    """A whole sequence without a cache, for training and for `logits`.
+def forward(params: Params, config: Config, x_btd: jax.Array, valid_bt: jax.Array | None = None) -> jax.Array:
+    """A whole sequence without a cache.
 
     Args:
-      embeddings: [B, T, D]. valid: bool[B, T], False for padding at the right.
+      x_btd: [B, T, D] embeddings.
+      valid_bt: bool[B, T], False for padding at the right; None: no padding.
 
     Returns:
-      [B, T, D] hidden states after the final norm, and each layer's routing.
+      [B, T, D] hidden states after the final norm, which `output_logits` takes.
     """
-    b, t, _ = embeddings.shape
-    positions = jnp.broadcast_to(jnp.arange(t), (b, t))
-    hidden, _, routings = _apply(params, config, "hidden", embeddings, positions, valid)
-    return hidden, routings
+    positions_bt = jnp.broadcast_to(jnp.arange(x_btd.shape[1]), x_btd.shape[:2])
+    return hidden_states(params["language"], config.language, x_btd, positions_bt, valid_bt)[0]
 
 
 def output_logits(params: Params, config: Config, hidden: jax.Array) -> jax.Array:
     """[..., D] → f32[..., V]."""
-    return _apply(params, config, "logits", hidden)
+    return decoder(params["language"], config.language).logits(hidden)
 
 
 def prefill(
@@ -226,31 +216,32 @@ def prefill(
     """Runs prompts, or one chunk of them, into the cache.
 
     Args:
-      embeddings: [B, T, D], right-padded.
+      params: of the whole model, nested.
+      config: static.
+      embeddings: [B, T, D] of `merge`, right-padded.
       lengths: i32[B], real tokens of each row in this call (0 … T).
-      cache: see `dsvl2_jax.model.cache.init_cache`; an entry's index is its position. Needs a
-        ``cache_length`` of start + T.
+      cache: of `dsvl2_jax.model.cache.init_cache`, with B slots and a length of at least start + T.
       start: i32[B], tokens already in the cache. None: nothing is, and the cache is not read.
 
     Returns:
       f32[B, V] logits after the last real token of each row (of no meaning where the length is 0),
       and the cache.
     """
-    b, t, _ = embeddings.shape
-    steps = jnp.broadcast_to(jnp.arange(t), (b, t))
-    positions = steps if start is None else start[:, None] + steps
-    valid = steps < lengths[:, None]
-    hidden, cache, _ = _apply(
-        params, config, "hidden", embeddings, positions, valid, cache, read_cache=start is not None
+    steps = jnp.broadcast_to(jnp.arange(embeddings.shape[1]), embeddings.shape[:2])
+    positions_bt = steps if start is None else start[:, None] + steps
+    valid_bt = steps < lengths[:, None]
+    language = params["language"], config.language
+    hidden_btd, cache, _ = hidden_states(
+        *language, embeddings, positions_bt, valid_bt, cache=cache, read_cache=start is not None
     )
-    last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
-    return _next_logits(params, config, last), cache
+    last_bd = jnp.take_along_axis(hidden_btd, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+    return _next_logits(params, config, last_bd), cache
 
 
 def _next_logits(params: Params, config: Config, hidden_bd: jax.Array) -> jax.Array:
     """[B, D] → f32[B, V], made where the output head's parts are, then whole rows, from which tokens are chosen."""
-    logits = output_logits(params, config, constrain(hidden_bd, "decode_batch", "embed"))
-    return constrain(constrain(logits, "decode_batch", "vocab"), "slots", "vocab")
+    logits_bv = output_logits(params, config, constrain(hidden_bd, "decode_batch", "embed"))
+    return constrain(constrain(logits_bv, "decode_batch", "vocab"), "slots", "vocab")
 
 
 def decode_step(
@@ -259,14 +250,18 @@ def decode_step(
     """One token for every row.
 
     Args:
-      tokens: i32[B]. positions: i32[B], the position in the cache that each token takes.
+      params: of the whole model, nested.
+      config: static.
+      tokens: i32[B].
+      positions: i32[B], the position in the cache that each token takes.
       cache: holds every earlier position.
 
     Returns:
       f32[B, V] logits of the next token, and the cache.
     """
-    embeddings = embed_tokens(params, config, tokens[:, None])
-    hidden, cache, _ = _apply(
-        params, config, "hidden", embeddings, positions[:, None], None, cache, read_cache=True, decode=True
+    x_btd = embed_tokens(params, config, tokens[:, None])
+    language = params["language"], config.language
+    hidden_btd, cache, _ = hidden_states(
+        *language, x_btd, positions[:, None], cache=cache, read_cache=True, decode=True
     )
-    return _next_logits(params, config, hidden[:, 0]), cache
+    return _next_logits(params, config, hidden_btd[:, 0]), cache

@@ -1,7 +1,15 @@
-"""Small layers shared by the encoder, the adaptor and the decoder.
+"""Weights, and the small layers that the encoder, the adaptor and the decoder share.
 
-Letters in array names, used everywhere: B batch, T tokens, S cache length, N tiles, P patches, W vision
-width, D language width, H heads, R latent rank, E experts, F expert MLP width, V vocabulary, K top-k.
+The last part of an array's name gives its axes, one letter each, the same letters everywhere:
+
+  B batch (rows)        T tokens             S positions of the cache     V vocabulary
+  D language width      H heads              R latent rank                W vision width
+  N tiles               P patches of a tile  E routed experts             F width of an expert's MLP
+  K experts of a token  C assigned tokens    G experts held by a device
+
+So ``x_btd`` is [batch, tokens, language width]. In ``q_bthd`` and wherever heads stand beside it, d is a head's width.
+
+Tested in tests/model/test_attention.py, test_moe.py and test_deepseek_vl2.py.
 """
 
 from __future__ import annotations
@@ -14,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from dsvl2_jax.kernels.grouped_matmul import grouped_matmul
 from dsvl2_jax.kernels.precision import matmul_precision
 from dsvl2_jax.sharding import batch_axis, constrain
 
@@ -21,48 +30,109 @@ Axes = tuple[str | None, ...]
 
 
 def partitioned(init: nn.initializers.Initializer, axes: Axes) -> nn.initializers.Initializer:
+    """An initializer whose result carries the logical names of its axes; see `dsvl2_jax.sharding.PARAM_RULES`."""
     return nn.with_logical_partitioning(init, axes)
 
 
+def declare(
+    module: nn.Module, name: str, shape: Sequence[int], axes: Axes, init: nn.initializers.Initializer
+) -> jax.Array:
+    """Declares a parameter of a module, and returns it as it is stored.
+
+    Every weight of the model is declared here and enters a product by `linear`, `einsum_weight` or `grouped` below; no
+    other code knows how a weight is kept.
+
+    Args:
+      module: which the parameter belongs to.
+      name: in the module's parameters.
+      shape: of the array, drawn in float32.
+      axes: a logical axis name, or None, for each dimension.
+      init: from (random key, shape, dtype) to the initial values.
+    """
+    return module.param(name, partitioned(init, axes), tuple(shape))
+
+
 def linear(
-    features: int | Sequence[int],
-    axes: Axes,
-    *,
-    dtype: DTypeLike,
-    std: float,
-    contract: int = 1,
-    bias: bool = False,
-    name: str | None = None,
-) -> nn.DenseGeneral:
-    """x[..., contracted dims] → [..., features]; ``axes`` are the kernel's logical axes, inputs first."""
-    return nn.DenseGeneral(
-        features=features,
-        axis=tuple(range(-contract, 0)),
-        use_bias=bias,
-        dtype=dtype,
-        kernel_init=partitioned(nn.initializers.normal(std), axes),
-        bias_init=partitioned(nn.initializers.zeros, axes[contract:]),
-        precision=matmul_precision(dtype),
-        name=name,
-    )
+    x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, *, dtype: DTypeLike, contract: int = 1
+) -> jax.Array:
+    """x · kernel + bias, computed in ``dtype``.
+
+    Args:
+      x: [..., inputs]. kernel: [inputs, features]. bias: [features], or None.
+      contract: how many dimensions ``inputs`` are.
+
+    Returns:
+      [..., features] in ``dtype``.
+    """
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
+    contracted = tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract))
+    out = lax.dot_general(x, kernel, (contracted, ((), ())), precision=matmul_precision(dtype))
+    return out if bias is None else out + bias.astype(dtype).reshape((1,) * (out.ndim - bias.ndim) + bias.shape)
+
+
+def einsum_weight(
+    subscripts: str, x: jax.Array, weight: jax.Array, *, dtype: DTypeLike, rows: slice | None = None
+) -> jax.Array:
+    """``jnp.einsum(subscripts, x, weight)`` in ``dtype``; ``rows``: of the weight's second dimension, these alone."""
+    weight = weight.astype(dtype)
+    weight = weight if rows is None else weight[:, rows]
+    return jnp.einsum(subscripts, x.astype(dtype), weight, precision=matmul_precision(dtype))
+
+
+def grouped(x_cd: jax.Array, weights_gdf: jax.Array, group_sizes_g: jax.Array) -> jax.Array:
+    """Consecutive rows, each group times its own matrix: [C, D], [G, D, F], i32[G] → [C, F]; see `grouped_matmul`."""
+    return grouped_matmul(x_cd, weights_gdf, group_sizes_g)
+
+
+class Linear(nn.Module):
+    """`linear` with parameters of its own: ``kernel``, and ``bias`` if there is one.
+
+    Attributes:
+      features: the size of the output's last dimension, or the sizes of its last ones.
+      axes: logical axes of the kernel, inputs first.
+      dtype: in which the product is computed.
+      std: of the normal distribution from which the kernel is drawn.
+      contract: how many of the input's last dimensions the kernel takes.
+      bias: whether one is added.
+    """
+
+    features: int | Sequence[int]
+    axes: Axes
+    dtype: DTypeLike
+    std: float
+    contract: int = 1
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
+        shape = (*x.shape[-self.contract :], *features)
+        kernel = declare(self, "kernel", shape, self.axes, nn.initializers.normal(self.std))
+        bias = None
+        if self.bias:
+            bias = declare(self, "bias", features, self.axes[self.contract :], nn.initializers.zeros)
+        return linear(x, kernel, bias, dtype=self.dtype, contract=self.contract)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm: float32 inside, cast to the input's dtype, then times the weight (FACTS §4)."""
+    """Root-mean-square norm: float32 inside, cast to the input's dtype, then times the weight, as the reference does.
+
+    The weight multiplies after the cast: in bfloat16 the order matters (``DeepseekV2RMSNorm``).
+    """
 
     eps: float
     axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", partitioned(nn.initializers.ones, (self.axis_name,)), (x.shape[-1],))
+        scale = declare(self, "scale", x.shape[-1:], (self.axis_name,), nn.initializers.ones)
         x32 = x.astype(jnp.float32)
         normed = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         return normed.astype(x.dtype) * scale.astype(x.dtype)
 
 
 class GatedMLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) · up(x)); the dense layers and the shared experts (FACTS §4)."""
+    """SwiGLU, down(silu(gate(x)) · up(x)): the MLP of dense layers and of the shared experts."""
 
     width: int
     dtype: DTypeLike
@@ -70,11 +140,12 @@ class GatedMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_btd: jax.Array, *, decode: bool = False) -> jax.Array:
+        """[B, T, D] → [B, T, D]; ``decode``: static, whether this is a decode step."""
         axes = ("embed", "mlp")
-        gate = linear(self.width, axes, dtype=self.dtype, std=self.std, name="gate_proj")(x_btd)
-        up = linear(self.width, axes, dtype=self.dtype, std=self.std, name="up_proj")(x_btd)
+        gate = Linear(self.width, axes, self.dtype, self.std, name="gate_proj")(x_btd)
+        up = Linear(self.width, axes, self.dtype, self.std, name="up_proj")(x_btd)
         hidden = constrain(nn.silu(gate) * up, batch_axis(decode), "length", "mlp")
-        return linear(x_btd.shape[-1], axes[::-1], dtype=self.dtype, std=self.std, name="down_proj")(hidden)
+        return Linear(x_btd.shape[-1], axes[::-1], self.dtype, self.std, name="down_proj")(hidden)
 
 
 def rotary_tables(positions: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -84,18 +155,18 @@ def rotary_tables(positions: jax.Array, width: int, theta: float) -> tuple[jax.A
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate_half(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate_half(x_bthd: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotary embedding over pairs (i, i + width/2): the layout of multi-head attention (tiny).
 
     Args:
-      x: [B, T, H, width]. cos, sin: f32[B, T, width/2].
+      x_bthd: [B, T, H, width]. cos, sin: f32[B, T, width/2].
     """
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(x_bthd.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_bthd.dtype)
 
 
-def rotate_interleaved(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary embedding over pairs (2i, 2i + 1), written as halves: the layout of latent attention (FACTS §1)."""
-    pairs = x.reshape(*x.shape[:-1], -1, 2)
+def rotate_interleaved(x_bthd: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary embedding over pairs (2i, 2i + 1), written as halves: the layout of latent attention (small, base)."""
+    pairs = x_bthd.reshape(*x_bthd.shape[:-1], -1, 2)
     return rotate_half(jnp.concatenate([pairs[..., 0], pairs[..., 1]], axis=-1), cos, sin)

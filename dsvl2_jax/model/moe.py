@@ -1,4 +1,4 @@
-"""DeepSeekMoE: router, routed experts and shared experts (DeepSeekMoE §3, DeepSeek-V3 §2.1.2, FACTS §4).
+"""DeepSeekMoE (arXiv 2401.06066, §3; DeepSeek-V3, arXiv 2412.19437, §2.1.2): router, routed and shared experts.
 
 Dropless: every token reaches each of its experts, whatever the balance; there is no capacity.
 """
@@ -18,12 +18,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from dsvl2_jax.kernels.grouped_matmul import grouped_matmul, grouped_outer, grouped_transposed
+from dsvl2_jax.kernels.grouped_matmul import grouped_transposed, tgmm
 from dsvl2_jax.model.config import LanguageConfig
-from dsvl2_jax.model.layers import GatedMLP, partitioned
+from dsvl2_jax.model.layers import GatedMLP, declare, grouped, linear
 from dsvl2_jax.sharding import ACTIVATION_RULES, PARAM_RULES, ambient_mesh_shape, batch_axis, mesh_axes, partition_spec
 
-EXPERT_PRODUCT = "expert_product"  # the name of the experts' matrix products for rematerialisation policies
+EXPERT_PRODUCT = "expert_product"  # what rematerialisation policies call the experts' matrix products
 
 
 @jax.tree_util.register_dataclass
@@ -36,28 +36,28 @@ class Routing:
     scores: jax.Array  # f32[B, T, E], softmax or sigmoid of the router's logits, without bias
 
 
-def choose_experts(logits: jax.Array, bias: jax.Array | None, config: LanguageConfig) -> Routing:
+def choose_experts(logits_bte: jax.Array, bias_e: jax.Array | None, config: LanguageConfig) -> Routing:
     """Turns router logits into chosen experts and their weights.
 
     Args:
-      logits: f32[B, T, E].
-      bias: f32[E] of ``noaux_tc``, added for the choice only; None for the other methods.
+      logits_bte: f32[B, T, E].
+      bias_e: f32[E] of ``noaux_tc``, added for the choice only; None for the other methods.
       config: names the scoring function and the method.
     """
     cfg = config
-    scores = nn.softmax(logits, axis=-1) if cfg.scoring_func == "softmax" else nn.sigmoid(logits)
-    choice = scores if bias is None else scores + bias
+    scores = nn.softmax(logits_bte, axis=-1) if cfg.scoring_func == "softmax" else nn.sigmoid(logits_bte)
+    choice = scores if bias_e is None else scores + bias_e
     if cfg.topk_method in ("group_limited_greedy", "noaux_tc") and cfg.n_group > 1:
-        grouped = choice.reshape(*choice.shape[:-1], cfg.n_group, -1)
+        by_group = choice.reshape(*choice.shape[:-1], cfg.n_group, -1)
         if cfg.topk_method == "noaux_tc":
-            best = min(2, grouped.shape[-1])
-            group_scores = lax.top_k(grouped, best)[0].sum(-1)
+            best = min(2, by_group.shape[-1])
+            group_scores = lax.top_k(by_group, best)[0].sum(-1)
         else:
-            group_scores = grouped.max(-1)
+            group_scores = by_group.max(-1)
         chosen_groups = lax.top_k(group_scores, cfg.topk_group)[1]
         inside = jax.nn.one_hot(chosen_groups, cfg.n_group, dtype=jnp.bool_).any(-2)
         # The official code fills with 0.0, so a negative biased score inside a group can lose to one outside.
-        choice = jnp.where(inside[..., None], grouped, 0.0).reshape(choice.shape)
+        choice = jnp.where(inside[..., None], by_group, 0.0).reshape(choice.shape)
     experts = lax.top_k(choice, cfg.num_experts_per_tok)[1]
     # The scores are gathered by one-hot products: exact, and their gradient is no scatter.
     chosen = jax.nn.one_hot(experts, scores.shape[-1], dtype=scores.dtype)
@@ -74,16 +74,15 @@ class Router(nn.Module):
 
     @nn.compact
     def __call__(self, x_btd: jax.Array) -> Routing:
+        """[B, T, D], normed → the chosen experts of each token."""
         cfg = self.config
-        init = nn.initializers.normal(cfg.initializer_range)
-        shape = (x_btd.shape[-1], cfg.n_routed_experts)
-        kernel = self.param("kernel", partitioned(init, ("embed", "router_expert")), shape)
+        shape, axes = (x_btd.shape[-1], cfg.n_routed_experts), ("embed", "router_expert")
+        kernel = declare(self, "kernel", shape, axes, nn.initializers.normal(cfg.initializer_range))
         bias = None
         if cfg.topk_method == "noaux_tc":
-            bias = self.param("correction_bias", partitioned(nn.initializers.zeros, ("router_expert",)), shape[1:])
+            bias = declare(self, "correction_bias", shape[1:], axes[1:], nn.initializers.zeros)
             bias = lax.stop_gradient(bias.astype(jnp.float32))
-        logits = jnp.dot(x_btd.astype(jnp.float32), kernel.astype(jnp.float32), precision=lax.Precision.HIGHEST)
-        return choose_experts(logits, bias, cfg)
+        return choose_experts(linear(x_btd, kernel, dtype=jnp.float32), bias, cfg)
 
 
 class RoutedExperts(nn.Module):
@@ -104,13 +103,9 @@ class RoutedExperts(nn.Module):
         d, e, f = x_btd.shape[-1], cfg.n_routed_experts, cfg.moe_intermediate_size
         into, back = ("expert", "embed", "expert_mlp"), ("expert", "expert_mlp", "embed")
 
-        def weight(name: str, axes: tuple[str, ...], shape: tuple[int, ...]) -> jax.Array:
-            init = partitioned(nn.initializers.normal(cfg.initializer_range), axes)
-            return self.param(name, init, shape).astype(self.dtype)
-
-        gate = weight("gate_proj", into, (e, d, f))
-        up = weight("up_proj", into, (e, d, f))
-        down = weight("down_proj", back, (e, f, d))
+        weights = ("gate_proj", (e, d, f), into), ("up_proj", (e, d, f), into), ("down_proj", (e, f, d), back)
+        init = nn.initializers.normal(cfg.initializer_range)
+        gate, up, down = (declare(self, *weight, init).astype(self.dtype) for weight in weights)
 
         mesh_shape = ambient_mesh_shape()
         if mesh_shape is None:
@@ -150,46 +145,52 @@ def run_experts(
     x_btd: jax.Array,
     experts_btk: jax.Array,
     weights_btk: jax.Array,
-    gate: jax.Array,
-    up: jax.Array,
-    down: jax.Array,
+    gate_gdf: jax.Array,
+    up_gdf: jax.Array,
+    down_gfd: jax.Array,
     first_expert: int | jax.Array = 0,
     shards: int = 1,
 ) -> jax.Array:
-    """The experts ``first_expert …`` held here, applied to the tokens routed to them.
+    """The G experts from ``first_expert`` on, which are held here, applied to the tokens routed to them.
 
     Args:
-      x_btd: [B, T, D]. experts_btk: i32[B, T, K]. weights_btk: f32[B, T, K].
-      gate, up: [E', D, F']. down: [E', F', D].
-      first_expert: id of the first of the E' experts; assignments to others count as zero.
-      shards: E / E'. Above 1, B·T·K / shards assignments are worked on at a time, until none is left: as many
-        as an even routing gives, and whatever an uneven one does.
+      x_btd: [B, T, D].
+      experts_btk: i32[B, T, K]; assignments to experts that are not held here count as zero.
+      weights_btk: f32[B, T, K].
+      gate_gdf, up_gdf: [G, D, F']. down_gfd: [G, F', D].
+      first_expert: id of the first of the G experts.
+      shards: E / G. Above 1, B·T·K / shards assignments are worked on at a time, until none is left: as many as an even
+        routing gives, and whatever an uneven one does.
 
     Returns:
       [B, T, D], the weighted sum in float32, cast to the dtype of ``x_btd``.
     """
     b, t, d = x_btd.shape
-    count, top_k = gate.shape[0], experts_btk.shape[-1]
-    local = experts_btk.reshape(-1) - first_expert
-    here = (local >= 0) & (local < count)
-    local = jnp.where(here, local, count)  # sorted last, in no group
-    order = _sorted_by(local, count)
-    group_sizes = (local[:, None] == jnp.arange(count)).sum(0, dtype=jnp.int32)
-    flat = x_btd.reshape(b * t, d)
+    count, top_k = gate_gdf.shape[0], experts_btk.shape[-1]
+    with jax.named_scope("dispatch"):
+        local = experts_btk.reshape(-1) - first_expert
+        is_held = (local >= 0) & (local < count)
+        local = jnp.where(is_held, local, count)  # sorted last, in no group
+        order = _sorted_by(local, count)
+        group_sizes_g = (local[:, None] == jnp.arange(count)).sum(0, dtype=jnp.int32)
+        x_td = x_btd.reshape(b * t, d)
     if shards > 1:
-        mixed = _run_chunked(shards, flat, weights_btk.reshape(-1), gate, up, down, order, group_sizes)
+        weights = gate_gdf, up_gdf, down_gfd
+        mixed = _run_chunked(shards, x_td, weights_btk.reshape(-1), *weights, order, group_sizes_g)
         return mixed.reshape(b, t, d).astype(x_btd.dtype)
 
-    rows = flat[order // top_k]  # [B·T·K, D]
+    with jax.named_scope("dispatch"):
+        rows_cd = x_td[order // top_k]  # C = B·T·K
 
     def product(rows: jax.Array, weights: jax.Array) -> jax.Array:
-        return checkpoint_name(grouped_matmul(rows, weights, group_sizes), EXPERT_PRODUCT)
+        return checkpoint_name(grouped(rows, weights, group_sizes_g), EXPERT_PRODUCT)
 
-    out = product(nn.silu(product(rows, gate)) * product(rows, up), down)
-
-    restored = out[_sorted_by(order, 0)].reshape(b, t, top_k, d)
-    mixed = jnp.einsum("btkd,btk->btd", restored.astype(jnp.float32), weights_btk, precision=lax.Precision.HIGHEST)
-    return mixed.astype(x_btd.dtype)
+    with jax.named_scope("mlp"):
+        out_cd = product(nn.silu(product(rows_cd, gate_gdf)) * product(rows_cd, up_gdf), down_gfd)
+    with jax.named_scope("combine"):
+        out_btkd = out_cd[_sorted_by(order, 0)].reshape(b, t, top_k, d).astype(jnp.float32)
+        mixed = jnp.einsum("btkd,btk->btd", out_btkd, weights_btk, precision=lax.Precision.HIGHEST)
+        return mixed.astype(x_btd.dtype)
 
 
 def _sorted_by(keys: jax.Array, most: int) -> jax.Array:
@@ -206,111 +207,116 @@ def _sorted_by(keys: jax.Array, most: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Chunk:
-    """Some consecutive rows of the assignments sorted by expert."""
+    """C consecutive ones of the assignments sorted by expert."""
 
-    assignments: jax.Array  # i32[C], of B·T·K
+    assignments: jax.Array  # i32[C], of tokens · K
     tokens: jax.Array  # i32[C]
     inside: jax.Array  # bool[C], False beyond the last group
     weights: jax.Array  # f32[C, 1], zero beyond the last group
-    group_sizes: jax.Array  # i32[E']
+    group_sizes: jax.Array  # i32[G]
 
 
 def _chunks(
-    shards: int, weights: jax.Array, order: jax.Array, group_sizes: jax.Array, tokens: int
+    shards: int, weights: jax.Array, order: jax.Array, group_sizes_g: jax.Array, tokens: int
 ) -> tuple[Callable[[jax.Array], _Chunk], jax.Array]:
     """(a function from the index of a chunk to the chunk, how many chunks there are)."""
     total = order.shape[0]
     size = -(-total // shards)
     padded = jnp.pad(order, (0, size))
-    ends = jnp.cumsum(group_sizes)
+    ends_g = jnp.cumsum(group_sizes_g)
 
     def chunk(i: jax.Array) -> _Chunk:
         start = i * size
         assignments = lax.dynamic_slice_in_dim(padded, start, size)
-        inside = start + jnp.arange(size) < ends[-1]
-        own = jnp.clip(ends - start, 0, size)
+        inside = start + jnp.arange(size) < ends_g[-1]
+        ends_in_chunk = jnp.clip(ends_g - start, 0, size)
         return _Chunk(
             assignments,
             assignments // (total // tokens),
             inside,
             jnp.where(inside, weights[assignments], 0.0)[:, None],
-            jnp.diff(own, prepend=0),
+            jnp.diff(ends_in_chunk, prepend=0),
         )
 
-    return chunk, -(-ends[-1] // size)
+    return chunk, -(-ends_g[-1] // size)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _run_chunked(
     shards: int,
-    x: jax.Array,
+    x_td: jax.Array,
     weights: jax.Array,
-    gate: jax.Array,
-    up: jax.Array,
-    down: jax.Array,
+    gate_gdf: jax.Array,
+    up_gdf: jax.Array,
+    down_gfd: jax.Array,
     order: jax.Array,
-    group_sizes: jax.Array,
+    group_sizes_g: jax.Array,
 ) -> jax.Array:
     """The weighted sums of `run_experts`, f32[tokens, D], a chunk of the assignments at a time.
 
     Args:
-      x: [tokens, D]. weights: f32[tokens · K].
-      order: i32[tokens · K], the assignments sorted by expert. group_sizes: i32[E'], of the experts held here.
+      x_td: [tokens, D]. weights: f32[tokens · K].
+      gate_gdf, up_gdf, down_gfd: of the G experts held here.
+      order: i32[tokens · K], the assignments sorted by expert. group_sizes_g: i32[G].
     """
-    chunk_at, count = _chunks(shards, weights, order, group_sizes, x.shape[0])
+    chunk_at, count = _chunks(shards, weights, order, group_sizes_g, x_td.shape[0])
 
-    def body(i: jax.Array, out: jax.Array) -> jax.Array:
+    def body(i: jax.Array, sums_td: jax.Array) -> jax.Array:
+        with jax.named_scope("dispatch"):
+            chunk = chunk_at(i)
+            rows_cd = x_td[chunk.tokens]
+        with jax.named_scope("mlp"):
+            gate_cf, up_cf = (grouped(rows_cd, weight, chunk.group_sizes) for weight in (gate_gdf, up_gdf))
+            out_cd = grouped(nn.silu(gate_cf) * up_cf, down_gfd, chunk.group_sizes)
+        with jax.named_scope("combine"):
+            return sums_td.at[chunk.tokens].add(out_cd.astype(jnp.float32) * chunk.weights)
+
+    return lax.fori_loop(0, count, body, jnp.zeros(x_td.shape, jnp.float32))
+
+
+def _run_chunked_forward(shards: int, *arguments: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _run_chunked(shards, *arguments), arguments
+
+
+def _run_chunked_backward(shards: int, arguments: tuple[jax.Array, ...], cotangent_td: jax.Array) -> tuple[Any, ...]:
+    """Computes the experts' hidden rows again; their output is not needed."""
+    x_td, weights, gate_gdf, up_gdf, down_gfd, order, group_sizes_g = arguments
+    chunk_at, count = _chunks(shards, weights, order, group_sizes_g, x_td.shape[0])
+    cotangent_td = cotangent_td.astype(x_td.dtype)  # which it had before the sum
+
+    def body(i: jax.Array, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        dx_td, dweights, dgate_gdf, dup_gdf, ddown_gfd = gradients
         chunk = chunk_at(i)
-        rows = x[chunk.tokens]
-        hidden = nn.silu(grouped_matmul(rows, gate, chunk.group_sizes)) * grouped_matmul(rows, up, chunk.group_sizes)
-        made = grouped_matmul(hidden, down, chunk.group_sizes)
-        return out.at[chunk.tokens].add(made.astype(jnp.float32) * chunk.weights)
 
-    return lax.fori_loop(0, count, body, jnp.zeros(x.shape, jnp.float32))
+        def back(rows: jax.Array, weights: jax.Array) -> jax.Array:
+            return grouped_transposed(rows, weights, chunk.group_sizes)
 
+        def outer(total: jax.Array, rows: jax.Array, drows: jax.Array) -> jax.Array:
+            return tgmm(rows, drows, chunk.group_sizes, total)
 
-def _run_chunked_forward(shards: int, *given: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return _run_chunked(shards, *given), given
-
-
-def _run_chunked_backward(shards: int, given: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[Any, ...]:
-    """Works out the experts' hidden rows again; their output is not needed."""
-    x, weights, gate, up, down, order, group_sizes = given
-    chunk_at, count = _chunks(shards, weights, order, group_sizes, x.shape[0])
-    cotangent = cotangent.astype(x.dtype)  # which it had before the sum
-
-    def body(i: jax.Array, bars: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        x_bar, weights_bar, gate_bar, up_bar, down_bar = bars
-        chunk = chunk_at(i)
-
-        def back(rows: jax.Array, matrices: jax.Array) -> jax.Array:
-            return grouped_transposed(rows, matrices, chunk.group_sizes)
-
-        def outer(total: jax.Array, rows: jax.Array, rows_bar: jax.Array) -> jax.Array:
-            return grouped_outer(rows, rows_bar, chunk.group_sizes, total)
-
-        rows = x[chunk.tokens]
-        gated, lifted = (grouped_matmul(rows, matrices, chunk.group_sizes) for matrices in (gate, up))
-        hidden, pull = jax.vjp(lambda a, b: nn.silu(a) * b, gated, lifted)
-        made_bar = cotangent[chunk.tokens]
-        unweighted = back(made_bar, down)  # times the weight: the hidden rows' cotangent
-        weight_bar = (hidden.astype(jnp.float32) * unweighted.astype(jnp.float32)).sum(-1)
-        weight_bar = jnp.where(chunk.inside, weight_bar, 0.0)
-        gated_bar, lifted_bar = pull((unweighted * chunk.weights).astype(hidden.dtype))
-        rows_bar = back(gated_bar, gate) + back(lifted_bar, up)
+        rows_cd = x_td[chunk.tokens]
+        gate_cf, up_cf = (grouped(rows_cd, weight, chunk.group_sizes) for weight in (gate_gdf, up_gdf))
+        hidden_cf, pullback = jax.vjp(lambda gate, up: nn.silu(gate) * up, gate_cf, up_cf)
+        dout_cd = cotangent_td[chunk.tokens]
+        dhidden_cf = back(dout_cd, down_gfd)  # without the assignment's weight, whose gradient it gives
+        dweight_c = (hidden_cf.astype(jnp.float32) * dhidden_cf.astype(jnp.float32)).sum(-1)
+        dweight_c = jnp.where(chunk.inside, dweight_c, 0.0)
+        dgate_cf, dup_cf = pullback((dhidden_cf * chunk.weights).astype(hidden_cf.dtype))
+        drows_cd = back(dgate_cf, gate_gdf) + back(dup_cf, up_gdf)
         return (
-            x_bar.at[chunk.tokens].add(rows_bar.astype(jnp.float32)),
-            weights_bar.at[chunk.assignments].add(weight_bar),
-            outer(gate_bar, rows, gated_bar),
-            outer(up_bar, rows, lifted_bar),
-            outer(down_bar, hidden, (made_bar * chunk.weights).astype(x.dtype)),
+            dx_td.at[chunk.tokens].add(drows_cd.astype(jnp.float32)),
+            dweights.at[chunk.assignments].add(dweight_c),
+            outer(dgate_gdf, rows_cd, dgate_cf),
+            outer(dup_gdf, rows_cd, dup_cf),
+            outer(ddown_gfd, hidden_cf, (dout_cd * chunk.weights).astype(x_td.dtype)),
         )
 
-    # Few experts are in two chunks, so their gradients may be added in the dtype in which they are handed on.
-    dtypes = jnp.float32, jnp.float32, gate.dtype, up.dtype, down.dtype
-    zeros = tuple(jnp.zeros(a.shape, dtype) for a, dtype in zip(given, dtypes, strict=False))
-    bars = lax.fori_loop(0, count, body, zeros)
-    return *(bar.astype(a.dtype) for bar, a in zip(bars, given, strict=False)), None, None
+    # Few experts are in two chunks, so their gradients may be added in the dtype in which they are returned.
+    differentiated = arguments[:5]
+    dtypes = jnp.float32, jnp.float32, gate_gdf.dtype, up_gdf.dtype, down_gfd.dtype
+    zeros = tuple(jnp.zeros(a.shape, dtype) for a, dtype in zip(differentiated, dtypes, strict=True))
+    gradients = lax.fori_loop(0, count, body, zeros)
+    return *(g.astype(a.dtype) for g, a in zip(gradients, differentiated, strict=True)), None, None
 
 
 _run_chunked.defvjp(_run_chunked_forward, _run_chunked_backward)

@@ -1,4 +1,4 @@
-"""The three released models, as their config.json files describe them: to recognise a checkpoint, or to make one."""
+"""The three released models' configurations, to recognise a checkpoint and to make one of that size."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dsvl2_jax.model.config import Config
 
 _TILE = 384
 
-# Columns × rows of tiles, in the released order: of equally good ones the first is chosen.
+# Columns × rows of tiles, in the released order: among equals the first wins.
 _GRIDS = (
     (1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (1, 4), (4, 1), (2, 2), (1, 5), (5, 1), (1, 6), (6, 1),
     (2, 3), (3, 2), (1, 7), (7, 1), (1, 8), (8, 1), (2, 4), (4, 2), (1, 9), (9, 1), (3, 3),

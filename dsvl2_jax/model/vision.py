@@ -1,16 +1,19 @@
-"""SigLIP vision encoder (SigLIP, arXiv 2303.15343; FACTS §2): tiles in, patch features out."""
+"""The SigLIP vision encoder (arXiv 2303.15343): tiles in, patch features out."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
-from dsvl2_jax.kernels.gpu_attention import Attention, fused_attention, taken
+from dsvl2_jax.kernels.attention import self_attention
 from dsvl2_jax.kernels.precision import matmul_precision
 from dsvl2_jax.model.config import VisionConfig
-from dsvl2_jax.model.layers import linear, partitioned
+from dsvl2_jax.model.layer_runs import LayerWrapper, run_layers, vision_runs
+from dsvl2_jax.model.layers import Linear, declare, linear, partitioned
 from dsvl2_jax.sharding import constrain
 
 INIT_STD = 0.02
@@ -29,42 +32,30 @@ def layer_norm(dtype: DTypeLike, name: str | None = None) -> nn.LayerNorm:
 
 
 class VisionAttention(nn.Module):
-    """Full attention over the patches of one tile; one product makes q, k and v.
-
-    ``seen_np``: bool[N, P], False where nothing looks; None: all are looked at. One of each row must be True.
-    """
+    """Full attention over the patches of one tile; one product makes q, k and v."""
 
     config: VisionConfig
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x_npw: jax.Array, seen_np: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x_npw: jax.Array, visible_np: jax.Array | None = None) -> jax.Array:
+        """[N, P, W] → [N, P, W].
+
+        ``visible_np``: bool[N, P], False for positions that nothing attends to; None: all are attended to. One of each
+        row must be True.
+        """
         cfg = self.config
         axes = ("vision_embed", None, "vision_heads", "head_dim")
-        qkv = linear((3, cfg.heads, cfg.head_dim), axes, dtype=self.dtype, std=INIT_STD, bias=True, name="qkv")(x_npw)
+        qkv = Linear((3, cfg.heads, cfg.head_dim), axes, self.dtype, INIT_STD, bias=True, name="qkv")(x_npw)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [N, P, H, Dh]
-        scale = cfg.head_dim**-0.5
-
-        def plain(q: jax.Array, k: jax.Array, v: jax.Array, _: jax.Array) -> jax.Array:
-            exact = matmul_precision(self.dtype)
-            scores = jnp.einsum("nphd,nqhd->nhpq", q, k, precision=exact, preferred_element_type=jnp.float32) * scale
-            if seen_np is not None:
-                scores = jnp.where(seen_np[:, None, None], scores, -jnp.inf)
-            weights = nn.softmax(scores, axis=-1).astype(self.dtype)
-            return jnp.einsum("nhpq,nqhd->nphd", weights, v, precision=exact)
-
-        anywhere = jnp.zeros(x_npw.shape[:2], jnp.int32)
-        if seen_np is None and taken(q, v):
-            how = Attention(plain, ("tiles", None, None, None), scale, False, "vision_attention_output")
-            out = fused_attention(q, k, v, anywhere, how)
-        else:
-            out = plain(q, k, v, anywhere)
+        with jax.named_scope("attention"):
+            out = self_attention(q, k, v, visible_np, cfg.head_dim**-0.5)
         axes = ("vision_heads", "head_dim", "vision_embed")
-        return linear(cfg.width, axes, dtype=self.dtype, std=INIT_STD, contract=2, bias=True, name="proj")(out)
+        return Linear(cfg.width, axes, self.dtype, INIT_STD, contract=2, bias=True, name="proj")(out)
 
 
 class VisionMLP(nn.Module):
-    """Two layers with GELU in its tanh form."""
+    """Two layers with the tanh form of GELU, [..., W] → [..., W]."""
 
     config: VisionConfig
     dtype: DTypeLike
@@ -72,27 +63,32 @@ class VisionMLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         axes = ("vision_embed", "vision_mlp")
-        x = linear(self.config.mlp_dim, axes, dtype=self.dtype, std=INIT_STD, bias=True, name="fc1")(x)
+        x = Linear(self.config.mlp_dim, axes, self.dtype, INIT_STD, bias=True, name="fc1")(x)
         x = nn.gelu(x, approximate=True)
-        return linear(self.config.width, axes[::-1], dtype=self.dtype, std=INIT_STD, bias=True, name="fc2")(x)
+        return Linear(self.config.width, axes[::-1], self.dtype, INIT_STD, bias=True, name="fc2")(x)
 
 
 class VisionBlock(nn.Module):
+    """Pre-norm attention and MLP, each with a residual."""
+
     config: VisionConfig
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: jax.Array, seen: jax.Array | None = None) -> jax.Array:
-        x = x + VisionAttention(self.config, self.dtype, name="attn")(layer_norm(self.dtype, "norm1")(x), seen)
-        x = x + VisionMLP(self.config, self.dtype, name="mlp")(layer_norm(self.dtype, "norm2")(x))
-        return constrain(x, "tiles", None, None)
+    def __call__(self, x_npw: jax.Array, visible_np: jax.Array | None = None) -> jax.Array:
+        """[N, P, W] → [N, P, W]; ``visible_np``: see `VisionAttention`."""
+        normed = layer_norm(self.dtype, "norm1")(x_npw)
+        x_npw = x_npw + VisionAttention(self.config, self.dtype, name="attn")(normed, visible_np)
+        normed = layer_norm(self.dtype, "norm2")(x_npw)
+        x_npw = x_npw + VisionMLP(self.config, self.dtype, name="mlp")(normed)
+        return constrain(x_npw, "tiles", None, None)
 
 
 class AttentionPool(nn.Module):
     """SigLIP's pooling head: a learned query attends to the patches, then an MLP (timm's ``AttentionPoolLatent``).
 
-    The released checkpoints carry it, and no part of the language model uses it (FACTS §2): its parameters live in
-    the tree through convert → train → export, and only contrastive training of the encoder computes it.
+    The released checkpoints carry it, and no part of the language model uses it: its parameters are kept in
+    conversion, training and export, and only contrastive training of the encoder computes it.
     """
 
     config: VisionConfig
@@ -104,14 +100,15 @@ class AttentionPool(nn.Module):
         cfg, exact = self.config, matmul_precision(self.dtype)
         width, hidden = cfg.width, cfg.mlp_dim
 
-        def declare(name: str, *shape: int) -> jax.Array:
+        def parameter(name: str, *shape: int) -> jax.Array:
             constant = {"bias": nn.initializers.zeros, "scale": nn.initializers.ones}
             init = constant.get(name.rpartition("_")[2], nn.initializers.normal(INIT_STD))
-            return jnp.asarray(self.param(name, partitioned(init, (None,) * len(shape)), shape), self.dtype)
+            return declare(self, name, shape, (None,) * len(shape), init)
 
-        latent = declare("latent", width)
+        # All are declared before any is used: their order gives each its random key.
+        latent = parameter("latent", width)
         weights = {
-            name: (declare(f"{name}_kernel", inputs, outputs), declare(f"{name}_bias", outputs))
+            name: (parameter(f"{name}_kernel", inputs, outputs), parameter(f"{name}_bias", outputs))
             for name, outputs, inputs in (
                 ("q", width, width),
                 ("kv", 2 * width, width),
@@ -120,18 +117,17 @@ class AttentionPool(nn.Module):
                 ("mlp_fc2", width, hidden),
             )
         }
-        scale, shift = declare("norm_scale", width), declare("norm_bias", width)
+        scale, shift = (parameter(f"norm_{name}", width).astype(self.dtype) for name in ("scale", "bias"))
 
         def product(name: str, x: jax.Array) -> jax.Array:
-            kernel, bias = weights[name]
-            return jnp.matmul(x, kernel, precision=exact) + bias
+            return linear(x, *weights[name], dtype=self.dtype)
 
         q_hd = product("q", latent).reshape(cfg.heads, cfg.head_dim)
-        kv = product("kv", x_npw.astype(self.dtype)).reshape(*x_npw.shape[:2], 2, cfg.heads, cfg.head_dim)
+        kv = product("kv", x_npw).reshape(*x_npw.shape[:2], 2, cfg.heads, cfg.head_dim)
         k, v = kv[:, :, 0], kv[:, :, 1]  # [N, P, H, Dh]
         scores = jnp.einsum("hd,nphd->nhp", q_hd, k, precision=exact, preferred_element_type=jnp.float32)
-        shares = nn.softmax(scores * cfg.head_dim**-0.5, axis=-1).astype(self.dtype)
-        pooled = jnp.einsum("nhp,nphd->nhd", shares, v, precision=exact).reshape(-1, width)
+        weights_nhp = nn.softmax(scores * cfg.head_dim**-0.5, axis=-1).astype(self.dtype)
+        pooled = jnp.einsum("nhp,nphd->nhd", weights_nhp, v, precision=exact).reshape(-1, width)
         x = product("proj", pooled)
         x32 = x.astype(jnp.float32)
         centred = x32 - x32.mean(-1, keepdims=True)
@@ -141,7 +137,7 @@ class AttentionPool(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """uint8 tiles → features after the final norm."""
+    """The encoder's parameters, and what comes before and after its blocks; `encode_tiles` runs the blocks."""
 
     config: VisionConfig
     dtype: DTypeLike
@@ -149,21 +145,22 @@ class VisionEncoder(nn.Module):
     def setup(self) -> None:
         cfg = self.config
         # The patch convolution has no overlap, so it is a product; kernel rows are (dy, dx, channel).
-        self.patch_embed = linear(cfg.width, (None, "vision_embed"), dtype=self.dtype, std=INIT_STD, bias=True)
-        init = partitioned(nn.initializers.normal(INIT_STD), (None, "vision_embed"))
-        self.pos_embed = self.param("pos_embed", init, (cfg.patches, cfg.width))
+        axes = (None, "vision_embed")
+        self.patch_embed = Linear(cfg.width, axes, self.dtype, INIT_STD, bias=True)
+        init = nn.initializers.normal(INIT_STD)
+        self.pos_embed = declare(self, "pos_embed", (cfg.patches, cfg.width), axes, init)
         self.blocks = [VisionBlock(cfg, self.dtype) for _ in range(cfg.layers)]
         self.norm = layer_norm(self.dtype)
         self.attn_pool = AttentionPool(cfg, self.dtype)
 
-    def embed_patches(self, tiles: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
-        """u8[N, S, S, 3] → [N, P, W], what the first block takes; see `__call__`."""
+    def embed_patches(self, tiles: jax.Array, mean: ArrayLike, std: ArrayLike) -> jax.Array:
+        """u8[N, side, side, 3] → [N, P, W], what the first block takes; see `encode_tiles`."""
         cfg = self.config
         pixels = ((tiles.astype(jnp.float32) / 255.0 - mean) / std).astype(self.dtype)
         n, grid, patch = pixels.shape[0], cfg.grid, cfg.patch_size
-        seen = pixels[:, : grid * patch, : grid * patch]
+        pixels = pixels[:, : grid * patch, : grid * patch]  # what lies beyond the last whole patch is never seen
         patches = (
-            seen.reshape(n, grid, patch, grid, patch, 3)
+            pixels.reshape(n, grid, patch, grid, patch, 3)
             .transpose(0, 1, 3, 2, 4, 5)
             .reshape(n, grid**2, patch * patch * 3)
         )
@@ -171,26 +168,57 @@ class VisionEncoder(nn.Module):
         return self.patch_embed(patches) + self.pos_embed.astype(self.dtype)
 
     def final_norm(self, x_npw: jax.Array) -> jax.Array:
+        """[N, P, W] of the last block → [N, P, W]."""
         return self.norm(x_npw)
 
     def pool(self, x_npw: jax.Array) -> jax.Array:
         """[N, P, W] of `final_norm` → [N, W]; see `AttentionPool`."""
         return self.attn_pool(x_npw)
 
-    def __call__(self, tiles: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
-        """Encodes tiles.
-
-        Args:
-          tiles: u8[N, S, S, 3].
-          mean, std: f32[3]; a pixel enters as (value / 255 − mean) / std.
-
-        Returns:
-          [N, P, W] with P = (S // patch)², row by row.
-        """
-        x = self.embed_patches(tiles, mean, std)
+    def __call__(self, tiles: jax.Array, mean: ArrayLike, std: ArrayLike) -> jax.Array:
+        """Declares every parameter, for init; returns what the adaptor takes."""
+        x_npw = self.embed_patches(tiles, mean, std)
         for block in self.blocks:
-            x = block(x)
-        x = self.norm(x)
-        if self.is_initializing():
-            self.attn_pool(x)
-        return x
+            x_npw = block(x_npw)
+        x_npw = self.final_norm(x_npw)
+        self.pool(x_npw)
+        return x_npw
+
+
+def encoder(params: dict[str, Any], config: VisionConfig, dtype: DTypeLike) -> VisionEncoder:
+    """The encoder with its parameters."""
+    return VisionEncoder(config, dtype).bind({"params": params})
+
+
+def encode_tiles(
+    params: dict[str, Any],
+    config: VisionConfig,
+    tiles: jax.Array,
+    mean: ArrayLike,
+    std: ArrayLike,
+    *,
+    dtype: DTypeLike,
+    wrap: LayerWrapper | None = None,
+) -> jax.Array:
+    """Encodes tiles, in inference and in training.
+
+    Args:
+      params: of the encoder, its blocks separate or stacked (`dsvl2_jax.model.layer_runs`).
+      tiles: u8[N, side, side, 3].
+      mean, std: f32[3]; a pixel enters as (value / 255 − mean) / std.
+      dtype: in which it computes.
+      wrap: see `run_layers`.
+
+    Returns:
+      [N, P, W] after the final norm, with P = (side // patch size)², row by row.
+    """
+    block = VisionBlock(config, dtype)
+
+    def layer(x_npw: jax.Array, block_params: Any, state: None) -> tuple[jax.Array, None, None]:
+        return block.apply({"params": block_params}, x_npw), state, None
+
+    bound = encoder(params, config, dtype)
+    x_npw = bound.embed_patches(tiles, mean, std)
+    for run in vision_runs(config):
+        x_npw, _, _ = run_layers(run, params, layer, x_npw, wrap=wrap)
+    return bound.final_norm(x_npw)

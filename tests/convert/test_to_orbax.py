@@ -139,7 +139,7 @@ MOMENTS = {
 }
 KILL_SCRIPT = """
 import os, signal, sys
-from dsvl2_jax.checkpoint import orbax_io
+from dsvl2_jax.checkpoint import orbax_io, staging
 from dsvl2_jax.convert import to_orbax
 to_orbax.WRITE_BATCH_BYTES = 200_000
 owner, name = sys.argv[3].rsplit(".", 1)

@@ -1,4 +1,4 @@
-"""Sharded runs on eight virtual devices equal the single-device ones (DESIGN §5)."""
+"""Sharded runs on eight virtual devices equal the single-device ones."""
 
 from __future__ import annotations
 

@@ -9,16 +9,16 @@ import pytest
 
 from dsvl2_jax.kernels import gpu_grouped_matmul
 from dsvl2_jax.kernels.gpu_attention import (
-    Attention,
+    AttentionSpec,
     _fused_backward,
     _fused_forward,
-    _ranges,
+    _visible_ranges,
     attention_backward,
     attention_forward,
     fused_attention,
     padded,
 )
-from dsvl2_jax.kernels.grouped_matmul import _blocked, _blocked_outer
+from dsvl2_jax.kernels.grouped_matmul import _blocked, _blocked_tgmm
 from dsvl2_jax.sharding import make_mesh
 
 
@@ -42,28 +42,28 @@ def test_grouped_products_and_their_gradients(rows, inner, width, sizes):
     sizes = jnp.array(sizes, jnp.int32)
     x, w, g = normal(0, rows, inner), normal(1, len(sizes), inner, width), normal(2, rows, width)
     used = int(sizes.sum())
-    found = gpu_grouped_matmul.grouped_product(x, w, sizes, interpret=True)
-    turned = gpu_grouped_matmul.grouped_product(x, w.swapaxes(1, 2), sizes, transposed=True, interpret=True)
+    out = gpu_grouped_matmul.gmm(x, w, sizes, interpret=True)
+    turned = gpu_grouped_matmul.gmm(x, w.swapaxes(1, 2), sizes, transposed=True, interpret=True)
     expected = _blocked(x, w, sizes)
     if used:
-        assert close(found[:used], expected[:used]) and close(turned[:used], expected[:used])
-    assert close(gpu_grouped_matmul.grouped_outer(x, g, sizes, interpret=True), _blocked_outer(x, g, sizes))
+        assert close(out[:used], expected[:used]) and close(turned[:used], expected[:used])
+    assert close(gpu_grouped_matmul.tgmm(x, g, sizes, interpret=True), _blocked_tgmm(x, g, sizes))
 
 
 def plain(query: jax.Array, key: jax.Array, value: jax.Array, positions: jax.Array, scale: float, causal: bool):
-    first, _ = _ranges(positions, causal)
+    first, _ = _visible_ranges(positions, causal)
     scores = jnp.einsum("bthd,bshd->bhts", query, key) * scale
-    place = jnp.arange(query.shape[1])
-    seen = place >= first[..., None]
+    index = jnp.arange(query.shape[1])
+    visible = index >= first[..., None]
     if causal:
-        seen &= place <= place[:, None]
-    shares = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1)
-    return jnp.einsum("bhts,bshd->bthd", shares, value)
+        visible &= index <= index[:, None]
+    p = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bhts,bshd->bthd", p, value)
 
 
 def positions_of(length: int, starts: list[int]) -> jax.Array:
-    own = np.arange(length)
-    return jnp.asarray(own - np.max([np.where(own >= s, s, 0) for s in starts], axis=0), jnp.int32)
+    index = np.arange(length)
+    return jnp.asarray(index - np.max([np.where(index >= s, s, 0) for s in starts], axis=0), jnp.int32)
 
 
 @pytest.mark.parametrize(
@@ -79,17 +79,17 @@ def test_attention_and_its_gradients(length, heads, widths, starts):
     row = positions_of(length, starts) if causal else jnp.zeros(length, jnp.int32)
     positions = jnp.stack([row, jnp.arange(length) if causal else row]).astype(jnp.int32)
     q, k, v, g = (normal(i, 2, length, heads, width) for i, width in enumerate((*widths[:1] * 2, *widths[1:] * 2)))
-    first, after = _ranges(positions, causal)
-    out, divisor = attention_forward(q, k, v, first, scale, causal, interpret=True)
+    first, end = _visible_ranges(positions, causal)
+    out, lse = attention_forward(q, k, v, first, scale, causal, interpret=True)
     expected, gradients = jax.vjp(lambda *arrays: plain(*arrays, positions, scale, causal), q, k, v)
     assert close(out, expected)
-    found = attention_backward(q, k, v, first, after, out, divisor, g, scale, causal, interpret=True)
-    assert all(close(mine, theirs) for mine, theirs in zip(found, gradients(g), strict=True))
+    ours = attention_backward(q, k, v, first, end, out, lse, g, scale, causal, interpret=True)
+    assert all(close(mine, theirs) for mine, theirs in zip(ours, gradients(g), strict=True))
 
 
 def test_a_key_is_seen_until_its_sample_ends():
-    first, after = _ranges(jnp.array([[0, 1, 2, 0, 1, 0]], jnp.int32), True)
-    assert first.tolist() == [[0, 0, 0, 3, 3, 5]] and after.tolist() == [[3, 3, 3, 5, 5, 6]]
+    first, end = _visible_ranges(jnp.array([[0, 1, 2, 0, 1, 0]], jnp.int32), True)
+    assert first.tolist() == [[0, 0, 0, 3, 3, 5]] and end.tolist() == [[3, 3, 3, 5, 5, 6]]
 
 
 def test_widths_are_padded_to_what_the_kernels_take():
@@ -100,27 +100,27 @@ def test_widths_are_padded_to_what_the_kernels_take():
 def test_elsewhere_the_plain_function_runs_and_gives_the_gradients():
     q, k, v, g = (normal(i, 1, 48, 2, 16) for i in range(4))
     positions = positions_of(48, [0, 20])[None]
-    how = Attention(lambda *a: plain(*a, 0.25, True), ("batch", "length", "heads", "head_dim"), 0.25, True, "out")
-    out, gradients = jax.vjp(lambda *arrays: fused_attention(*arrays, positions, how), q, k, v)
+    spec = AttentionSpec(lambda *a: plain(*a, 0.25, True), ("batch", "length", "heads", "head_dim"), 0.25, True, "out")
+    out, gradients = jax.vjp(lambda *arrays: fused_attention(*arrays, positions, spec), q, k, v)
     expected, theirs = jax.vjp(lambda *arrays: plain(*arrays, positions, 0.25, True), q, k, v)
     assert close(out, expected)
     assert all(close(a, b) for a, b in zip(gradients(g), theirs(g), strict=True))
-    kept, residuals = _fused_forward(q, k, v, positions, how)
-    assert close(kept, expected) and _fused_backward(how, residuals, g)[-1] is None
+    kept, residuals = _fused_forward(q, k, v, positions, spec)
+    assert close(kept, expected) and _fused_backward(spec, residuals, g)[-1] is None
 
 
 def test_on_a_mesh_each_device_attends_to_its_own_rows_and_heads():
     """What is lowered for CPUs is the plain function; the kernels' side is traced, sharded, with its gradients."""
     q, k, v = (normal(i, 4, 64, 4, 16).astype(jnp.bfloat16) for i in range(3))
     positions = jnp.stack([positions_of(64, [0, 20])] * 4)
-    how = Attention(lambda *a: plain(*a, 0.25, True), ("batch", "length", "heads", "head_dim"), 0.25, True, "out")
+    spec = AttentionSpec(lambda *a: plain(*a, 0.25, True), ("batch", "length", "heads", "head_dim"), 0.25, True, "out")
 
     def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return fused_attention(q, k, v, positions, how).astype(jnp.float32).sum()
+        return fused_attention(q, k, v, positions, spec).astype(jnp.float32).sum()
 
     alone = jax.jit(jax.grad(total, (0, 1, 2)))(q, k, v)
     with jax.set_mesh(make_mesh(data=2, tensor=2, expert=2)):
         traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(q, k, v)
         sharded = traced.lower().compile()(q, k, v)
-    assert str(traced.jaxpr).count("shard_map") == 2 and "attention_key_gradient" in str(traced.jaxpr)
+    assert str(traced.jaxpr).count("shard_map") == 2 and "attention_dkv" in str(traced.jaxpr)
     assert all(close(a.astype(jnp.float32), b.astype(jnp.float32)) for a, b in zip(sharded, alone, strict=True))

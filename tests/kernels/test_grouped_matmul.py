@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dsvl2_jax.kernels import grouped_matmul as kernels
-from dsvl2_jax.kernels.grouped_matmul import grouped_matmul, grouped_outer
-from dsvl2_jax.kernels.tpu import few_rows_matmul, megablox_outer
+from dsvl2_jax.kernels.grouped_matmul import grouped_matmul, tgmm
+from dsvl2_jax.kernels.tpu import grouped_matvec, megablox_tgmm
 
 INPUTS, OUTPUTS = 6, 10
 
@@ -24,12 +24,12 @@ TOLERANCES = {"float32": 2e-6, "bfloat16": 1.01 * 2**-8}
 FORWARD = {
     "blocked": kernels._blocked,
     "ragged": kernels._ragged,
-    "few rows": functools.partial(few_rows_matmul, interpret=True),
+    "few rows": functools.partial(grouped_matvec, interpret=True),
 }
-OUTER = {
-    "blocked": kernels._blocked_outer,
-    "ragged": kernels._ragged_outer,
-    "megablox": functools.partial(megablox_outer, interpret=True),
+TGMM = {
+    "blocked": kernels._blocked_tgmm,
+    "ragged": kernels._ragged_tgmm,
+    "megablox": functools.partial(megablox_tgmm, interpret=True),
 }
 
 
@@ -60,38 +60,38 @@ def groups_of(shape: str) -> st.SearchStrategy[list[int]]:
 def dense(rows, weights, cotangent, group_sizes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(product, gradient of the rows, gradient of the weights), a row at a time in float64."""
     rows, weights, cotangent = (np.asarray(a, np.float64) for a in (rows, weights, cotangent))
-    out, rows_bar, weights_bar = np.zeros(cotangent.shape), np.zeros(rows.shape), np.zeros(weights.shape)
+    out, dx, dw = np.zeros(cotangent.shape), np.zeros(rows.shape), np.zeros(weights.shape)
     for row, group in enumerate(np.repeat(np.arange(len(group_sizes)), group_sizes)):
         out[row] = rows[row] @ weights[group]
-        rows_bar[row] = weights[group] @ cotangent[row]
-        weights_bar[group] += np.outer(rows[row], cotangent[row])
-    return out, rows_bar, weights_bar
+        dx[row] = weights[group] @ cotangent[row]
+        dw[group] += np.outer(rows[row], cotangent[row])
+    return out, dx, dw
 
 
-def assert_close(found: jax.Array, expected: np.ndarray, dtype: str, roundings: int = 1) -> None:
-    found = np.asarray(found, np.float64)
-    assert found.shape == expected.shape
-    assert not found[expected == 0].any()  # of rows beyond the groups and of empty groups: exactly
+def assert_close(actual: jax.Array, expected: np.ndarray, dtype: str, roundings: int = 1) -> None:
+    actual = np.asarray(actual, np.float64)
+    assert actual.shape == expected.shape
+    assert not actual[expected == 0].any()  # of rows beyond the groups and of empty groups: exactly
     atol = roundings * TOLERANCES[dtype] * np.abs(expected).max(initial=0)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
 
 
 def check(shape: str, dtype: str, sizes: list[int]) -> None:
     rows, weights, cotangent = arrays(shape, dtype)
     group_sizes = jnp.asarray(sizes, jnp.int32)
-    out, rows_bar, weights_bar = dense(rows, weights, cotangent, sizes)
+    out, dx, dw = dense(rows, weights, cotangent, sizes)
     for kernel in FORWARD.values():
-        found = compiled(kernel)(rows, weights, group_sizes)
-        assert found.dtype == dtype
-        assert_close(found, out, dtype)
-    for kernel in OUTER.values():
-        assert_close(compiled(kernel)(rows, cotangent, group_sizes), weights_bar, dtype)
-    added = weights_bar + np.asarray(weights, np.float64)
-    assert_close(compiled(OUTER["megablox"])(rows, cotangent, group_sizes, weights), added, dtype)
-    assert_close(compiled(grouped_outer)(rows, cotangent, group_sizes, weights), added, dtype, roundings=2)
-    found = compiled(vjp)(rows, weights, group_sizes, cotangent)
-    assert {a.dtype.name for a in found} == {dtype}
-    for array, expected in zip(found, (out, rows_bar, weights_bar), strict=True):
+        product = compiled(kernel)(rows, weights, group_sizes)
+        assert product.dtype == dtype
+        assert_close(product, out, dtype)
+    for kernel in TGMM.values():
+        assert_close(compiled(kernel)(rows, cotangent, group_sizes), dw, dtype)
+    added = dw + np.asarray(weights, np.float64)
+    assert_close(compiled(TGMM["megablox"])(rows, cotangent, group_sizes, weights), added, dtype)
+    assert_close(compiled(tgmm)(rows, cotangent, group_sizes, weights), added, dtype, roundings=2)
+    results = compiled(vjp)(rows, weights, group_sizes, cotangent)
+    assert {a.dtype.name for a in results} == {dtype}
+    for array, expected in zip(results, (out, dx, dw), strict=True):
         assert_close(array, expected, dtype)
 
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dsvl2_jax.apps.plan.hlo_gpu import splash_flops
+from dsvl2_jax.kernels.attention import attend
 from dsvl2_jax.kernels.tpu import ATTENTION_BLOCK, latent_attention, splash_attention
-from dsvl2_jax.model import attention
-from dsvl2_jax.model.attention import attend
-from dsvl2_jax.sharding import make_mesh
 
 HEADS, KEYS, VALUES = 2, 24, 16
 # Interpreted products round their operands to no less than float32; the softmax is added up block by block.
@@ -21,8 +17,8 @@ TOLERANCE = 2e-6
 
 
 def plain(query, key, value, positions, scale):
-    own = jnp.broadcast_to(jnp.arange(positions.shape[1]), positions.shape)
-    return attend([query], [key], value, (own - positions, own), scale)
+    index = jnp.broadcast_to(jnp.arange(positions.shape[1]), positions.shape)
+    return attend([query], [key], value, (index - positions, index), scale)
 
 
 @pytest.mark.parametrize("lengths", [(1024,), (1, 300, 723)], ids=["one sample", "packed"])
@@ -41,8 +37,8 @@ def test_splash_attention_and_its_gradients_are_those_of_plain_attention(lengths
 
         return jax.jit(both)(query, key, value)
 
-    found = run(lambda *arrays: splash_attention(*arrays, interpret=True))
-    for name, a, b in zip(("out", "query", "key", "value"), found, run(plain), strict=True):
+    results = run(lambda *arrays: splash_attention(*arrays, interpret=True))
+    for name, a, b in zip(("out", "query", "key", "value"), results, run(plain), strict=True):
         assert a.shape == b.shape, name
         np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE * np.abs(b).max(), err_msg=name)
 
@@ -52,38 +48,20 @@ def test_latent_attention_is_plain_attention_of_one_token_a_row():
     last = jnp.asarray([0, 511, 512, 1000], jnp.int32)
     sizes = (4, 3, 48), (4, 3, 8), (4, 2 * ATTENTION_BLOCK, 48), (4, 2 * ATTENTION_BLOCK, 8)
     query, rope_query, latent, rope_key = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in sizes)
-    found, logarithms = latent_attention(query, rope_query, latent, rope_key, last, 0.2, interpret=True)
-    seen = None, last[:, None]
-    expected = attend([query[:, None], rope_query[:, None]], [latent, rope_key], latent, seen, 0.2)[:, 0]
-    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+    out, lse = latent_attention(query, rope_query, latent, rope_key, last, 0.2, interpret=True)
+    key_range = None, last[:, None]
+    expected = attend([query[:, None], rope_query[:, None]], [latent, rope_key], latent, key_range, 0.2)[:, 0]
+    np.testing.assert_allclose(out, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
     scores = jnp.einsum("bhd,bsd->bhs", query, latent) + jnp.einsum("bhd,bsd->bhs", rope_query, rope_key)
     visible = jnp.arange(2 * ATTENTION_BLOCK) <= last[:, None, None]
-    sums = jax.nn.logsumexp(jnp.where(visible, 0.2 * scores, -jnp.inf), -1, keepdims=True)
-    np.testing.assert_allclose(logarithms, sums, rtol=0, atol=TOLERANCE * np.abs(sums).max())
+    expected = jax.nn.logsumexp(jnp.where(visible, 0.2 * scores, -jnp.inf), -1, keepdims=True)
+    np.testing.assert_allclose(lse, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 
 
 def test_latent_attention_of_a_row_that_sees_nothing_is_zero_and_weighs_nothing():
     ones = (jnp.ones(shape) for shape in ((1, 3, 48), (1, 3, 8), (1, ATTENTION_BLOCK, 48), (1, ATTENTION_BLOCK, 8)))
-    out, logarithms = latent_attention(*ones, jnp.asarray([-1]), 0.2, interpret=True)
-    assert not out.any() and (logarithms == -jnp.inf).all()
-
-
-@pytest.mark.parametrize("rows", [1, 4])
-def test_latents_of_a_row_on_several_devices_are_attended_to_where_they_are(monkeypatch, rows):
-    monkeypatch.setattr(attention, "latent_attention", functools.partial(latent_attention, interpret=True))
-    rng = np.random.default_rng(0)
-    sizes = (rows, 1, 3, 48), (rows, 1, 3, 8), (rows, 2048, 48), (rows, 2048, 8)
-    arrays = [jnp.asarray(rng.normal(size=size), jnp.bfloat16) for size in sizes]
-    last = jnp.asarray(rng.integers(0, 2048, (rows, 1)), jnp.int32)
-    expected = attend(arrays[:2], arrays[2:], arrays[2], (None, last), 0.2).astype(jnp.float32)
-
-    def chosen(*arrays, tpu, default):
-        return tpu(*arrays)
-
-    monkeypatch.setattr(attention.lax, "platform_dependent", chosen)
-    with jax.set_mesh(make_mesh(data=2, tensor=2, expert=2)):
-        found = jax.jit(attention.attend_to_latents, static_argnums=5)(*arrays, last, 0.2).astype(jnp.float32)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=2**-7 * np.abs(expected).max())
+    out, lse = latent_attention(*ones, jnp.asarray([-1]), 0.2, interpret=True)
+    assert not out.any() and (lse == -jnp.inf).all()
 
 
 def test_splash_kernels_cost_their_products_in_the_blocks_that_causality_leaves():

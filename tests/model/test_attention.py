@@ -9,15 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsvl2_jax.model import attention
-from dsvl2_jax.model.attention import LatentAttention, MultiHeadAttention, attend
+from dsvl2_jax.model.attention import LatentAttention, MultiHeadAttention, write_cache
 from dsvl2_jax.model.config import LanguageConfig
 from dsvl2_jax.model.layers import rotary_tables, rotate_half, rotate_interleaved
 from dsvl2_jax.sharding import make_mesh
 
 ROWS, LENGTH, CACHE_LENGTH = 2, 9, 16
 
-# Of the largest element (DESIGN §5).
+# Of the largest element.
 TOLERANCE = 2e-5
 
 LATENT = LanguageConfig(
@@ -181,19 +180,6 @@ def test_without_reading_a_cache_only_the_distances_of_positions_matter(variant)
     close(variant.run(x, shifted)[0], variant.run(x)[0])
 
 
-@pytest.mark.parametrize("length", [1024, 1000])
-def test_query_blocks_equal_one_block(length, monkeypatch):
-    """1024 queries go in two blocks; 1000, no multiple of a block, whole."""
-    rng = np.random.default_rng(2)
-    shapes = (1, length, 2, 4), (1, length, 2, 3), (1, length, 2, 4), (1, length, 3), (1, length, 2, 5)
-    q_nope, q_rope, k_nope, k_rope, value = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
-    positions = np.arange(length, dtype=np.int32)[None]
-    found = jax.jit(attend)([q_nope, q_rope], [k_nope, k_rope], value, (None, positions), 0.5)
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 4096)
-    whole = jax.jit(lambda *args: attend(*args))([q_nope, q_rope], [k_nope, k_rope], value, (None, positions), 0.5)
-    close(found, whole)
-
-
 def test_the_two_rotary_layouts_are_complex_rotations_of_their_own_pairs():
     x = inputs().reshape(ROWS, LENGTH, 4, 8)
     cos, sin = rotary_tables(jnp.arange(LENGTH)[None], 8, 100.0)
@@ -216,7 +202,7 @@ def test_rotary_tables_stay_float32_and_exact_at_the_context_s_end():
 def test_a_cache_whose_rows_are_split_is_written_as_a_whole_one(rows, tokens, entry):
     rng = np.random.default_rng(0)
     cache, new = (jnp.asarray(rng.normal(size=(rows, n, *entry)), jnp.float32) for n in (32, tokens))
-    write = jax.jit(lambda *arrays: attention.write_cache({"a": arrays[0]}, {"a": arrays[1]}, arrays[2])["a"])
+    write = jax.jit(lambda *arrays: write_cache({"a": arrays[0]}, {"a": arrays[1]}, arrays[2])["a"])
     for start in (0, 2, 5, 30 - tokens, 32 - tokens):
         positions = start + jnp.arange(tokens) + jnp.zeros((rows, 1), jnp.int32)
         expected = cache.at[:, start : start + tokens].set(new)

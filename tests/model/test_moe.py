@@ -1,4 +1,4 @@
-"""Router and experts against a plain numpy reference written from FACTS §4."""
+"""Router and experts against a plain numpy reference written from the official code."""
 
 import functools
 import itertools

@@ -9,8 +9,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from dsvl2_jax.inputs.batch import IGNORED_LABEL
-from dsvl2_jax.model.decoder import Decoder
-from dsvl2_jax.model.vision import VisionEncoder
+from dsvl2_jax.model.decoder import decoder, hidden_states
+from dsvl2_jax.model.vision import encode_tiles
 from dsvl2_jax.train.loss import cross_entropy
 
 torch = pytest.importorskip("torch")
@@ -18,20 +18,20 @@ transformers = pytest.importorskip("transformers")
 
 from torch_oracle import CASES, LANGUAGE, VISION, causal_lm, config, filled, randomised, released_names  # noqa: E402
 
-# Logits and features: of the largest element. Gradients: ‖Δ‖/‖g‖ (DESIGN §5).
+# Logits and features: of the largest element. Gradients: ‖Δ‖/‖g‖.
 TOLERANCE = 1e-4
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def loss_logits_gradient(params, cfg, ids, labels, valid):
     def loss_and_logits(params):
-        decoder = Decoder(cfg, jnp.float32).bind({"params": params})
+        bound = decoder(params, cfg)
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        hidden = decoder.hidden(decoder.embed(ids), positions, valid)[0]
+        hidden = hidden_states(params, cfg, bound.embed(ids), positions, valid)[0]
         wanted = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED_LABEL)
         weights = (wanted >= 0) / (wanted >= 0).sum()
         loss, _ = cross_entropy(hidden, params["lm_head"]["kernel"], wanted, weights, ids.shape[1])
-        return loss, decoder.logits(hidden)
+        return loss, bound.logits(hidden)
 
     (loss, logits), gradient = jax.value_and_grad(loss_and_logits, has_aux=True)(params)
     return loss, logits, gradient
@@ -113,6 +113,7 @@ def test_siglip_features_equal():
     weights = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
     params = filled(ours, siglip_names(weights), "vision")
     half = np.full(3, 0.5, np.float32)
-    found = jax.jit(VisionEncoder(ours.vision, jnp.float32).apply)({"params": params}, tiles, half, half)
+    encode = functools.partial(encode_tiles, config=ours.vision, mean=half, std=half, dtype=jnp.float32)
+    found = jax.jit(encode)(params, tiles=tiles)
     assert found.shape == (2, 16, 24)
     assert np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dsvl2_jax.model.config import VisionConfig
-from dsvl2_jax.model.vision import VisionEncoder
+from dsvl2_jax.model.vision import VisionEncoder, encode_tiles
 
 # 21 pixels in patches of 4: 5 × 5 patches, and one pixel at the right and bottom that belongs to none.
 CONFIG = VisionConfig(image_size=21, patch_size=4, width=12, layers=1, heads=2, mlp_ratio=2.0)
@@ -30,7 +30,7 @@ def params() -> dict:
 
 @jax.jit
 def encode(tiles, mean=MEAN, std=STD):
-    return VisionEncoder(CONFIG, jnp.float32).apply({"params": params()}, tiles, mean, std)
+    return encode_tiles(params(), CONFIG, tiles, mean, std, dtype=jnp.float32)
 
 
 def test_features_are_one_per_whole_patch_and_pixels_beyond_them_are_unseen():
@@ -71,11 +71,13 @@ def test_the_pooling_head_is_declared_and_never_read():
     assert set(params()["attn_pool"]) >= {"latent", "q_kernel", "kv_bias", "mlp_fc2_bias", "norm_scale"}
     assert len(params()["attn_pool"]) == 13
     without = {name: value for name, value in params().items() if name != "attn_pool"}
-    found = VisionEncoder(CONFIG, jnp.float32).apply({"params": without}, tiles(), MEAN, STD)
+    found = encode_tiles(without, CONFIG, tiles(), MEAN, STD, dtype=jnp.float32)
     np.testing.assert_allclose(found, encode(tiles()), rtol=1e-5, atol=1e-6)
 
 
 def test_bfloat16_features_are_near_float32():
-    found = jax.jit(VisionEncoder(CONFIG, jnp.bfloat16).apply)({"params": params()}, tiles(), MEAN, STD)
+    found = jax.jit(functools.partial(encode_tiles, config=CONFIG, dtype=jnp.bfloat16))(
+        params(), tiles=tiles(), mean=MEAN, std=STD
+    )
     assert found.dtype == jnp.bfloat16
     assert np.float32(found) == pytest.approx(np.asarray(encode(tiles())), abs=0.15)

@@ -100,7 +100,7 @@ def test_agrees_with_xla_on_a_model_without_experts():
     unit = jnp.ones(3)
 
     def text(params, ids):
-        hidden, _ = model.forward(params, config, model.embed_tokens(params, config, ids))
+        hidden = model.forward(params, config, model.embed_tokens(params, config, ids))
         return model.output_logits(params, config, hidden).sum()
 
     def image(params, tiles):

@@ -1,4 +1,4 @@
-"""The training loss and its gradients against the official implementation's (DESIGN §5)."""
+"""The training loss and its gradients against the official implementation's."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from dsvl2_jax.checkpoint.load import load_params
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.inputs.batch import IGNORED_LABEL, Batch, collate
 from dsvl2_jax.inputs.processor import ModelInputs, Processor
-from dsvl2_jax.model import attention
+from dsvl2_jax.kernels import attention
 from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model.config import TEXT_POSITION, Config, LanguageConfig
 from dsvl2_jax.model.moe import Routing
@@ -197,7 +197,7 @@ def test_official_left_padded_batch_differs_by_its_bos_after_padding_alone(monke
     def left_padded_loss(params):
         features = model.adapt_tiles(params, config, batch.tiles, *mini.pixels)
         merged = model.merge(params, config, ids, index, features)
-        hidden = model.forward(params, config, merged)[0]
+        hidden = model.forward(params, config, merged)
         wanted = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED_LABEL)
         return cross_entropy(hidden, params["language"]["lm_head"]["kernel"], wanted, jnp.ones(wanted.shape), 128)[0]
 
@@ -263,7 +263,7 @@ def test_targets_are_shifted_and_never_cross_into_the_next_sample():
 
 
 def reference_balance(routing: Routing, lengths: list[int], config: LanguageConfig) -> float:
-    """FACTS §4, token by token."""
+    """The official balance loss, token by token."""
     experts, top_k = config.n_routed_experts, config.num_experts_per_tok
     rows = [(np.float64(routing.scores[b, :n]), np.array(routing.experts[b, :n])) for b, n in enumerate(lengths) if n]
     if not config.seq_aux:

@@ -6,8 +6,9 @@ import pytest
 
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import abstract_leaves
+from dsvl2_jax.model.layer_runs import layer_runs
 from dsvl2_jax.model.released import SIZES, released_config
-from dsvl2_jax.train.stacked import layer_runs, stack_layers, stacked_paths, unstack_layers
+from dsvl2_jax.train.stacked import stack_layers, stacked_paths, unstack_layers
 
 
 def config(size: str = "base", **language) -> Config:

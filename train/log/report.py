@@ -30,8 +30,8 @@ from dsvl2_jax.train.settings.schema import Settings
 
 if TYPE_CHECKING:
     from dsvl2_jax.train.data.pipeline import DataStats
-    from dsvl2_jax.train.objectives.contrastive_trainer import ContrastiveMetrics
-    from dsvl2_jax.train.objectives.language import StepMetrics
+    from dsvl2_jax.train.objectives.contrastive import ContrastiveMetrics
+    from dsvl2_jax.train.objectives.language import LanguageMetrics
 
 TENSORBOARD_NAME = "tensorboard"
 
@@ -57,7 +57,7 @@ class Report:
     ):
         """``devices`` share the work of ``flops`` (None: no MFU). ``console``: standard error when not given.
 
-        ``parts``: the data counts given are those of one part in so many.
+        ``parts``: the data counts given are those of one part of this many.
         """
         self._settings = settings
         self._directory = Path(run_directory)
@@ -110,7 +110,7 @@ class Report:
                 self._live.start()
         self._log.write({"kind": kind, "step": step, "time": self._time(), **fields})
 
-    def step(self, step: int, metrics: StepMetrics | ContrastiveMetrics, data: DataStats, seconds: float) -> None:
+    def step(self, step: int, metrics: LanguageMetrics | ContrastiveMetrics, data: DataStats, seconds: float) -> None:
         """Logs and shows a step.
 
         Args:
@@ -159,7 +159,7 @@ class Report:
     def _time(self) -> float:
         return round(time.monotonic() - self._begun, 3)
 
-    def _line(self, step: int, metrics: StepMetrics | ContrastiveMetrics, data: DataStats, seconds: float) -> Line:
+    def _line(self, step: int, metrics: LanguageMetrics | ContrastiveMetrics, data: DataStats, seconds: float) -> Line:
         counts = {name: getattr(data, name) for name in _COUNTED}
         # After a resume without a log, what one step took of the data is not known.
         own = None if self._counts is None else {name: counts[name] - self._counts[name] for name in _COUNTED}

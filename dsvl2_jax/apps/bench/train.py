@@ -303,14 +303,22 @@ def _torch(ids: np.ndarray, setting: Setting) -> tuple[Callable[[], float], int,
 
 
 def _ours(ids: np.ndarray, setting: Setting) -> tuple[Callable[[], float], int, float]:
-    """Our `Trainer`'s step (which returns the loss), trained parameters, and memory before the model was made."""
+    """The step of `LanguageTrainer` (it returns the loss), trained parameters, and memory before the model was made."""
     import jax
 
     from dsvl2_jax.model import deepseek_vl2 as model
     from dsvl2_jax.model.config import TEXT_POSITION, Config
     from dsvl2_jax.train.data.batch import TrainBatch
-    from dsvl2_jax.train.objectives.language import Trainer
-    from dsvl2_jax.train.settings import schema
+    from dsvl2_jax.train.objectives.language import LanguageTrainer
+    from dsvl2_jax.train.settings.schema import (
+        BatchSettings,
+        ComputeSettings,
+        DataSettings,
+        OptimizerSettings,
+        ParameterRule,
+        Settings,
+        StageSettings,
+    )
 
     # The smallest possible vision encoder: it is neither trained nor run.
     config = Config.from_dict(
@@ -323,16 +331,16 @@ def _ours(ids: np.ndarray, setting: Setting) -> tuple[Callable[[], float], int, 
     )
     rows, length = ids.shape
     rules = (
-        schema.ParameterRule("/correction_bias$", train=False),
-        schema.ParameterRule("^language/"),
-        schema.ParameterRule("", train=False),
+        ParameterRule("/correction_bias$", train=False),
+        ParameterRule("^language/"),
+        ParameterRule("", train=False),
     )
-    settings = schema.Settings(
-        data=schema.DataSettings(sequence_length=length, tiles_per_sequence=0, max_segments=1),
-        batch=schema.BatchSettings(sequences=rows, microbatch_size=rows),
-        stage=schema.StageSettings(rules, balance_loss_weight=0.0),
-        optimizer=schema.OptimizerSettings(learning_rate=LEARNING_RATE),
-        compute=schema.ComputeSettings(dtype="float32", remat=setting.remat, loss_chunk=256),
+    settings = Settings(
+        data=DataSettings(sequence_length=length, tiles_per_sequence=0, max_segments=1),
+        batch=BatchSettings(sequences=rows, microbatch_size=rows),
+        stage=StageSettings(rules, balance_loss_weight=0.0),
+        optimizer=OptimizerSettings(learning_rate=LEARNING_RATE),
+        compute=ComputeSettings(dtype="float32", remat=setting.remat, loss_chunk=256),
     )
     batch = TrainBatch(
         ids=ids[None],
@@ -346,7 +354,7 @@ def _ours(ids: np.ndarray, setting: Setting) -> tuple[Callable[[], float], int, 
     jax.devices()
     base = own_bytes("VmRSS") / 2**30
     half = np.full(3, 0.5, np.float32)
-    trainer = Trainer(config, settings, half, half, None)
+    trainer = LanguageTrainer(config, settings, half, half, None)
     state = trainer.init(model.init_params(config, jax.random.key(0)))
 
     def step() -> float:

@@ -2,7 +2,7 @@
 
 XLA's GPU compiler writes matrix products that it leaves to cuBLAS, and attention that it leaves to cuDNN, as custom
 calls without a cost: FLOPs follow from their shapes. Our own Triton kernels carry theirs
-(`dsvl2_jax.kernels.gpu_grouped_matmul.declared`).
+(`dsvl2_jax.kernels.triton.cost_metadata`).
 """
 
 from __future__ import annotations

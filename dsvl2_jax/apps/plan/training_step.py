@@ -20,10 +20,11 @@ from dsvl2_jax.errors import UsageError
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import abstract_leaves
 from dsvl2_jax.model.parameter_paths import LeafPath, path_name, stays_float32
-from dsvl2_jax.sharding import ACTIVATION_RULES, PARAM_RULES, batch_parts, mesh_axes, partition_spec, split_further
+from dsvl2_jax.sharding import ACTIVATION_RULES, PARAM_RULES, add_fsdp_axis, batch_parts, mesh_axes, partition_spec
 from dsvl2_jax.train.flops import step_flops
 from dsvl2_jax.train.parameter_rules import assign
-from dsvl2_jax.train.settings.schema import Settings, load, presets
+from dsvl2_jax.train.settings.load import load, presets
+from dsvl2_jax.train.settings.schema import Settings
 
 KINDS = ("align", "pretrain", "sft")
 _STORED = 4  # bytes of an entry of a trained parameter, and of its gradient
@@ -101,7 +102,7 @@ def training_state_bytes(config: Config, settings: Settings, sizes: dict[str, in
     moments = 2 * jnp.dtype(settings.optimizer.state_dtype).itemsize
     total = 0.0
     for path, (shape, axes) in abstract_leaves(config).items():
-        spec = split_further(partition_spec(shape, axes, sizes, PARAM_RULES), shape, sizes)
+        spec = add_fsdp_axis(partition_spec(shape, axes, sizes, PARAM_RULES), shape, sizes)
         names = [name for entry in spec for name in mesh_axes(entry)]
         trained = rules[path_name(path)].train
         width = 2 * _STORED + moments if trained else 4 if stays_float32(path) else 2
@@ -111,9 +112,9 @@ def training_state_bytes(config: Config, settings: Settings, sizes: dict[str, in
 
 def lower_training_step(config: Config, settings: Settings, mesh: Mesh) -> jax.stages.Lowered:
     """Lowers a step for a mesh. Frozen parameters are bfloat16, as the released checkpoints store them."""
-    from dsvl2_jax.train.objectives.language import Trainer
+    from dsvl2_jax.train.objectives.language import LanguageTrainer
 
-    trainer = Trainer(config, settings, (0.5,) * 3, (0.5,) * 3, mesh)
+    trainer = LanguageTrainer(config, settings, (0.5,) * 3, (0.5,) * 3, mesh)
     state = trainer.abstract_state()
     frozen = flatten_dict(path_aware_map(_stored, unflatten_dict(state.frozen, sep="/")), sep="/")
     return trainer.lower(dataclasses.replace(state, frozen=frozen), abstract_batch(config, settings, mesh))

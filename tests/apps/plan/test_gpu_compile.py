@@ -72,7 +72,7 @@ def test_grouped_products_take_no_memory_where_the_stock_ones_are_dense():
     stock = compiled(lax.ragged_dot, (ROWS, INNER), (EXPERTS, INNER, WIDTH), SIZES)
     assert dense_products(stock.as_text(), EXPERTS, ROWS)  # the check sees what it is there for
     assert stock.memory_analysis().temp_size_in_bytes > GB
-    ours = compiled(gpu_grouped_matmul.grouped_product, (ROWS, INNER), (EXPERTS, INNER, WIDTH), SIZES)
+    ours = compiled(gpu_grouped_matmul.gmm, (ROWS, INNER), (EXPERTS, INNER, WIDTH), SIZES)
     assert not dense_products(ours.as_text(), EXPERTS, ROWS)
     assert ours.memory_analysis().temp_size_in_bytes < 0.001 * GB
     assert walk(ours.as_text()).flops == 2.0 * ROWS * INNER * WIDTH
@@ -80,10 +80,10 @@ def test_grouped_products_take_no_memory_where_the_stock_ones_are_dense():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_gradients_of_grouped_products_take_no_memory(dtype):
-    weights = compiled(gpu_grouped_matmul.grouped_outer, (ROWS, INNER), (ROWS, WIDTH), SIZES, dtype=dtype)
+    weights = compiled(gpu_grouped_matmul.tgmm, (ROWS, INNER), (ROWS, WIDTH), SIZES, dtype=dtype)
 
     def rows(cotangent: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
-        return gpu_grouped_matmul.grouped_product(cotangent, weights, sizes, transposed=True)
+        return gpu_grouped_matmul.gmm(cotangent, weights, sizes, transposed=True)
 
     turned = compiled(rows, (ROWS, WIDTH), (EXPERTS, INNER, WIDTH), SIZES, dtype=dtype)
     for program in (weights, turned):
@@ -94,9 +94,9 @@ def test_gradients_of_grouped_products_take_no_memory(dtype):
 @pytest.mark.parametrize(("length", "heads", "key", "value"), [(4096, 16, 192, 128), (729, 16, 80, 80)])
 def test_attention_and_its_gradients_hold_no_scores(length, heads, key, value):
     causal, places = length == 4096, ((1, length), jnp.int32)
-    q, v, divisor = (1, length, heads, key), (1, length, heads, value), ((1, heads, length), jnp.float32)
+    q, v, lse = (1, length, heads, key), (1, length, heads, value), ((1, heads, length), jnp.float32)
     forward = compiled(lambda *a: attention_forward(*a, 0.1, causal), q, q, v, places)
-    backward = compiled(lambda *a: attention_backward(*a, 0.1, causal), q, q, v, places, places, v, divisor, v)
+    backward = compiled(lambda *a: attention_backward(*a, 0.1, causal), q, q, v, places, places, v, lse, v)
     for program in (forward, backward):
         assert not whole_scores(program.as_text(), length, heads)
         assert program.memory_analysis().temp_size_in_bytes < 0.001 * GB

@@ -26,7 +26,7 @@ GEMM = (
 TRITON = (
     "ROOT %p = bf16[4096,8192]{1,0} custom-call(%a, %b), "
     'custom_call_target="__gpu$xla.gpu.triton", api_version=API_VERSION_TYPED_FFI, '
-    'backend_config={grid_x = 1 : i32, ir = "ML\\EFR\\0DMLIR(\\22\\00", name = "grouped_product", '
+    'backend_config={grid_x = 1 : i32, ir = "ML\\EFR\\0DMLIR(\\22\\00", name = "gmm", '
     'num_warps = 8 : i32, serialized_metadata = "{\\22flops\\22: \\22134217728\\22}"}'
 )
 ATTENTION = (

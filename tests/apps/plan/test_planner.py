@@ -27,7 +27,7 @@ from dsvl2_jax.model.released import released_config
 from dsvl2_jax.runtime.hardware import CompilerMissing, target_config, topology
 from dsvl2_jax.sharding import batch_parts, make_mesh
 from dsvl2_jax.train.data.batch import TrainBatch
-from dsvl2_jax.train.objectives.language import Trainer
+from dsvl2_jax.train.objectives.language import LanguageTrainer
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the tpu extra")
 
@@ -186,7 +186,7 @@ def test_the_abstract_batch_is_what_the_trainer_places():
     overrides = ["data.sequence_length=64", "data.tiles_per_sequence=3", "data.max_segments=4"]
     job = parse_job("sft", 16, None, None, model="micro", micro=2, overrides=overrides)
     mesh = make_mesh(data=2, tensor=2, expert=2)
-    trainer = Trainer(config, job.settings, (0.5,) * 3, (0.5,) * 3, mesh)
+    trainer = LanguageTrainer(config, job.settings, (0.5,) * 3, (0.5,) * 3, mesh)
     found = abstract_batch(config, job.settings, mesh)
     shards = batch_parts(dict(mesh.shape))
     steps, rows, side = 16 // (2 * shards), 2 * shards, config.vision.image_size

@@ -351,11 +351,11 @@ def test_a_broken_record_is_named_with_file_and_line(questions, record, message)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batch-size", "0"], "--batch-size: found 0"),
-        (["--max-new-tokens", "-1"], "--max-new-tokens: found -1"),
-        (["--candidates", "0"], "--candidates: found 0"),
-        (["--limit", "0"], "--limit: found 0"),
-        (["--report-samples", "-1"], "--report-samples: found -1"),
+        (["--batch-size", "0"], "--batch-size: must be positive, not 0"),
+        (["--max-new-tokens", "-1"], "--max-new-tokens: must be positive, not -1"),
+        (["--candidates", "0"], "--candidates: must be positive, not 0"),
+        (["--limit", "0"], "--limit: must be positive, not 0"),
+        (["--report-samples", "-1"], "--report-samples: must be 0 or more, not -1"),
         (["--prompt-template", "Answer:"], "--prompt-template: found 'Answer:', expected a text with {question}"),
         (["b", "c"], "found 3 arguments, expected [CKPT] DATA.jsonl"),
     ],

@@ -27,7 +27,7 @@ from dsvl2_jax.inputs.batch import rebased
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import Params, abstract_leaves
 from dsvl2_jax.model.parameter_paths import LeafPath, path_name
-from dsvl2_jax.sharding import ACTIVATION_RULES, PARAM_RULES, partition_spec, split_further
+from dsvl2_jax.sharding import ACTIVATION_RULES, PARAM_RULES, add_fsdp_axis, partition_spec
 from dsvl2_jax.train.data.batch import TrainBatch
 from dsvl2_jax.train.flops import StepFlops
 from dsvl2_jax.train.optimizer import make_optimizer
@@ -247,7 +247,7 @@ class BaseTrainer:
             return self._whole()
         sizes = dict(self.mesh.shape)
         spec = partition_spec(shape, axes, sizes, PARAM_RULES)
-        return NamedSharding(self.mesh, split_further(spec, shape, sizes, layers=stacked))
+        return NamedSharding(self.mesh, add_fsdp_axis(spec, shape, sizes, layers=stacked))
 
     def _whole(self) -> Any:
         if self.mesh is None:

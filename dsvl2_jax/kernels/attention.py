@@ -1,0 +1,233 @@
+"""Attention: a function for each way in which the model attends; the choice of a kernel stands behind it.
+
+- `causal_self_attention`: rows to themselves, each token to those before it in its sample (prefill, training).
+- `self_attention`: all to all (the encoder's patches).
+- `mla_decode_attention`: one token of each row to the latents of its cache.
+- `attend`: anything else, and what runs where no kernel is for an operation; in blocks of queries.
+
+A kernel is chosen by the platform that the program is lowered for, by dtype and by shape.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dsvl2_jax.kernels import gpu_attention
+from dsvl2_jax.kernels.gpu_attention import AttentionSpec, fused_attention
+from dsvl2_jax.kernels.precision import matmul_precision
+from dsvl2_jax.kernels.tpu import ATTENTION_BLOCK, latent_attention, splash_attention
+from dsvl2_jax.sharding import shard_map_kernel, split_over
+
+ATTENTION_OUTPUT = "attention_output"  # its name for rematerialisation policies
+
+# Scores are held for this many queries at a time: [B, H, 512, S] instead of [B, H, T, S].
+QUERY_BLOCK = 512
+
+CAUSAL_CHUNKS = 4
+MIN_CHUNKED = 512  # shorter rows are attended to whole
+
+KeyRange = tuple[jax.Array | None, jax.Array]
+
+
+@jax.named_scope("attend")
+def attend(
+    queries: Sequence[jax.Array],
+    keys: Sequence[jax.Array],
+    values: jax.Array,
+    key_range: KeyRange,
+    scale: float,
+) -> jax.Array:
+    """Softmax attention whose score is a sum of products, softmax in float32.
+
+    Args:
+      queries: parts [B, T, H, width_i].
+      keys: parts [B, S, H, width_i], or [B, S, width_i] where all heads share the key.
+      values: [B, S, H, Dv], or [B, S, Dv] shared by all heads.
+      key_range: (first, last), each i32[B, T]: the keys that a query sees; first None: from key 0.
+      scale: factor on the scores.
+
+    Returns:
+      [B, T, H, Dv] in the dtype of ``values``.
+    """
+    length = queries[0].shape[1]
+    if length > QUERY_BLOCK and length % QUERY_BLOCK == 0:
+        blocks = length // QUERY_BLOCK
+
+        def split(x: jax.Array) -> jax.Array:  # [B, T, …] → [blocks, B, QUERY_BLOCK, …]
+            return jnp.moveaxis(x.reshape(x.shape[0], blocks, QUERY_BLOCK, *x.shape[2:]), 1, 0)
+
+        out = lax.map(
+            lambda block: _attend_block(block[0], keys, values, block[1], scale),
+            ([split(q) for q in queries], jax.tree.map(split, key_range)),
+        )
+        return jnp.moveaxis(out, 0, 1).reshape(out.shape[1], length, *out.shape[3:])
+    return _attend_block(queries, keys, values, key_range, scale)
+
+
+@functools.partial(jax.checkpoint, static_argnums=4)  # training too holds one block's scores at a time
+def _attend_block(
+    queries: Sequence[jax.Array], keys: Sequence[jax.Array], values: jax.Array, key_range: KeyRange, scale: float
+) -> jax.Array:
+    scores_bhts = sum(
+        jnp.einsum(
+            "bthd,bshd->bhts" if k.ndim == 4 else "bthd,bsd->bhts",
+            q,
+            k.astype(q.dtype),
+            precision=matmul_precision(q.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        for q, k in zip(queries, keys, strict=True)
+    )  # float32
+    first_bt, last_bt = key_range
+    key_index = jnp.arange(scores_bhts.shape[-1])
+    visible_bts = key_index <= last_bt[..., None]
+    if first_bt is not None:
+        visible_bts &= key_index >= first_bt[..., None]
+    scores_bhts = jnp.where(visible_bts[:, None], scores_bhts * scale, jnp.finfo(jnp.float32).min)
+    p_bhts = jax.nn.softmax(scores_bhts, axis=-1).astype(values.dtype)
+    product = "bhts,bshd->bthd" if values.ndim == 4 else "bhts,bsd->bthd"
+    return jnp.einsum(product, p_bhts, values, precision=matmul_precision(values.dtype))
+
+
+@jax.named_scope("causal_self_attention")
+def causal_self_attention(
+    q_bthd: jax.Array, k_bthd: jax.Array, v_bthd: jax.Array, positions_bt: jax.Array, scale: float
+) -> jax.Array:
+    """Attention of rows to themselves, each token to those before it in its own sample.
+
+    In bfloat16: on GPUs by the kernels of `dsvl2_jax.kernels.gpu_attention`, on TPUs by jax's splash kernel.
+
+    Args:
+      q_bthd, k_bthd: [B, T, H, Dk]; v_bthd: [B, T, H, Dv].
+      positions_bt: i32[B, T], from 0 in each sample of a row.
+      scale: factor on the scores.
+
+    Returns:
+      [B, T, H, Dv] in the dtype of ``v_bthd``.
+    """
+    arrays = q_bthd, k_bthd, v_bthd, positions_bt
+
+    def plain(*arrays: jax.Array) -> jax.Array:
+        return _attend_causal_chunks(*arrays, scale)
+
+    if not gpu_attention.is_supported(q_bthd, v_bthd):
+        return plain(*arrays)
+    axes = ("batch", "length", "heads", "head_dim")
+    spec = AttentionSpec(plain, axes, scale, causal=True, name=ATTENTION_OUTPUT)
+    if positions_bt.shape[1] % ATTENTION_BLOCK:
+        return fused_attention(*arrays, spec)
+
+    def splash(*arrays: jax.Array) -> tuple[jax.Array]:
+        return (splash_attention(*arrays, scale),)
+
+    (out_bthd,) = lax.platform_dependent(
+        *arrays,
+        tpu=shard_map_kernel(splash, (axes, axes, axes, axes[:2]), (axes,)),
+        default=lambda *arrays: (fused_attention(*arrays, spec),),
+    )
+    return out_bthd
+
+
+def _attend_causal_chunks(
+    q_bthd: jax.Array, k_bthd: jax.Array, v_bthd: jax.Array, positions_bt: jax.Array, scale: float
+) -> jax.Array:
+    """A quarter of the queries at a time, which needs no keys after it: 5/8 of the work of all pairs."""
+    length = positions_bt.shape[1]
+    index_bt = jnp.broadcast_to(jnp.arange(length), positions_bt.shape)
+    first_bt = index_bt - positions_bt
+    if length < MIN_CHUNKED or length % CAUSAL_CHUNKS:
+        return attend([q_bthd], [k_bthd], v_bthd, (first_bt, index_bt), scale)
+
+    outs = []
+    for chunk in range(CAUSAL_CHUNKS):
+        start, stop = chunk * length // CAUSAL_CHUNKS, (chunk + 1) * length // CAUSAL_CHUNKS
+        q, first, last = (x[:, start:stop] for x in (q_bthd, first_bt, index_bt))
+        outs.append(attend([q], [k_bthd[:, :stop]], v_bthd[:, :stop], (first, last), scale))
+    return jnp.concatenate(outs, axis=1)
+
+
+@jax.named_scope("self_attention")
+def self_attention(
+    q_nphd: jax.Array, k_nphd: jax.Array, v_nphd: jax.Array, visible_np: jax.Array | None, scale: float
+) -> jax.Array:
+    """Attention of all to all, within each tile; on GPUs, in bfloat16, by `dsvl2_jax.kernels.gpu_attention`.
+
+    Args:
+      q_nphd, k_nphd, v_nphd: [N, P, H, D].
+      visible_np: bool[N, P], False for patches that nothing attends to; None: all are attended to. One of each row
+        must be True.
+      scale: factor on the scores.
+
+    Returns:
+      [N, P, H, D] in the dtype of ``v_nphd``.
+    """
+
+    def plain(q_nphd: jax.Array, k_nphd: jax.Array, v_nphd: jax.Array, _: jax.Array | None) -> jax.Array:
+        precision = matmul_precision(v_nphd.dtype)
+        scores_nhpq = jnp.einsum(
+            "nphd,nqhd->nhpq", q_nphd, k_nphd, precision=precision, preferred_element_type=jnp.float32
+        )
+        scores_nhpq = scores_nhpq * scale
+        if visible_np is not None:
+            scores_nhpq = jnp.where(visible_np[:, None, None], scores_nhpq, -jnp.inf)
+        p_nhpq = jax.nn.softmax(scores_nhpq, axis=-1).astype(v_nphd.dtype)
+        return jnp.einsum("nhpq,nqhd->nphd", p_nhpq, v_nphd, precision=precision)
+
+    if visible_np is not None or not gpu_attention.is_supported(q_nphd, v_nphd):
+        return plain(q_nphd, k_nphd, v_nphd, None)
+    axes = ("tiles", None, None, None)
+    spec = AttentionSpec(plain, axes, scale, causal=False, name="vision_attention_output")
+    return fused_attention(q_nphd, k_nphd, v_nphd, jnp.zeros(q_nphd.shape[:2], jnp.int32), spec)
+
+
+@jax.named_scope("mla_decode_attention")
+def mla_decode_attention(
+    q_latent_bthr: jax.Array,
+    q_rope_bthd: jax.Array,
+    latent_bsr: jax.Array,
+    k_rope_bsd: jax.Array,
+    positions_bt: jax.Array,
+    scale: float,
+) -> jax.Array:
+    """Multi-head latent attention of one new token a row, in its absorbed form; on TPUs, in bfloat16, by our kernel.
+
+    Where a row's latents are on several devices, each attends to its own, and the results are weighted by their
+    shares of the softmax's sum and added.
+
+    Args:
+      q_latent_bthr: [B, 1, H, R], the query's part without rotation, taken into the latent space.
+      q_rope_bthd: [B, 1, H, D], its rotated part.
+      latent_bsr: [B, S, R], keys and values; k_rope_bsd: [B, S, D], the rotated key that all heads share.
+      positions_bt: i32[B, 1], the last position of the cache that each row sees.
+      scale: factor on the scores.
+
+    Returns:
+      [B, 1, H, R] in the dtype of ``q_latent_bthr``.
+    """
+    arrays = q_latent_bthr, q_rope_bthd, latent_bsr, k_rope_bsd, positions_bt
+
+    def plain(q_latent: jax.Array, q_rope: jax.Array, latent: jax.Array, k_rope: jax.Array, last: jax.Array):
+        return attend([q_latent, q_rope], [latent, k_rope], latent, (None, last), scale)
+
+    query_axes, cache_axes = ("slots", None, None, None), ("slots", "cache_length", None)
+    mesh_axes, parts = split_over(latent_bsr.shape, cache_axes, 1)
+    local_length = latent_bsr.shape[1] // parts
+    if latent_bsr.dtype != jnp.bfloat16 or local_length % min(local_length, ATTENTION_BLOCK):
+        return plain(*arrays)
+
+    def kernel(q_latent: jax.Array, q_rope: jax.Array, latent: jax.Array, k_rope: jax.Array, last: jax.Array):
+        start = lax.axis_index(mesh_axes) * local_length if mesh_axes else 0
+        out, lse = latent_attention(q_latent[:, 0], q_rope[:, 0], latent, k_rope, last[:, 0] - start, scale)
+        if mesh_axes:
+            weight = jnp.exp(lse - lax.pmax(lse, mesh_axes))
+            out = lax.psum(out * weight, mesh_axes) / lax.psum(weight, mesh_axes)
+        return (out.astype(q_latent.dtype)[:, None],)
+
+    in_axes = query_axes, query_axes, cache_axes, cache_axes, query_axes[:2]
+    sharded = shard_map_kernel(kernel, in_axes, (query_axes,), [q_latent_bthr])
+    return lax.platform_dependent(*arrays, tpu=lambda *arrays: sharded(*arrays)[0], default=plain)

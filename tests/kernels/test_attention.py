@@ -1,0 +1,49 @@
+"""How attention is cut into blocks and over devices; the kernels are in `test_gpu.py` and `test_tpu.py`.
+
+The whole of it, in the modules that call it: tests/model/test_attention.py and test_vision.py.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsvl2_jax.kernels import attention
+from dsvl2_jax.kernels.attention import attend
+from dsvl2_jax.kernels.tpu import latent_attention
+from dsvl2_jax.sharding import make_mesh
+
+
+@pytest.mark.parametrize("length", [1024, 1000])
+def test_query_blocks_equal_one_block(length, monkeypatch):
+    """1024 queries go in two blocks; 1000, no multiple of a block, whole."""
+    rng = np.random.default_rng(2)
+    shapes = (1, length, 2, 4), (1, length, 2, 3), (1, length, 2, 4), (1, length, 3), (1, length, 2, 5)
+    q_nope, q_rope, k_nope, k_rope, value = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    positions = np.arange(length, dtype=np.int32)[None]
+    in_blocks = jax.jit(attend)([q_nope, q_rope], [k_nope, k_rope], value, (None, positions), 0.5)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 4096)
+    whole = jax.jit(lambda *args: attend(*args))([q_nope, q_rope], [k_nope, k_rope], value, (None, positions), 0.5)
+    np.testing.assert_allclose(in_blocks, whole, rtol=0, atol=2e-5 * np.abs(whole).max())
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_latents_of_a_row_on_several_devices_are_attended_to_where_they_are(monkeypatch, rows):
+    monkeypatch.setattr(attention, "latent_attention", functools.partial(latent_attention, interpret=True))
+    rng = np.random.default_rng(0)
+    sizes = (rows, 1, 3, 48), (rows, 1, 3, 8), (rows, 2048, 48), (rows, 2048, 8)
+    arrays = [jnp.asarray(rng.normal(size=size), jnp.bfloat16) for size in sizes]
+    last = jnp.asarray(rng.integers(0, 2048, (rows, 1)), jnp.int32)
+    expected = attend(arrays[:2], arrays[2:], arrays[2], (None, last), 0.2).astype(jnp.float32)
+
+    def chosen(*arrays, tpu, default):
+        return tpu(*arrays)
+
+    monkeypatch.setattr(attention.lax, "platform_dependent", chosen)
+    with jax.set_mesh(make_mesh(data=2, tensor=2, expert=2)):
+        out = jax.jit(attention.mla_decode_attention, static_argnums=5)(*arrays, last, 0.2).astype(jnp.float32)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=2**-7 * np.abs(expected).max())
