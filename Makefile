@@ -8,12 +8,14 @@ SAMPLES ?= 500
 CKPT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv constraints run test test-newest test-pods test-gpu-compile compile-tests lint lint-imports docs \
+.PHONY: help .venv constraints run test test-fast test-exhaustive test-newest test-pods test-gpu-compile compile-tests lint lint-imports docs \
 	train-micro eval-micro clean
 
 help:
 	@echo "make run     draw fresh pictures and ask the bundled model about them; SEED=7 draws others"
 	@echo "make test    run the whole test suite (sets up $(VENV) first)"
+	@echo "make test-fast    the part of it that takes under three minutes, for work on the code"
+	@echo "make test-exhaustive   the suite with further cases: every model on every mesh"
 	@echo "make test-newest  the same suite in .venv-newest, with the newest release of every package"
 	@echo "make test-pods    compile for TPU topologies, whole models included (no TPU needed; more than half an hour)"
 	@echo "make test-gpu-compile   the same for H100s (no GPU needed; fetches 4 GB into .venv-gpu; a quarter of an hour)"
@@ -104,6 +106,13 @@ eval-micro: $(DEMO_INSTALLED)
 
 test: $(TEST_INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+NOT_COMPILED := not pods and not gpu
+test-fast: $(TEST_INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "$(NOT_COMPILED) and not exhaustive and not slow" $(ARGS)
+
+test-exhaustive: $(TEST_INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "$(NOT_COMPILED)" $(ARGS)
 
 # Made anew each time, so that nothing of an earlier run is kept.
 test-newest:

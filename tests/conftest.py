@@ -80,6 +80,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
         prefix, values = SPLIT_FILES.get(_file(item)), list(parameters.params.values()) if parameters else []
         names = [v for v in values if str(v).startswith(prefix)] if prefix is not None else []
         item.add_marker(pytest.mark.xdist_group("-".join([_file(item), *names])))
+        if _file(item) in SLOW_FILES:
+            item.add_marker(pytest.mark.slow)
     return (yield)
 
 

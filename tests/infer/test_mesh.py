@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-import configs
 import dsvl2_jax
+from dsvl2_jax import configs
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.infer.loading import LoadOptions, load
 from dsvl2_jax.sharding import make_mesh
@@ -18,10 +18,19 @@ from dsvl2_jax.sharding import make_mesh
 CONFIGS = Path(configs.__file__).parent
 MICRO = CONFIGS / "micro"
 CASES = ("img_gray", "text")
+EXHAUSTIVE = pytest.mark.exhaustive
 MESHES = ({"data": 2, "tensor": 2, "expert": 2}, {"tensor": 2, "expert": 4}, {"data": 8}, {"tensor": 8}, {"expert": 8})
 
 
-@pytest.fixture(scope="module", params=golden.MODELS)
+def mesh_id(sizes: dict[str, int]) -> str:
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items())
+
+
+# Each model on the meshes that split most of it, and each mesh with one model at least; the rest is exhaustive.
+USUAL = {"mini-tiny": MESHES[:4:3], "mini-small": MESHES[2::2], "mini-base": MESHES[:2]}
+
+
+@pytest.fixture(scope="module")
 def single(request, checkpoints):
     """(checkpoint, logits, tokens) of one device; the tokens are the official ones up to rounding."""
     directory = checkpoints / request.param
@@ -42,7 +51,15 @@ def bundled():
     return prompts, logits, [answer.token_ids for answer in model.generate(prompts, max_new_tokens=16)]
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=lambda s: ",".join(f"{k}={v}" for k, v in s.items()))
+@pytest.mark.parametrize(
+    ("single", "sizes"),
+    [
+        pytest.param(name, sizes, id=f"{name}-{mesh_id(sizes)}", marks=[] if sizes in USUAL[name] else EXHAUSTIVE)
+        for name in golden.MODELS
+        for sizes in MESHES
+    ],
+    indirect=["single"],
+)
 def test_logits_and_greedy_tokens_on_a_mesh_equal_those_of_one_device(single, sizes):
     name, directory, expected = single
     model = dsvl2_jax.load(directory, mesh=make_mesh(**sizes))
@@ -54,7 +71,7 @@ def test_logits_and_greedy_tokens_on_a_mesh_equal_those_of_one_device(single, si
         golden.assert_same_tokens(answer.token_ids, official, golden.sure_steps(f"{name}.f32", case, "greedy"))
 
 
-@pytest.mark.parametrize("sizes", MESHES[:4], ids=lambda s: ",".join(f"{k}={v}" for k, v in s.items()))
+@pytest.mark.parametrize("sizes", [MESHES[0], *(pytest.param(s, marks=EXHAUSTIVE) for s in MESHES[1:4])], ids=mesh_id)
 def test_the_bundled_model_answers_alike_on_a_mesh(bundled, sizes):
     prompts, expected, answers = bundled
     model = dsvl2_jax.load(MICRO, mesh=make_mesh(**sizes))
