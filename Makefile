@@ -93,7 +93,7 @@ MALLOC := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_thres
 TRAINING := JAX_NUM_CPU_DEVICES=2 GLIBC_TUNABLES=$(MALLOC):glibc.malloc.top_pad=268435456
 RUNS := runs/micro
 
-# Every part that is complete is kept, and a stage that was stopped goes on from its last checkpoint.
+# Every part that is complete is kept, and a stage that was stopped resumes from its last checkpoint.
 train-micro: $(TRAIN_INSTALLED)
 	test -d $(RUNS)/start || $(BIN)/dsvl2 micro start $(RUNS)/start
 	$(BIN)/dsvl2 micro data $(RUNS)/data

@@ -1,4 +1,7 @@
-"""`dsvl2 chat`: a conversation in the terminal."""
+"""`dsvl2 chat`: a conversation in the terminal.
+
+Tested in tests/apps/cli/test_main.py.
+"""
 
 from __future__ import annotations
 

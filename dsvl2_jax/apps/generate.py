@@ -1,4 +1,7 @@
-"""What `dsvl2 generate` does, and the loading that it shares with the other commands."""
+"""What `dsvl2 generate` does, and the loading that it shares with the other commands.
+
+Tested in tests/apps/cli/test_main.py.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ def generate(
     draw: Path | None,
     options: LoadOptions,
 ) -> None:
-    """Answers one prompt on standard output: streamed text, or one JSON object (DESIGN §3)."""
+    """Answers one prompt on standard output: streamed text, or the JSON object of `report`."""
     if draw is not None and not images:
         raise UsageError("--draw needs an --image to draw on.")
     if draw is not None and processes.is_first() and not draw.parent.is_dir():

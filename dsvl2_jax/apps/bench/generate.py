@@ -1,4 +1,7 @@
-"""`dsvl2 bench generate`: load time and generation speed of a checkpoint on this machine."""
+"""`dsvl2 bench generate`: load time and generation speed of a checkpoint on this machine.
+
+Tested in tests/apps/cli/test_main.py.
+"""
 
 from __future__ import annotations
 

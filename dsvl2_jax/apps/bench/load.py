@@ -81,8 +81,8 @@ def bench_load(
     check_mesh(sizes, count)
     with tempfile.TemporaryDirectory(prefix="dsvl2-bench-", dir=directory) as work:
         print(machine())
-        places = [resolve(ckpt)] if ckpt is not None else _random_in_both_layouts(Path(work), size)
-        return {kind(place): _load(place, count, sizes, dtype) for place in places}
+        checkpoints = [resolve(ckpt)] if ckpt is not None else _random_in_both_layouts(Path(work), size)
+        return {kind(checkpoint): _load(checkpoint, count, sizes, dtype) for checkpoint in checkpoints}
 
 
 def _random_in_both_layouts(work: Path, size: str) -> list[Path]:
@@ -113,11 +113,11 @@ def _load(directory: Path, count: int, sizes: Mapping[str, int], dtype: str | No
     if failed := [i for i, process in enumerate(running) if process.returncode]:
         status = running[failed[0]].returncode
         raise DSVL2Error(f"{directory}: process {failed[0]} ended with status {status}; the reason is above.")
-    found = [Loaded(**json.loads(answer)) for answer in answers]
+    measured = [Loaded(**json.loads(answer)) for answer in answers]
     spelled = ", ".join(f"{name}={number}" for name, number in sizes.items())
     print(f"{kind(directory)}, {spelled}, {dtype or 'as stored'}; GB, peak beyond the baseline")
     print(f"{'process':>8}{'baseline':>10}{'shard':>8}{'leaf':>8}{'part':>8}{'peak':>8}{'ratio':>8}{'read':>8}{'s':>8}")
-    for one in found:
+    for one in measured:
         figures = (one.shard, one.leaf, one.part, one.peak)
         print(
             f"{one.process:8}{one.baseline / 1e9:10.3f}"
@@ -125,7 +125,7 @@ def _load(directory: Path, count: int, sizes: Mapping[str, int], dtype: str | No
             + f"{one.ratio:8.3f}{one.read / 1e9:8.3f}{one.seconds:8.1f}",
             flush=True,
         )
-    return found
+    return measured
 
 
 def _measure(directory: Path, sizes: Mapping[str, int], dtype: str | None) -> Loaded:
@@ -155,8 +155,8 @@ def _work(job: dict[str, Any]) -> int:
     """The command of one process: prints what it measured as JSON."""
     try:
         processes.Processes(**job["together"]).join({})
-        found = _measure(Path(job["directory"]), job["sizes"], job["dtype"])
-        print(json.dumps(dataclasses.asdict(found)))
+        measured = _measure(Path(job["directory"]), job["sizes"], job["dtype"])
+        print(json.dumps(dataclasses.asdict(measured)))
         return processes.end(0)
     except Exception as error:  # the other processes must hear of any
         return processes.end(1, f"dsvl2: error: {type(error).__name__}: {error}")

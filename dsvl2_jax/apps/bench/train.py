@@ -154,9 +154,9 @@ def bench_train(*, rows: int = 2, length: int = 1024, steps: int = 3, rounds: in
             raise DSVL2Error(f"no setting of {settings[0].side} runs; the reasons are above.")
         return min(done, key=lambda trial: trial.step).setting
 
-    best = quickest([dataclasses.replace(quickest(TORCH_EAGER), compiled=True)])
-    own = quickest(OURS)
-    with _Worker(best, rows, length) as theirs, _Worker(own, rows, length) as ours:
+    torch_setting = quickest([dataclasses.replace(quickest(TORCH_EAGER), compiled=True)])
+    our_setting = quickest(OURS)
+    with _Worker(torch_setting, rows, length) as theirs, _Worker(our_setting, rows, length) as ours:
         for turn in range(rounds):
             for worker in (theirs, ours):
                 worker.run(steps)
@@ -173,9 +173,9 @@ def _trial(setting: Setting, rows: int, length: int, steps: int) -> Measured | s
     except DSVL2Error as error:
         print(f"  {setting!s:52} fails: {error}", flush=True)
         return str(error)
-    found = worker.measured
-    print(f"  {setting!s:52} {found.step:6.2f} s a step, peak {found.model_peak:.2f} GiB", flush=True)
-    return found
+    measured = worker.measured
+    print(f"  {setting!s:52} {measured.step:6.2f} s a step, peak {measured.model_peak:.2f} GiB", flush=True)
+    return measured
 
 
 def _print(result: TrainBench) -> None:
@@ -234,9 +234,9 @@ class _Worker:
         """Takes ``steps`` steps and adds their times."""
         self._process.stdin.write(f"{steps}\n")
         self._process.stdin.flush()
-        found = self._read()
-        self.measured.seconds += found["seconds"]
-        self.measured.peak = found["peak"]
+        answer = self._read()
+        self.measured.seconds += answer["seconds"]
+        self.measured.peak = answer["peak"]
         self._steps = steps
 
     def last(self) -> float:
@@ -320,7 +320,7 @@ def _ours(ids: np.ndarray, setting: Setting) -> tuple[Callable[[], float], int, 
         StageSettings,
     )
 
-    # A vision encoder as small as can be: it is neither trained nor run.
+    # The smallest possible vision encoder: it is neither trained nor run.
     config = Config.from_dict(
         {
             "language_config": LANGUAGE | {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},

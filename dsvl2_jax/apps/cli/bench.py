@@ -1,4 +1,7 @@
-"""`dsvl2 bench`: measurements on this machine."""
+"""`dsvl2 bench`: measurements on this machine.
+
+Tested in tests/apps/bench.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`dsvl2 convert`, `export` and `doctor`: checkpoints in both layouts."""
+"""`dsvl2 convert`, `export` and `doctor`: checkpoints in both layouts.
+
+Tested in tests/apps/cli/test_main.py.
+"""
 
 from __future__ import annotations
 

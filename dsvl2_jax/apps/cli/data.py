@@ -1,4 +1,7 @@
-"""`dsvl2 data`: checking data sets, and importing published benchmarks."""
+"""`dsvl2 data`: checking data sets, and importing published benchmarks.
+
+Tested in tests/train/data/test_check.py and tests/infer/eval/test_benchmarks.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`dsvl2 eval`: answers to files of questions, and their scores."""
+"""`dsvl2 eval`: answers to files of questions, and their scores.
+
+Tested in tests/infer/eval/test_evaluate.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`dsvl2 generate` and `chat`: answers to the user's own prompts."""
+"""`dsvl2 generate` and `chat`: answers to the user's own prompts.
+
+Tested in tests/apps/cli/test_main.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`dsvl2 demo` and `dsvl2 micro`: the bundled model on fresh pictures, and what makes it."""
+"""`dsvl2 demo` and `dsvl2 micro`: the bundled model on fresh pictures, and what makes it.
+
+Tested in tests/apps/micro.
+"""
 
 from __future__ import annotations
 

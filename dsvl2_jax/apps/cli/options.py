@@ -1,4 +1,7 @@
-"""Types and groups of options that several commands of `dsvl2` share."""
+"""Types and groups of options that several commands of `dsvl2` share.
+
+Tested in tests/apps/cli/test_main.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`dsvl2 plan`: what fits where, and how fast it can be there."""
+"""`dsvl2 plan`: what fits where, and how fast it can be there.
+
+Tested in tests/apps/plan/test_planner.py.
+"""
 
 from __future__ import annotations
 

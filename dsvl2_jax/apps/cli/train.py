@@ -1,4 +1,7 @@
-"""`dsvl2 train`, and `plot`, which draws what runs have logged."""
+"""`dsvl2 train`, and `plot`, which draws what runs have logged.
+
+Tested in tests/train/test_run.py and tests/train/log/test_plot.py.
+"""
 
 from __future__ import annotations
 

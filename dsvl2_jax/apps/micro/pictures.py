@@ -37,7 +37,7 @@ LEAST_CONTRAST = 110.0  # Euclidean, in RGB: of what is drawn to every colour be
 
 
 def _regular(points: int, inner: float, turn: float = -90.0) -> tuple[tuple[float, float], ...]:
-    """The corners of a star (inner < 1) with so many points, stretched to the unit square."""
+    """The corners of a star (inner < 1) with a number of points, stretched to the unit square."""
     angles = np.radians(turn + 180.0 / points * np.arange(2 * points))
     radii = np.where(np.arange(2 * points) % 2, inner, 1.0)
     corners = np.stack([radii * np.cos(angles), radii * np.sin(angles)], 1)
@@ -198,7 +198,7 @@ class Picture:
 
 
 def _draw_shape(image: Image.Image, shape: Shape) -> None:
-    fine = 3  # drawn so many times larger, for smooth edges
+    fine = 3  # drawn this many times larger, for smooth edges
     x1, y1, x2, y2 = shape.box
     width, height = fine * (x2 - x1), fine * (y2 - y1)
     mask = Image.new("L", (width, height))
@@ -270,13 +270,13 @@ def _ink(rng: np.random.Generator, behind: Background) -> tuple[str, Colour]:
 
 def place_of(box: Boundaries, size: tuple[int, int]) -> str | None:
     """The ninth of the picture in which a box has its middle; None too near to a border between two."""
-    where = []
+    thirds = []
     for low, high, side in zip(box[:2], box[2:], size, strict=True):
         middle = (low + high) / 2 / side
         if min(abs(middle - 1 / 3), abs(middle - 2 / 3)) < _PLACE_MARGIN:
             return None
-        where.append(int(middle * 3))
-    return PLACES[where[1]][where[0]]
+        thirds.append(int(middle * 3))
+    return PLACES[thirds[1]][thirds[0]]
 
 
 # By number of shapes: the least and the largest side, as shares of the picture's shorter one.
@@ -292,24 +292,24 @@ def scene(
 ) -> Picture:
     """A picture of ``count`` (1 to 5) shapes that do not touch; kinds and colours may repeat."""
     while True:
-        where = size or picture_size(rng)
+        canvas = size or picture_size(rng)
         behind = background(rng)
         shapes: list[Shape] = []
-        low, high = (share * min(where) for share in _SIDES[count - 1])
+        low, high = (share * min(canvas) for share in _SIDES[count - 1])
         # Now and then all but one are alike, so that counting needs every shape looked at.
         alike = _ink(rng, behind) if rng.random() < 0.25 else None
         for _ in range(60 * count):
             side = int(rng.uniform(low, high))
-            x, y = (int(rng.integers(0, room - side + 1)) for room in where)
+            x, y = (int(rng.integers(0, room - side + 1)) for room in canvas)
             box = (x, y, x + side, y + side)
-            place = place_of(box, where)
+            place = place_of(box, canvas)
             if place is None or any(_near(box, other.box, 3) for other in shapes):
                 continue
             colour, rgb = alike if alike and rng.random() < 0.6 else _ink(rng, behind)
             shapes.append(Shape(str(rng.choice(list(kinds))), colour, rgb, box, place))
             if len(shapes) == count:
                 shapes.sort(key=lambda s: (s.box[0] + s.box[2], s.box[1]))  # from left to right
-                return Picture(where, behind, tuple(shapes))
+                return Picture(canvas, behind, tuple(shapes))
 
 
 def _near(a: Boundaries, b: Boundaries, gap: int) -> bool:
@@ -319,22 +319,22 @@ def _near(a: Boundaries, b: Boundaries, gap: int) -> bool:
 def writing(rng: np.random.Generator, text: str, *, size: tuple[int, int] | None = None) -> Picture:
     """A picture of a printed text, sometimes with a shape beside it."""
     while True:
-        where, behind = size or picture_size(rng), background(rng, spread=25.0)
-        font, height = str(rng.choice(_FONTS)), int(min(where) * rng.uniform(0.24, 0.6))
+        canvas, behind = size or picture_size(rng), background(rng, spread=25.0)
+        font, height = str(rng.choice(_FONTS)), int(min(canvas) * rng.uniform(0.24, 0.6))
         left, top, right, bottom = _font(font, height).getbbox(text)
         width, tall = int(right - left), int(bottom - top)
-        if width > 0.96 * where[0] or tall > 0.96 * where[1]:
+        if width > 0.96 * canvas[0] or tall > 0.96 * canvas[1]:
             continue
-        x, y = (int(rng.integers(0, room - side + 1)) for room, side in zip(where, (width, tall), strict=True))
+        x, y = (int(rng.integers(0, room - side + 1)) for room, side in zip(canvas, (width, tall), strict=True))
         box = (x, y, x + width, y + tall)
         colour, rgb = _ink(rng, behind)
         shapes = ()
         if rng.random() < 0.3:
-            beside = [s for s in scene(rng, 1, size=where).shapes if not _near(s.box, box, 3)]
+            beside = [s for s in scene(rng, 1, size=canvas).shapes if not _near(s.box, box, 3)]
             shapes = tuple(
                 dataclasses.replace(s, colour=name, rgb=ink) for s in beside for name, ink in [_ink(rng, behind)]
             )
-        return Picture(where, behind, shapes, Writing(text, colour, rgb, font, height, box))
+        return Picture(canvas, behind, shapes, Writing(text, colour, rgb, font, height, box))
 
 
 def chart(rng: np.random.Generator, bars: int) -> Picture:
@@ -349,11 +349,11 @@ def chart(rng: np.random.Generator, bars: int) -> Picture:
     names = rng.choice([c for c in colours if c != "white"], bars, replace=False)
     pitch = (right - left) / bars
     fill = rng.uniform(0.5, 0.8)
-    found = []
+    drawn = []
     for i in range(bars):
         value = int(rng.integers(1, TOP + 1))
         x1 = round(left + pitch * (i + (1 - fill) / 2))
         box = (x1, round(bottom - (bottom - top) / TOP * value), round(x1 + pitch * fill), bottom)
-        found.append(Bar("ABCDE"[i], str(names[i]), value, box))
+        drawn.append(Bar("ABCDE"[i], str(names[i]), value, box))
     area = (left, top, right, bottom)
-    return Picture((width, height), behind, chart=Chart(tuple(found), area, bool(rng.random() < 0.4)))
+    return Picture((width, height), behind, chart=Chart(tuple(drawn), area, bool(rng.random() < 0.4)))

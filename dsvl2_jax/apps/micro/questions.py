@@ -51,13 +51,13 @@ def facts(picture: Picture) -> list[str]:
     """Everything a caption of a picture says, clause by clause, from left to right."""
     if picture.chart is not None:
         return ["a bar chart", *(f"{bar.colour} {bar.letter} is {bar.value}" for bar in picture.chart.bars)]
-    found = []
+    clauses = []
     if picture.writing is not None:
         what = "number" if picture.writing.text.isdigit() else "word"
-        found.append(f"the {what} {picture.writing.text} in {picture.writing.colour}")
+        clauses.append(f"the {what} {picture.writing.text} in {picture.writing.colour}")
     for shape in picture.shapes:
-        found.append(f"{article(shape.name)} {_WHERE.get(shape.place, f'at the {shape.place}')}")
-    return found
+        clauses.append(f"{article(shape.name)} {_WHERE.get(shape.place, f'at the {shape.place}')}")
+    return clauses
 
 
 def caption(picture: Picture) -> str:
@@ -98,22 +98,22 @@ def regions(picture: Picture) -> list[dict[str, Any]]:
             name: str(round(50 * share)) for name, share in fine
         }
 
-    found: list[dict[str, Any]] = []
+    held: list[dict[str, Any]] = []
     if picture.chart is not None:
         for bar in picture.chart.bars:
             said = {"bar": bar.letter, "colour": bar.colour, "value": str(bar.value)}
-            found.append({"box": list(bar.box), **said, **edges(bar.box)})
+            held.append({"box": list(bar.box), **said, **edges(bar.box)})
     if picture.writing is not None:
         ink = picture.writing
         what = "digit" if ink.text.isdigit() else "letter"
         for i, (sign, box) in enumerate(zip(ink.text, ink.letter_boxes(), strict=True)):
-            found.append({"box": list(box), what: sign, "order": f"{i + 1} of {len(ink.text)}"})
-        found.append({"box": list(ink.box), "colour": ink.colour, **edges(ink.box)})
+            held.append({"box": list(box), what: sign, "order": f"{i + 1} of {len(ink.text)}"})
+        held.append({"box": list(ink.box), "colour": ink.colour, **edges(ink.box)})
     for i, shape in enumerate(picture.shapes):
         said = {"kind": shape.kind, "colour": shape.colour, "place": shape.place}
         order = {} if picture.writing else {"order": f"{i + 1} of {len(picture.shapes)}"}
-        found.append({"box": list(shape.box), **said, **order, **edges(shape.box)})
-    return found
+        held.append({"box": list(shape.box), **said, **order, **edges(shape.box)})
+    return held
 
 
 def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
@@ -166,8 +166,8 @@ def shape_questions(picture: Picture, rng: np.random.Generator) -> Iterator[Ques
     shape = pick(rng, shapes)
     other = f"{rng.choice(list(COLOURS))} {rng.choice(list(KINDS))}"
     for name in (shape.name, other):
-        found = any(name == s.name for s in shapes)
-        yield Question("existence", f"Is there {article(name)}?", "yes" if found else "no")
+        is_there = any(name == s.name for s in shapes)
+        yield Question("existence", f"Is there {article(name)}?", "yes" if is_there else "no")
     yield Question("grounded caption", f"{GROUNDING_TOKEN}Describe the image.", grounded_caption(picture))
     yield Question("parts", "What is in each part of the image?", parts(picture))
 
@@ -201,9 +201,9 @@ def chart_questions(picture: Picture, rng: np.random.Generator) -> Iterator[Ques
         yield Question("chart colours", f"What colour is bar {bar.letter}?", bar.colour)
     for best, word in ((max, "highest"), (min, "lowest")):
         value = best(bar.value for bar in bars)
-        found: list[Bar] = [bar for bar in bars if bar.value == value]
-        if len(found) == 1:
-            yield Question("charts", f"Which bar is the {word}?", found[0].letter)
+        extreme_bars: list[Bar] = [bar for bar in bars if bar.value == value]
+        if len(extreme_bars) == 1:
+            yield Question("charts", f"Which bar is the {word}?", extreme_bars[0].letter)
     yield Question("chart colours", "How many bars are there?", str(len(bars)))
     bar = pick(rng, bars)
     yield dataclasses.replace(_grounding(f"bar {bar.letter}", bar.box, picture, rng), task="chart colours")
@@ -212,23 +212,23 @@ def chart_questions(picture: Picture, rng: np.random.Generator) -> Iterator[Ques
 def questions_about(picture: Picture, rng: np.random.Generator) -> list[Question]:
     """All questions about one picture, a caption first."""
     text = pick(rng, ("Describe the image.", "What is in the image?"))
-    found = [Question("caption", text, caption(picture), "facts", facts=tuple(facts(picture)))]
+    asked = [Question("caption", text, caption(picture), "facts", facts=tuple(facts(picture)))]
     if picture.chart is not None:
-        return found + list(chart_questions(picture, rng))
+        return asked + list(chart_questions(picture, rng))
     if picture.writing is not None:
-        found += writing_questions(picture, rng)
+        asked += writing_questions(picture, rng)
         colour_only = (
             [q for q in shape_questions(picture, rng) if q.task == "colour and shape"] if picture.shapes else []
         )
-        return found + colour_only
-    return found + list(shape_questions(picture, rng))
+        return asked + colour_only
+    return asked + list(shape_questions(picture, rng))
 
 
 def comparisons(group: Sequence[Picture], rng: np.random.Generator) -> list[Question]:
     """Questions about two or three pictures: shapes in all of them, or numbers in all of them."""
     task = "two images" if len(group) == 2 else "three images"
     ordinals = ORDINALS[: len(group)]
-    found = [
+    asked = [
         Question("captions", f"Describe the {ordinal} image.", caption(picture))
         for ordinal, picture in zip(ordinals, group, strict=True)
     ]
@@ -242,22 +242,22 @@ def comparisons(group: Sequence[Picture], rng: np.random.Generator) -> list[Ques
     more, larger = ("more", "larger") if len(group) == 2 else ("the most", "largest")
     if all(picture.writing is not None for picture in group):
         numbers = [int(picture.writing.text) for picture in group]
-        found += which(f"Which image has the {larger} number?", numbers)
-        return found
+        asked += which(f"Which image has the {larger} number?", numbers)
+        return asked
     counts = [len(picture.shapes) for picture in group]
-    found += which(f"Which image has {more} shapes?", counts)
+    asked += which(f"Which image has {more} shapes?", counts)
     for ordinal, picture, count in zip(ordinals, group, counts, strict=True):
-        found.append(Question("counting in images", f"How many shapes are in the {ordinal} image?", str(count)))
+        asked.append(Question("counting in images", f"How many shapes are in the {ordinal} image?", str(count)))
         for name, shape in _unique(picture):
             if name == shape.kind:
                 text = f"What colour is the {name} in the {ordinal} image?"
-                found.append(Question("colours in images", text, shape.colour))
+                asked.append(Question("colours in images", text, shape.colour))
     for field, form in (("kind", "{}"), ("colour", "{} shape")):
         held = [{getattr(shape, field) for shape in picture.shapes} for picture in group]
         for value in sorted(set.union(*held)):
-            found += which(f"Which image has {article(form.format(value))}?", [value in values for values in held])
+            asked += which(f"Which image has {article(form.format(value))}?", [value in values for values in held])
         if counts == [1, 1]:
             same = "yes" if held[0] == held[1] else "no"
             what = "of the same kind" if field == "kind" else "of the same colour"
-            found.append(Question(task, f"Are both shapes {what}?", same))
-    return found
+            asked.append(Question(task, f"Are both shapes {what}?", same))
+    return asked

@@ -133,10 +133,10 @@ def focused(rng: np.random.Generator, name: str) -> Sample:
     """A conversation of one of `FOCUS`."""
     weights, task, turns = FOCUS[name]
     while True:
-        group, found = _drawn(rng, weights)
-        found = [question for question in found if question.task == task]
-        if found:
-            return Sample(group, tuple(found[i] for i in rng.permutation(len(found))[:turns]))
+        group, asked = _drawn(rng, weights)
+        asked = [question for question in asked if question.task == task]
+        if asked:
+            return Sample(group, tuple(asked[i] for i in rng.permutation(len(asked))[:turns]))
 
 
 def _drawn(rng: np.random.Generator, weights: dict[str, float]) -> tuple[tuple[Picture, ...], list[Question]]:
@@ -153,17 +153,17 @@ def sample(rng: np.random.Generator, mixture: str, turns: int = 8, boxes: float 
     """A conversation of up to ``turns`` questions about what a mixture of `MIXTURES` holds.
 
     ``boxes``: the share of conversations that have a question about boxes, one each; None: as many as come. The digits
-    of a box are many tokens, whose last ones nothing can foretell: they drown what the short answers teach.
+    of a box are many tokens, the last of which are noise: they drown what the short answers teach.
     """
-    group, found = _drawn(rng, MIXTURES[mixture])
+    group, asked = _drawn(rng, MIXTURES[mixture])
     if boxes is not None:
-        boxed = [question for question in found if REF_TOKEN in question.answer]
-        found = [question for question in found if REF_TOKEN not in question.answer]
+        boxed = [question for question in asked if REF_TOKEN in question.answer]
+        asked = [question for question in asked if REF_TOKEN not in question.answer]
         if boxed and rng.random() < boxes:
-            found.append(pick(rng, boxed))
+            asked.append(pick(rng, boxed))
     # One question of each kind before the second of any.
     by_task: dict[str, list[Question]] = {}
-    for question in found:
+    for question in asked:
         by_task.setdefault(question.task, []).append(question)
     for same in by_task.values():
         rng.shuffle(same)  # type: ignore[arg-type]
@@ -212,12 +212,12 @@ TASKS: dict[str, dict[str, float]] = {
 def task_sample(rng: np.random.Generator, task: str) -> Sample:
     """One question of a task. Counting asks for numbers from 1 to 5, totals equally often."""
     while True:
-        group, found = _drawn(rng, TASKS[task])
-        found = [q for q in found if q.task == task and q.answer != "0"]
+        group, asked = _drawn(rng, TASKS[task])
+        asked = [q for q in asked if q.task == task and q.answer != "0"]
         if task == "counting" and rng.random() < 0.5:
-            found = [q for q in found if q.answer == str(len(group[0].shapes))]
-        if found:
-            return Sample(group, (pick(rng, found),))
+            asked = [q for q in asked if q.answer == str(len(group[0].shapes))]
+        if asked:
+            return Sample(group, (pick(rng, asked),))
 
 
 def rng_of(stream: int, seed: int, index: int) -> np.random.Generator:

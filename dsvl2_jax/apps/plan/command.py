@@ -1,4 +1,7 @@
-"""What `dsvl2 plan` does: one plan, or a table over many topologies, for each of its models."""
+"""What `dsvl2 plan` does: one plan, or a table over many topologies, for each of its models.
+
+Tested in tests/apps/plan/test_planner.py.
+"""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ def custom_call_flops(attributes: str, config: Mapping[str, Any], shapes: Sequen
     Returns:
       None: it is none of those known here.
     """
-    found = _TARGET.search(attributes)
-    target = found[1] if found else ""
+    named = _TARGET.search(attributes)
+    target = named[1] if named else ""
     if target == TRITON:
         declared = _DECLARED.search(attributes)
         return float(declared[1]) if declared else None
@@ -71,11 +71,11 @@ def splash_flops(name: str, shapes: Sequence[tuple[int, ...]]) -> float:
     Args:
       shapes: of the operands; query, key and value [..., T, width] are the first three of them after the mask's blocks.
     """
-    found = re.match(r"splash_mha_(fwd|dq|dkv)", name)
-    if found is None:
+    kernel = re.match(r"splash_mha_(fwd|dq|dkv)", name)
+    if kernel is None:
         return 0.0
     query, _, value = [shape for shape in shapes if shape[-1] > 1 and len(shape) >= 3 and shape[-2] >= 128][:3]
-    keys, values = _SPLASH[found[1]]
+    keys, values = _SPLASH[kernel[1]]
     blocks = max(1, query[-2] // ATTENTION_BLOCK)
     pairs = math.prod(query[:-1]) * query[-2] * (blocks + 1) / (2 * blocks)
     return 2.0 * pairs * (keys * query[-1] + values * value[-1])

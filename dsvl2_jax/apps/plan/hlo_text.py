@@ -1,6 +1,8 @@
 """The text of an optimized XLA program, read into computations of instructions with typed operands.
 
 `jax.stages.Compiled.as_text` writes it; `dsvl2_jax.apps.plan.hlo_walk` counts what it costs.
+
+Tested in tests/apps/plan/test_hlo_walk.py and test_hlo_gpu.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Prefill, decode and encode, lowered for devices that need not be here."""
+"""Prefill, decode and encode, lowered for devices that need not be here.
+
+Tested in tests/apps/plan/test_planner_tpu.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The jobs that can be planned, and the least that each of them costs."""
+"""The jobs that can be planned, and the least that each of them costs.
+
+Tested in tests/apps/plan/test_planner.py.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """The least that a job costs: FLOPs of the products that the model needs, bytes that must pass through memory.
 
 The planner compares these with what the compiled program does (`dsvl2_jax.apps.plan.hlo_walk`).
+
+Tested in tests/apps/plan/test_planner.py.
 """
 
 from __future__ import annotations

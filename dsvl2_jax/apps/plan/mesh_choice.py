@@ -1,4 +1,7 @@
-"""Which mesh a job gets: how many bytes each leaves on a device, and how much work."""
+"""Which mesh a job gets: how many bytes each leaves on a device, and how much work.
+
+Tested in tests/apps/plan/test_planner.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A plan in words: what `dsvl2 plan MODEL --topology T` prints."""
+"""A plan in words: what `dsvl2 plan MODEL --topology T` prints.
+
+Tested in tests/apps/plan/test_planner.py.
+"""
 
 from __future__ import annotations
 

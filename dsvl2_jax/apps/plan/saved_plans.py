@@ -1,4 +1,7 @@
-"""Plans kept on disk: a whole model takes minutes to compile, and the same question has the same answer."""
+"""Plans kept on disk: a whole model takes minutes to compile, and the same question has the same answer.
+
+Tested in tests/apps/plan/test_planner.py.
+"""
 
 from __future__ import annotations
 

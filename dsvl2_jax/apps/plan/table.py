@@ -1,4 +1,7 @@
-"""`dsvl2 plan MODEL` without a topology: what fits where, and how fast it can be there, as text and as CSV."""
+"""`dsvl2 plan MODEL` without a topology: what fits where, and how fast it can be there, as text and as CSV.
+
+Tested in tests/apps/plan/test_planner.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A training step: its settings, the least that it costs, and the step lowered for devices that need not be here."""
+"""A training step: its settings, the least that it costs, and the step lowered for devices that need not be here.
+
+Tested in tests/apps/plan/test_planner.py and test_planner_tpu.py.
+"""
 
 from __future__ import annotations
 
