@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 MAX_LISTED = 10  # items of a kind that a message spells out
 
@@ -30,3 +32,22 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of a sentence about an unknown name: ``; did you mean NAME?``, or a full stop."""
     near = nearest(name, known)
     return "." if near is None else f"; did you mean {near}?"
+
+
+def changes(old: Any, new: Any, prefix: str = "", *, values: bool = True) -> Iterator[str]:
+    """A line for each value that two nested mappings do not share, by its dotted name.
+
+    Args:
+      prefix: of the names.
+      values: say both values (as JSON), rather than that the value has changed.
+    """
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in dict.fromkeys([*old, *new]):
+            name = f"{prefix}{key}"
+            if key not in old or key not in new:
+                yield f"{name} is {'new' if key in new else 'gone'}"
+            else:
+                nested = isinstance(old[key], Mapping) and isinstance(new[key], Mapping)
+                yield from changes(old[key], new[key], f"{name}." if nested else name, values=values)
+    elif old != new:
+        yield f"{prefix} was {json.dumps(old)}, is {json.dumps(new)}" if values else f"{prefix} has changed"

@@ -12,7 +12,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from dsvl2_jax import fields
 from dsvl2_jax.errors import UsageError
+from dsvl2_jax.fields import Problem, setting
 from dsvl2_jax.sharding import constrain
 
 
@@ -28,25 +30,23 @@ class SamplingParams:
         multiplied (negative) by it; 1 is off.
       seed: of the random draw. The same seed, prompt and shapes give the same tokens.
       stop: strings that end the answer; the answer does not include them.
+
+    Raises:
+      UsageError: values are of the wrong type or out of range; all of them are listed.
     """
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 50
-    repetition_penalty: float = 1.0
+    temperature: float = setting(0.0, least=0, expected="0 (greedy) or a positive number")
+    top_p: float = setting(1.0, above=0, most=1)
+    top_k: int = setting(50, least=0, expected="0 (all tokens) or a positive whole number")
+    repetition_penalty: float = setting(1.0, above=0, expected="a positive number (1 is off)")
     seed: int = 0
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] = setting((), expected="a sequence of strings")
 
     def __post_init__(self) -> None:
-        def need(ok: bool, field: str, expected: str) -> None:
-            if not ok:
-                raise UsageError(f"{field}: found {getattr(self, field)!r}, expected {expected}.")
-
-        need(self.temperature >= 0, "temperature", "0 (greedy) or a positive number")
-        need(0 < self.top_p <= 1, "top_p", "a number above 0 and at most 1")
-        need(self.top_k >= 0, "top_k", "0 (off) or a positive whole number")
-        need(self.repetition_penalty > 0, "repetition_penalty", "a positive number (1 is off)")
-        need(not isinstance(self.stop, str) and all(self.stop), "stop", "a sequence of non-empty strings")
+        problems = fields.check(self)
+        if not problems and "" in self.stop:
+            problems.append(Problem(("stop",), "must not have an empty string, which every answer ends with."))
+        fields.refuse(problems, UsageError)
 
 
 @jax.tree_util.register_dataclass

@@ -1,4 +1,4 @@
-"""Model FLOPs of a training step, and what a device could do: the two sides of MFU.
+"""Model FLOPs of a training step: one side of MFU; the other is `dsvl2_jax.runtime.hardware.peak_flops`.
 
 Counted are the matrix products that the model needs (2 FLOPs for a multiplication and an addition), not what a
 program happens to run: recomputation, padding and masked-out attention scores are no useful work. Forward is 1;
@@ -14,22 +14,9 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
-import jax
-
 from dsvl2_jax.model.config import Config, VisionConfig
 from dsvl2_jax.model.parameter_paths import path_name
-from dsvl2_jax.runtime.hardware import topology
 from dsvl2_jax.train.settings.schema import ContrastiveSettings, ParameterRule
-
-# A pattern for `jax.Device.device_kind` → a topology of such devices.
-_KINDS = (
-    (r"TPU (v5 lite|v5e)", "v5e-4"),
-    (r"TPU (v5|v5p)", "v5p-8"),
-    (r"TPU (v6 lite|v6e)", "v6e-4"),
-    (r"TPU ?(7x|v7x)", "tpu7x-8"),
-    (r"NVIDIA H100 80GB HBM3", "h100-1"),  # the SXM module; PCIe cards are slower and are named otherwise
-    (r"NVIDIA H200", "h200-1"),
-)
 
 # Parameters that multiply activations; the others add, scale or are looked up.
 _MATRIX = re.compile(r"/kernel$|/kv_b_proj$|/mlp/experts/")
@@ -148,14 +135,6 @@ def _encoder(config: Config, passes: _Passes) -> float:
     per_patch = sum(2.0 * size * passes.of(path) for path, size in found if path.startswith("vision/"))
     per_pair = 2.0 * 2 * vision.width * passes.attention(0.0, vision.layers)
     return per_patch * vision.patches + per_pair * vision.patches**2
-
-
-def peak_flops(device: jax.Device) -> float | None:
-    """bf16 FLOP/s that a device can reach at most; None for kinds that FACTS §8 does not list, such as a CPU."""
-    for pattern, name in _KINDS:
-        if re.fullmatch(pattern, device.device_kind):
-            return topology(name).flops
-    return None
 
 
 def _place(path: str) -> tuple[float, ...]:

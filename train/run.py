@@ -1,8 +1,8 @@
-"""`train`: a run from its settings to its last checkpoint, or from its newest checkpoint on.
+"""`train`: a run from its settings, or from its newest checkpoint, to its last checkpoint.
 
 The device is always one step ahead of the host: while it computes a step, the host looks at the metrics of the
-one before and makes the next batch. Whatever must not go wrong unseen, a checkpoint above all, waits until the
-metrics of its own step have been looked at.
+one before and makes the next batch. Whatever must not be wrong without notice, a checkpoint above all, waits until
+the metrics of its own step have been looked at.
 """
 
 from __future__ import annotations
@@ -29,27 +29,35 @@ from dsvl2_jax.checkpoint.load import load_params
 from dsvl2_jax.checkpoint.locate import model_files, open_model, resolve
 from dsvl2_jax.errors import DSVL2Error, RunError, SettingsError
 from dsvl2_jax.inputs.processor import Processor
-from dsvl2_jax.messages import listed
+from dsvl2_jax.messages import first_line, listed
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import entry_axes, init_params
 from dsvl2_jax.model.released import variant
 from dsvl2_jax.runtime import processes
 from dsvl2_jax.runtime.compile_cache import enable_compilation_cache
 from dsvl2_jax.sharding import make_mesh, parse_mesh
-from dsvl2_jax.train.data import pipeline as data
-from dsvl2_jax.train.data.pipeline import BatchShard, StepData
+from dsvl2_jax.train.data.pipeline import (
+    BatchShard,
+    Pipeline,
+    StepData,
+    Validation,
+    fingerprint,
+    open_training,
+    open_validation,
+)
 from dsvl2_jax.train.log.report import Report
-from dsvl2_jax.train.objectives.contrastive_trainer import ContrastiveMetrics, ContrastiveTrainer
-from dsvl2_jax.train.objectives.language import StepMetrics, Trainer
+from dsvl2_jax.train.objectives.base import BaseTrainer, TrainState, data_shards
+from dsvl2_jax.train.objectives.contrastive import ContrastiveMetrics, ContrastiveTrainer
+from dsvl2_jax.train.objectives.language import LanguageMetrics, LanguageTrainer
 from dsvl2_jax.train.objectives.regions import RegionTrainer
-from dsvl2_jax.train.objectives.trainer import BaseTrainer, TrainState, data_shards
 from dsvl2_jax.train.run_directory import Identity, RunDirectory, Saved, model_identity, opened
-from dsvl2_jax.train.settings.schema import Settings, load, to_toml
+from dsvl2_jax.train.settings.load import load, to_toml
+from dsvl2_jax.train.settings.schema import Settings
 
 # Steps from a signal to the last one: a process may be two steps ahead of the one that got it.
 _NOTICE = 3
 
-_TRAINERS = {"language": Trainer, "contrastive": ContrastiveTrainer, "regions": RegionTrainer}
+_TRAINERS = {"language": LanguageTrainer, "contrastive": ContrastiveTrainer, "regions": RegionTrainer}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +65,12 @@ class _Pending:
     """A step that has been given to the device."""
 
     step: int
-    metrics: StepMetrics | ContrastiveMetrics
+    metrics: LanguageMetrics | ContrastiveMetrics
     data: StepData
 
 
 def train(config: str | Path, overrides: Sequence[str] = ()) -> None:
-    """Trains as a CONFIG.toml says; goes on with the run when its directory holds one.
+    """Trains as a CONFIG.toml says; resumes the run when its directory holds one.
 
     SIGTERM or Ctrl-C finish the step, write a checkpoint and return; a second Ctrl-C interrupts at once.
 
@@ -100,9 +108,9 @@ def train(config: str | Path, overrides: Sequence[str] = ()) -> None:
             )
         objective = _TRAINERS[settings.stage.objective]
         trainer = objective(model, settings, processor.config.image_mean, processor.config.image_std, mesh)
-        pipeline = data.open_training(settings, processor, model, shard)
+        pipeline = open_training(settings, processor, model, shard)
         with contextlib.closing(pipeline):
-            validation = data.open_validation(settings, processor, model, shard)
+            validation = open_validation(settings, processor, model, shard)
             state = _start(settings, trainer, run, steps, source, mesh, pipeline)
             flops = trainer.flops()
             with Report(run.path, settings, devices=jax.device_count(), flops=flops, parts=pipeline.parts) as report:
@@ -114,7 +122,7 @@ def _identity(settings: Settings, source: Path) -> Identity:
 
     def files(train: bool) -> dict[str, str]:
         other = {"validation" if train else "train": {}}
-        return data.fingerprint(dataclasses.replace(settings, data=dataclasses.replace(settings.data, **other)))
+        return fingerprint(dataclasses.replace(settings, data=dataclasses.replace(settings.data, **other)))
 
     identity = Identity(model_identity(model_files(source)), files(train=True))
     if processes.joined():
@@ -185,9 +193,9 @@ def _start(
     steps: list[int],
     source: Path,
     mesh: Mesh | None,
-    pipeline: data.Pipeline,
+    pipeline: Pipeline,
 ) -> TrainState:
-    """The state and the place in the data to go on from: the run's newest checkpoint, or its beginning."""
+    """The state and the place in the data to continue from: the run's newest checkpoint, or its beginning."""
     if steps:
         params = load_params(run.checkpoint(steps[-1]), trainer.config, mesh=mesh, fsdp=True)
         # The fresh optimizer state is let go of before the other is read.
@@ -212,8 +220,8 @@ class _Loop:
         settings: Settings,
         run: RunDirectory,
         trainer: BaseTrainer,
-        pipeline: data.Pipeline,
-        validation: data.Validation | None,
+        pipeline: Pipeline,
+        validation: Validation | None,
         report: Report,
         signals: _Signals,
     ):
@@ -238,7 +246,7 @@ class _Loop:
         try:
             self._finish(self._steps(state))
         except DSVL2Error as error:
-            self.report.event("stop", self._settled, reason=str(error).partition("\n")[0])
+            self.report.event("stop", self._settled, reason=first_line(error))
             raise
 
     def _steps(self, state: TrainState) -> TrainState:
@@ -351,7 +359,7 @@ class _Loop:
             )
         else:
             kept = f"a checkpoint of step {step} is written" if step else "there is nothing to save yet"
-            text = f"stopped by {received}: {kept}. The same command goes on from there."
+            text = f"stopped by {received}: {kept}. The same command resumes from there."
         if processes.is_first():
             print(f"{path}: {text}", file=sys.stderr)
 

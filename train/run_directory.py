@@ -26,9 +26,10 @@ from dsvl2_jax.checkpoint.locate import CHECKPOINTS_NAME, MODEL_NAME, PARAMS_NAM
 from dsvl2_jax.checkpoint.staging import is_disk_full, locked, write_text
 from dsvl2_jax.errors import RunError
 from dsvl2_jax.json_files import read_json_object
-from dsvl2_jax.messages import first_line, listed
+from dsvl2_jax.messages import changes, first_line, listed
 from dsvl2_jax.model.parameter_paths import LeafPath
 from dsvl2_jax.runtime import processes
+from dsvl2_jax.train.settings.load import differences, load, to_toml
 from dsvl2_jax.train.settings.schema import Settings
 
 RUN_VERSION = 1
@@ -148,30 +149,30 @@ class RunDirectory:
 
     def write_settings(self, settings: Settings) -> None:
         """Keeps the settings that are in force now."""
-        write_text(self.path / CONFIG_NAME, settings.to_toml(settings))
+        write_text(self.path / CONFIG_NAME, to_toml(settings))
 
     def check(self, settings: Settings, identity: Identity) -> None:
-        """Refuses to go on with another run than the one that began here.
+        """Refuses to resume another run than the one that began here.
 
         Raises:
           RunError: settings, model or data files are not those of the start; all of them are listed.
         """
         before = self._identity()
         other = [
-            *settings.differences(settings.load(self.path / CONFIG_NAME), settings),
-            *_changes(before.model, identity.model, "model: "),
+            *differences(load(self.path / CONFIG_NAME, accept_old_names=True), settings),
+            *changes(before.model, identity.model, "model: ", values=False),
         ]
         if other:
             raise RunError(
                 f"{self.path}: holds another run than the one asked for:\n{listed(other)}\n"
-                f"To go on with it, use its settings ({CONFIG_NAME} in it has them all); for a new run choose another "
+                f"To resume it, use its settings ({CONFIG_NAME} in it has them all); for a new run choose another "
                 "run.directory."
             )
-        if changed := list(_changes(before.data, identity.data, "")):
+        if changed := list(changes(before.data, identity.data, values=False)):
             raise RunError(
-                f"{self.path}: the data is not that of the run's start, so it cannot go on as it would have:\n"
+                f"{self.path}: the data is not that of the run's start, so the run cannot resume exactly:\n"
                 f"{listed(changed)}\n"
-                "Put the files back to go on; or start a new run from its newest checkpoint: another run.directory, "
+                "Put the files back to resume; or start a new run from its newest checkpoint: another run.directory, "
                 f"with model.checkpoint={self.path}."
             )
 
@@ -288,7 +289,7 @@ class RunDirectory:
             return Restored(orbax_io.read_tree(path, _OPTIMIZER, optimizer), iterator)
         except Exception as error:  # Orbax and tensorstore raise ValueError, KeyError, OSError, XlaRuntimeError …
             raise RunError(
-                f"{path}: cannot be read ({first_line(error)}). Remove this directory to go on from the checkpoint "
+                f"{path}: cannot be read ({first_line(error)}). Remove this directory to resume from the checkpoint "
                 "before it."
             ) from error
 
@@ -309,7 +310,7 @@ class RunDirectory:
         if steps := self.steps():
             return (
                 f"The last complete checkpoint, of step {steps[-1]}, is untouched; mend the cause and start the same "
-                "command again: it goes on from there."
+                "command again: it resumes from there."
             )
         return "There is no earlier checkpoint; mend the cause and start the same command again."
 
@@ -326,10 +327,3 @@ def model_identity(directory: Path) -> dict[str, str]:
     """File name → hash of the files that say what the model is, its weights apart."""
     files = sorted({file for pattern in _MODEL_FILES for file in directory.glob(pattern) if file.is_file()})
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
-def _changes(before: Mapping[str, str], now: Mapping[str, str], prefix: str) -> Iterator[str]:
-    for name in dict.fromkeys([*before, *now]):
-        if before.get(name) != now.get(name):
-            what = "is new" if name not in before else "is gone" if name not in now else "has changed"
-            yield f"{prefix}{name} {what}"

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from dsvl2_jax import fields
 from dsvl2_jax.errors import ConfigError, UsageError
+from dsvl2_jax.fields import Problem, setting
 from dsvl2_jax.inputs.conversation import Piece, render_conversation, render_prompt
 from dsvl2_jax.inputs.images import ImageSource, load_image, pad_image, tile_image
 from dsvl2_jax.inputs.tokenizer import IMAGE_TOKEN, Tokenizer
@@ -32,16 +34,22 @@ class ProcessorConfig:
     `dataclasses.replace`, for example `candidate_resolutions` to those of `extended_candidate_resolutions`.
     """
 
-    candidate_resolutions: tuple[tuple[int, int], ...]  # (width, height) of each canvas, multiples of the tile size
-    patch_size: int
-    downsample_ratio: int
-    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    normalize: bool = True
-    image_token: str = IMAGE_TOKEN
-    sft_format: str = "deepseek"
+    candidate_resolutions: tuple[tuple[int, int], ...] = setting(  # (width, height) of each canvas
+        least=1,
+        expected="a list of one or more [width, height] pairs of positive whole numbers",
+        example="[[384, 384]]",
+    )
+    patch_size: int = setting(least=1)
+    downsample_ratio: int = setting(least=1)
+    image_mean: tuple[float, float, float] = setting((0.5,) * 3, least=0, most=1, expected="three numbers from 0 to 1")
+    image_std: tuple[float, float, float] = setting((0.5,) * 3, above=0, expected="three numbers above 0")
+    normalize: bool = setting(True, choices=(True,), expected="true, as in every released model")
+    image_token: str = setting(IMAGE_TOKEN, choices=(IMAGE_TOKEN,))
+    sft_format: str = setting(
+        "deepseek", choices=("deepseek",), expected='"deepseek", the released models\' chat template'
+    )
     mask_prompt: bool = True
-    ignore_id: int = -100
+    ignore_id: int = setting(-100, most=-1, expected="a negative whole number")
     source: str = dataclasses.field(default="processor_config.json", compare=False)
 
     @classmethod
@@ -49,13 +57,11 @@ class ProcessorConfig:
         """Read processor_config.json in a checkpoint directory. Raises ConfigError naming the file and field."""
         file = Path(path) / "processor_config.json"
         values = read_json_object(file, ConfigError)
-        fields = {field.name: field for field in dataclasses.fields(cls) if field.name != "source"}
-        missing = [
-            name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in values
-        ]
+        defaults = {field.name: field.default for field in dataclasses.fields(cls) if field.name != "source"}
+        missing = [name for name, value in defaults.items() if value is dataclasses.MISSING and name not in values]
         if missing:
             raise ConfigError(f"{file}: {', '.join(missing)} missing. Copy the file from the released checkpoint.")
-        return cls(**{name: values[name] for name in fields if name in values}, source=str(file))
+        return cls(**{name: values[name] for name in defaults if name in values}, source=str(file))
 
     @property
     def tile_size(self) -> int:
@@ -72,37 +78,15 @@ class ProcessorConfig:
         return tuple(int(255 * mean) for mean in self.image_mean)
 
     def __post_init__(self) -> None:
-        for name in ("candidate_resolutions", "image_mean", "image_std"):  # JSON has lists
-            object.__setattr__(self, name, _as_tuples(getattr(self, name)))
-        candidates = self.candidate_resolutions
-        self._require(
-            "candidate_resolutions",
-            isinstance(candidates, tuple)
-            and len(candidates) > 0
-            and all(isinstance(c, tuple) and len(c) == 2 and all(map(_is_positive_int, c)) for c in candidates),
-            "a list of one or more [width, height] pairs of positive integers",
-        )
-        self._require(
-            "candidate_resolutions",
-            all(side % self.tile_size == 0 for candidate in candidates for side in candidate),
-            f"multiples of the tile size {self.tile_size}, which is the first entry's width",
-        )
-        self._require("patch_size", _is_positive_int(self.patch_size), "a positive integer")
-        self._require(
-            "patch_size", self.patch_size <= self.tile_size, f"an integer up to the tile size {self.tile_size}"
-        )
-        self._require("downsample_ratio", _is_positive_int(self.downsample_ratio), "a positive integer")
-        self._require("image_mean", _are_three_numbers(self.image_mean, 0.0, 1.0), "three numbers from 0 to 1")
-        self._require("image_std", _are_three_numbers(self.image_std, math.ulp(0.0), math.inf), "three numbers above 0")
-        self._require("normalize", self.normalize is True, "true, as in every released model")
-        self._require("image_token", self.image_token == IMAGE_TOKEN, f"{IMAGE_TOKEN!r}")
-        self._require("sft_format", self.sft_format == "deepseek", "'deepseek', the released models' chat template")
-        self._require("mask_prompt", isinstance(self.mask_prompt, bool), "true or false")
-        self._require("ignore_id", type(self.ignore_id) is int and self.ignore_id < 0, "a negative integer")
-
-    def _require(self, field: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise ConfigError(f"{self.source}: {field} is {getattr(self, field)!r}, expected {expected}.")
+        problems = fields.check(self)
+        size = 0 if problems else self.tile_size
+        if size and any(side % size for candidate in self.candidate_resolutions for side in candidate):
+            expected = f"multiples of the tile size {size}, which is the first entry's width"
+            found = fields.literal(self.candidate_resolutions)
+            problems.append(Problem(("candidate_resolutions",), f"must be {expected}, not {found}."))
+        if size and self.patch_size > size:
+            problems.append(Problem(("patch_size",), f"must be at most the tile size {size}, not {self.patch_size}."))
+        fields.refuse(problems, ConfigError, f"{self.source} does not describe a processor:")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -297,17 +281,3 @@ def extended_candidate_resolutions(max_tiles: int, tile_size: int) -> tuple[tupl
     grids = [(cols, rows) for cols in range(1, max_tiles + 1) for rows in range(1, max_tiles // cols + 1)]
     grids.sort(key=lambda grid: (grid[0] * grid[1], grid[0]))
     return tuple((cols * tile_size, rows * tile_size) for cols, rows in grids)
-
-
-def _as_tuples(value: Any) -> Any:
-    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
-
-
-def _is_positive_int(value: Any) -> bool:
-    return type(value) is int and value > 0
-
-
-def _are_three_numbers(values: Any, low: float, high: float) -> bool:
-    if not isinstance(values, tuple) or len(values) != 3:
-        return False
-    return all(type(value) in (int, float) and low <= value <= high for value in values)

@@ -3,7 +3,7 @@
 XLA lowers ``jax.lax.ragged_dot`` on GPU to dense products over all groups, [G, M, O] of memory and G times the work.
 Here the rows of a group are cut into blocks, each of which reads its own group's matrix (as MegaBlocks does,
 arXiv 2211.15841): only the rows that exist cost work, and nothing but the result takes memory.
-`dsvl2_jax.kernels.grouped_matmul` calls them; `dsvl2_jax.apps.plan.hlo` reads the FLOPs in their metadata.
+`dsvl2_jax.kernels.grouped_matmul` calls them; `dsvl2_jax.apps.plan.hlo_walk` reads the FLOPs in their metadata.
 """
 
 from __future__ import annotations

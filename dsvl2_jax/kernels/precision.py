@@ -1,4 +1,4 @@
-"""The accuracy of matrix products."""
+"""The accuracy of matrix products (tested by every comparison of float32 results)."""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -45,27 +47,11 @@ def grouped_matvec(
     group_m = jnp.searchsorted(ends_g, jnp.minimum(jnp.arange(m), last), side="right").astype(jnp.int32)
     group_m = jnp.minimum(group_m, g - 1)
     width = column_block(k, n, w_gkn.dtype.itemsize)
-
-    def kernel(group_ref, used_ref, x_ref, w_ref, out_ref):  # x [1, 1, K], w [1, K, width], out [1, 1, width]
-        del group_ref
-        in_a_group = pl.program_id(1) < used_ref[0]
-
-        @pl.when(in_a_group)
-        def _():
-            out = jnp.dot(
-                x_ref[0], w_ref[0], precision=matmul_precision(x_mk.dtype), preferred_element_type=jnp.float32
-            )
-            out_ref[0] = out.astype(out_ref.dtype)
-
-        @pl.when(jnp.logical_not(in_a_group))
-        def _():
-            out_ref[...] = jnp.zeros_like(out_ref)
-
     if not interpret:  # or the compiler may first fetch all matrices into fast memory
         w_gkn = pltpu.with_memory_space_constraint(w_gkn, pltpu.HBM)
     itemsize = x_mk.dtype.itemsize
     out = pl.pallas_call(
-        kernel,
+        _matvec_kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(n // width, m),
@@ -85,6 +71,22 @@ def grouped_matvec(
         name="grouped_matvec",
     )(group_m, used, x_mk[:, None], w_gkn)
     return out[:, 0]
+
+
+def _matvec_kernel(group_ref, used_ref, x_ref, w_ref, out_ref):
+    """A row times a block of its matrix's columns: x [1, 1, K], w [1, K, width] → out [1, 1, width]."""
+    del group_ref
+    in_a_group = pl.program_id(1) < used_ref[0]
+
+    @pl.when(in_a_group)
+    def _():
+        precision = matmul_precision(x_ref.dtype)
+        out = jnp.dot(x_ref[0], w_ref[0], precision=precision, preferred_element_type=jnp.float32)
+        out_ref[0] = out.astype(out_ref.dtype)
+
+    @pl.when(jnp.logical_not(in_a_group))
+    def _():
+        out_ref[...] = jnp.zeros_like(out_ref)
 
 
 def megablox_tgmm(
@@ -157,39 +159,6 @@ def latent_attention(
     """
     (b, h, r), d, length = q_latent_bhr.shape, q_rope_bhd.shape[-1], latent_bsr.shape[1]
     block = min(ATTENTION_BLOCK, length)
-    precision = matmul_precision(latent_bsr.dtype)
-
-    def kernel(last_ref, q_latent_ref, q_rope_ref, latent_ref, k_rope_ref, out_ref, lse_ref, m_ref, l_ref, acc_ref):
-        last, j = last_ref[pl.program_id(0)], pl.program_id(1)
-
-        @pl.when(j == 0)
-        def _():
-            m_ref[...] = jnp.full_like(m_ref, -jnp.inf)  # f32[H, 1]
-            l_ref[...] = jnp.zeros_like(l_ref)  # f32[H, 1]
-            acc_ref[...] = jnp.zeros_like(acc_ref)  # f32[H, R]
-
-        @pl.when(j * block <= last)
-        def _():
-            def products(q, k):  # [H, width], [block, width] → f32[H, block]
-                dims = (((1,), (1,)), ((), ()))
-                return lax.dot_general(q, k, dims, precision=precision, preferred_element_type=jnp.float32)
-
-            latent = latent_ref[0]  # [block, R], keys and values
-            scores = products(q_latent_ref[0], latent) + products(q_rope_ref[0], k_rope_ref[0])
-            position = j * block + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-            scores = jnp.where(position <= last, scores * scale, -jnp.inf)
-            m = jnp.maximum(m_ref[...], scores.max(-1, keepdims=True))
-            alpha, p = jnp.exp(m_ref[...] - m), jnp.exp(scores - m)
-            m_ref[...] = m
-            l_ref[...] = l_ref[...] * alpha + p.sum(-1, keepdims=True)
-            pv = jnp.dot(p.astype(latent.dtype), latent, precision=precision, preferred_element_type=jnp.float32)
-            acc_ref[...] = acc_ref[...] * alpha + pv
-
-        @pl.when(j == pl.num_programs(1) - 1)
-        def _():
-            total = l_ref[...]
-            out_ref[0] = acc_ref[...] / jnp.where(total > 0, total, 1)
-            lse_ref[0] = m_ref[...] + jnp.log(total)
 
     def of_row(i, j, last):
         return i, 0, 0
@@ -201,7 +170,7 @@ def latent_attention(
     if not interpret:
         latent_bsr, k_rope_bsd = (pltpu.with_memory_space_constraint(a, pltpu.HBM) for a in (latent_bsr, k_rope_bsd))
     return pl.pallas_call(
-        kernel,
+        functools.partial(_latent_kernel, scale=scale, block=block),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(b, length // block),
@@ -223,3 +192,44 @@ def latent_attention(
         interpret=interpret,
         name="latent_attention",
     )(positions_b, q_latent_bhr, q_rope_bhd, latent_bsr, k_rope_bsd)
+
+
+def _latent_kernel(
+    last_ref, q_latent_ref, q_rope_ref, latent_ref, k_rope_ref, out_ref, lse_ref, m_ref, l_ref, acc_ref, *, scale, block
+):
+    """All heads of one row and one block of positions: FlashAttention's inner loop, a step of the grid at a time.
+
+    Shapes: q_latent [1, H, R], q_rope [1, H, D], latent [1, block, R], k_rope [1, block, D]; f32: out [1, H, R],
+    lse [1, H, 1], and kept between the steps of a row m, l [H, 1] and acc [H, R].
+    """
+    last, j = last_ref[pl.program_id(0)], pl.program_id(1)
+    precision = matmul_precision(latent_ref.dtype)
+
+    @pl.when(j == 0)
+    def _():
+        m_ref[...] = jnp.full_like(m_ref, -jnp.inf)
+        l_ref[...] = jnp.zeros_like(l_ref)
+        acc_ref[...] = jnp.zeros_like(acc_ref)
+
+    @pl.when(j * block <= last)
+    def _():
+        def products(q, k):  # [H, width], [block, width] → f32[H, block]
+            dims = (((1,), (1,)), ((), ()))
+            return lax.dot_general(q, k, dims, precision=precision, preferred_element_type=jnp.float32)
+
+        latent = latent_ref[0]  # keys and values
+        scores = products(q_latent_ref[0], latent) + products(q_rope_ref[0], k_rope_ref[0])
+        position = j * block + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+        scores = jnp.where(position <= last, scores * scale, -jnp.inf)
+        m = jnp.maximum(m_ref[...], scores.max(-1, keepdims=True))
+        alpha, p = jnp.exp(m_ref[...] - m), jnp.exp(scores - m)  # f32[H, 1], f32[H, block]
+        m_ref[...] = m
+        l_ref[...] = l_ref[...] * alpha + p.sum(-1, keepdims=True)
+        pv = jnp.dot(p.astype(latent.dtype), latent, precision=precision, preferred_element_type=jnp.float32)
+        acc_ref[...] = acc_ref[...] * alpha + pv
+
+    @pl.when(j == pl.num_programs(1) - 1)
+    def _():
+        total = l_ref[...]
+        out_ref[0] = acc_ref[...] / jnp.where(total > 0, total, 1)
+        lse_ref[0] = m_ref[...] + jnp.log(total)

@@ -10,7 +10,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from dsvl2_jax import fields
 from dsvl2_jax.errors import ConfigError
+from dsvl2_jax.fields import setting
 from dsvl2_jax.json_files import read_json_object
 
 ROUTING_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
@@ -21,21 +23,29 @@ SCORING_FUNCTIONS = ("softmax", "sigmoid")
 TEXT_POSITION, NEWLINE_POSITION, SEPARATOR_POSITION = -1, -2, -3
 
 
+def _count(default: int | None) -> Any:
+    return setting(default, least=0)
+
+
+def _positive(default: int | None) -> Any:
+    return setting(default, least=1)
+
+
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
     """SigLIP encoder. ``width`` and ``image_size`` are in channels and pixels; no class token."""
 
     model_name: str = "siglip_large_patch16_384"
-    image_size: int = 384
-    patch_size: int = 16
-    width: int = 1024
-    layers: int = 24
-    heads: int = 16
+    image_size: int = _count(384)
+    patch_size: int = _positive(16)
+    width: int = _positive(1024)
+    layers: int = _positive(24)
+    heads: int = _positive(16)
     mlp_ratio: float = 4.0
     global_pool: str = "map"
     ignore_head: bool = True
     class_token: bool = False
-    num_classes: int = 0
+    num_classes: int = _count(0)
 
     @property
     def grid(self) -> int:
@@ -60,11 +70,11 @@ class ProjectorConfig:
     """Pixel-shuffle adaptor from vision width ``input_dim`` to language width ``n_embed``."""
 
     projector_type: str = "downsample_mlp_gelu"
-    input_dim: int = 1152
-    n_embed: int = 2048
-    depth: int = 2
-    mlp_ratio: int = 1
-    downsample_ratio: int = 2
+    input_dim: int = _count(1152)
+    n_embed: int = _count(2048)
+    depth: int = setting(2, least=2)
+    mlp_ratio: int = _count(1)
+    downsample_ratio: int = _positive(2)
     token_pooling: bool = False
 
 
@@ -72,37 +82,37 @@ class ProjectorConfig:
 class LanguageConfig:
     """DeepSeekMoE decoder; field names are those of the released ``language_config``."""
 
-    vocab_size: int = 102400
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    moe_intermediate_size: int = 1407
-    num_hidden_layers: int = 30
-    num_attention_heads: int = 32
-    num_key_value_heads: int | None = 32
-    n_shared_experts: int | None = None
-    n_routed_experts: int | None = None
+    vocab_size: int = _positive(102400)
+    hidden_size: int = _positive(4096)
+    intermediate_size: int = _positive(11008)
+    moe_intermediate_size: int = _count(1407)
+    num_hidden_layers: int = _positive(30)
+    num_attention_heads: int = _positive(32)
+    num_key_value_heads: int | None = _count(32)
+    n_shared_experts: int | None = _count(None)
+    n_routed_experts: int | None = _count(None)
     routed_scaling_factor: float = 1.0
-    kv_lora_rank: int | None = 512
-    q_lora_rank: int | None = 1536
-    qk_rope_head_dim: int = 64
-    v_head_dim: int = 128
-    qk_nope_head_dim: int = 128
+    kv_lora_rank: int | None = _count(512)
+    q_lora_rank: int | None = _count(1536)
+    qk_rope_head_dim: int = _count(64)
+    v_head_dim: int = _count(128)
+    qk_nope_head_dim: int = _count(128)
     topk_method: str | None = None  # the official default is misspelt and does not run: it must be named
-    n_group: int | None = None
-    topk_group: int | None = None
-    num_experts_per_tok: int | None = None
-    moe_layer_freq: int = 1
-    first_k_dense_replace: int = 0
+    n_group: int | None = _count(None)
+    topk_group: int | None = _count(None)
+    num_experts_per_tok: int | None = _count(None)
+    moe_layer_freq: int = _positive(1)
+    first_k_dense_replace: int = _count(0)
     norm_topk_prob: bool = False
     scoring_func: str = "softmax"
     aux_loss_alpha: float = 0.001
     seq_aux: bool = True
     hidden_act: str = "silu"
-    max_position_embeddings: int = 2048
+    max_position_embeddings: int = _positive(2048)
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6
-    bos_token_id: int = 100000
-    eos_token_id: int = 100001
+    bos_token_id: int = _count(100000)
+    eos_token_id: int = _count(100001)
     tie_word_embeddings: bool = False
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None
@@ -191,9 +201,14 @@ class _Reader:
         if "tile_tag" not in raw:
             self.problems.append('tile_tag: missing; the released models have "2D"')
         self.stop_if_wrong()
-        vision = self.fields(VisionConfig, raw["vision_config"], "vision_config")
-        projector = self.fields(ProjectorConfig, raw["projector_config"], "projector_config")
-        language = self.fields(LanguageConfig, raw["language_config"], "language_config")
+        vision = self.part(VisionConfig, raw, "vision_config")
+        projector = self.part(ProjectorConfig, raw, "projector_config")
+        language = self.part(LanguageConfig, raw, "language_config")
+        if language.rope_scaling:
+            self.problems.append(
+                f"language_config.rope_scaling: found {language.rope_scaling!r}, but only null (no scaling) is "
+                "supported; no released DeepSeek-VL2 scales its positions"
+            )
         resolutions = raw.get("candidate_resolutions", [[384, 384]])
         try:
             resolutions = tuple((int(w), int(h)) for w, h in resolutions)
@@ -206,36 +221,11 @@ class _Reader:
         self.stop_if_wrong()
         return config
 
-    def fields(self, cls: type, raw: dict[str, Any], section: str) -> Any:
-        """Takes the fields of ``cls`` from ``raw``; other keys (auto_map, lm_head, ep_size …) mean nothing here."""
-        defaults = cls()
-        values = {}
-        for field in dataclasses.fields(cls):
-            if field.name not in raw:
-                continue
-            value, default = raw[field.name], getattr(defaults, field.name)
-            annotation = str(field.type)
-            if value is None and "None" in annotation:
-                pass
-            elif annotation.startswith("int"):
-                if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                    self.problems.append(f"{section}.{field.name}: expected a whole number, found {value!r}")
-            elif annotation.startswith("float"):
-                if isinstance(value, bool) or not isinstance(value, (int, float)):
-                    self.problems.append(f"{section}.{field.name}: expected a number, found {value!r}")
-                else:
-                    value = float(value)
-            elif default is not None and not isinstance(value, type(default)):
-                kind = type(default).__name__
-                self.problems.append(f"{section}.{field.name}: expected a {kind}, found {value!r}")
-            values[field.name] = value
-        if values.get("rope_scaling"):
-            self.problems.append(
-                f"{section}.rope_scaling: found {values['rope_scaling']!r}, but only null (no scaling) is supported; "
-                "no released DeepSeek-VL2 scales its positions"
-            )
-            values["rope_scaling"] = None
-        return cls(**values)
+    def part(self, cls: type, raw: dict[str, Any], key: str) -> Any:
+        """An object of the file; keys that are no fields (auto_map, lm_head, ep_size …) mean nothing here."""
+        value, problems = fields.build(cls, raw[key], (key,), strict=False)
+        self.problems += map(str, problems)
+        return value
 
     def expect(self, ok: bool, problem: str) -> None:
         if not ok:
@@ -249,25 +239,20 @@ class _Reader:
             "vision_config: only global_pool map with ignore_head true, class_token false and num_classes 0 is "
             "supported (as all released models)",
         )
-        sizes = (vision.patch_size, vision.width, vision.layers, vision.heads)
-        self.expect(min(sizes) > 0, "vision_config: patch_size, width, layers and heads must be positive")
-        if min(sizes) > 0:
-            self.expect(
-                vision.width % vision.heads == 0,
-                f"vision_config: width {vision.width} is not a multiple of heads {vision.heads}",
-            )
-            self.expect(
-                vision.grid > 0,
-                f"vision_config: image_size {vision.image_size} is smaller than patch_size {vision.patch_size}",
-            )
+        self.expect(
+            vision.width % vision.heads == 0,
+            f"vision_config: width {vision.width} is not a multiple of heads {vision.heads}",
+        )
+        self.expect(
+            vision.grid > 0,
+            f"vision_config: image_size {vision.image_size} is smaller than patch_size {vision.patch_size}",
+        )
         self.expect(
             projector.projector_type == "downsample_mlp_gelu",
             f'projector_config.projector_type: found {projector.projector_type!r}, only "downsample_mlp_gelu" is '
             "supported (as all released models)",
         )
         self.expect(not projector.token_pooling, "projector_config.token_pooling: true is not supported")
-        self.expect(projector.depth >= 2, f"projector_config.depth: expected at least 2, found {projector.depth}")
-        self.expect(projector.downsample_ratio > 0, "projector_config.downsample_ratio: must be positive")
         self.expect(
             projector.input_dim == vision.width,
             f"projector_config.input_dim {projector.input_dim} differs from vision_config.width {vision.width}",
@@ -282,11 +267,6 @@ class _Reader:
         def expect(ok: bool, problem: str) -> None:
             self.expect(ok, f"language_config.{problem}")
 
-        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "kv_heads")
-        for name in (*sizes, "intermediate_size", "moe_layer_freq", "max_position_embeddings"):
-            expect(getattr(language, name) > 0, f"{name}: must be positive")
-        if self.problems:
-            return
         expect(language.hidden_act == "silu", f'hidden_act: found {language.hidden_act!r}, only "silu" is supported')
         expect(not language.tie_word_embeddings, "tie_word_embeddings: true is not supported")
         if language.use_mla:

@@ -1,18 +1,20 @@
-"""Accelerators that programs can be compiled for without having one, and what a device of each can do.
+"""Accelerators: what a device of each can do, and the compilers' targets for programs that need none of them here.
 
-Figures are the vendors' own, dense bfloat16.
-
-Names are those of Cloud TPU, where v5p-8 counts cores and has 4 chips; a chip of TPU7x is two devices.
+The figures are the vendors', dense bfloat16. Names are those of Cloud TPU, where v5p-8 counts cores and has 4 chips; a
+chip of TPU7x is two devices.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 import re
 from pathlib import Path
+from typing import Any
 
 from dsvl2_jax.errors import UsageError
-from dsvl2_jax.messages import did_you_mean
+from dsvl2_jax.messages import did_you_mean, first_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,17 +39,38 @@ class Topology:
     bandwidth: float
 
 
-# Generation → platform, FLOP/s, bytes and bytes/s of a chip, devices of a chip.
+@dataclasses.dataclass(frozen=True)
+class _Chip:
+    """A vendor's figures for one chip.
+
+    Attributes:
+      platform: "tpu" or "cuda".
+      flops: most bfloat16 FLOP/s, without sparsity.
+      memory: bytes.
+      bandwidth: bytes/s to and from that memory.
+      kind: pattern of the `jax.Device.device_kind` of its devices.
+      devices: jax devices that it is split into.
+    """
+
+    platform: str
+    flops: float
+    memory: float
+    bandwidth: float
+    kind: str
+    devices: int = 1
+
+
 _CHIPS = {
-    "v5e": ("tpu", 197e12, 16e9, 819e9, 1),
-    "v5p": ("tpu", 459e12, 95 * 2.0**30, 2765e9, 1),
-    "v6e": ("tpu", 918e12, 32 * 2.0**30, 1638e9, 1),
-    "tpu7x": ("tpu", 2307e12, 192 * 2.0**30, 7380e9, 2),
-    "h100": ("cuda", 989e12, 80e9, 3350e9, 1),
-    "h200": ("cuda", 989e12, 141e9, 4800e9, 1),
+    "v5e": _Chip("tpu", 197e12, 16e9, 819e9, r"TPU (v5 lite|v5e)"),
+    "v5p": _Chip("tpu", 459e12, 95 * 2.0**30, 2765e9, r"TPU (v5|v5p)"),
+    "v6e": _Chip("tpu", 918e12, 32 * 2.0**30, 1638e9, r"TPU (v6 lite|v6e)"),
+    "tpu7x": _Chip("tpu", 2307e12, 192 * 2.0**30, 7380e9, r"TPU ?(7x|v7x)", devices=2),
+    # The SXM module; PCIe cards are slower and are named otherwise.
+    "h100": _Chip("cuda", 989e12, 80e9, 3350e9, r"NVIDIA H100 80GB HBM3"),
+    "h200": _Chip("cuda", 989e12, 141e9, 4800e9, r"NVIDIA H200"),
 }
 # Name → arrangement of the chips.
-_ARRANGED = {
+_ARRANGEMENTS = {
     "v5e-1": (1, 1), "v5e-4": (2, 2), "v5e-8": (2, 4), "v5e-16": (4, 4),
     "v5p-8": (2, 2, 1), "v5p-16": (2, 2, 2),
     "v6e-1": (1, 1), "v6e-4": (2, 2), "v6e-8": (2, 4), "v6e-16": (4, 4),
@@ -57,19 +80,17 @@ _ARRANGED = {
 
 
 def _topology(name: str) -> Topology:
-    kind = name.partition("-")[0]
-    platform, flops, memory, bandwidth, split = _CHIPS[kind]
-    chips = 1
-    for size in _ARRANGED[name]:
-        chips *= size
-    shape = f"{kind}:{'x'.join(map(str, _ARRANGED[name]))}" if platform == "tpu" else kind
-    return Topology(name, platform, shape, chips * split, flops / split, memory / split, bandwidth / split)
+    kind, arrangement = name.partition("-")[0], _ARRANGEMENTS[name]
+    chip = _CHIPS[kind]
+    shape = f"{kind}:{'x'.join(map(str, arrangement))}" if chip.platform == "tpu" else kind
+    per_device = (value / chip.devices for value in (chip.flops, chip.memory, chip.bandwidth))
+    return Topology(name, chip.platform, shape, math.prod(arrangement) * chip.devices, *per_device)
 
 
-TOPOLOGIES = {name: _topology(name) for name in _ARRANGED}
+TOPOLOGIES = {name: _topology(name) for name in _ARRANGEMENTS}
 
 
-# Fields of h100.txtpb that differ for an H200.
+# What XLA must know of an H200 that differs from h100.txtpb.
 _H200 = {
     "memory_bandwidth": "4800000000000",
     "device_memory_size": "150754820096",
@@ -94,3 +115,45 @@ def topology(name: str) -> Topology:
     if name not in TOPOLOGIES:
         raise UsageError(f"topology {name!r} is none of {', '.join(TOPOLOGIES)}{did_you_mean(name, TOPOLOGIES)}")
     return TOPOLOGIES[name]
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """bfloat16 FLOP/s that a device can reach at most, by its `jax.Device.device_kind`; None for kinds not listed."""
+    for chip in _CHIPS.values():
+        if re.fullmatch(chip.kind, device_kind):
+            return chip.flops / chip.devices
+    return None
+
+
+class CompilerMissing(UsageError):
+    """The compiler for a platform is not installed, or cannot be used."""
+
+
+def compile_devices(topology: Topology) -> list[Any]:
+    """Descriptions of a topology's devices, from the compiler for it.
+
+    Raises:
+      CompilerMissing: the compiler is not installed, or knows no such topology.
+    """
+    from jax.experimental import topologies
+
+    options: dict[str, Any]
+    if topology.platform == "cuda":
+        options = {"target_config": target_config(topology), "topology": f"1x1x{topology.devices}"}
+        name, extra = "", "cuda"
+    else:
+        # Without these libtpu asks Google's metadata server where it runs, and wants the device to itself.
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        # A host has four chips, unless it is said to have one.
+        options = {"chips_per_host_bounds": (1, 1, 1)} if topology.devices == 1 else {}
+        name, extra = topology.shape, "tpu"
+    try:
+        described = topologies.get_topology_desc(platform=topology.platform, topology_name=name, **options)
+        return list(described.devices)
+    except Exception as error:  # RuntimeError, XlaRuntimeError, ModuleNotFoundError …
+        compiler = "GPU" if extra == "cuda" else "TPU"
+        raise CompilerMissing(
+            f"{topology.name}: the {compiler} compiler cannot be used ({first_line(error)}); "
+            f"install it with pip install -e '.[{extra}]'."
+        ) from error

@@ -15,10 +15,12 @@ import rich.markup
 from rich.console import Console
 from rich.table import Table
 
+from dsvl2_jax import fields
 from dsvl2_jax.checkpoint import locate
 from dsvl2_jax.checkpoint.locate import RUN_NAME
 from dsvl2_jax.checkpoint.staging import write_text
 from dsvl2_jax.errors import ConversationError, DataError, DSVL2Error, UsageError
+from dsvl2_jax.fields import Problem, setting
 from dsvl2_jax.infer.answer import Generation
 from dsvl2_jax.infer.engine import MinBatchShape, Model
 from dsvl2_jax.infer.eval.report import Thumbnails, write_report
@@ -52,15 +54,19 @@ class EvalOptions:
     metric: str | None = None
     images: str = ""
     out: Path | None = None
-    batch_size: int = 16
-    max_new_tokens: int = 128
+    batch_size: int = setting(16, least=1)
+    max_new_tokens: int = setting(128, least=1)
     dtype: str = "float32"
     mesh: str | None = None
-    candidates: int | None = None
+    candidates: int | None = setting(None, least=1)
     prompt_template: str | None = None
-    limit: int | None = None
-    report_samples: int = 1000
+    limit: int | None = setting(None, least=1)
+    report_samples: int = setting(1000, least=0)
     as_json: bool = False
+
+    def __post_init__(self) -> None:
+        problems = fields.check(self)
+        fields.refuse((Problem((f"--{p.path[0].replace('_', '-')}",), p.text) for p in problems), UsageError)
 
     def identity(self) -> dict[str, Any]:
         names = ("metric", "images", "max_new_tokens", "dtype", "candidates", "prompt_template")
@@ -81,12 +87,6 @@ def evaluate(ckpt: str | None, data: Path, options: EvalOptions) -> dict[str, An
     Raises:
       DSVL2Error: a sample, an image, the checkpoint or an option cannot be used; or the directory has other results.
     """
-    for name in ("batch_size", "max_new_tokens", "candidates"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')}: found {value}, expected a positive whole number.")
-    if options.report_samples < 0:
-        raise UsageError(f"--report-samples: found {options.report_samples}, expected 0 or more.")
     if not processes.is_first():
         _follow(ckpt, options)
         return {}

@@ -16,6 +16,7 @@ from dsvl2_jax.checkpoint.locate import PARAMS_NAME, model_files
 from dsvl2_jax.checkpoint.staging import NEW_SUFFIX, locked, write_text
 from dsvl2_jax.errors import RunError
 from dsvl2_jax.json_files import read_json_object
+from dsvl2_jax.messages import changes
 
 IDENTITY_NAME, RESULTS_NAME = "run.json", "results.jsonl"
 VERSION = 1
@@ -77,19 +78,11 @@ def _check_identity(path: Path, identity: dict[str, Any]) -> None:
         write_text(file, json.dumps(identity, indent=1, ensure_ascii=False) + "\n")
         return
     before = read_json_object(file, RunError, f"Remove {path}, or choose another --out.")
-    if changes := list(_changes(before, identity)):
+    if other := list(changes(before, identity)):
         raise RunError(
-            f"{path}: holds the results of another evaluation: {'; '.join(changes)}. Choose another --out, or remove "
+            f"{path}: holds the results of another evaluation: {'; '.join(other)}. Choose another --out, or remove "
             "the directory to start over."
         )
-
-
-def _changes(before: Any, now: Any, prefix: str = "") -> Iterator[str]:
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        for key in dict.fromkeys([*before, *now]):
-            yield from _changes(before.get(key), now.get(key), f"{prefix}{key}." if prefix else f"{key}.")
-    elif before != now:
-        yield f"{prefix[:-1]} was {json.dumps(before)}, is {json.dumps(now)}"
 
 
 def _read_results(file: Path) -> dict[int, dict[str, Any]]:

@@ -102,8 +102,6 @@ def read_samples(
         raise UsageError(f"--metric: found {metric!r}, expected one of {', '.join(METRICS)}.")
     if template is not None and "{question}" not in template:
         raise UsageError(f"--prompt-template: found {template!r}, expected a text with {{question}} in it.")
-    if limit is not None and limit < 1:
-        raise UsageError(f"--limit: found {limit}, expected a positive whole number.")
     samples: list[Sample] = []
     reader = _Reader(store, metric, template, path.stem)
     try:

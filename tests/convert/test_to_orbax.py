@@ -13,7 +13,7 @@ import released_checkpoint
 import torch
 from flax.traverse_util import flatten_dict
 
-from dsvl2_jax.apps.bench import convert as bench
+from dsvl2_jax.apps.bench.random_checkpoint import random_checkpoint
 from dsvl2_jax.checkpoint import orbax_io
 from dsvl2_jax.checkpoint.load import load_params
 from dsvl2_jax.checkpoint.locate import PARAMS_NAME, resolve
@@ -112,7 +112,7 @@ def test_memory_stays_near_the_largest_parameter(tmp_path, data):
     config["language_config"] |= {"hidden_size": 512, "moe_intermediate_size": 1024, "num_hidden_layers": 5}
     config["language_config"] |= {"n_routed_experts": 32}
     config["projector_config"]["n_embed"] = 512
-    total = bench.random_checkpoint(tmp_path / "large", config)
+    total = random_checkpoint(tmp_path / "large", config)
     assert total > 400e6
     script = (
         "import resource, sys; from dsvl2_jax.convert.to_orbax import convert;"
@@ -139,7 +139,7 @@ MOMENTS = {
 }
 KILL_SCRIPT = """
 import os, signal, sys
-from dsvl2_jax.checkpoint import orbax_io
+from dsvl2_jax.checkpoint import orbax_io, staging
 from dsvl2_jax.convert import to_orbax
 to_orbax.WRITE_BATCH_BYTES = 200_000
 owner, name = sys.argv[3].rsplit(".", 1)

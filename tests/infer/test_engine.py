@@ -161,7 +161,7 @@ def test_wrong_calls_say_what_to_give(model, ask):
         model.generate(ask("Hi"), 4, [SamplingParams()] * 2)
     assert model.generate([], 4) == []
     for field, value in (("temperature", -1), ("top_p", 0), ("top_k", -1), ("repetition_penalty", 0), ("stop", "x")):
-        with pytest.raises(UsageError, match=f"{field}: found"):
+        with pytest.raises(UsageError, match=f"{field}: must be"):
             SamplingParams(**{field: value})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dsvl2_jax.errors import UsageError
-from dsvl2_jax.runtime.hardware import TOPOLOGIES, topology
+from dsvl2_jax.runtime.hardware import TOPOLOGIES, peak_flops, topology
 
 
 @pytest.mark.parametrize(
@@ -34,3 +34,21 @@ def test_an_unknown_topology_is_named_with_the_nearest():
         topology("v5e-12")
     with pytest.raises(UsageError, match="'a100-8' is none of"):
         topology("a100-8")
+
+
+@pytest.mark.parametrize(
+    ("kind", "tera"),
+    [
+        ("TPU v5 lite", 197),
+        ("TPU v5", 459),
+        ("TPU v5p", 459),
+        ("TPU v6 lite", 918),
+        ("TPU7x", 1153.5),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H100 PCIe", None),
+        ("cpu", None),
+    ],
+)
+def test_peaks(kind, tera):
+    assert peak_flops(kind) == (tera and pytest.approx(tera * 1e12))

@@ -139,8 +139,22 @@ def test_warm_up_is_linear_and_never_zero():
 
 def test_cosine_falls_from_the_warm_up_to_its_floor():
     expected = [0.5, 1.0] + [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(9)]
-    assert rates(10, schedule="cosine", warmup_steps=2, final_lr_multiplier=0.1) == pytest.approx(expected, abs=1e-6)
+    assert rates(10, schedule="cosine", warmup_steps=2, final_rate=0.1) == pytest.approx(expected, abs=1e-6)
     assert rates(10, schedule="cosine")[-1] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_schedules_are_those_of_optax(warmup):
+    """Ours also answer on the host, without waiting for the device; optax's give arrays on the device alone."""
+    steps = 40
+    rise = optax.linear_schedule(1 / max(warmup, 1), 1.0, max(warmup - 1, 0))
+    drop = optax.piecewise_constant_schedule(1.0, {steps // 2: 10**-0.5, 3 * steps // 4: 10**-0.5})
+    fall = optax.cosine_decay_schedule(1.0, steps - warmup, 0.1)
+    for i in range(steps + 1):
+        expected = {"constant": 1.0, "step": drop(i), "cosine": fall(max(i - warmup, 0))}
+        for schedule, value in expected.items():
+            found = learning_rate(OptimizerSettings(1.0, schedule, warmup, final_rate=0.1), steps)(i)
+            assert float(found) == pytest.approx(float(rise(i) * value), rel=2e-6), (schedule, i)
 
 
 def test_unknown_schedule():

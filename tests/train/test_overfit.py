@@ -16,8 +16,9 @@ from dsvl2_jax.inputs.processor import Processor
 from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model.config import TEXT_POSITION, Config
 from dsvl2_jax.train.data.batch import TrainBatch, one_sample_a_row
-from dsvl2_jax.train.objectives.language import Trainer
-from dsvl2_jax.train.settings import schema as settings
+from dsvl2_jax.train.objectives.language import LanguageTrainer
+from dsvl2_jax.train.settings.load import load
+from dsvl2_jax.train.settings.schema import Settings
 
 MICRO = Path(configs.__file__).parent / "micro"  # 126-pixel tiles, and a vocabulary of 512
 SIZES = ("tiny", "small", "base")
@@ -46,7 +47,7 @@ def config(size: str) -> Config:
     return Config.from_dict(raw)
 
 
-def settings(size: str, stage: str, *more: str) -> settings.Settings:
+def settings(size: str, stage: str, *more: str) -> Settings:
     """The preset's rules, balance weight and optimizer, at a rate that suits few small steps, in float32."""
     overrides = ["model.checkpoint=unused", "data.train.vl.path=unused", "run.directory=unused"]
     if stage != "align":
@@ -54,7 +55,7 @@ def settings(size: str, stage: str, *more: str) -> settings.Settings:
     overrides += [f"optimizer.learning_rate={RATE}", "optimizer.schedule=constant", "optimizer.warmup_steps=0"]
     overrides += ["batch.sequences=8", "batch.microbatch_size=8", "data.max_segments=1"]
     overrides += ["compute.dtype=float32", "compute.remat=none"]
-    return settings.load(f"{size}-{stage}", [*overrides, *more])
+    return load(f"{size}-{stage}", [*overrides, *more])
 
 
 def samples(*, mask_prompt: bool) -> TrainBatch:
@@ -71,7 +72,7 @@ def samples(*, mask_prompt: bool) -> TrainBatch:
 
 
 def start(size: str, stage: str):
-    trainer = Trainer(config(size), settings(size, stage), HALF, HALF, None)
+    trainer = LanguageTrainer(config(size), settings(size, stage), HALF, HALF, None)
     params = model.init_params(config(size), jax.random.key(0))
     kept = {path: np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
     return trainer, trainer.init(params), kept
@@ -119,7 +120,7 @@ def random_text(rng: np.random.Generator) -> TrainBatch:
 
 def test_the_bias_update_balances_experts_from_an_unbalanced_start():
     chosen = settings("base", "pretrain", "optimizer.learning_rate=1e-4", "stage.bias_update_speed=5e-3")
-    trainer = Trainer(config("base"), chosen, HALF, HALF, None)
+    trainer = LanguageTrainer(config("base"), chosen, HALF, HALF, None)
     state = trainer.init(model.init_params(config("base"), jax.random.key(0)))
     steep = np.linspace(-0.25, 0.25, config("base").language.n_routed_experts, dtype=np.float32)
     state = dataclasses.replace(state, biases={path: 0 * bias + steep for path, bias in state.biases.items()})

@@ -29,7 +29,7 @@ from dsvl2_jax.convert.to_safetensors import export
 from dsvl2_jax.errors import CheckpointError, RunError, SettingsError
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.train import run as run_module
-from dsvl2_jax.train.objectives.language import Trainer
+from dsvl2_jax.train.objectives.language import LanguageTrainer
 from dsvl2_jax.train.run import train
 
 STEPS = 24
@@ -267,7 +267,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_its_samples_and_keeps_the_
     sharded, monkeypatch, capfd
 ):
     config, run = sharded(steps=9)
-    step, calls = Trainer.step, []
+    step, calls = LanguageTrainer.step, []
 
     def poisoned(self, state, batch):
         calls.append(1)
@@ -276,7 +276,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_its_samples_and_keeps_the_
             state.trained["language/embed_tokens"] = state.trained["language/embed_tokens"] * jnp.nan
         return step(self, state, batch)
 
-    monkeypatch.setattr(Trainer, "step", poisoned)
+    monkeypatch.setattr(LanguageTrainer, "step", poisoned)
     assert main(["train", str(config)]) == 1
     error = capfd.readouterr().err
     assert "step 4: the loss is nan" in error

@@ -23,7 +23,7 @@ from dsvl2_jax.errors import CheckpointError, RunError
 from dsvl2_jax.model.deepseek_vl2 import entry_axes
 from dsvl2_jax.train import run_directory
 from dsvl2_jax.train.run_directory import Identity, model_identity, opened
-from dsvl2_jax.train.settings import schema as settings
+from dsvl2_jax.train.settings.load import load
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def begun(tmp_path, source):
                 run.begin(open_run.settings, source, open_run.identity)
             yield run
 
-    open_run.settings = settings.load(file)
+    open_run.settings = load(file)
     open_run.path = tmp_path / "runs" / "one"
     open_run.identity = Identity(model_identity(source), {"data.jsonl": "abc"})
     return open_run
@@ -205,6 +205,21 @@ def test_another_run_is_told_apart_and_every_difference_is_named(begun):
         ):
             assert part in str(caught.value)
         assert "choose another run.directory" in str(caught.value)
+
+
+def test_a_run_from_before_settings_were_renamed_resumes(begun):
+    with begun() as run:
+        file = run.path / "config.toml"
+        text = file.read_text()
+        old = text.replace("microbatch_size =", "micro_sequences =").replace("lr_multiplier =", "rate =")
+        assert old.count("\nrate = ") == 3 and "\nmicro_sequences = 2\n" in old
+        file.write_text(old)
+        run.check(begun.settings, begun.identity)
+        run.write_settings(begun.settings)
+        assert file.read_text() == text
+        file.write_text(old.replace("rate = 0.1", "rate = 0.2"))
+        with pytest.raises(RunError, match="not the rules of the start"):
+            run.check(begun.settings, begun.identity)
 
 
 def test_changed_data_is_told_apart(begun):

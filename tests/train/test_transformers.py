@@ -13,8 +13,17 @@ from dsvl2_jax.inputs.batch import IGNORED_LABEL
 from dsvl2_jax.model.config import TEXT_POSITION
 from dsvl2_jax.model.deepseek_vl2 import abstract_params
 from dsvl2_jax.train.data.batch import TrainBatch
-from dsvl2_jax.train.objectives.language import Trainer
-from dsvl2_jax.train.settings import schema as settings
+from dsvl2_jax.train.objectives.language import LanguageTrainer
+from dsvl2_jax.train.settings.schema import (
+    BatchSettings,
+    ComputeSettings,
+    DataSettings,
+    OptimizerSettings,
+    ParameterRule,
+    RunSettings,
+    Settings,
+    StageSettings,
+)
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -57,20 +66,20 @@ def packed(rng: np.random.Generator) -> tuple[TrainBatch, list[Sample]]:
     return TrainBatch(ids, labels, text, positions, segments, np.zeros(shape, bool), no_tiles), samples
 
 
-def settings(*, has_bias: bool) -> settings.Settings:
+def settings(*, has_bias: bool) -> Settings:
     rules = (
-        *[settings.ParameterRule("/correction_bias$", train=False)] * has_bias,
-        settings.ParameterRule(r"^language/(embed_tokens|.*/scale)$", decay=False),
-        settings.ParameterRule("^language/"),
-        settings.ParameterRule("", train=False),
+        *[ParameterRule("/correction_bias$", train=False)] * has_bias,
+        ParameterRule(r"^language/(embed_tokens|.*/scale)$", decay=False),
+        ParameterRule("^language/"),
+        ParameterRule("", train=False),
     )
-    return settings.Settings(
-        data=settings.DataSettings(sequence_length=LENGTH, max_segments=3),
-        batch=settings.BatchSettings(sequences=4, microbatch_size=2),
-        stage=settings.StageSettings(rules, BALANCE, SPEED if has_bias else 0.0),
-        optimizer=settings.OptimizerSettings(learning_rate=RATE, schedule="step", weight_decay=DECAY),
-        compute=settings.ComputeSettings(dtype="float32", remat="full", loss_chunk=8),
-        run=settings.RunSettings(steps=STEPS),
+    return Settings(
+        data=DataSettings(sequence_length=LENGTH, max_segments=3),
+        batch=BatchSettings(sequences=4, microbatch_size=2),
+        stage=StageSettings(rules, BALANCE, SPEED if has_bias else 0.0),
+        optimizer=OptimizerSettings(learning_rate=RATE, schedule="step", weight_decay=DECAY),
+        compute=ComputeSettings(dtype="float32", remat="full", loss_chunk=8),
+        run=RunSettings(steps=STEPS),
     )
 
 
@@ -140,7 +149,7 @@ def test_twenty_adamw_steps_equal(case):
     shapes, _ = abstract_params(ours)
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes) | {"language": start}
     half = np.full(3, 0.5, np.float32)
-    trainer = Trainer(ours, settings(has_bias=family == "DeepseekV3"), half, half, None)
+    trainer = LanguageTrainer(ours, settings(has_bias=family == "DeepseekV3"), half, half, None)
     state = trainer.init(jax.tree.map(jax.numpy.asarray, params))
     theirs = TorchTrainer(model, family)
 

@@ -7,11 +7,11 @@ import functools
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dsvl2_jax.errors import ImageError, SampleError
+from dsvl2_jax.errors import DataError, ImageError, SampleError
 from dsvl2_jax.inputs.image_sources import ImageStore, resolve_image
 from dsvl2_jax.inputs.images import load_image
 from dsvl2_jax.inputs.processor import ModelInputs, Processor
@@ -52,19 +52,7 @@ def process_pair(record: Record, processor: Processor, store: ImageStore, text_l
         tile = processor.global_view(resolve_image(record.images[0], store))
     except ImageError as error:
         raise unreadable_image(error, record.images[:1]) from error
-    return (
-        ModelInputs(
-            input_ids=tokens,
-            labels=tokens,
-            image_mask=np.zeros(len(tokens), bool),
-            image_index=np.full(len(tokens), TEXT_POSITION, np.int32),
-            tiles=tile[None],
-            tile_grid=np.zeros((1, 2), np.int32),
-            image_sizes=np.array([tile.shape[:2]], np.int32),
-            prompt=caption,
-        ),
-        truncated,
-    )
+    return _one_tile(tokens, tile, caption), truncated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +61,28 @@ class Pairs:
 
     tokens: int  # at most, of the caption or of all phrases
     phrases: int = 0  # at most, of the regions; 0: a caption
-    attributes: frozenset[str] = frozenset()  # of the regions, that are read; none: all
+    attributes: tuple[str, ...] = ()  # of the regions, that are read; none: all
+
+    def attribute_id(self, name: str) -> int:
+        """A number from 0 to 2³¹ − 1, the same in every process and run: the place among ``attributes``; a checksum of
+        the name where all are read. `AttributeIds` sees to it that no two names have the same checksum."""
+        return self.attributes.index(name) if self.attributes else zlib.crc32(name.encode()) & 0x7FFFFFFF
+
+
+class AttributeIds:
+    """The attributes that a process has met, by their ids."""
+
+    def __init__(self) -> None:
+        self._names: dict[int, str] = {}
+
+    def add(self, names: Mapping[int, str]) -> None:
+        """Raises DataError when two attributes have the same id, so that they could not be told apart."""
+        for number, name in names.items():
+            if self._names.setdefault(number, name) != name:
+                raise DataError(
+                    f"the attributes {self._names[number]!r} and {name!r} have the same checksum. Rename one of them, "
+                    "or list those to learn in contrastive.attributes."
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +111,11 @@ def parse_regions(record: Any, own_images: Sequence[Any] = ()) -> Regions:
     given = record.get("regions")
     if not isinstance(given, list) or not given:
         raise SampleError(BAD_RECORD, f'"regions" is {type_name(given)}, expected a list of one or more regions.')
-    found = []
+    boxes = []
     for number, region in enumerate(given, 1):
-        where = f"region {number}"
+        name = f"region {number}"
         if not isinstance(region, Mapping):
-            raise SampleError(BAD_RECORD, f"{where} is {type_name(region)}, expected an object.")
+            raise SampleError(BAD_RECORD, f"{name} is {type_name(region)}, expected an object.")
         box = region.get("box")
         if not (
             isinstance(box, list)
@@ -115,43 +124,33 @@ def parse_regions(record: Any, own_images: Sequence[Any] = ()) -> Regions:
             and box[0] < box[2]
             and box[1] < box[3]
         ):
-            raise SampleError(BAD_RECORD, f'{where}: "box" is {box}, expected [x1, y1, x2, y2] with x1 < x2, y1 < y2.')
-        said = {name: value for name, value in region.items() if name != "box"}
-        if wrong := [name for name, value in said.items() if not isinstance(value, str) or not value.strip()]:
-            raise SampleError(BAD_RECORD, f"{where}: {wrong[0]!r} is {said[wrong[0]]!r}, expected a text.")
-        found.append((tuple(map(float, box)), said))
-    return Regions(images[0], tuple(found))
+            raise SampleError(BAD_RECORD, f'{name}: "box" is {box}, expected [x1, y1, x2, y2] with x1 < x2, y1 < y2.')
+        said = {key: value for key, value in region.items() if key != "box"}
+        if wrong := [key for key, value in said.items() if not isinstance(value, str) or not value.strip()]:
+            raise SampleError(BAD_RECORD, f"{name}: {wrong[0]!r} is {said[wrong[0]]!r}, expected a text.")
+        boxes.append((tuple(map(float, box)), said))
+    return Regions(images[0], tuple(boxes))
 
 
-# A phrase's code, i32: from the low bits on the columns and rows of its rectangle of patches (left, top, right, bottom;
-# the latter two exclusive), its attribute's hash, and one bit that tells it from the phrase before.
-_SIDE_BITS, _ATTRIBUTE_BITS = 5, 10
+class RegionInputs(NamedTuple):
+    """An image with P phrases; ``input_ids`` are the phrases' tokens one after the other."""
+
+    inputs: ModelInputs
+    phrases: np.ndarray  # i32[P, 6]: columns `PHRASE_COLUMNS`
+    attributes: dict[int, str]  # by their ids
+    truncated: bool  # phrases were left out, since there are more, or more tokens, than `Pairs` allows
 
 
-_ATTRIBUTE_SHIFT = 4 * _SIDE_BITS
+# Of a phrase: the rectangle of patches that it is said of (right and bottom are exclusive), the attribute's id, and how
+# many tokens it has.
+PHRASE_COLUMNS = ("left", "top", "right", "bottom", "attribute", "tokens")
 
 
-def region_of_codes(codes: Any) -> tuple[Any, Any, Any, Any]:
-    """(left, top, right, bottom) of the patches' rectangle; of arrays of any kind."""
-    return tuple((codes >> _SIDE_BITS * i) & (2**_SIDE_BITS - 1) for i in range(4))
+def process_regions(regions: Regions, processor: Processor, store: ImageStore, pairs: Pairs) -> RegionInputs:
+    """The image in its global view, and the phrases of its regions.
 
-
-def attribute_of_codes(codes: Any) -> Any:
-    """The attribute's number; of arrays of any kind."""
-    return (codes >> _ATTRIBUTE_SHIFT) & (2**_ATTRIBUTE_BITS - 1)
-
-
-def process_regions(
-    regions: Regions, processor: Processor, store: ImageStore, pairs: Pairs
-) -> tuple[ModelInputs, bool]:
-    """The image in its global view, and the phrases of its regions one after the other.
-
-    A phrase is its attribute's name and what is said ("kind star"). Its tokens' ``labels`` are its code, which says
-    where the region is: the patches whose middle lies in the box, at least one along each side.
-
-    Returns:
-      The image with its phrases, and whether phrases were left out, since there are more, or more tokens, than
-      ``pairs`` allows.
+    A phrase is its attribute's name and what is said ("kind star"). Its rectangle are the patches whose middle lies in
+    the box, at least one along each side.
 
     Raises SampleError with the reason; OSError when a file cannot be read.
     """
@@ -162,35 +161,37 @@ def process_regions(
         tile = processor.global_view(image)
     except ImageError as error:
         raise unreadable_image(error, [regions.image]) from error
-    ids, codes, count, truncated = [], [], 0, False
+    ids, phrases, attributes, truncated = [], [], {}, False
     for box, said in regions.boxes:
-        where = _patches(box, image.size, tile.shape[0], processor.config.patch_size)
+        rectangle = _patches(box, image.size, tile.shape[0], processor.config.patch_size)
         for name, value in said.items():
             if pairs.attributes and name not in pairs.attributes:
                 continue
             tokens = _phrase(processor.tokenizer, f"{name} {value.strip()}")
-            if count == pairs.phrases or len(ids) + len(tokens) > pairs.tokens:
+            if len(phrases) == pairs.phrases or len(ids) + len(tokens) > pairs.tokens:
                 truncated = True
                 continue
-            attribute = zlib.crc32(name.encode()) % 2**_ATTRIBUTE_BITS
-            code = sum(side << _SIDE_BITS * i for i, side in enumerate(where)) | attribute << _ATTRIBUTE_SHIFT
+            attribute = pairs.attribute_id(name)
+            attributes[attribute] = name
             ids += tokens
-            codes += [code | (count % 2) << (_ATTRIBUTE_SHIFT + _ATTRIBUTE_BITS)] * len(tokens)
-            count += 1
-    if not count:
+            phrases.append((*rectangle, attribute, len(tokens)))
+    if not phrases:
         raise SampleError(NO_ATTRIBUTE, "none of its regions has an attribute that is asked for and fits.")
-    return (
-        ModelInputs(
-            input_ids=np.array(ids, np.int32),
-            labels=np.array(codes, np.int32),
-            image_mask=np.zeros(len(ids), bool),
-            image_index=np.full(len(ids), TEXT_POSITION, np.int32),
-            tiles=tile[None],
-            tile_grid=np.zeros((1, 2), np.int32),
-            image_sizes=np.array([tile.shape[:2]], np.int32),
-            prompt="",
-        ),
-        truncated,
+    inputs = _one_tile(np.array(ids, np.int32), tile)
+    return RegionInputs(inputs, np.array(phrases, np.int32), attributes, truncated)
+
+
+def _one_tile(ids: np.ndarray, tile: np.ndarray, prompt: str = "") -> ModelInputs:
+    """Text of tokens i32[T], and an image of one tile u8[S, S, 3] that no position stands for."""
+    return ModelInputs(
+        input_ids=ids,
+        labels=ids,
+        image_mask=np.zeros(len(ids), bool),
+        image_index=np.full(len(ids), TEXT_POSITION, np.int32),
+        tiles=tile[None],
+        tile_grid=np.zeros((1, 2), np.int32),
+        image_sizes=np.array([tile.shape[:2]], np.int32),
+        prompt=prompt,
     )
 
 

@@ -17,7 +17,7 @@ from dsvl2_jax.errors import SampleError
 from dsvl2_jax.inputs.batch import IGNORED_LABEL, rebased
 from dsvl2_jax.inputs.processor import ModelInputs, image_tokens
 from dsvl2_jax.model.config import TEXT_POSITION
-from dsvl2_jax.train.data.batch import TrainBatch
+from dsvl2_jax.train.data.batch import PhraseBatch, TrainBatch
 
 if TYPE_CHECKING:
     import grain
@@ -28,6 +28,7 @@ CUT_IN_IMAGE, NOTHING_LEFT = "cut inside an image", "no answer left after the cu
 TOO_LONG = frozenset({TOO_MANY_TOKENS, TOO_MANY_TILES, CUT_IN_IMAGE, NOTHING_LEFT})
 
 _PADDING = (0, IGNORED_LABEL, TEXT_POSITION)  # of ids, labels and image_index, the columns of a packed row
+_NO_PHRASE = (0, 0, 0, 0, -1, 0)  # `PHRASE_COLUMNS`
 
 Row = Mapping[str, Any]
 
@@ -39,6 +40,7 @@ class RowShape:
     tokens: int
     tiles: int
     segments: int
+    phrases: int = 0  # of regions; 0: rows have none
 
 
 def fit(inputs: ModelInputs, shape: RowShape, too_long: str, tokens_per_side: int) -> tuple[ModelInputs, bool]:
@@ -67,7 +69,7 @@ def fit(inputs: ModelInputs, shape: RowShape, too_long: str, tokens_per_side: in
     tokens_after = np.cumsum(image_tokens(cols, rows, tokens_per_side))
     image_positions = np.flatnonzero(inputs.image_mask)
     end = min(length, shape.tokens)
-    images = int(np.searchsorted(tiles_after, shape.tiles, side="right"))  # so many have room for their tiles
+    images = int(np.searchsorted(tiles_after, shape.tiles, side="right"))  # whose tiles there is room for
     if images < len(tiles_after):
         end = min(end, int(image_positions[tokens_after[images - 1] if images else 0]))
     in_images = int(np.searchsorted(image_positions, end))  # image tokens that are kept
@@ -91,9 +93,22 @@ def fit(inputs: ModelInputs, shape: RowShape, too_long: str, tokens_per_side: in
     )
 
 
-def element(inputs: ModelInputs, name: str, *, truncated: bool = False, skipped: Sequence[str] = ()) -> dict[str, Any]:
-    """A sample as the packer takes it. `skipped`: the reasons of the samples left out since the one before."""
-    return {
+def element(
+    inputs: ModelInputs,
+    name: str,
+    *,
+    truncated: bool = False,
+    skipped: Sequence[str] = (),
+    phrases: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """A sample as the packer takes it.
+
+    Args:
+      skipped: the reasons of the samples left out since the one before.
+      phrases: i32[P, 6], of `process_regions`; only if the rows have places for them.
+    """
+    regions = {} if phrases is None else {"phrases": phrases}
+    return regions | {
         "tokens": np.stack([inputs.input_ids, inputs.labels, inputs.image_index], axis=1),  # i32[T, 3]
         "tile_slots": np.empty(len(inputs.tiles), np.uint8),  # only its length counts
         "tiles": inputs.tiles,
@@ -112,14 +127,18 @@ def pack(samples: grain.IterDataset, shape: RowShape, bins: int, seed: int | Non
     """
     from grain.experimental import BestFitPackIterDataset
 
+    lengths = {"tokens": shape.tokens, "tile_slots": shape.tiles}
+    padding = {"tokens": np.array(_PADDING, np.int32), "tile_slots": 0}
+    if shape.phrases:
+        lengths["phrases"], padding["phrases"] = shape.phrases, np.array(_NO_PHRASE, np.int32)
     return BestFitPackIterDataset(
         samples,
-        length_struct={"tokens": shape.tokens, "tile_slots": shape.tiles},
+        length_struct=lengths,
         num_packing_bins=bins,
         seed=seed or 0,
         shuffle_bins=seed is not None,
         meta_features=("tiles", "name", "truncated", "skipped"),
-        padding_struct={"tokens": np.array(_PADDING, np.int32), "tile_slots": 0},
+        padding_struct=padding,
         max_sequences_per_bin=shape.segments,
     )
 
@@ -137,6 +156,7 @@ def assemble(
     positions, segments = (np.zeros((count, shape.tokens), np.int32) for _ in range(2))
     with_images = np.zeros((count, shape.tokens), bool)
     tiles = np.zeros((count * shape.tiles, tile_size, tile_size, 3), np.uint8)
+    phrases = np.tile(np.array(_NO_PHRASE, np.int32), (count, shape.phrases, 1))
     in_step = count // accumulation  # B
     for number, row in enumerate(rows):
         if row is None:
@@ -144,16 +164,20 @@ def assemble(
         tokens[:, number] = row["tokens"].T
         positions[number], segments[number] = row["tokens_positions"], row["tokens_segment_ids"]
         counts = [len(sample_tiles) for sample_tiles in row["tiles"]]
-        place = number * shape.tiles
+        first = number * shape.tiles
         for sample_tiles in row["tiles"]:
-            tiles[place : place + len(sample_tiles)] = sample_tiles
-            place += len(sample_tiles)
+            tiles[first : first + len(sample_tiles)] = sample_tiles
+            first += len(sample_tiles)
+        if shape.phrases:
+            phrases[number] = row["phrases"]
         # By segment, padding (segment 0) first: where its tiles begin, among those of its accumulation step.
         before = np.concatenate([[0, 0], np.cumsum(counts)[:-1]]) + number % in_step * shape.tiles
         tokens[2, number] = rebased(tokens[2, number], before[segments[number]] * tokens_per_tile)
         with_images[number] = np.array([False, *(n > 0 for n in counts)])[segments[number]]
     lead = (accumulation, in_step, shape.tokens)
+    phrases = phrases.reshape(accumulation, in_step, shape.phrases, len(_NO_PHRASE))
     return TrainBatch(
         *(column.reshape(lead) for column in (*tokens, positions, segments, with_images)),
         tiles=tiles.reshape(accumulation, in_step * shape.tiles, tile_size, tile_size, 3),
+        phrases=PhraseBatch(phrases[..., :4], phrases[..., 4], phrases[..., 5]) if shape.phrases else None,
     )

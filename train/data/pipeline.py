@@ -1,9 +1,9 @@
-"""The data pipeline: files to packed steps, with exact continuation (issue: mixture, shuffling, workers, sharding).
+"""The data pipeline: files to packed steps, in a mixture, shuffled, read by workers, and resumed exactly.
 
     files ─ shuffle each epoch ─ streams ─ mix ─► read, tokenise, tile (workers) ─► drop unusable ─► pack ─► TrainBatch
 
 Everything up to the workers is random access, so that where a run stands is one number: samples read. It does not
-depend on the number of workers, processes or devices, which may change between a run's start and its continuation.
+depend on the number of workers, processes or devices, which may change when a run resumes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dsvl2_jax.inputs.processor import Processor
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.train.data import packing
 from dsvl2_jax.train.data.batch import TrainBatch
-from dsvl2_jax.train.data.encoder_samples import NO_ATTRIBUTE, NO_IMAGE, Pairs
+from dsvl2_jax.train.data.encoder_samples import NO_ATTRIBUTE, NO_IMAGE, AttributeIds, Pairs
 from dsvl2_jax.train.data.packing import TOO_LONG, RowShape
 from dsvl2_jax.train.data.samples import SkippedSample, fingerprint, open_sources
 from dsvl2_jax.train.settings.schema import DataSettings, Settings
@@ -174,7 +174,7 @@ def _reading(settings: Settings) -> tuple[DataSettings, Pairs | None]:
     objective, contrastive = settings.stage.objective, settings.contrastive
     if objective == "language":
         return settings.data, None
-    attributes = frozenset(filter(None, map(str.strip, contrastive.attributes.split(","))))
+    attributes = tuple(dict.fromkeys(filter(None, map(str.strip, contrastive.attributes.split(",")))))
     pairs = Pairs(contrastive.text_length, contrastive.phrases if objective == "regions" else 0, attributes)
     rows = dataclasses.replace(settings.data, sequence_length=pairs.tokens, tiles_per_sequence=1, packing=False)
     return rows, pairs
@@ -190,7 +190,7 @@ class Pipeline(Iterator[StepData]):
     def __init__(self, steps: _Steps):
         self._steps = steps
         self._ahead = ThreadPrefetchDatasetIterator(steps, 1)
-        self.parts = steps.parts  # what this process reads is about one in so many
+        self.parts = steps.parts  # streams in all, for each one that this process reads
 
     def __next__(self) -> StepData:
         return next(self._ahead)
@@ -210,7 +210,7 @@ class Pipeline(Iterator[StepData]):
         if missing := [name for name in self._steps.names if name not in state["streams"]]:
             raise DataError(
                 f"the saved place in the data lacks stream {', '.join(missing)} of data.streams; it has "
-                f"{', '.join(state['streams'])}. Go on from another checkpoint."
+                f"{', '.join(state['streams'])}. Resume from another checkpoint."
             )
         self._ahead.set_state({"streams": {name: copy.deepcopy(state["streams"][name]) for name in self._steps.names}})
 
@@ -273,6 +273,7 @@ class _UsableSamplesIterator(grain.DatasetIterator):
         self._inner: grain.DatasetIterator | None = None
         self._state = {"read": 0, "broken": 0, "useless": 0}  # useless: since the last usable one
         self._problems: list[str] = []
+        self._attributes = AttributeIds()
 
     def __next__(self) -> dict[str, Any]:
         if self._inner is None:
@@ -291,6 +292,7 @@ class _UsableSamplesIterator(grain.DatasetIterator):
             self._check()
             if not isinstance(item, SkippedSample):
                 self._state["useless"] = 0
+                self._attributes.add(item.pop("attributes", {}))
                 if type(item["tiles"]) is not np.ndarray:
                     # Shared memory is given back at once: a packer's worth of tiles would fill a container's.
                     item["tiles"] = np.array(item["tiles"], subok=False)

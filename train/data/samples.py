@@ -71,16 +71,19 @@ class SampleSource:
         return any(file.may_have_images for file in self.files)
 
     def __getitem__(self, index: int) -> dict[str, Any] | SkippedSample:
-        """`packing.element`, or why there is none. Raises nothing: a bad sample must not end a worker."""
-        file, place = self._locate(int(index))
-        name = file.name(place)
+        """`packing.element`, or why there is none; of regions with ``attributes``, the names by their ids.
+
+        Raises nothing: a bad sample must not end a worker.
+        """
+        file, number = self._locate(int(index))
+        name = file.name(number)
         try:
-            record, own_images = file.read(place, self._pool)
+            record, own_images = file.read(number, self._pool)
             store = self._store(file)
             if self._pairs is not None and self._pairs.phrases:
                 regions = parse_regions(record, own_images)
-                inputs, truncated = process_regions(regions, self._processor, store, self._pairs)
-                return packing.element(inputs, name, truncated=truncated)
+                inputs, phrases, attributes, truncated = process_regions(regions, self._processor, store, self._pairs)
+                return packing.element(inputs, name, truncated=truncated, phrases=phrases) | {"attributes": attributes}
             record = parse_record(record, own_images)
             if self._pairs is not None:
                 inputs, truncated = process_pair(record, self._processor, store, self._pairs.tokens)
@@ -126,7 +129,8 @@ def open_sources(
     opened = [SampleSource(f"{label}.{name}", source, processor, data, pairs=pairs) for name, source in sources.items()]
     tiles = data.tiles_per_sequence if any(source.may_have_images for source in opened) else 0
     for source in opened:
-        source.shape = RowShape(data.sequence_length, tiles, data.max_segments if data.packing else 1)
+        segments = data.max_segments if data.packing else 1
+        source.shape = RowShape(data.sequence_length, tiles, segments, pairs.phrases if pairs is not None else 0)
     return opened
 
 

@@ -22,15 +22,16 @@ from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from dsvl2_jax.train.flops import StepFlops, peak_flops
+from dsvl2_jax.runtime.hardware import peak_flops
+from dsvl2_jax.train.flops import StepFlops
 from dsvl2_jax.train.log.run_log import Line, RunLog
 from dsvl2_jax.train.optimizer import learning_rate
 from dsvl2_jax.train.settings.schema import Settings
 
 if TYPE_CHECKING:
     from dsvl2_jax.train.data.pipeline import DataStats
-    from dsvl2_jax.train.objectives.contrastive_trainer import ContrastiveMetrics
-    from dsvl2_jax.train.objectives.language import StepMetrics
+    from dsvl2_jax.train.objectives.contrastive import ContrastiveMetrics
+    from dsvl2_jax.train.objectives.language import LanguageMetrics
 
 TENSORBOARD_NAME = "tensorboard"
 
@@ -56,7 +57,7 @@ class Report:
     ):
         """``devices`` share the work of ``flops`` (None: no MFU). ``console``: standard error when not given.
 
-        ``parts``: the data counts given are those of one part in so many.
+        ``parts``: the data counts given are those of one part of this many.
         """
         self._settings = settings
         self._directory = Path(run_directory)
@@ -64,7 +65,7 @@ class Report:
         self._devices = devices
         self._flops = flops
         self._parts = parts
-        self._peak = peak_flops(jax.devices()[0])
+        self._peak = peak_flops(jax.devices()[0].device_kind)
         self._schedule = learning_rate(settings.optimizer, settings.run.steps)
         self._rates = sorted({rule.lr_multiplier for rule in settings.stage.parameters if rule.train}, reverse=True)
         self._log = RunLog(self._directory)
@@ -109,7 +110,7 @@ class Report:
                 self._live.start()
         self._log.write({"kind": kind, "step": step, "time": self._time(), **fields})
 
-    def step(self, step: int, metrics: StepMetrics | ContrastiveMetrics, data: DataStats, seconds: float) -> None:
+    def step(self, step: int, metrics: LanguageMetrics | ContrastiveMetrics, data: DataStats, seconds: float) -> None:
         """Logs and shows a step.
 
         Args:
@@ -158,7 +159,7 @@ class Report:
     def _time(self) -> float:
         return round(time.monotonic() - self._begun, 3)
 
-    def _line(self, step: int, metrics: StepMetrics | ContrastiveMetrics, data: DataStats, seconds: float) -> Line:
+    def _line(self, step: int, metrics: LanguageMetrics | ContrastiveMetrics, data: DataStats, seconds: float) -> Line:
         counts = {name: getattr(data, name) for name in _COUNTED}
         # After a resume without a log, what one step took of the data is not known.
         own = None if self._counts is None else {name: counts[name] - self._counts[name] for name in _COUNTED}

@@ -17,7 +17,7 @@ Line = dict[str, Any]
 
 
 class RunLog:
-    """The log of a run that is going on. Every line is flushed, so that a killed run loses none."""
+    """The log of a running run. Every line is flushed, so that a killed run loses none."""
 
     def __init__(self, directory: Path):
         self.path = directory / LOG_NAME

@@ -22,13 +22,13 @@ from dsvl2_jax.model.parameter_paths import path_name
 from dsvl2_jax.train.data.batch import TrainBatch
 from dsvl2_jax.train.flops import StepFlops, step_flops
 from dsvl2_jax.train.loss import LossOptions, Sums, loss_fn, step_totals
-from dsvl2_jax.train.objectives.trainer import Arrays, BaseTrainer, TrainState
+from dsvl2_jax.train.objectives.base import Arrays, BaseTrainer, TrainState
 from dsvl2_jax.train.settings.schema import Settings
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class StepMetrics:
+class LanguageMetrics:
     """What a step reports. Losses are means in nats over supervised tokens, nan where there are none."""
 
     loss: jax.Array  # f32[]; the balance losses are no part of it
@@ -43,7 +43,7 @@ class StepMetrics:
 
     @property
     def finite(self) -> bool:
-        """False when training has gone astray. On the host, as is all below."""
+        """False when training has diverged. On the host, as are the methods below."""
         return bool(np.isfinite(self.gradient_norm) and (np.isfinite(self.loss) or not self.supervised_tokens))
 
     def logged(self) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class StepMetrics:
         }
 
     @staticmethod
-    def average(parts: Sequence[StepMetrics]) -> dict[str, float]:
+    def average(parts: Sequence[LanguageMetrics]) -> dict[str, float]:
         """The losses of several batches, per supervised token, and ``tokens``, the number of these."""
         totals = np.zeros((3, 2))  # all, text, image: sum of losses, supervised tokens
         for part in parts:
@@ -75,10 +75,10 @@ class StepMetrics:
         return {"loss": loss, "text_loss": text_loss, "image_loss": image_loss, "tokens": int(totals[0, 1])}
 
 
-class Trainer(BaseTrainer):
+class LanguageTrainer(BaseTrainer):
     """Training on the next token; see `BaseTrainer`."""
 
-    metrics = StepMetrics
+    metrics = LanguageMetrics
 
     def __init__(self, config: Config, settings: Settings, mean: ArrayLike, std: ArrayLike, mesh: Mesh | None = None):
         language = dataclasses.replace(config.language, aux_loss_alpha=settings.stage.balance_loss_weight)
@@ -90,7 +90,7 @@ class Trainer(BaseTrainer):
     def flops(self) -> StepFlops:
         return step_flops(self.config, self.parameter_rules)
 
-    def _update(self, state: TrainState, batch: TrainBatch) -> tuple[TrainState, StepMetrics]:
+    def _update(self, state: TrainState, batch: TrainBatch) -> tuple[TrainState, LanguageMetrics]:
         others = {**state.frozen, **state.biases}
         totals = step_totals(batch)
 
@@ -114,7 +114,7 @@ class Trainer(BaseTrainer):
         state = TrainState(state.step + 1, trained, biases, state.frozen, optimizer)
         return state, _metrics(sums, optax.tree.norm(gradient))
 
-    def _measure(self, state: TrainState, batch: TrainBatch) -> StepMetrics:
+    def _measure(self, state: TrainState, batch: TrainBatch) -> LanguageMetrics:
         params = {**state.trained, **state.biases, **state.frozen}
         totals = step_totals(batch)
         parts = lax.map(lambda micro: self._loss(params, micro, totals)[1], batch)
@@ -139,9 +139,9 @@ class Trainer(BaseTrainer):
         return moved
 
 
-def _metrics(sums: Sums, gradient_norm: jax.Array) -> StepMetrics:
+def _metrics(sums: Sums, gradient_norm: jax.Array) -> LanguageMetrics:
     text_tokens = sums.supervised_tokens - sums.image_supervised_tokens
-    return StepMetrics(
+    return LanguageMetrics(
         loss=sums.loss / sums.supervised_tokens,
         text_loss=(sums.loss - sums.image_loss) / text_tokens,
         image_loss=sums.image_loss / sums.image_supervised_tokens,

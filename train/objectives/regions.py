@@ -19,12 +19,18 @@ from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.layers import partitioned
 from dsvl2_jax.train.data.batch import TrainBatch
-from dsvl2_jax.train.data.encoder_samples import attribute_of_codes, region_of_codes
 from dsvl2_jax.train.flops import StepFlops, region_flops
 from dsvl2_jax.train.forward import compute_params, training_layers
-from dsvl2_jax.train.objectives.contrastive import BIAS, LOG_SCALE, normalised, rows_of_tiles, scalars
-from dsvl2_jax.train.objectives.contrastive_trainer import ContrastiveMetrics, ContrastiveTrainer
-from dsvl2_jax.train.objectives.trainer import Arrays, TrainState
+from dsvl2_jax.train.objectives.base import Arrays, TrainState
+from dsvl2_jax.train.objectives.contrastive import (
+    BIAS,
+    LOG_SCALE,
+    ContrastiveMetrics,
+    ContrastiveTrainer,
+    normalised,
+    rows_of_tiles,
+    scalars,
+)
 from dsvl2_jax.train.settings.schema import Settings
 
 # Parameters beside the model's: a phrase is the mean of its tokens' embeddings; the head is that of the regions.
@@ -46,27 +52,21 @@ def init_auxiliary(config: Config, settings: Settings, rng: jax.Array) -> dict[s
     return own | scalars(settings)
 
 
-def phrases(batch: TrainBatch, most: int) -> tuple[jax.Array, jax.Array]:
-    """The phrases of an accumulation step's rows, of R = ``most`` a row.
-
-    Returns:
-      (f32[B, R, T], i32[B, R]): which tokens a phrase has, and its code (`process_regions`), 0
-      where a row has no further phrase.
-    """
-    codes = jnp.where(jnp.asarray(batch.segments) > 0, jnp.asarray(batch.labels), 0)
-    begins = (codes != jnp.pad(codes, ((0, 0), (1, 0)))[:, :-1]) & (codes > 0)
-    number = jnp.where(codes > 0, jnp.cumsum(begins, axis=1) - 1, -1)
-    member = number[:, None] == jnp.arange(most)[None, :, None]
-    return member.astype(jnp.float32), jnp.where(member, codes[:, None], 0).max(-1)
+def phrase_members(lengths_br: jax.Array, tokens: int) -> jax.Array:
+    """f32[B, R, T], 1 where a token belongs to a phrase: phrases of these lengths follow each other in a row of T."""
+    ends_br1 = jnp.cumsum(lengths_br, axis=1)[..., None]
+    place_t = jnp.arange(tokens)
+    return ((place_t >= ends_br1 - lengths_br[..., None]) & (place_t < ends_br1)).astype(jnp.float32)
 
 
-def phrase_numbers(ids_bt: jax.Array, member_brt: jax.Array, code_br: jax.Array) -> jax.Array:
+def phrase_numbers(ids_bt: jax.Array, member_brt: jax.Array) -> jax.Array:
     """u32[B, R], equal for equal phrases; different ones differ but for one pair in four billions."""
     place = jnp.cumsum(member_brt, axis=-1) * member_brt  # from 1 within each phrase
     mixed = (ids_bt[:, None].astype(jnp.uint32) + 1) * jnp.uint32(2654435761)
     mixed = (mixed ^ (mixed >> 15)) * (2 * place.astype(jnp.uint32) + 1) * jnp.uint32(2246822519)
     mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(3266489917)
-    return jnp.where(code_br > 0, jnp.where(member_brt > 0, mixed, 0).sum(-1, dtype=jnp.uint32), _NOTHING)
+    sums = jnp.where(member_brt > 0, mixed, 0).sum(-1, dtype=jnp.uint32)
+    return jnp.where((member_brt > 0).any(-1), sums, _NOTHING)
 
 
 def region_loss(
@@ -105,12 +105,12 @@ def region_loss(
     return jnp.where(counted, losses, 0.0).sum() / count, found.sum() / count
 
 
-def region_features(x_bpw: jax.Array, code_br: jax.Array, grid: int) -> jax.Array:
-    """[B, P, W] patches → [B, R, W], the mean over each code's rectangle of them."""
-    left, top, right, bottom = (side[..., None] for side in region_of_codes(code_br))
+def region_features(x_bpw: jax.Array, boxes_br4: jax.Array, grid: int) -> jax.Array:
+    """[B, P, W] patches → [B, R, W], the mean over each box's rectangle of them (`PhraseBatch`)."""
+    left, top, right, bottom = jnp.split(boxes_br4, 4, axis=-1)
     place = jnp.arange(grid)
     columns, rows = (left <= place) & (place < right), (top <= place) & (place < bottom)  # [B, R, grid]
-    inside = (rows[..., :, None] & columns[..., None, :]).reshape(*code_br.shape, grid * grid).astype(x_bpw.dtype)
+    inside = (rows[..., :, None] & columns[..., None, :]).reshape(*boxes_br4.shape[:2], grid * grid).astype(x_bpw.dtype)
     return jnp.einsum("brp,bpw->brw", inside, x_bpw) / jnp.maximum(inside.sum(-1, keepdims=True), 1)
 
 
@@ -129,21 +129,20 @@ class RegionTrainer(ContrastiveTrainer):
         wrap = training_layers(self.config, self.settings.compute.remat)
         x = model.encode_tiles(params, self.config, batch.tiles, *self._pixels, wrap=wrap)
         x = rows_of_tiles(x, batch.ids.shape[0])
-        member, codes = phrases(batch, settings.phrases)
-        ids = jnp.asarray(batch.ids)
+        ids, phrases = jnp.asarray(batch.ids), jax.tree.map(jnp.asarray, batch.phrases)
+        member = phrase_members(phrases.lengths, ids.shape[1])
         embedded = jnp.take(auxiliary[TOKENS], ids, axis=0)
         said = jnp.einsum("brt,btw->brw", member, embedded, precision=jax.lax.Precision.HIGHEST)
-        seen = region_features(x, codes, self.config.vision.grid)
+        seen = region_features(x, phrases.boxes, self.config.vision.grid)
         seen = jnp.einsum("brw,wv->brv", seen, auxiliary[HEAD].astype(seen.dtype))
-        numbers = phrase_numbers(ids, member, codes)
-        attributes = attribute_of_codes(codes)
+        numbers = phrase_numbers(ids, member)
         log_scale, bias = auxiliary[LOG_SCALE], auxiliary[BIAS]
         flat = functools.partial(jnp.reshape, shape=(-1, self.config.vision.width))
         loss, accuracy = region_loss(
             normalised(flat(seen)),
             normalised(flat(said)),
             numbers.reshape(-1),
-            attributes.reshape(-1),
+            phrases.attributes.reshape(-1),
             log_scale,
             bias,
             settings.different_phrases,

@@ -14,9 +14,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from dsvl2_jax.apps.bench.measure import drop_from_page_cache, machine, need_at_least, own_bytes
+from dsvl2_jax.apps.bench.random_checkpoint import random_checkpoint
 from dsvl2_jax.checkpoint.load import load_params
 from dsvl2_jax.checkpoint.locate import kind, open_model, resolve
-from dsvl2_jax.errors import DSVL2Error, UsageError
+from dsvl2_jax.convert.to_orbax import convert
+from dsvl2_jax.errors import DSVL2Error
+from dsvl2_jax.model.released import released_config
 from dsvl2_jax.runtime import processes
 from dsvl2_jax.sharding import check_mesh, make_mesh, parse_mesh
 
@@ -71,21 +75,17 @@ def bench_load(
       DSVL2Error: a process failed.
       UsageError: ``count`` is not positive, or not the product of the mesh.
     """
-    if count < 1:
-        raise UsageError(f"--processes: found {count}, expected a positive whole number.")
+    need_at_least("--processes", count, 1)
     tensor = 2 if count % 4 == 0 else 1
     sizes = parse_mesh(mesh or f"tensor={tensor},expert={count // tensor}")
     check_mesh(sizes, count)
     with tempfile.TemporaryDirectory(prefix="dsvl2-bench-", dir=directory) as work:
+        print(machine())
         places = [resolve(ckpt)] if ckpt is not None else _random_in_both_layouts(Path(work), size)
         return {kind(place): _load(place, count, sizes, dtype) for place in places}
 
 
 def _random_in_both_layouts(work: Path, size: str) -> list[Path]:
-    from dsvl2_jax.apps.bench.convert import random_checkpoint
-    from dsvl2_jax.convert.to_orbax import convert
-    from dsvl2_jax.model.released import released_config
-
     released, converted = work / "released", work / "converted"
     random_checkpoint(released, released_config(size))
     convert(released, converted)
@@ -94,9 +94,7 @@ def _random_in_both_layouts(work: Path, size: str) -> list[Path]:
 
 def _load(directory: Path, count: int, sizes: Mapping[str, int], dtype: str | None) -> list[Loaded]:
     """What each process measured, after printing it."""
-    from dsvl2_jax.apps.bench.convert import forget
-
-    forget(directory)
+    drop_from_page_cache(directory)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
@@ -141,25 +139,16 @@ def _measure(directory: Path, sizes: Mapping[str, int], dtype: str | None) -> Lo
     ones = jax.jit(lambda: jnp.ones(mesh.size), out_shardings=everywhere)()
     jax.jit(jnp.sum)(ones).block_until_ready()
     processes.gather("ready")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    baseline, before = _status("status", "VmRSS"), _status("io", "rchar")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    baseline, before = own_bytes("VmRSS"), own_bytes("rchar")
     started = time.perf_counter()
     params = load_params(directory, config, dtype, mesh)
     seconds = time.perf_counter() - started
-    peak, read = _status("status", "VmHWM") - baseline, _status("io", "rchar") - before
+    peak, read = own_bytes("VmHWM") - baseline, own_bytes("rchar") - before
     leaves = jax.tree.leaves(params)
     parts = [sum(shard.data.nbytes for shard in leaf.addressable_shards) for leaf in leaves]
     largest = max(leaf.nbytes for leaf in leaves)
     return Loaded(jax.process_index(), baseline, sum(parts), largest, max(parts), peak, read, seconds)
-
-
-def _status(file: Literal["status", "io"], field: str) -> int:
-    """A field of /proc/self, in bytes."""
-    for line in Path("/proc/self", file).read_text(encoding="ascii").splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return int(value.split()[0]) * (1024 if value.endswith("kB") else 1)
-    raise DSVL2Error(f"/proc/self/{file}: has no {field}; this measurement needs Linux.")
 
 
 def _work(job: dict[str, Any]) -> int:

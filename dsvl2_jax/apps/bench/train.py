@@ -9,6 +9,7 @@ trials choose each side's quickest setting; then the sides step in turns.
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from dsvl2_jax.apps.bench.measure import machine, need_at_least, own_bytes
 from dsvl2_jax.errors import DSVL2Error, UsageError
 
 # Keys of `LanguageConfig` and of transformers' DeepseekV3Config alike. Routing as base's, sizes in its proportions.
@@ -53,7 +55,6 @@ THREADS = 2
 WARM_UP = 2  # steps; the first compiles
 TRIAL_STEPS = 2
 LEARNING_RATE = 1e-4
-GIB = 2**20  # of the kernel's kB
 
 # glibc gives large arrays back to the system at once, and every step then waits for the same pages anew. This keeps
 # them: quicker, with a higher peak. PyTorch's guide to CPU tuning advises an allocator that does so.
@@ -135,15 +136,14 @@ def bench_train(*, rows: int = 2, length: int = 1024, steps: int = 3, rounds: in
       DSVL2Error: a side's process failed, or its loss is not finite.
     """
     for name, value, least in (("rows", rows, 1), ("length", length, 2), ("steps", steps, 1), ("rounds", rounds, 1)):
-        if value < least:
-            raise UsageError(f"--{name}: found {value}, expected at least {least}.")
+        need_at_least(f"--{name}", value, least)
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(
             f"bench train compares with PyTorch, and {' and '.join(missing)} cannot be imported. Install them for this "
             "measurement (pip install torch transformers); nothing else needs them."
         )
-    print(f"{rows} × {length} tokens, float32, {THREADS} threads; trials:", flush=True)
+    print(f"{machine()}\n{rows} × {length} tokens, float32, {THREADS} threads; trials:", flush=True)
     trials: dict[Setting, Measured | str] = {}
 
     def quickest(settings: list[Setting]) -> Setting:
@@ -182,6 +182,8 @@ def _print(result: TrainBench) -> None:
     ours, theirs = result.ours, result.torch
     for side in (theirs, ours):
         print(f"{side.setting}; {side.parameters / 1e6:.1f} M parameters")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "torch"))
+    print(f"PyTorch is DeepseekV3ForCausalLM of {versions}; both sides have the same configuration")
     print(f"{'':28}{'PyTorch':>10}{'ours':>10}{'ratio':>10}")
     table = [
         ("step, s", theirs.step, ours.step, theirs.step / ours.step),
@@ -270,13 +272,7 @@ def _work(job: dict[str, Any]) -> None:
             started = time.perf_counter()
             step()
             seconds.append(time.perf_counter() - started)
-        print(json.dumps({"seconds": seconds, "peak": _resident("VmHWM")}), file=answers)
-
-
-def _resident(field: str) -> float:
-    """VmRSS (now) or VmHWM (at most so far) of this process, in GiB."""
-    with open("/proc/self/status", encoding="ascii") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith(f"{field}:")) / GIB
+        print(json.dumps({"seconds": seconds, "peak": own_bytes("VmHWM") / 2**30}), file=answers)
 
 
 def _torch(ids: np.ndarray, setting: Setting) -> tuple[Callable[[], float], int, float]:
@@ -287,7 +283,7 @@ def _torch(ids: np.ndarray, setting: Setting) -> tuple[Callable[[], float], int,
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     batch = torch.from_numpy(ids.astype(np.int64))
-    base = _resident("VmRSS")
+    base = own_bytes("VmRSS") / 2**30
     config = transformers.DeepseekV3Config(
         **LANGUAGE, attn_implementation="sdpa", experts_implementation=setting.experts, use_cache=False
     )
@@ -307,14 +303,22 @@ def _torch(ids: np.ndarray, setting: Setting) -> tuple[Callable[[], float], int,
 
 
 def _ours(ids: np.ndarray, setting: Setting) -> tuple[Callable[[], float], int, float]:
-    """Our `Trainer`'s step (which returns the loss), trained parameters, and memory before the model was made."""
+    """The step of `LanguageTrainer` (it returns the loss), trained parameters, and memory before the model was made."""
     import jax
 
     from dsvl2_jax.model import deepseek_vl2 as model
     from dsvl2_jax.model.config import TEXT_POSITION, Config
     from dsvl2_jax.train.data.batch import TrainBatch
-    from dsvl2_jax.train.objectives.language import Trainer
-    from dsvl2_jax.train.settings import schema
+    from dsvl2_jax.train.objectives.language import LanguageTrainer
+    from dsvl2_jax.train.settings.schema import (
+        BatchSettings,
+        ComputeSettings,
+        DataSettings,
+        OptimizerSettings,
+        ParameterRule,
+        Settings,
+        StageSettings,
+    )
 
     # A vision encoder as small as can be: it is neither trained nor run.
     config = Config.from_dict(
@@ -327,16 +331,16 @@ def _ours(ids: np.ndarray, setting: Setting) -> tuple[Callable[[], float], int, 
     )
     rows, length = ids.shape
     rules = (
-        schema.ParameterRule("/correction_bias$", train=False),
-        schema.ParameterRule("^language/"),
-        schema.ParameterRule("", train=False),
+        ParameterRule("/correction_bias$", train=False),
+        ParameterRule("^language/"),
+        ParameterRule("", train=False),
     )
-    settings = schema.Settings(
-        data=schema.DataSettings(sequence_length=length, tiles_per_sequence=0, max_segments=1),
-        batch=schema.BatchSettings(sequences=rows, microbatch_size=rows),
-        stage=schema.StageSettings(rules, balance_loss_weight=0.0),
-        optimizer=schema.OptimizerSettings(learning_rate=LEARNING_RATE),
-        compute=schema.ComputeSettings(dtype="float32", remat=setting.remat, loss_chunk=256),
+    settings = Settings(
+        data=DataSettings(sequence_length=length, tiles_per_sequence=0, max_segments=1),
+        batch=BatchSettings(sequences=rows, microbatch_size=rows),
+        stage=StageSettings(rules, balance_loss_weight=0.0),
+        optimizer=OptimizerSettings(learning_rate=LEARNING_RATE),
+        compute=ComputeSettings(dtype="float32", remat=setting.remat, loss_chunk=256),
     )
     batch = TrainBatch(
         ids=ids[None],
@@ -348,9 +352,9 @@ def _ours(ids: np.ndarray, setting: Setting) -> tuple[Callable[[], float], int, 
         tiles=np.zeros((1, 0, 28, 28, 3), np.uint8),
     )
     jax.devices()
-    base = _resident("VmRSS")
+    base = own_bytes("VmRSS") / 2**30
     half = np.full(3, 0.5, np.float32)
-    trainer = Trainer(config, settings, half, half, None)
+    trainer = LanguageTrainer(config, settings, half, half, None)
     state = trainer.init(model.init_params(config, jax.random.key(0)))
 
     def step() -> float:

@@ -1,4 +1,4 @@
-"""`dsvl2 data`: checking data sets."""
+"""`dsvl2 data`: checking data sets, and importing published benchmarks."""
 
 from __future__ import annotations
 
@@ -50,5 +50,16 @@ def check(
         )
 
 
-COMMANDS = {"check": check}
-data = command_group("Check data sets.", COMMANDS)
+def import_(source: Positional[Path]) -> None:
+    """Write a published benchmark as a file of questions for `dsvl2 eval`, and print its name.
+
+    Args:
+        source: a table of VLMEvalKit, NAME.tsv (writes NAME.jsonl and the images to NAME/), or the folder of a download
+            of jxu124/refcoco-benchmark (writes val.jsonl and images/ into it; needs pyarrow).
+    """
+    from dsvl2_jax.infer.eval.benchmarks import import_benchmark
+
+    print(import_benchmark(source))
+
+
+data = command_group("Check data sets, and import published benchmarks.", {"check": check, "import": import_})

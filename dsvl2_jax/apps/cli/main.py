@@ -50,6 +50,12 @@ def main(argv: list[str] | None = None) -> int:
             config=(tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName),
         )
         return processes.end(status or 0)
+    except SystemExit:
+        if args[:1] == ["train"] and {"-h", "--help"} & set(args):  # tyro has printed the options
+            from dsvl2_jax.train.settings.load import settings_help
+
+            print(settings_help())
+        raise
     except (Exception, KeyboardInterrupt) as error:
         if debug and not isinstance(error, (KeyboardInterrupt, BrokenPipeError)):
             if not processes.joined():

@@ -96,7 +96,6 @@ def flattened(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def command_group(description: str, commands: Mapping[str, Callable[..., int | None]]) -> Callable[..., int | None]:
     """A command whose first word names one of several others, as ``check`` in `dsvl2 data check`."""
     named = tuple(Annotated[Any, tyro.conf.subcommand(name=name, constructor=run)] for name, run in commands.items())
-    named = (*named, Annotated[None, tyro.conf.Suppress])  # one type alone would be no union
 
     def chosen(status: int | None) -> int | None:
         return status  # parsing runs the command that was named

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
+import tyro
 from tyro.conf import Positional
 
 from dsvl2_jax.apps.cli.options import Settings, needs_train_extra
 
+Models = Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="[MODEL ...]")]]
+
 
 def plan(
-    model: Positional[str] = "micro",
+    models: Models = ("micro",),
     *,
     topology: str | None = None,
     job: Literal["prefill", "decode", "encode", "align", "pretrain", "sft"] | None = None,
@@ -20,6 +24,7 @@ def plan(
     micro: int | None = None,
     set: Settings = (),
     mesh: str = "auto",
+    csv: Path | None = None,
     no_cache: bool = False,
     json: bool = False,
 ) -> int:
@@ -29,23 +34,24 @@ def plan(
     can be said without it is said. Exit status 1 when the job does not fit the topology.
 
     Args:
-        model: tiny, small, base, micro, a checkpoint, or a config.json.
+        models: tiny, small, base, micro, a checkpoint, or a config.json; one or several.
         topology: as v5e-16, v5p-8, v6e-8, tpu7x-8, h100-8 or h200-1; without it, a table of them.
         job: what to compile: inference, or the training step of a preset. Without it decode; in the table prefill too.
         batch: prompts of a prefill (8), tiles to encode (32), or sequences of a training step (the preset's).
-        sequence: tokens of a prompt or training sequence, or that the cache has room for (4096).
-        slots: rows that decode together (64).
+        sequence: tokens of a prompt or training sequence, or positions of the cache (4096).
+        slots: sequences that decode together (64).
         micro: sequences that a data shard trains on at a time (the preset's).
         set: a setting of the preset, such as compute.remat=dots; may be given several times.
         mesh: as data=2,tensor=2,expert=4; auto chooses one and says why.
+        csv: put the rows of the table into this file, in the place of older ones of the same model and job.
         no_cache: compile even what was compiled before.
         json: print everything as JSON.
     """
-    from dsvl2_jax.apps.plan.report import run
+    from dsvl2_jax.apps.plan.command import run_plan
 
     with needs_train_extra():
-        return run(
-            model,
+        return run_plan(
+            models,
             topology,
             job,
             batch=batch,
@@ -54,6 +60,7 @@ def plan(
             micro=micro,
             overrides=set,
             mesh=mesh,
+            csv=csv,
             cache=not no_cache,
             as_json=json,
         )

@@ -8,8 +8,8 @@ import math
 import pytest
 from flax.traverse_util import flatten_dict
 
-from dsvl2_jax.apps.bench.convert import random_checkpoint
 from dsvl2_jax.apps.bench.load import bench_load
+from dsvl2_jax.apps.bench.random_checkpoint import random_checkpoint
 from dsvl2_jax.apps.cli.main import main
 from dsvl2_jax.convert.to_orbax import convert
 from dsvl2_jax.model.config import Config

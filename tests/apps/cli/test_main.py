@@ -69,6 +69,7 @@ OPTIONS = {
         "--ckpt": "None", "--images": "''", "--sequence-length": "4096", "--tiles-per-sequence": "20",
         "--mask-prompt": "False", "--problems": "20", "--histogram": "None", "--json": "False",
     },
+    "data import": {},
     "plot": {"--out": "plot.png"},
     "eval": {
         "--metric": "None", "--images": "''", "--out": "None", "--batch-size": "16", "--max-new-tokens": "128",
@@ -77,7 +78,8 @@ OPTIONS = {
     },
     "plan": {
         "--topology": "None", "--job": "None", "--batch": "None", "--sequence": "None", "--slots": "None",
-        "--micro": "None", "--set": "repeatable", "--mesh": "auto", "--no-cache": "False", "--json": "False",
+        "--micro": "None", "--set": "repeatable", "--mesh": "auto", "--csv": "None", "--no-cache": "False",
+        "--json": "False",
     },
     "bench": {
         "--size": "tiny", "--directory": "None", "--keep": "None", "--repeats": "2", "--new-tokens": "32",
@@ -112,11 +114,17 @@ def test_no_command_is_left_out():
     assert {command.split()[0] for command in OPTIONS} == set(COMMANDS)
 
 
-def test_help_does_not_load_jax():
+@pytest.mark.parametrize("command", ([], ["train"]))
+def test_help_does_not_load_jax(command):
     program = "import sys; from dsvl2_jax.apps.cli.main import main\n"
-    program += "try: main(['--help'])\nfinally: print('jax' in sys.modules)"
+    program += f"try: main([*{command}, '--help'])\nfinally: print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_training_help_lists_the_settings(run):
+    _, out, _ = run("train", "--help")
+    assert "--tensorboard" in out and "\nmicrobatch_size = 1  # rows that a data shard" in out
 
 
 def test_generate_prints_the_official_answer(run, mini):
@@ -168,7 +176,11 @@ def test_draw_writes_the_image_at_its_own_size(run, mini, tmp_path):
 @pytest.mark.parametrize(
     ("args", "status", "message"),
     [
-        (["generate", "--prompt", "x", "--temperature", "-1"], 2, "temperature: found -1.0"),
+        (
+            ["generate", "--prompt", "x", "--temperature", "-1"],
+            2,
+            "temperature: must be 0 (greedy) or a positive number",
+        ),
         (["generate", "--prompt", "x", "--max-new-tokens", "0"], 2, "max_new_tokens: found 0"),
         (["generate", "--prompt", "x", "--mesh", "rows=2"], 2, "unknown axis 'rows'"),
         (["generate", "--prompt", "x", "--mesh", "tensor=3"], 2, "needs 3 devices"),

@@ -33,7 +33,7 @@ from dsvl2_jax.inputs.tokenizer import IMAGE_TOKEN, PROCESSOR_TOKENS, Tokenizer
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.parameter_paths import stays_float32
 from dsvl2_jax.train.run_directory import Identity, model_identity, opened
-from dsvl2_jax.train.settings import schema as settings
+from dsvl2_jax.train.settings.load import load
 
 CONFIGS = Path(configs.__file__).parent
 MICRO, IMAGES = CONFIGS / "micro", CONFIGS / "images"
@@ -184,7 +184,7 @@ def runs(tmp_path_factory) -> Path:
         leaf.path: random.standard_normal(leaf.shape, np.float32) for leaf in rules.expand(Config.from_file(source))
     }
     with opened(last) as run:
-        run.begin(settings.load(file), source, Identity(model_identity(source), {"data.jsonl": "abc"}))
+        run.begin(load(file), source, Identity(model_identity(source), {"data.jsonl": "abc"}))
         run.save(6, unflatten_dict(flat), {"count": np.zeros(1, np.float32)}, {"at": 6})
         run.wait()
     for stage in build.STAGES:
@@ -252,7 +252,7 @@ def test_unknown_data_sets_are_refused_before_anything_is_written(tmp_path, caps
 
 def test_the_stages_read_the_data_that_is_made():
     for stage in build.STAGES:
-        loaded = settings.load(f"micro-{stage}")
+        loaded = load(f"micro-{stage}")
         sources = [*loaded.data.train.values(), *loaded.data.validation.values()]
         assert {Path(source.path).stem for source in sources} <= set(build.DATA), stage
         assert {Path(source.path).parent for source in sources} == {Path("runs/micro/data")}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dsvl2_jax.apps.micro import build, pictures, synthetic
-from dsvl2_jax.train.settings import schema as settings
+from dsvl2_jax.train.settings.load import load
 
 TEXTS = ["data.train.text.path=texts.jsonl", "data.validation.text.path=texts-held.jsonl"]
 CAPTIONS = ["data.train.pairs.path=captions.jsonl", "data.validation.pairs.path=captions-held.jsonl"]
@@ -17,7 +17,7 @@ CAPTIONS = ["data.train.pairs.path=captions.jsonl", "data.validation.pairs.path=
 
 def pictures_of(stage: str) -> list[str]:
     """The preset's sources, each reading the same pictures; text stays text."""
-    sources = [f"data.train.{name}.path" for name in settings.load(f"micro-{stage}").data.train]
+    sources = [f"data.train.{name}.path" for name in load(f"micro-{stage}").data.train]
     files = [f"{path}={'texts' if '.text.' in path else 'pictures'}.jsonl" for path in sources]
     return [*files, "data.validation.vl.path=pictures-held.jsonl", "data.tiles_per_sequence=8"]
 

@@ -18,15 +18,15 @@ import pytest
 from jax import lax
 from jax.sharding import SingleDeviceSharding
 
-from dsvl2_jax.apps.plan import jobs as plan_jobs
-from dsvl2_jax.apps.plan import planner as planner
-from dsvl2_jax.apps.plan.hlo import buffers, walk
-from dsvl2_jax.apps.plan.planner import Job, parse_job
+from dsvl2_jax.apps.plan import planner
+from dsvl2_jax.apps.plan.hlo_text import buffers
+from dsvl2_jax.apps.plan.hlo_walk import walk
+from dsvl2_jax.apps.plan.job import Job, parse_job
 from dsvl2_jax.kernels import gpu_grouped_matmul
 from dsvl2_jax.kernels.gpu_attention import attention_backward, attention_forward
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.released import released_config
-from dsvl2_jax.runtime.hardware import topology
+from dsvl2_jax.runtime.hardware import compile_devices, topology
 from dsvl2_jax.sharding import batch_parts
 
 pytestmark = pytest.mark.skipif(
@@ -38,7 +38,7 @@ GB = 1e9
 
 def compiled(function: Callable, *shapes: tuple, dtype: Any = jnp.bfloat16) -> jax.stages.Compiled:
     """For one H100. ``shapes``: shape, or (shape, dtype)."""
-    (device,) = plan_jobs.devices(topology("h100-1"))
+    (device,) = compile_devices(topology("h100-1"))
     place = SingleDeviceSharding(device)
 
     def argument(shape: tuple) -> jax.ShapeDtypeStruct:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dsvl2_jax.apps.plan.hlo import buffers, instructions, walk
+from dsvl2_jax.apps.plan.hlo_text import buffers, instructions
+from dsvl2_jax.apps.plan.hlo_walk import walk
 
 PROGRAM = """HloModule jit_f, is_scheduled=true
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dsvl2_jax.apps.plan.hlo import _positions, instructions, walk
+from dsvl2_jax.apps.plan.hlo_text import instructions
+from dsvl2_jax.apps.plan.hlo_walk import _positions, walk
 from dsvl2_jax.sharding import make_mesh
 
 

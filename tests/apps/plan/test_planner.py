@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import importlib.util
 import json
@@ -11,20 +12,22 @@ import numpy as np
 import pytest
 
 from dsvl2_jax.apps.cli.main import main
-from dsvl2_jax.apps.plan import cache as plan_cache
-from dsvl2_jax.apps.plan import jobs as plan_jobs
-from dsvl2_jax.apps.plan import table as plan_table
-from dsvl2_jax.apps.plan import training as plan_train
-from dsvl2_jax.apps.plan import work as plan_work
-from dsvl2_jax.apps.plan.planner import Job, choose_mesh, mean_turns, meshes, parse_job, plan, resident_bytes
-from dsvl2_jax.apps.plan.report import config_of, lines
+from dsvl2_jax.apps.plan import planner, saved_plans
+from dsvl2_jax.apps.plan.command import config_of
+from dsvl2_jax.apps.plan.job import Job, parse_job
+from dsvl2_jax.apps.plan.least_work import decode_work, encode_work, prefill_work
+from dsvl2_jax.apps.plan.mesh_choice import choose_mesh, meshes, resident_bytes
+from dsvl2_jax.apps.plan.planner import mean_trip_count, plan
+from dsvl2_jax.apps.plan.report import plan_lines
+from dsvl2_jax.apps.plan.table import HEADER, TABLE_TOPOLOGIES, update_csv
+from dsvl2_jax.apps.plan.training_step import abstract_batch, training_work
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.released import released_config
-from dsvl2_jax.runtime.hardware import target_config, topology
+from dsvl2_jax.runtime.hardware import CompilerMissing, target_config, topology
 from dsvl2_jax.sharding import batch_parts, make_mesh
 from dsvl2_jax.train.data.batch import TrainBatch
-from dsvl2_jax.train.objectives.language import Trainer
+from dsvl2_jax.train.objectives.language import LanguageTrainer
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the tpu extra")
 
@@ -38,24 +41,24 @@ def released() -> dict[str, Config]:
 def test_a_token_costs_two_flops_an_activated_parameter(released, size, activated):
     """The paper's counts hold encoder and language model, and are rounded to 0.1 billion."""
     config = released[size]
-    encoder = plan_work.encode_work(config, 0).bytes / 2
-    one = plan_work.decode_work(config, 1, 0)
+    encoder = encode_work(config, 0).bytes / 2
+    one = decode_work(config, 1, 0)
     assert (one.flops / 2 + encoder) / 1e9 == pytest.approx(activated, abs=0.1)
 
 
 def test_decoding_reads_the_experts_that_are_visited_and_the_cache(released):
     config = released["base"]  # 72 experts of which a token visits 6, in 29 layers; 576 numbers a token in 30 layers
     expert = 3 * 2560 * 1536 * 2
-    one, two, many, more = (plan_work.decode_work(config, slots, 0).bytes for slots in (1, 2, 64, 65))
+    one, two, many, more = (decode_work(config, slots, 0).bytes for slots in (1, 2, 64, 65))
     assert two - one == 29 * 6 * expert + 2 * 2560
     assert more - many == 2 * 2560  # all experts are read anyway
-    filled = plan_work.decode_work(config, 64, 4096).bytes
+    filled = decode_work(config, 64, 4096).bytes
     assert filled - many == 2 * 64 * 4096 * 576 * 30
 
 
 def test_a_prompts_last_token_alone_has_logits(released):
     config = released["small"]
-    one, two = (plan_work.prefill_work(config, 1, length).flops for length in (1, 2))
+    one, two = (prefill_work(config, 1, length).flops for length in (1, 2))
     head = 2.0 * 2048 * config.language.vocab_size
     step = two - one
     pairs = 2.0 * 16 * (192 + 128) * 27  # of one more pair; the second token sees two
@@ -82,7 +85,9 @@ def test_the_chosen_mesh_holds_parameters_and_cache_with_room(released):
 
 def test_few_assignments_leave_devices_without_a_share(released):
     def turns(slots: int, **sizes: int) -> float:
-        return mean_turns(released["base"], Job("decode", slots, 4096), {"data": 1, "tensor": 1, "expert": 1} | sizes)
+        return mean_trip_count(
+            released["base"], Job("decode", slots, 4096), {"data": 1, "tensor": 1, "expert": 1} | sizes
+        )
 
     assert turns(1, expert=8) == 6 / 8  # six experts, one on each of eight devices at a time
     assert turns(2, data=2, expert=4) == 6 / (4 * 2)
@@ -168,10 +173,10 @@ def test_a_training_state_takes_16_bytes_an_entry_or_12(released):
 def test_rematerialising_costs_one_forward_more(released):
     config = released["small"]
     none, full = (
-        plan_train.train_work(config, parse_job("sft", 1, 512, None, model="small", overrides=[how]).settings)
+        training_work(config, parse_job("sft", 1, 512, None, model="small", overrides=[how]).settings)
         for how in ("compute.remat=none", "compute.remat=full")
     )
-    forward = plan_work.prefill_work(config, 1, 512).flops + plan_work.encode_work(config, 20).flops
+    forward = prefill_work(config, 1, 512).flops + encode_work(config, 20).flops
     assert 1.3 <= full.flops / none.flops <= 4 / 3
     assert full.flops - none.flops == pytest.approx(forward, rel=0.05)  # without head and adaptor, which run once
 
@@ -181,8 +186,8 @@ def test_the_abstract_batch_is_what_the_trainer_places():
     overrides = ["data.sequence_length=64", "data.tiles_per_sequence=3", "data.max_segments=4"]
     job = parse_job("sft", 16, None, None, model="micro", micro=2, overrides=overrides)
     mesh = make_mesh(data=2, tensor=2, expert=2)
-    trainer = Trainer(config, job.settings, (0.5,) * 3, (0.5,) * 3, mesh)
-    found = plan_train.abstract_batch(config, job.settings, mesh)
+    trainer = LanguageTrainer(config, job.settings, (0.5,) * 3, (0.5,) * 3, mesh)
+    found = abstract_batch(config, job.settings, mesh)
     shards = batch_parts(dict(mesh.shape))
     steps, rows, side = 16 // (2 * shards), 2 * shards, config.vision.image_size
     ids = np.zeros((steps, rows, 64), np.int32)
@@ -205,29 +210,92 @@ def test_without_a_compiler_arithmetic_still_answers(capsys, monkeypatch, tmp_pa
     assert not list(tmp_path.rglob("*.json"))  # nothing to keep
 
 
-def test_the_table_has_a_row_for_each_place_and_job(capsys, monkeypatch, tmp_path):
-    def missing(place):
-        raise plan_jobs.CompilerMissing(f"{place.name}: no compiler here")
-
-    monkeypatch.setattr(plan_jobs, "devices", missing)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_the_table_has_a_row_for_each_place_and_job(no_compiler, capsys):
     assert main(["plan", "tiny", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert len(rows) == 2 * len(plan_table.PLACES) and {row["job"]["kind"] for row in rows} == {"prefill", "decode"}
+    assert len(rows) == 2 * len(TABLE_TOPOLOGIES) and {row["job"]["kind"] for row in rows} == {"prefill", "decode"}
     assert all(row["compiled"] is False and row["tokens_per_second"] > 0 for row in rows)
     assert main(["plan", "small", "--job", "sft"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[1] == plan_table.HEADER and len(printed) == 3 + len(plan_table.PLACES)
+    assert printed[1] == HEADER and len(printed) == 3 + len(TABLE_TOPOLOGIES)
     assert printed[-1] == "not compiled: no compiler here"
     (largest,) = (line for line in printed if line.startswith("h200-8"))
     (least,) = (line for line in printed if line.startswith("v5e-4 "))
     assert " yes " in largest and " no " in least
 
 
+@pytest.fixture
+def no_compiler(monkeypatch, tmp_path):
+    def missing(place):
+        raise CompilerMissing(f"{place.name}: no compiler here")
+
+    monkeypatch.setattr(planner, "compile_devices", missing)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def csv_rows(file) -> list[dict[str, str]]:
+    with file.open(newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+def test_a_csv_has_the_tables_of_all_models(no_compiler, capsys, tmp_path):
+    file = tmp_path / "plan.csv"
+    assert main(["plan", "small", "tiny", "--csv", str(file)]) == 0
+    printed = [line for line in capsys.readouterr().out.splitlines() if " decode " in line or " prefill " in line]
+    rows = csv_rows(file)
+    assert len(rows) == 2 * 2 * len(TABLE_TOPOLOGIES) == len(printed) - 2  # without the two titles
+    assert [row["model"] for row in rows] == ["tiny"] * (len(rows) // 2) + ["small"] * (len(rows) // 2)
+    assert {(row["batch"], row["sequence"]) for row in rows if row["job"] == "decode"} == {("64", "4096")}
+    largest = next(row for row in rows if (row["model"], row["topology"], row["job"]) == ("tiny", "h200-8", "decode"))
+    (line,) = (line for line in printed[-2 * len(TABLE_TOPOLOGIES) :] if line.startswith("h200-8    decode"))
+    for cell in (largest["mesh"], f"{largest['gb_per_device']} of {largest['gb_of_memory']}", largest["bound_by"]):
+        assert cell in line
+    assert f"{int(largest['per_second']):,} tokens/s" in line
+    assert largest["compiled"] == "no" and largest["fits"] == "yes" and largest["flops_ratio"] == ""
+
+
+def test_a_csv_keeps_other_rows_and_what_was_compiled_elsewhere(no_compiler, capsys, tmp_path):
+    file = tmp_path / "plan.csv"
+    assert main(["plan", "tiny", "--job", "encode", "--csv", str(file)]) == 0
+    before = csv_rows(file)
+    compiled = before[0] | {"compiled": "yes", "gb_per_device": "1.5", "flops_ratio": "1.02"}
+    old = before[1] | {"gb_per_device": "99.9"}
+    other = before[2] | {"model": "my/config.json"}
+    update_csv(file, [compiled, old, other])
+    assert main(["plan", "tiny", "--job", "encode", "--csv", str(file)]) == 0
+    assert csv_rows(file) == [compiled, *before[1:], other]
+    assert not list(tmp_path.glob("*.new"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--topology", "v5e-4"], "leave out --topology v5e-4"),
+        (["--job", "sft"], "leave it out for --job sft"),
+        (["--csv", "nowhere/plan.csv"], "the directory nowhere does not exist"),
+        (["--csv", "other.csv"], "found columns 'a,b', expected 'model,topology,"),
+    ],
+)
+def test_a_csv_is_refused_before_anything_is_planned(no_compiler, capsys, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    assert main(["plan", "tiny", *([] if "--csv" in flags else ["--csv", "plan.csv"]), *flags]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.out == ""
+    assert [file.name for file in tmp_path.iterdir()] == ["other.csv"]
+    assert (tmp_path / "other.csv").read_text() == "a,b\n1,2\n"
+
+
+def test_several_models_are_planned_for_one_topology(no_compiler, capsys):
+    assert main(["plan", "tiny", "base", "--topology", "v5e-4", "--json"]) == 1  # base does not fit
+    plans = json.loads(capsys.readouterr().out)
+    assert [(plan["model"], plan["fits"]) for plan in plans] == [("tiny", True), ("base", False)]
+
+
 def test_a_copy_of_the_parameters_reads_them_for_its_own_rows(released):
     """Eight copies do not decode eight times as fast as the weights are read eight times."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_jobs, "devices", lambda _: (_ for _ in ()).throw(plan_jobs.CompilerMissing("none")))
+        patch.setattr(planner, "compile_devices", lambda _: (_ for _ in ()).throw(CompilerMissing("none")))
         one = plan(released["small"], Job("decode", 8, 1), topology("h100-1"))
         eight = plan(released["small"], Job("decode", 64, 1), topology("h100-8"), {"data": 8, "tensor": 1, "expert": 1})
     assert eight["roofline_seconds"] == pytest.approx(one["roofline_seconds"])
@@ -241,10 +309,10 @@ def test_plans_are_kept_until_something_changes(released, monkeypatch, tmp_path)
         made.append(job)
         return {"compiled": True, "fits": True, "number": len(made)}
 
-    monkeypatch.setattr(plan_cache, "plan", fresh)
+    monkeypatch.setattr(saved_plans, "plan", fresh)
 
     def ask(job: Job, name: str = "v5e-4", sizes=None, **options):
-        found = plan_cache.planned(released["tiny"], job, topology(name), sizes, lambda _: None, **options)
+        found = saved_plans.saved_plan(released["tiny"], job, topology(name), sizes, lambda _: None, **options)
         return found["number"], found["from_cache"]
 
     job = Job("decode", 8, 128)
@@ -258,7 +326,7 @@ def test_plans_are_kept_until_something_changes(released, monkeypatch, tmp_path)
     for file in tmp_path.rglob("*.json"):
         file.write_text("{broken")
     assert ask(job) == (6, False)
-    monkeypatch.setattr(plan_cache, "_version", lambda name: "another")
+    monkeypatch.setattr(saved_plans, "_version", lambda name: "another")
     assert ask(job) == (7, False)
     assert not list(tmp_path.rglob("*.part"))
 
@@ -283,4 +351,4 @@ def test_tpu_programs_cost_about_what_they_must(released, job):
     assert found["fits"] and found["mesh"] == {"data": 1, "tensor": 1, "expert": 1}
     assert found["collectives"] == {} and found["unknown_loops"] == []
     assert 0.95 <= found["flops_ratio"] <= 1.6 and found["bytes_ratio"] >= 0.9
-    assert any("fits        yes" in line for line in lines({"model": "small"} | found))
+    assert any("fits        yes" in line for line in plan_lines({"model": "small"} | found))

@@ -15,16 +15,19 @@ from jax import lax
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dsvl2_jax.apps.plan import jobs as plan_jobs
-from dsvl2_jax.apps.plan import training as plan_train
-from dsvl2_jax.apps.plan.hlo import instructions, walk
-from dsvl2_jax.apps.plan.planner import Job, choose_mesh, mean_turns, meshes, parse_job, work
-from dsvl2_jax.apps.plan.table import PLACES
+from dsvl2_jax.apps.plan.hlo_text import instructions
+from dsvl2_jax.apps.plan.hlo_walk import walk
+from dsvl2_jax.apps.plan.inference_step import lower_inference
+from dsvl2_jax.apps.plan.job import Job, least_work, parse_job
+from dsvl2_jax.apps.plan.mesh_choice import choose_mesh, meshes
+from dsvl2_jax.apps.plan.planner import mean_trip_count, program_memory
+from dsvl2_jax.apps.plan.table import TABLE_TOPOLOGIES
+from dsvl2_jax.apps.plan.training_step import lower_training_step
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.kernels.grouped_matmul import tgmm
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.released import released_config
-from dsvl2_jax.runtime.hardware import topology
+from dsvl2_jax.runtime.hardware import compile_devices, topology
 from dsvl2_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the tpu extra")
@@ -45,23 +48,25 @@ def shortened(size: str, kind: str) -> Config:
 def compiled(size: str, name: str, job: Job) -> str:
     """The optimized program."""
     config, place = shortened(size, job.kind), topology(name)
-    mesh = plan_jobs.mesh_of(place, choose_mesh(Config.from_dict(released_config(size)), job, place)[0])
-    return plan_jobs.lower(job.kind, config, mesh, batch=job.batch, sequence=job.sequence).compile().as_text()
+    sizes, _ = choose_mesh(Config.from_dict(released_config(size)), job, place)
+    mesh = make_mesh(**sizes, devices=compile_devices(place))
+    return lower_inference(job.kind, config, mesh, batch=job.batch, sequence=job.sequence).compile().as_text()
 
 
 def ratios(size: str, name: str, job: Job) -> tuple[float, float]:
     """FLOPs and bytes of all devices together, as parts of the least."""
     place, full = topology(name), Config.from_dict(released_config(size))
-    turns = mean_turns(full, job, choose_mesh(full, job, place)[0])
-    cost, least, devices = walk(compiled(size, name, job), turns), work(shortened(size, job.kind), job), place.devices
+    trip_count = mean_trip_count(full, job, choose_mesh(full, job, place)[0])
+    cost, least = walk(compiled(size, name, job), trip_count), least_work(shortened(size, job.kind), job)
+    devices = place.devices
     return cost.flops * devices / least.flops, cost.bytes * devices / least.bytes
 
 
-@pytest.mark.parametrize("name", [name for name in PLACES if topology(name).platform == "tpu"])
+@pytest.mark.parametrize("name", [name for name in TABLE_TOPOLOGIES if topology(name).platform == "tpu"])
 def test_every_mesh_can_be_laid_on_a_slice(name):
     # jax.make_mesh refuses data=8, expert=2 on 4 x 4 chips of v6e.
     place = topology(name)
-    devices = plan_jobs.devices(place)
+    devices = compile_devices(place)
     for sizes in meshes(place.devices):
         mesh = make_mesh(**sizes, devices=devices)
         assert dict(mesh.shape) == sizes and set(mesh.devices.flat) == set(devices)
@@ -99,9 +104,9 @@ def test_an_encoder_computes_no_product_twice(size, name):
 def test_a_training_step_computes_no_product_twice(size, stage, name):
     config, place = shortened(size, stage), topology(name)
     job = parse_job(stage, 2 * place.devices, 1024, None, model=size, micro=1, overrides=["data.tiles_per_sequence=1"])
-    mesh = plan_jobs.mesh_of(place, {"data": place.devices // 4, "tensor": 1, "expert": 4})
-    program = plan_train.lower(config, job.settings, mesh).compile()
-    assert 0.9 <= walk(program.as_text()).flops * place.devices / work(config, job).flops <= 1.10
+    mesh = make_mesh(data=place.devices // 4, tensor=1, expert=4, devices=compile_devices(place))
+    program = lower_training_step(config, job.settings, mesh).compile()
+    assert 0.9 <= walk(program.as_text()).flops * place.devices / least_work(config, job).flops <= 1.10
 
 
 @pytest.mark.parametrize("size", ["small", "base"])
@@ -133,7 +138,7 @@ def test_a_decode_step_gathers_no_weight_and_makes_no_keys(size):
 @pytest.mark.parametrize("name", ["v5e-1", "v6e-1"])
 def test_gradients_of_experts_fit_into_fast_memory(size, name):
     cfg = shortened(size, "sft").language
-    mesh = plan_jobs.mesh_of(topology(name), {"data": 1, "tensor": 1, "expert": 1})
+    mesh = make_mesh(data=1, tensor=1, expert=1, devices=compile_devices(topology(name)))
 
     def array(dtype: str, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
@@ -148,7 +153,7 @@ def test_gradients_of_experts_fit_into_fast_memory(size, name):
 def test_the_compilers_limit_is_on_the_peak():
     # What trains a stack of layers: temp_size_in_bytes counts the gradients twice.
     place = topology("v5e-1")
-    mesh = plan_jobs.mesh_of(place, {"data": 1, "tensor": 1, "expert": 1})
+    mesh = make_mesh(data=1, tensor=1, expert=1, devices=compile_devices(place))
 
     def array(dtype: str, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
@@ -167,6 +172,6 @@ def test_the_compilers_limit_is_on_the_peak():
     weights = [array("float32", 26, 8192, 1408)] * 2
     given = weights, array("bfloat16", 4096, 8192), array("bfloat16", 4_500_000, 1024)
     program = jax.jit(step, donate_argnums=(0, 2)).lower(*given).compile()
-    taken, found = plan_jobs.memory(program, "tpu"), program.memory_analysis()
+    taken, found = program_memory(program, "tpu"), program.memory_analysis()
     assert taken["arguments"] == found.argument_size_in_bytes and taken["output"] < 1e4
     assert sum(taken.values()) < place.memory < taken["arguments"] + found.temp_size_in_bytes

@@ -6,7 +6,8 @@ import importlib.util
 
 import pytest
 
-from dsvl2_jax.apps.plan.planner import Job, parse_job, plan
+from dsvl2_jax.apps.plan.job import Job, parse_job
+from dsvl2_jax.apps.plan.planner import plan
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.released import released_config
 from dsvl2_jax.runtime.hardware import topology

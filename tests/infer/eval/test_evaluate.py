@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import csv
 import dataclasses
-import io
 import json
 import re
 import subprocess
@@ -354,11 +351,11 @@ def test_a_broken_record_is_named_with_file_and_line(questions, record, message)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batch-size", "0"], "--batch-size: found 0"),
-        (["--max-new-tokens", "-1"], "--max-new-tokens: found -1"),
-        (["--candidates", "0"], "--candidates: found 0"),
-        (["--limit", "0"], "--limit: found 0"),
-        (["--report-samples", "-1"], "--report-samples: found -1"),
+        (["--batch-size", "0"], "--batch-size: must be positive, not 0"),
+        (["--max-new-tokens", "-1"], "--max-new-tokens: must be positive, not -1"),
+        (["--candidates", "0"], "--candidates: must be positive, not 0"),
+        (["--limit", "0"], "--limit: must be positive, not 0"),
+        (["--report-samples", "-1"], "--report-samples: must be 0 or more, not -1"),
         (["--prompt-template", "Answer:"], "--prompt-template: found 'Answer:', expected a text with {question}"),
         (["b", "c"], "found 3 arguments, expected [CKPT] DATA.jsonl"),
     ],
@@ -398,67 +395,6 @@ def test_it_works_without_the_training_extra():
         "import dsvl2_jax.infer.eval.evaluate\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
-
-
-def code_of_docs(first_line: str) -> str:
-    docs = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text()
-    return next(code for code in re.findall(r"```python\n(.*?)```", docs, re.DOTALL) if code.startswith(first_line))
-
-
-@pytest.mark.parametrize(
-    ("name", "rows", "expected"),
-    [
-        ("DocVQA_VAL", [{"answer": "['a b', 'A']"}], [{"metric": "anls", "answers": ["a b", "A"]}]),
-        ("OCRBench", [{"answer": "['12']"}], [{"metric": "contains", "answers": ["12"]}]),
-        ("TextVQA_VAL", [{"answer": str(["x"] * 10)}], [{"metric": "vqa", "answers": ["x"] * 10}]),
-        ("ChartQA_TEST", [{"answer": "7", "split": "test_human"}], [{"metric": "relaxed", "task": "test_human"}]),
-        (
-            "MMBench_DEV_EN",
-            [
-                {"index": "5", "answer": "A", "A": "p", "B": "q", "hint": "see"},
-                {"index": "1000005", "answer": "B", "A": "q", "B": "p", "hint": "", "image": "5"},
-            ],
-            [
-                {"metric": "choice", "choices": ["p", "q"], "group": "5", "question": "see\nwhat?"},
-                {"choices": ["q", "p"], "group": "5", "images": ["MMBench_DEV_EN/5-0.jpg"]},
-            ],
-        ),
-        (
-            "MMMU_DEV_VAL",
-            [
-                {"index": "1", "split": "dev", "answer": "A", "A": "p", "B": "q"},
-                {"index": "2", "split": "validation", "answer": "A", "A": "p", "B": "q", "image": "TWO"},
-            ],
-            [{"id": "2", "images": ["MMMU_DEV_VAL/2-0.jpg", "MMMU_DEV_VAL/2-1.jpg"]}],
-        ),
-        (
-            "MathVista_MINI",
-            [
-                {"question_type": "multi_choice", "choices": "['3', '4']", "answer": "4"},
-                {"question_type": "free_form", "choices": "", "answer": "1.5"},
-            ],
-            [{"metric": "choice", "choices": ["3", "4"]}, {"metric": "exact", "answers": ["1.5"], "choices": []}],
-        ),
-    ],
-)
-def test_the_converter_of_the_docs_reads_published_tables(tmp_path, name, rows, expected):
-    buffer = io.BytesIO()
-    Image.new("RGB", (20, 20)).save(buffer, "JPEG")
-    image = base64.b64encode(buffer.getvalue()).decode()
-    rows = [{"index": "9", "question": "what?", "image": image} | row for row in rows]
-    with (tmp_path / f"{name}.tsv").open("w", newline="") as file:
-        table = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), delimiter="\t")
-        table.writeheader()
-        table.writerows(row | {"image": str([image] * 2)} if row["image"] == "TWO" else row for row in rows)
-    (tmp_path / "convert.py").write_text(code_of_docs("import ast"))
-    subprocess.run([sys.executable, tmp_path / "convert.py", tmp_path / f"{name}.tsv"], check=True)
-    samples = read(tmp_path / f"{name}.jsonl")
-    assert len(samples) == len(expected)
-    for sample, wanted in zip(samples, expected, strict=True):
-        question = sample.question.split("\nA. ")[0]
-        found = dataclasses.asdict(sample) | {"question": question}
-        for key, value in wanted.items():
-            assert found[key] == (tuple(value) if isinstance(value, list) else value)
 
 
 @pytest.mark.parametrize("mesh", [None, "data=4,tensor=2"])

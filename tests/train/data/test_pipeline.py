@@ -263,7 +263,7 @@ def test_processes_share_an_epoch_without_overlap(root, processor, config):
     settings = make_settings(root / "text.jsonl", packing=False, streams=3)
     found = Counter()
     for index in range(3):
-        steps = pipeline(settings, processor, config, own=(index,), shards=3, rows=2, accumulation=1)
+        steps = pipeline(settings, processor, config, data_shards=(index,), total_shards=3, rows=2, accumulation=1)
         assert steps.parts == 3
         share = in_steps(take(steps, 2))
         steps.close()

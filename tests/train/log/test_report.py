@@ -16,14 +16,14 @@ from dsvl2_jax.train.flops import StepFlops
 from dsvl2_jax.train.log import report as report_module
 from dsvl2_jax.train.log import run_log
 from dsvl2_jax.train.log.report import Report
-from dsvl2_jax.train.objectives.contrastive_trainer import ContrastiveMetrics
-from dsvl2_jax.train.objectives.language import StepMetrics
+from dsvl2_jax.train.objectives.contrastive import ContrastiveMetrics
+from dsvl2_jax.train.objectives.language import LanguageMetrics
 from dsvl2_jax.train.settings.schema import OptimizerSettings, ParameterRule, RunSettings, Settings, StageSettings
 
 NAN = np.float32(np.nan)
 
 
-def metrics(**changes) -> StepMetrics:
+def metrics(**changes) -> LanguageMetrics:
     values = {
         "loss": np.float32(2.3),
         "text_loss": np.float32(2.0),
@@ -35,7 +35,7 @@ def metrics(**changes) -> StepMetrics:
         "load": np.array([[10, 30, 20, 20], [20, 20, 20, 20]], np.float32),
         "gradient_norm": np.float32(0.7),
     }
-    return StepMetrics(**(values | changes))
+    return LanguageMetrics(**(values | changes))
 
 
 def stats(step: int) -> DataStats:

@@ -23,14 +23,19 @@ from dsvl2_jax.model.config import Config, VisionConfig
 from dsvl2_jax.model.deepseek_vl2 import init_params
 from dsvl2_jax.model.vision import AttentionPool
 from dsvl2_jax.sharding import make_mesh
-from dsvl2_jax.train.data import pipeline as data
 from dsvl2_jax.train.data.batch import TrainBatch
+from dsvl2_jax.train.data.pipeline import BatchShard, open_training
 from dsvl2_jax.train.flops import contrastive_flops
-from dsvl2_jax.train.objectives.contrastive import TextTower, same_captions, sigmoid_loss
-from dsvl2_jax.train.objectives.contrastive_trainer import ContrastiveMetrics, ContrastiveTrainer
+from dsvl2_jax.train.objectives.contrastive import (
+    ContrastiveMetrics,
+    ContrastiveTrainer,
+    TextTower,
+    same_captions,
+    sigmoid_loss,
+)
 from dsvl2_jax.train.parameter_rules import assign
 from dsvl2_jax.train.run import batch_shard, train
-from dsvl2_jax.train.settings import schema as settings
+from dsvl2_jax.train.settings.load import differences, load, to_toml
 from dsvl2_jax.train.settings.schema import ContrastiveSettings, ParameterRule
 
 RULES = (ParameterRule("^vision/"), ParameterRule(".", train=False))
@@ -112,8 +117,8 @@ def test_what_pads_a_caption_changes_no_bit_of_what_it_says():
 
 def test_a_row_is_a_caption_that_ends_in_eos_and_its_image_in_one_tile(toy):
     config, processor = open_model(toy)
-    found = settings.load(toy / "config.toml", ["contrastive.text_length=6", "data.shuffle=false"])
-    pipeline = data.open_training(found, processor, config, data.BatchShard(rows=IMAGES))
+    found = load(toy / "config.toml", ["contrastive.text_length=6", "data.shuffle=false"])
+    pipeline = open_training(found, processor, config, BatchShard(rows=IMAGES))
     step = next(pipeline)
     pipeline.close()
     ids, segments = step.batch.ids[0], step.batch.segments[0]
@@ -174,7 +179,7 @@ def open_model(toy) -> tuple[Config, Processor]:
 
 def trainer(toy, mesh=None, **compute) -> ContrastiveTrainer:
     config, processor = open_model(toy)
-    found = settings.load(toy / "config.toml")
+    found = load(toy / "config.toml")
     shards = 1 if mesh is None else mesh.shape["data"]
     batch = dataclasses.replace(found.batch, microbatch_size=IMAGES // shards)
     compute = dataclasses.replace(found.compute, **compute)
@@ -359,21 +364,21 @@ def test_rules_that_train_what_the_objective_does_not_reach_are_named():
 )
 def test_settings_that_make_no_sense_are_named(toy, override, message):
     with pytest.raises(SettingsError, match=message):
-        settings.load(toy / "config.toml", [override])
+        load(toy / "config.toml", [override])
 
 
 def test_settings_survive_and_are_compared(toy, tmp_path):
-    found = settings.load(toy / "config.toml", ["contrastive.initial_bias=-5"])
-    (tmp_path / "again.toml").write_text(settings.to_toml(found))
-    again = settings.load(tmp_path / "again.toml")
+    found = load(toy / "config.toml", ["contrastive.initial_bias=-5"])
+    (tmp_path / "again.toml").write_text(to_toml(found))
+    again = load(tmp_path / "again.toml")
     assert again == found
-    other = settings.load(toy / "config.toml", ["contrastive.text_length=50", "stage.objective=language"])
-    names = [line.split(":")[0] for line in settings.differences(found, other)]
+    other = load(toy / "config.toml", ["contrastive.text_length=50", "stage.objective=language"])
+    names = [line.split(":")[0] for line in differences(found, other)]
     assert names == ["stage.objective", "contrastive.text_length", "contrastive.initial_bias"]
 
 
 def test_accumulation_is_refused(toy):
-    found = settings.load(toy / "config.toml", ["compute.mesh=", "batch.microbatch_size=4"])
+    found = load(toy / "config.toml", ["compute.mesh=", "batch.microbatch_size=4"])
     with pytest.raises(
         SettingsError, match=r"batch\.microbatch_size = 4 × 1 data shards = 4, but batch\.sequences = 8"
     ):

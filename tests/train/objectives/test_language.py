@@ -22,7 +22,7 @@ from dsvl2_jax.model.parameter_paths import path_name
 from dsvl2_jax.sharding import make_mesh
 from dsvl2_jax.train.data.batch import TrainBatch
 from dsvl2_jax.train.data.packing import RowShape, assemble
-from dsvl2_jax.train.objectives.language import StepMetrics, Trainer, TrainState
+from dsvl2_jax.train.objectives.language import LanguageMetrics, LanguageTrainer, TrainState
 from dsvl2_jax.train.parameter_rules import assign
 from dsvl2_jax.train.settings.schema import (
     BatchSettings,
@@ -171,10 +171,10 @@ def parameters(variant: str) -> dict:
     return unflatten_dict({path: jnp.asarray(leaf) for path, leaf in weights(variant).items()})
 
 
-def stepped(variant: str, chosen: Settings, batch: TrainBatch, mesh=None) -> tuple[TrainState, StepMetrics, dict]:
+def stepped(variant: str, chosen: Settings, batch: TrainBatch, mesh=None) -> tuple[TrainState, LanguageMetrics, dict]:
     """One step from the same weights: the state, the metrics, and the gradient of every separate parameter."""
     half = np.full(3, 0.5)
-    trainer = Trainer(config(variant), chosen, half, half, mesh)
+    trainer = LanguageTrainer(config(variant), chosen, half, half, mesh)
     state, metrics = trainer.step(trainer.init(parameters(variant)), batch)
     # The first moment after one unclipped step is (1 − β1) · gradient.
     moment = next(s for s in jax.tree.leaves(state.optimizer, is_leaf=_is_adam) if _is_adam(s)).mu
@@ -235,7 +235,7 @@ def test_loss_and_gradients_on_a_mesh_are_those_of_one_device(variant, sizes):
 
 
 def test_large_parameters_and_their_moments_are_split_over_data():
-    trainer = Trainer(config("base"), settings(rows=1), [0.5] * 3, [0.5] * 3, make_mesh(data=8))
+    trainer = LanguageTrainer(config("base"), settings(rows=1), [0.5] * 3, [0.5] * 3, make_mesh(data=8))
     state = trainer.abstract_state()
     experts = "language/layers_1_to_2/mlp/experts/gate_proj"
     moments = next(s for s in jax.tree.leaves(state.optimizer, is_leaf=_is_adam) if _is_adam(s))
@@ -262,7 +262,7 @@ def test_a_frozen_language_model_keeps_every_bit_and_costs_no_optimizer_state():
     assert {path[0] for path in gradient} == {"vision", "projector", "image_newline", "view_seperator"}
     for path, value in gradient.items():
         assert np.linalg.norm(value - true[path]) <= TOLERANCE * np.linalg.norm(true[path]) + 1e-9, path
-    trainer = Trainer(config("base"), settings(ALIGN), [0.5] * 3, [0.5] * 3)
+    trainer = LanguageTrainer(config("base"), settings(ALIGN), [0.5] * 3, [0.5] * 3)
     after = flatten_dict(jax.device_get(trainer.params(state)))
     for path, value in weights("base").items():
         same = np.array_equal(np.asarray(value).view(np.uint8), after[path].view(np.uint8))
@@ -283,7 +283,7 @@ def test_bfloat16_computes_near_float32_and_trains_float32_parameters():
 
 
 def test_parameters_come_out_as_they_went_in_and_outlive_the_donated_state():
-    trainer = Trainer(config("base"), settings(remat="full"), [0.5] * 3, [0.5] * 3)
+    trainer = LanguageTrainer(config("base"), settings(remat="full"), [0.5] * 3, [0.5] * 3)
     negative_zero = weights("base")[("image_newline",)].copy()
     negative_zero[:3] = -0.0
     given = {**weights("base"), ("image_newline",): negative_zero}
@@ -297,7 +297,7 @@ def test_parameters_come_out_as_they_went_in_and_outlive_the_donated_state():
 
 
 def test_evaluation_gives_the_losses_of_the_step_and_changes_nothing():
-    trainer = Trainer(config("base"), settings(rows=2), [0.5] * 3, [0.5] * 3)
+    trainer = LanguageTrainer(config("base"), settings(rows=2), [0.5] * 3, [0.5] * 3)
     state = trainer.init(parameters("base"))
     metrics = trainer.evaluate(state, batch_of(packed(), 4))
     _, want, _ = reference("base")
@@ -309,5 +309,5 @@ def test_evaluation_gives_the_losses_of_the_step_and_changes_nothing():
 def test_rules_that_differ_within_a_stack_are_refused():
     rules = (ParameterRule("attn_pool|correction_bias|layers_2", False), ParameterRule(""))
     with pytest.raises(SettingsError, match=r"layers_1/.*layers_2/.* follow different rules.*scan_layers"):
-        Trainer(config("base"), settings(rules), [0.5] * 3, [0.5] * 3)
-    Trainer(config("base"), settings(rules, scan_layers=False), [0.5] * 3, [0.5] * 3)
+        LanguageTrainer(config("base"), settings(rules), [0.5] * 3, [0.5] * 3)
+    LanguageTrainer(config("base"), settings(rules, scan_layers=False), [0.5] * 3, [0.5] * 3)

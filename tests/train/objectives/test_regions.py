@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -19,22 +21,22 @@ from PIL import Image
 
 from dsvl2_jax.apps.micro import pictures, synthetic
 from dsvl2_jax.checkpoint import locate
-from dsvl2_jax.errors import SampleError, SettingsError
+from dsvl2_jax.errors import DataError, SampleError, SettingsError
 from dsvl2_jax.inputs.image_sources import open_images
 from dsvl2_jax.model.deepseek_vl2 import init_params
 from dsvl2_jax.sharding import make_mesh
-from dsvl2_jax.train.data import pipeline as data
-from dsvl2_jax.train.data.encoder_samples import (
-    Pairs,
-    attribute_of_codes,
-    parse_regions,
-    process_regions,
-    region_of_codes,
-)
+from dsvl2_jax.train.data.encoder_samples import PHRASE_COLUMNS, AttributeIds, Pairs, parse_regions, process_regions
+from dsvl2_jax.train.data.pipeline import BatchShard, open_training
 from dsvl2_jax.train.flops import region_flops
-from dsvl2_jax.train.objectives.regions import RegionTrainer, phrase_numbers, phrases, region_features, region_loss
+from dsvl2_jax.train.objectives.regions import (
+    RegionTrainer,
+    phrase_members,
+    phrase_numbers,
+    region_features,
+    region_loss,
+)
 from dsvl2_jax.train.parameter_rules import assign
-from dsvl2_jax.train.settings import schema as settings
+from dsvl2_jax.train.settings.load import load
 
 IMAGES, PHRASES, LENGTH = 8, 6, 48
 ALL = Pairs(200, 50)
@@ -103,25 +105,63 @@ def read(toy, record, pairs=ALL, size=(126, 126)):
 
 def test_a_row_is_the_phrases_one_after_the_other_with_their_rectangles_of_patches(toy):
     regions = [{"box": [0, 0, 63, 126], "kind": "star", "colour": "red"}, {"box": [64, 20, 100, 21], "kind": "star"}]
-    inputs, truncated = read(toy, {"regions": regions})
+    inputs, phrases, attributes, truncated = read(toy, {"regions": regions})
     _, processor = open_model(toy)
     said = [processor.tokenizer.encode(text, special=False) for text in ("kind star", "colour red", "kind star")]
     np.testing.assert_array_equal(inputs.input_ids, [*itertools.chain(*said)])
     assert not truncated and inputs.tiles.shape == (1, 126, 126, 3)
-    starts = np.cumsum([0, *map(len, said)])
-    codes = inputs.labels[starts[:-1]]
-    np.testing.assert_array_equal(inputs.labels, np.repeat(codes, [len(tokens) for tokens in said]))
-    assert len({*codes[:2]}) == len({*codes[1:]}) == 2  # neighbours differ
+    assert phrases.shape == (3, len(PHRASE_COLUMNS)) and phrases.dtype == np.int32
+    assert phrases[:, 5].tolist() == [len(tokens) for tokens in said]
     patch = processor.config.patch_size
     grid = 126 // patch
     # Middles of patches in the box: of the first box half of all columns; the second box is thinner than a patch.
     columns = [c for c in range(grid) if 0 <= (c + 0.5) * patch < 63]
-    assert [int(side[0]) for side in region_of_codes(codes)] == [0, 0, len(columns), grid]
-    left, top, right, bottom = (int(side[2]) for side in region_of_codes(codes))
+    assert phrases[0, :4].tolist() == phrases[1, :4].tolist() == [0, 0, len(columns), grid]
+    left, top, right, bottom = phrases[2, :4].tolist()
     assert (top, bottom) == (20 // patch, 20 // patch + 1)
     assert [c for c in range(grid) if 64 <= (c + 0.5) * patch < 100] == list(range(left, right))
-    kinds = attribute_of_codes(codes)
-    assert kinds[0] == kinds[2] != kinds[1]
+    assert phrases[0, 4] == phrases[2, 4] != phrases[1, 4]
+    assert attributes == {phrases[0, 4]: "kind", phrases[1, 4]: "colour"}
+
+
+def test_attributes_are_numbered_in_the_order_of_the_settings_or_else_by_checksum(toy):
+    regions = [{"box": [0, 0, 50, 50], "kind": "star", "colour": "red"}]
+    found = read(toy, {"regions": regions}, Pairs(200, 50, ("colour", "size", "kind")))
+    assert found.phrases[:, 4].tolist() == [2, 0] and found.attributes == {2: "kind", 0: "colour"}
+    found = read(toy, {"regions": regions})
+    assert found.phrases[:, 4].tolist() == [zlib.crc32(b"kind") & 0x7FFFFFFF, zlib.crc32(b"colour") & 0x7FFFFFFF]
+
+
+def test_attributes_that_would_be_taken_for_one_are_refused(toy):
+    known = AttributeIds()
+    known.add({1: "kind", 2: "colour"})
+    known.add({2: "colour"})
+    with pytest.raises(DataError, match="'colour' and 'size' have the same checksum"):
+        known.add({2: "size"})
+    # The whole way: two names of one checksum, in different records. With the attributes listed there is no confusion.
+    names = equal_checksums()
+    directory = toy / "collision"
+    directory.mkdir()
+    Image.new("RGB", (126, 126), (90, 90, 90)).save(directory / "plain.png")
+    records = [{"image": "plain.png", "regions": [{"box": [0, 0, 9, 9], name: "star"}]} for name in names]
+    (directory / "regions.jsonl").write_text("\n".join(map(json.dumps, records)))
+    path = [f"data.train.toy.path={directory}/regions.jsonl", "batch.sequences=2", "batch.microbatch_size=2"]
+    with pytest.raises(DataError, match="have the same checksum"):
+        first_step(toy, path, 2)
+    batch = first_step(toy, [*path, f"contrastive.attributes={', '.join(names)}"], 2).batch
+    assert sorted(batch.phrases.attributes[0, :, 0]) == [0, 1]
+
+
+def equal_checksums() -> tuple[str, str]:
+    """The first two names of ten letters, of a random stream, whose lowest 31 bits of CRC-32 are equal."""
+    random, known = np.random.default_rng(0), {}
+    while True:
+        letters = random.integers(97, 123, (1 << 16, 10), np.uint8)
+        for row in letters:
+            name = row.tobytes()
+            other = known.setdefault(zlib.crc32(name) & 0x7FFFFFFF, name)
+            if other != name:
+                return other.decode(), name.decode()
 
 
 @given(
@@ -149,15 +189,15 @@ def test_every_box_has_patches_and_they_lie_in_the_padded_image(size, shares):
 
 def test_only_the_attributes_that_are_asked_for_are_read_and_what_is_too_much_is_counted(toy):
     regions = [{"box": [0, 0, 50, 50], "kind": "star", "colour": "red"}, {"box": [60, 60, 90, 90], "kind": "cross"}]
-    one, truncated = read(toy, {"regions": regions}, Pairs(200, 50, frozenset({"colour"})))
+    one, _, _, truncated = read(toy, {"regions": regions}, Pairs(200, 50, ("colour",)))
     tokenizer = open_model(toy)[1].tokenizer
     assert one.input_ids.tolist() == tokenizer.encode("colour red", special=False) and not truncated
     two = sum(len(tokenizer.encode(text, special=False)) for text in ("kind star", "colour red"))
     for pairs in (Pairs(200, 2), Pairs(two, 50)):
-        few, truncated = read(toy, {"regions": regions}, pairs)
-        assert truncated and len(np.unique(few.labels)) == 2
+        few = read(toy, {"regions": regions}, pairs)
+        assert few.truncated and len(few.phrases) == 2
     with pytest.raises(SampleError, match="none of its regions has an attribute that is asked for"):
-        read(toy, {"regions": regions}, Pairs(200, 50, frozenset({"size"})))
+        read(toy, {"regions": regions}, Pairs(200, 50, ("size",)))
 
 
 @pytest.mark.parametrize(
@@ -182,28 +222,28 @@ def test_what_is_wrong_with_a_record_is_said(toy, record, message):
 # The pieces, against references of their own.
 
 
-def rows(toy):
-    """The first step's batch of the toy's data."""
+def first_step(toy, overrides=(), images=IMAGES):
+    """The first step of the toy's data."""
     config, processor = open_model(toy)
-    found = settings.load(toy / "config.toml", ["data.shuffle=false"])
-    pipeline = data.open_training(found, processor, config, data.BatchShard(rows=IMAGES))
-    step = next(pipeline)
-    pipeline.close()
-    return step
+    found = load(toy / "config.toml", ["data.shuffle=false", *overrides])
+    with contextlib.closing(open_training(found, processor, config, BatchShard(rows=images))) as pipeline:
+        return next(pipeline)
 
 
 def test_phrases_are_found_in_the_packed_row_and_numbered_by_what_they_say(toy):
-    step = rows(toy)
-    batch = step.batch.micro(0)
-    member, codes = map(np.asarray, phrases(batch, PHRASES))
-    numbers = np.asarray(phrase_numbers(jnp.asarray(batch.ids), jnp.asarray(member), jnp.asarray(codes)))
-    said = {}
+    batch = first_step(toy).batch.micro(0)
+    assert batch.phrases.boxes.shape == (IMAGES, PHRASES, 4)
+    lengths = batch.phrases.lengths
+    member = phrase_members(jnp.asarray(lengths), LENGTH)
+    numbers = np.asarray(phrase_numbers(jnp.asarray(batch.ids), member))
+    member, said = np.asarray(member), {}
     for row in range(IMAGES):
-        count = (codes[row] > 0).sum()
-        assert count == len(np.unique(batch.labels[row][batch.segments[row] > 0])) or count == PHRASES
+        assert lengths[row].sum() == (batch.segments[row] > 0).sum() and (member[row].sum(0) <= 1).all()
         for place in range(PHRASES):
             tokens = tuple(batch.ids[row][member[row, place] > 0])
-            assert bool(tokens) == (codes[row, place] > 0)
+            assert len(tokens) == lengths[row, place]
+            assert bool(tokens) == (batch.phrases.attributes[row, place] >= 0) == batch.phrases.boxes[row, place].any()
+            assert bool(tokens) == (numbers[row, place] != 2**32 - 1)
             if tokens:
                 said.setdefault(tokens, set()).add(int(numbers[row, place]))
     assert all(len(found) == 1 for found in said.values())  # equal phrases have one number
@@ -214,8 +254,7 @@ def test_a_regions_feature_is_the_mean_of_its_patches():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 81, 5)).astype(np.float32)
     sides = np.array([[[0, 0, 9, 9], [2, 3, 5, 4]], [[8, 8, 9, 9], [0, 1, 3, 9]]])
-    codes = (sides << 5 * np.arange(4)).sum(-1)
-    found = region_features(jnp.asarray(x), jnp.asarray(codes), 9)
+    found = region_features(jnp.asarray(x), jnp.asarray(sides), 9)
     for image in range(2):
         for place in range(2):
             left, top, right, bottom = sides[image, place]
@@ -252,7 +291,7 @@ def test_a_region_is_compared_with_the_different_phrases_of_its_attribute():
 
 def trainer(toy, mesh=None, **compute) -> RegionTrainer:
     config, processor = open_model(toy)
-    found = settings.load(toy / "config.toml")
+    found = load(toy / "config.toml")
     shards = 1 if mesh is None else mesh.shape["data"]
     batch = dataclasses.replace(found.batch, microbatch_size=IMAGES // shards)
     found = dataclasses.replace(found, batch=batch, compute=dataclasses.replace(found.compute, **compute))
@@ -271,7 +310,7 @@ def stepped(own, batch, steps):
 
 @pytest.fixture(scope="module")
 def batch(toy):
-    return rows(toy).batch
+    return first_step(toy).batch
 
 
 @pytest.fixture(scope="module")
@@ -286,6 +325,13 @@ def test_a_fixed_batch_is_learnt_and_the_rest_of_the_model_keeps_every_bit(one_d
     for path, value in before.items():
         same = np.array_equal(value.view(np.uint8), after[path].view(np.uint8))
         assert same == (path[0] != "vision" or path[1] == "attn_pool"), path
+
+
+def test_losses_are_those_of_boxes_and_attributes_packed_into_labels(one_device):
+    """As the trainer gave them when a phrase's box and attribute were bits of its tokens' labels."""
+    before = [(3.576606035232544, 31.571157455444336), (4.278747081756592, 17.311126708984375)]
+    for metrics, expected in zip(one_device[0], before, strict=False):
+        np.testing.assert_allclose((metrics.loss, metrics.gradient_norm), expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("sizes", [{"data": 2}, {"data": 2, "tensor": 3}])
@@ -306,7 +352,7 @@ def test_flops_agree_with_xla(toy, batch):
 
 
 def test_the_pooling_head_is_not_trained_on_regions(toy):
-    rules = settings.load(toy / "config.toml").stage.parameters[1:]
+    rules = load(toy / "config.toml").stage.parameters[1:]
     with pytest.raises(SettingsError, match="no gradient from the regions objective"):
         assign(["vision/attn_pool/latent", "vision/norm/scale", "language/norm/scale"], rules, "regions")
 

@@ -10,7 +10,8 @@ from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import abstract_params
 from dsvl2_jax.model.released import released_config
 from dsvl2_jax.train.parameter_rules import GRADIENT_FREE, assign
-from dsvl2_jax.train.settings import schema as settings
+from dsvl2_jax.train.settings.load import find, load, presets
+from dsvl2_jax.train.settings.schema import Settings
 
 STAGES = ("align", "pretrain", "sft")
 # Per size, for the three stages: learning rate, tokens in 1e9, sequences a step, bias update speed.
@@ -27,9 +28,9 @@ HUB = {
 NAMES = [(size, stage) for size in BY_STAGE for stage in STAGES]
 
 
-def load(size: str, stage: str, *overrides: str) -> settings.Settings:
+def preset(size: str, stage: str, *overrides: str) -> Settings:
     paths = ["data.train.vl.path=vl.jsonl"] + ["data.train.text.path=text.jsonl"] * (stage == "pretrain")
-    return settings.load(f"{size}-{stage}", [*paths, *overrides])
+    return load(f"{size}-{stage}", [*paths, *overrides])
 
 
 @functools.cache
@@ -39,14 +40,12 @@ def parameters(size: str) -> dict[str, tuple[int, ...]]:
 
 
 def test_there_are_nine_of_the_paper():
-    assert {name for name in settings.presets() if not name.startswith("micro-")} == {
-        f"{size}-{stage}" for size, stage in NAMES
-    }
+    assert {name for name in presets() if not name.startswith("micro-")} == {f"{size}-{stage}" for size, stage in NAMES}
 
 
 @pytest.mark.parametrize(("size", "stage"), NAMES)
 def test_numbers_are_those_of_the_paper(size, stage):
-    loaded, index = load(size, stage), STAGES.index(stage)
+    loaded, index = preset(size, stage), STAGES.index(stage)
     rate, tokens, sequences, speed = (column[index] for column in BY_STAGE[size])
     optimizer, data = loaded.optimizer, loaded.data
     assert optimizer.learning_rate == rate
@@ -66,7 +65,7 @@ def test_numbers_are_those_of_the_paper(size, stage):
 
 @pytest.mark.parametrize("size", BY_STAGE)
 def test_each_stage_starts_where_the_one_before_ended(size):
-    loaded = [load(size, stage) for stage in STAGES]
+    loaded = [preset(size, stage) for stage in STAGES]
     assert [x.model.checkpoint for x in loaded] == [HUB[size], loaded[0].run.directory, loaded[1].run.directory]
     assert {x.model.size for x in loaded} == {size}
 
@@ -74,7 +73,7 @@ def test_each_stage_starts_where_the_one_before_ended(size):
 @pytest.mark.parametrize(("size", "stage"), NAMES)
 def test_rules_cover_the_released_model_and_freeze_what_they_should(size, stage):
     shapes = parameters(size)
-    rules = assign(shapes, load(size, stage).stage.parameters)
+    rules = assign(shapes, preset(size, stage).stage.parameters)
     assert set(rules) == set(shapes)
     for path, rule in rules.items():
         frozen = bool(GRADIENT_FREE.search(path)) or (stage == "align" and path.startswith("language/"))
@@ -89,21 +88,19 @@ def test_rules_cover_the_released_model_and_freeze_what_they_should(size, stage)
 
 def test_what_the_user_must_give_is_named():
     with pytest.raises(SettingsError, match=r"data\.train\.vl\.path=my\.jsonl") as caught:
-        settings.load("tiny-pretrain")
+        load("tiny-pretrain")
     assert "data.train.text.path=my.jsonl" in str(caught.value) and "data.train.text.weight=0" in str(caught.value)
-    assert settings.load("tiny-pretrain", ["data.train.vl.path=x", "data.train.text.weight=0"]).data.train.keys() == {
-        "vl"
-    }
+    assert load("tiny-pretrain", ["data.train.vl.path=x", "data.train.text.weight=0"]).data.train.keys() == {"vl"}
 
 
 def test_presets_are_found_by_name_path_and_nearest():
-    assert settings.find("small-sft") == settings.presets()["small-sft"]
-    assert settings.find(str(settings.presets()["small-sft"])) == settings.presets()["small-sft"]
+    assert find("small-sft") == presets()["small-sft"]
+    assert find(str(presets()["small-sft"])) == presets()["small-sft"]
     with pytest.raises(SettingsError, match="did you mean tiny-align"):
-        settings.find("tiny-algin")
+        find("tiny-algin")
 
 
 @pytest.mark.parametrize("mesh", ["data=8", "data=8,expert=2", "data=8,expert=4", "data=32"])
 def test_suggested_meshes_divide_the_batch(mesh):
     for size, stage in NAMES:
-        assert load(size, stage, f"compute.mesh={mesh}").compute.mesh == mesh
+        assert preset(size, stage, f"compute.mesh={mesh}").compute.mesh == mesh

@@ -1,4 +1,4 @@
-"""Training steps for the planner: their settings, what they must cost, and the step lowered for other devices."""
+"""A training step: its settings, the least that it costs, and the step lowered for devices that need not be here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, path_aware_map, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsvl2_jax.apps.plan.work import Work
+from dsvl2_jax.apps.plan.least_work import Work
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import abstract_leaves
@@ -20,13 +20,14 @@ from dsvl2_jax.model.parameter_paths import LeafPath, path_name, stays_float32
 from dsvl2_jax.sharding import ACTIVATION_RULES, PARAM_RULES, add_fsdp_axis, batch_parts, mesh_axes, partition_spec
 from dsvl2_jax.train.flops import step_flops
 from dsvl2_jax.train.parameter_rules import assign
-from dsvl2_jax.train.settings.schema import Settings, load, presets
+from dsvl2_jax.train.settings.load import load, presets
+from dsvl2_jax.train.settings.schema import Settings
 
 KINDS = ("align", "pretrain", "sft")
 _STORED = 4  # bytes of an entry of a trained parameter, and of its gradient
 
 
-def settings_of(
+def preset_settings(
     model: str, kind: str, *, sequences: int | None, length: int | None, micro: int | None, overrides: Sequence[str]
 ) -> Settings:
     """The preset of a stage for a model, with the sizes and the single settings asked for.
@@ -60,8 +61,8 @@ def check_batch(settings: Settings, sizes: dict[str, int]) -> None:
         )
 
 
-def described(settings: Settings) -> dict[str, Any]:
-    """What of the settings shapes the program."""
+def program_settings(settings: Settings) -> dict[str, Any]:
+    """The settings that shape the program, as a JSON object."""
     return {
         "micro": settings.batch.microbatch_size,
         "tiles": settings.data.tiles_per_sequence,
@@ -71,7 +72,7 @@ def described(settings: Settings) -> dict[str, Any]:
     }
 
 
-def train_work(config: Config, settings: Settings) -> Work:
+def training_work(config: Config, settings: Settings) -> Work:
     """The least that a step costs: forward, backward and the rematerialisation asked for.
 
     Every row is one sample, which is the most that attention can cost; all places for tiles are filled. Bytes: the
@@ -92,7 +93,7 @@ def train_work(config: Config, settings: Settings) -> Work:
     return Work(flops, state + (3 if full else 2) * weights)
 
 
-def resident_bytes(config: Config, settings: Settings, sizes: dict[str, int]) -> float:
+def training_state_bytes(config: Config, settings: Settings, sizes: dict[str, int]) -> float:
     """Bytes of a device that parameters, gradients and optimizer state take."""
     rules = assign(map(path_name, abstract_leaves(config)), settings.stage.parameters)
     moments = 2 * jnp.dtype(settings.optimizer.state_dtype).itemsize
@@ -106,11 +107,11 @@ def resident_bytes(config: Config, settings: Settings, sizes: dict[str, int]) ->
     return total
 
 
-def lower(config: Config, settings: Settings, mesh: Mesh) -> jax.stages.Lowered:
+def lower_training_step(config: Config, settings: Settings, mesh: Mesh) -> jax.stages.Lowered:
     """Lowers a step for a mesh. Frozen parameters are bfloat16, as the released checkpoints store them."""
-    from dsvl2_jax.train.objectives.language import Trainer
+    from dsvl2_jax.train.objectives.language import LanguageTrainer
 
-    trainer = Trainer(config, settings, (0.5,) * 3, (0.5,) * 3, mesh)
+    trainer = LanguageTrainer(config, settings, (0.5,) * 3, (0.5,) * 3, mesh)
     state = trainer.abstract_state()
     frozen = flatten_dict(path_aware_map(_stored, unflatten_dict(state.frozen, sep="/")), sep="/")
     return trainer.lower(dataclasses.replace(state, frozen=frozen), abstract_batch(config, settings, mesh))

@@ -1,6 +1,6 @@
 """The least that a job costs: FLOPs of the products that the model needs, bytes that must pass through memory.
 
-Beside these the planner puts what the compiled program does (`dsvl2_jax.apps.plan.hlo`).
+The planner compares these with what the compiled program does (`dsvl2_jax.apps.plan.hlo_walk`).
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def prefill_work(config: Config, rows: int, length: int, itemsize: int = 2) -> W
     return Work(flops, itemsize * (moved + cache))
 
 
-def decode_work(config: Config, slots: int, context: int, itemsize: int = 2) -> Work:
-    """One token for each of ``slots`` rows with ``context`` tokens in the cache.
+def decode_work(config: Config, slots: int, cache_length: int, itemsize: int = 2) -> Work:
+    """One token for each of ``slots`` decode slots, with ``cache_length`` tokens in each cache.
 
     Latent attention runs in its absorbed form: the up-projection of keys and values is applied to queries and outputs,
     which takes as many products, and a head's score and value are as wide as the cache.
@@ -69,8 +69,8 @@ def decode_work(config: Config, slots: int, context: int, itemsize: int = 2) -> 
     if cfg.use_mla:
         widths = 2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim
         per_pair = 2.0 * cfg.num_attention_heads * widths * cfg.num_hidden_layers
-    flops = slots * (forward.per_token + per_pair * context)
-    cache = slots * context * cache_width(cfg) * cfg.num_hidden_layers
+    flops = slots * (forward.per_token + per_pair * cache_length)
+    cache = slots * cache_length * cache_width(cfg) * cfg.num_hidden_layers
     moved = weights.whole + _experts(cfg, weights, slots) + slots * weights.row + cache
     return Work(flops, itemsize * moved)
 

@@ -12,19 +12,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dsvl2_jax.apps.plan.planner import Job, plan
+from dsvl2_jax.apps.plan.job import Job
+from dsvl2_jax.apps.plan.planner import plan
 from dsvl2_jax.checkpoint.staging import write_text
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.runtime.compile_cache import user_cache
 from dsvl2_jax.runtime.hardware import Topology
 
-# We, the compilers, and what traces the programs.
+# This package, the compilers, and what traces the programs.
 _PACKAGES = ("dsvl2-jax", "jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt")
-# Folders of our sources that make programs or count them.
+# Packages of the sources that make programs or count them.
 _SOURCES = ("dsvl2_jax", "dsvl2_jax.infer", "dsvl2_jax.train")
 
 
-def planned(
+def saved_plan(
     config: Config,
     job: Job,
     topology: Topology,
@@ -33,13 +34,13 @@ def planned(
     *,
     cache: bool = True,
 ) -> dict[str, Any]:
-    """`dsvl2_jax.apps.plan.planner.plan`, from disk where it was made before with the same sources and compilers.
+    """`dsvl2_jax.apps.plan.planner.plan`, read from disk where it was made with the same sources and compilers.
 
     Plans without a compiled program are not kept. ``from_cache`` tells which it was.
     """
     file = user_cache() / "plans" / f"{_key(config, job, topology, sizes)}.json"
-    if cache and (found := _read(file)) is not None:
-        return found | {"from_cache": True}
+    if cache and (saved := _read(file)) is not None:
+        return saved | {"from_cache": True}
     report = plan(config, job, topology, sizes, say)
     if cache and report["compiled"]:
         _write(file, report)
@@ -49,8 +50,8 @@ def planned(
 def _key(config: Config, job: Job, topology: Topology, sizes: dict[str, int] | None) -> str:
     settings = None if job.settings is None else dataclasses.asdict(job.settings)
     if settings is not None:
-        del settings["run"]["directory"], settings["data"]["train"], settings["data"]["validation"]  # no program's
-    what = {
+        del settings["run"]["directory"], settings["data"]["train"], settings["data"]["validation"]  # shape no program
+    question = {
         "sources": _sources(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
@@ -59,7 +60,7 @@ def _key(config: Config, job: Job, topology: Topology, sizes: dict[str, int] | N
         "topology": dataclasses.asdict(topology),
         "mesh": sizes,
     }
-    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(question, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @functools.cache
@@ -82,10 +83,10 @@ def _version(name: str) -> str | None:
 
 def _read(file: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        saved = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return saved if isinstance(saved, dict) else None
 
 
 def _write(file: Path, report: dict[str, Any]) -> None:

@@ -1,13 +1,21 @@
-"""Reading, checking, writing and comparing a training configuration."""
+"""Reading, checking, writing, comparing and describing a training configuration."""
 
 import dataclasses
 from pathlib import Path
 
 import pytest
 
+from dsvl2_jax import fields
 from dsvl2_jax.errors import SettingsError
-from dsvl2_jax.train.settings import schema as settings
-from dsvl2_jax.train.settings.schema import ParameterRule, SourceSettings
+from dsvl2_jax.train.settings.load import differences, load, settings_help, to_toml
+from dsvl2_jax.train.settings.schema import (
+    ComputeSettings,
+    DataSettings,
+    ParameterRule,
+    Settings,
+    SourceSettings,
+    StageSettings,
+)
 
 FILE = """
 [model]
@@ -45,22 +53,22 @@ def file(tmp_path: Path) -> Path:
 
 def problems(file: Path, *overrides: str) -> str:
     with pytest.raises(SettingsError) as caught:
-        settings.load(file, overrides)
+        load(file, overrides)
     return str(caught.value)
 
 
 def test_tables_become_settings(file):
-    loaded = settings.load(file)
+    loaded = load(file)
     assert loaded.data.train == {"vl": SourceSettings("vl.jsonl", 0.7), "text": SourceSettings("text.jsonl", 0.3)}
     assert loaded.data.validation["held"].path == "held.jsonl"
     assert loaded.stage.parameters == (ParameterRule("^vision/", lr_multiplier=0.1), ParameterRule(".", decay=False))
     assert loaded.optimizer.learning_rate == 1.0 and isinstance(loaded.optimizer.learning_rate, float)
     assert loaded.data.packing is False and loaded.run.steps == 100
-    assert loaded.compute == settings.ComputeSettings()
+    assert loaded.compute == ComputeSettings()
 
 
 def test_overrides_are_toml_values_or_bare_strings(file):
-    loaded = settings.load(
+    loaded = load(
         file,
         [
             "run.steps=7",
@@ -116,7 +124,7 @@ def test_all_problems_come_in_one_message_with_their_origin(file):
         ("data.train.a b.path=x", "letters, digits"),
         ("data.train.vl.pth=x", "data.train.vl.pth: unknown key; did you mean path?"),
         ("data.train.vl.path=", "data.train.vl.path: must be given, as in data.train.vl.path=my.jsonl"),
-        ("data.train.vl.weight=-1", "must not be negative"),
+        ("data.train.vl.weight=-1", "must be 0 or more, not -1"),
         ("data.validation.new.weight=1", "data.validation.new.path: must be given, as in"),
         ("data.packing=1", "must be true or false, not 1"),
         ("data.packing_bins=0", "must be positive"),
@@ -146,6 +154,62 @@ def test_bad_values_are_named(file, override, expected):
     assert expected in message and message.count("\n") == 1
 
 
+OLD_NAMES = (
+    ("batch.micro_sequences", "[batch]\nmicro_sequences = 4\n", "is now called microbatch_size; rename it."),
+    (
+        "stage.parameters[2].rate",
+        "[[stage.parameters]]\nmatch = 'never'\nrate = 0.5\n",
+        "is now called lr_multiplier; rename it.",
+    ),
+)
+
+
+@pytest.mark.parametrize(("name", "lines", "expected"), OLD_NAMES)
+def test_an_old_name_is_an_error_that_gives_the_new_one(file, name, lines, expected):
+    file.write_text(FILE.replace("[optimizer]", f"{lines}[optimizer]"))
+    assert problems(file).splitlines()[1:] == [f"  {file}: {name}: {expected}"]
+    if name.startswith("batch"):
+        file.write_text(FILE)
+        assert problems(file, f"{name}=4").splitlines()[1:] == [f"  command line: {name}: {expected}"]
+
+
+@pytest.mark.parametrize(("name", "lines", "expected"), OLD_NAMES)
+def test_an_old_name_is_read_from_what_an_earlier_version_wrote(file, name, lines, expected):
+    file.write_text(FILE.replace("[optimizer]", f"{lines}[optimizer]"))
+    loaded = load(file, accept_old_names=True)
+    assert (loaded.batch.microbatch_size, loaded.stage.parameters[-1].lr_multiplier) in ((4, 1.0), (1, 0.5))
+    assert "micro_sequences" not in to_toml(loaded) and "\nrate" not in to_toml(loaded)
+
+
+def test_the_help_lists_every_setting_with_its_default_and_meaning():
+    text = " ".join(settings_help().replace("\n    # ", " ").split())
+    example = Settings(
+        data=DataSettings(train={"NAME": SourceSettings()}, validation={"NAME": SourceSettings()}),
+        stage=StageSettings((ParameterRule(),)),
+    )
+
+    def tables(value, name):
+        for field in dataclasses.fields(value):
+            inner, path = getattr(value, field.name), f"{name}.{field.name}".removeprefix(".")
+            if dataclasses.is_dataclass(inner):
+                yield from tables(inner, path)
+            elif isinstance(inner, tuple):
+                yield from tables(inner[0], f"[{path}]")
+            elif isinstance(inner, dict):
+                yield from tables(inner["NAME"], f"{path}.NAME")
+            else:
+                yield name, field.name, inner, fields.rule_of(field)
+
+    listed = list(tables(example, ""))
+    assert len(listed) > 55
+    for table, name, default, rule in listed:
+        assert rule.help, name
+        choices = f"{' | '.join(rule.choices)}; " if rule.choices else ""
+        line = f" {name} = {fields.literal(default)} # {choices}{rule.help}"
+        start = text.index(f"[{table}] #")
+        assert line in text[start:], name
+
+
 def test_a_mixture_without_sources_is_refused(file):
     assert "no data set is left" in problems(file, "data.train.vl.weight=0", "data.train.text.weight=0")
 
@@ -160,42 +224,40 @@ def test_unreadable_files_are_named(tmp_path):
 
 def test_written_settings_load_as_they_were(file, tmp_path):
     directory = 'runs/"quoted" \\ ünïcode \x7f'
-    loaded = settings.load(file, ["compute.mesh=data=2", "optimizer.epsilon=1e-16"])
+    loaded = load(file, ["compute.mesh=data=2", "optimizer.epsilon=1e-16"])
     loaded = dataclasses.replace(loaded, run=dataclasses.replace(loaded.run, directory=directory))
-    (tmp_path / "copy.toml").write_text(settings.to_toml(loaded))
-    assert settings.load(tmp_path / "copy.toml") == loaded
+    (tmp_path / "copy.toml").write_text(to_toml(loaded))
+    assert load(tmp_path / "copy.toml") == loaded
 
 
 def test_every_field_is_written(file):
-    text = settings.to_toml(settings.load(file))
+    text = to_toml(load(file))
     for field in ("weight = 0.7", "match = ", "seed = 0", "[data.validation.held]", "clip_norm = 1.0", "size = "):
         assert field in text
 
 
-def change(loaded: settings.Settings, table: str, **values) -> settings.Settings:
+def change(loaded: Settings, table: str, **values) -> Settings:
     return dataclasses.replace(loaded, **{table: dataclasses.replace(getattr(loaded, table), **values)})
 
 
 def test_what_a_resumed_run_may_change(file):
-    start = settings.load(file)
+    start = load(file)
     free = change(
         start, "run", log_every=5, keep_last=1, checkpoint_every=9, tensorboard=True, steps=200, directory="y"
     )
     free = change(free, "data", validation={}, max_broken_share=0.5)
-    assert settings.differences(start, free) == []
+    assert differences(start, free) == []
 
 
 def test_what_it_may_not(file):
-    start = settings.load(file)
-    assert settings.differences(start, change(start, "run", seed=1)) == ["run.seed: 0 at the start of the run, now 1"]
-    assert len(settings.differences(start, change(start, "compute", loss_chunk=512, remat="none"))) == 2
-    assert len(settings.differences(start, change(start, "data", streams=2, workers=3))) == 1
-    assert 'data.train.vl.path: "vl.jsonl" at the start of the run, now absent' in settings.differences(
+    start = load(file)
+    assert differences(start, change(start, "run", seed=1)) == ["run.seed: 0 at the start of the run, now 1"]
+    assert len(differences(start, change(start, "compute", loss_chunk=512, remat="none"))) == 2
+    assert len(differences(start, change(start, "data", streams=2, workers=3))) == 1
+    assert 'data.train.vl.path: "vl.jsonl" at the start of the run, now absent' in differences(
         start, change(start, "data", train={"text": start.data.train["text"]})
     )
     fewer = change(start, "stage", parameters=start.stage.parameters[1:])
-    assert settings.differences(start, fewer) == ["stage.parameters: not the rules of the start of the run"]
+    assert differences(start, fewer) == ["stage.parameters: not the rules of the start of the run"]
     cosine = change(start, "optimizer", schedule="cosine")
-    assert settings.differences(cosine, change(cosine, "run", steps=200)) == [
-        "run.steps: 100 at the start of the run, now 200"
-    ]
+    assert differences(cosine, change(cosine, "run", steps=200)) == ["run.steps: 100 at the start of the run, now 200"]

@@ -1,9 +1,8 @@
-"""The jobs that the planner compiles, lowered for devices that need not be here."""
+"""Prefill, decode and encode, lowered for devices that need not be here."""
 
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,56 +10,18 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax.stages import Compiled
 from jax.typing import DTypeLike
 
-from dsvl2_jax.errors import UsageError
 from dsvl2_jax.infer.decode import DecodeState, next_state
 from dsvl2_jax.infer.sampling import SamplingArrays
-from dsvl2_jax.messages import first_line
 from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model.cache import cache_layout
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.parameter_paths import stays_float32
-from dsvl2_jax.runtime.hardware import Topology, target_config
-from dsvl2_jax.sharding import ACTIVATION_RULES, make_mesh, partition_spec
+from dsvl2_jax.sharding import ACTIVATION_RULES, partition_spec
 
 
-class CompilerMissing(UsageError):
-    """The compiler for a platform is not installed, or cannot be used."""
-
-
-def devices(topology: Topology) -> list[Any]:
-    """Descriptions of a topology's devices, from the compiler for it.
-
-    Raises:
-      CompilerMissing: the compiler is not installed, or knows no such topology.
-    """
-    from jax.experimental import topologies
-
-    options: dict[str, Any]
-    if topology.platform == "cuda":
-        options = {"target_config": target_config(topology), "topology": f"1x1x{topology.devices}"}
-        name, extra = "", "cuda"
-    else:
-        # Without these libtpu asks Google's metadata server where it runs, and wants the device to itself.
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-        # A host has four chips, unless it is said to have one.
-        options = {"chips_per_host_bounds": (1, 1, 1)} if topology.devices == 1 else {}
-        name, extra = topology.shape, "tpu"
-    try:
-        found = topologies.get_topology_desc(platform=topology.platform, topology_name=name, **options)
-        return list(found.devices)
-    except Exception as error:  # RuntimeError, XlaRuntimeError, ModuleNotFoundError …
-        compiler = "GPU" if extra == "cuda" else "TPU"
-        raise CompilerMissing(
-            f"{topology.name}: the {compiler} compiler cannot be used ({first_line(error)}); "
-            f"install it with pip install -e '.[{extra}]'."
-        ) from error
-
-
-def lower(
+def lower_inference(
     job: str, config: Config, mesh: Mesh, *, batch: int, sequence: int, dtype: DTypeLike = jnp.bfloat16
 ) -> jax.stages.Lowered:
     """Lowers a job for a mesh.
@@ -74,15 +35,15 @@ def lower(
         return jobs[job](config, mesh, batch, sequence, dtype)
 
 
-def parameters(config: Config, mesh: Mesh, dtype: DTypeLike) -> model.Params:
+def abstract_parameters(config: Config, mesh: Mesh, dtype: DTypeLike) -> model.Params:
     """What `load` puts on a mesh, as shapes."""
     shardings = model.param_shardings(config, mesh)
-    found = {}
+    flat = {}
     for path, (shape, _) in model.abstract_leaves(config).items():
         sharding = functools.reduce(lambda tree, key: tree[key], path, shardings)
         kind = jnp.float32 if stays_float32(path) else dtype
-        found[path] = jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
-    return unflatten_dict(found)
+        flat[path] = jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
+    return unflatten_dict(flat)
 
 
 def _array(mesh: Mesh, dtype: DTypeLike, shape: tuple[int, ...], *axes: str | None) -> jax.ShapeDtypeStruct:
@@ -107,7 +68,7 @@ def _prefill(config: Config, mesh: Mesh, batch: int, sequence: int, dtype: DType
     function = jax.jit(model.prefill, static_argnums=1, donate_argnums=4)
     cache = _cache(config, mesh, batch, sequence, dtype)
     lengths = _array(mesh, jnp.int32, (batch,), "batch")
-    return function.lower(parameters(config, mesh, dtype), config, embeddings, lengths, cache)
+    return function.lower(abstract_parameters(config, mesh, dtype), config, embeddings, lengths, cache)
 
 
 def _decode(config: Config, mesh: Mesh, batch: int, sequence: int, dtype: DTypeLike) -> jax.stages.Lowered:
@@ -133,7 +94,7 @@ def _decode(config: Config, mesh: Mesh, batch: int, sequence: int, dtype: DTypeL
         keys=jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=whole),
     )
     function = jax.jit(next_state, static_argnames=("config", "eos"), donate_argnames="state")
-    return function.lower(parameters(config, mesh, dtype), config, state, sampling, 1)
+    return function.lower(abstract_parameters(config, mesh, dtype), config, state, sampling, 1)
 
 
 def _encode(config: Config, mesh: Mesh, batch: int, sequence: int, dtype: DTypeLike) -> jax.stages.Lowered:
@@ -141,26 +102,4 @@ def _encode(config: Config, mesh: Mesh, batch: int, sequence: int, dtype: DTypeL
     tiles = _array(mesh, jnp.uint8, (batch, side, side, 3), "tiles", None, None, None)
     unit = _array(mesh, jnp.float32, (3,), None)
     function = jax.jit(model.adapt_tiles, static_argnums=1)
-    return function.lower(parameters(config, mesh, dtype), config, tiles, unit, unit)
-
-
-def mesh_of(topology: Topology, sizes: dict[str, int]) -> Mesh:
-    """A mesh of a topology's devices.
-
-    Raises:
-      UsageError: the compiler is missing, or the product of the sizes is not the number of devices.
-    """
-    return make_mesh(**sizes, devices=devices(topology))
-
-
-def memory(compiled: Compiled, platform: str) -> dict[str, int]:
-    """Bytes that a program takes on each device: arguments, temporaries, and output that is in no argument's place.
-
-    The TPU compiler's limit is on its peak; ``temp_size_in_bytes`` counts some buffers twice there.
-    """
-    found = compiled.memory_analysis()
-    arguments, output = found.argument_size_in_bytes, found.output_size_in_bytes - found.alias_size_in_bytes
-    temporaries = found.temp_size_in_bytes
-    if platform == "tpu":
-        temporaries = max(0, found.peak_memory_in_bytes - arguments - output)
-    return {"arguments": arguments, "temporaries": temporaries, "output": output}
+    return function.lower(abstract_parameters(config, mesh, dtype), config, tiles, unit, unit)

@@ -1,0 +1,88 @@
+"""The jobs that can be planned, and the least that each of them costs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from dsvl2_jax.apps.plan.least_work import Work, decode_work, encode_work, prefill_work
+from dsvl2_jax.apps.plan.training_step import preset_settings, program_settings, training_work
+from dsvl2_jax.errors import UsageError
+from dsvl2_jax.model.config import Config
+from dsvl2_jax.train.settings.schema import Settings
+
+JOBS = ("prefill", "decode", "encode", "align", "pretrain", "sft")
+ITEMSIZE = 2  # of bfloat16, in which everything is planned
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is to be planned.
+
+    Attributes:
+      kind: of `JOBS`.
+      batch: prompts, decode slots, tiles, or sequences of a training step.
+      sequence: tokens of a prompt or training sequence, or positions of the cache; encoding has none.
+      settings: of a training step, which hold batch and sequence too; None: for inference.
+    """
+
+    kind: str
+    batch: int
+    sequence: int
+    settings: Settings | None = None
+
+    @property
+    def unit(self) -> tuple[str, int]:
+        """What one run makes, and how much of it."""
+        if self.kind == "encode":
+            return "tiles", self.batch
+        return "tokens", self.batch * (1 if self.kind == "decode" else self.sequence)
+
+    def described(self) -> dict[str, Any]:
+        """A JSON object of all that shapes the job's program."""
+        sizes = {"kind": self.kind, "batch": self.batch, "sequence": self.sequence}
+        return sizes if self.settings is None else sizes | program_settings(self.settings)
+
+
+def least_work(config: Config, job: Job) -> Work:
+    """The least that a job costs on all devices together."""
+    if job.settings is not None:
+        return training_work(config, job.settings)
+    if job.kind == "encode":
+        return encode_work(config, job.batch, ITEMSIZE)
+    inference_work = prefill_work if job.kind == "prefill" else decode_work
+    return inference_work(config, job.batch, job.sequence, ITEMSIZE)
+
+
+def parse_job(
+    kind: str,
+    batch: int | None,
+    sequence: int | None,
+    slots: int | None,
+    *,
+    model: str = "",
+    micro: int | None = None,
+    overrides: Sequence[str] = (),
+) -> Job:
+    """The job of the command's flags, with the sizes that are usual where none are given.
+
+    Args:
+      model, micro, overrides: of a training job, see `preset_settings`.
+
+    Raises:
+      UsageError: an unknown job, a size that is not positive, or a flag of another job.
+    """
+    if kind not in JOBS:
+        raise UsageError(f"--job {kind!r}: expected one of {', '.join(JOBS)}.")
+    for name, value in (("--batch", batch), ("--sequence", sequence), ("--slots", slots), ("--micro", micro)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name}: found {value}, expected a positive whole number.")
+    usual = {"prefill": (8, 4096), "decode": (64, 4096), "encode": (32, 0)}
+    if kind not in usual:
+        settings = preset_settings(model, kind, sequences=batch, length=sequence, micro=micro, overrides=overrides)
+        return Job(kind, settings.batch.sequences, settings.data.sequence_length, settings)
+    if micro is not None or overrides:
+        raise UsageError(f"--micro and --set belong to training; --job {kind} has neither.")
+    rows = (slots if kind == "decode" and slots is not None else batch) or usual[kind][0]
+    return Job(kind, rows, usual[kind][1] if sequence is None or kind == "encode" else sequence)
