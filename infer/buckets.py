@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 SHORT_LENGTHS = (64, 128, 256)
-LENGTH_STEP = 512  # a multiple of attention.QUERY_BLOCK
+LENGTH_STEP = 512  # a multiple of `dsvl2_jax.kernels.attention.QUERY_BLOCK`
 TILE_BUCKETS = (2, 4, 6, 8, 10, 12, 16, 20, 24, 28, 32)
 TILE_STEP = 8
 

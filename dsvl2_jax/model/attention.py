@@ -32,15 +32,24 @@ from dsvl2_jax.sharding import batch_axis, constrain, shard_map_kernel, split_ov
 LayerCache = dict[str, jax.Array]
 
 
-def write_cache(cache: LayerCache, new: LayerCache, positions: jax.Array) -> LayerCache:
-    """Writes T new entries of every row at ``positions[:, 0] …``; the positions of a row are consecutive.
+def write_cache(cache: LayerCache, new: LayerCache, positions_bt: jax.Array) -> LayerCache:
+    """Writes T new entries of every row from ``positions_bt[:, 0]`` on; the positions of a row are consecutive.
 
     A dynamic slice per row (not a scatter) keeps the update in place when the cache is donated.
+
+    Args:
+      cache: arrays [B, S, ...].
+      new: arrays [B, T, ...] of the same names.
+      positions_bt: i32[B, T].
+
+    Returns:
+      The cache with the new entries.
     """
-    return {name: _write(cache[name], new[name], positions[:, 0]) for name in cache}
+    return {name: _write(cache[name], new[name], positions_bt[:, 0]) for name in cache}
 
 
-def _write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+def _write(cache: jax.Array, new: jax.Array, start_b: jax.Array) -> jax.Array:
+    """`write_cache` of one array, on the devices that hold the entries."""
     entry = ("kv_heads", "head_dim") if cache.ndim == 4 else ("latent",)
     axes = "slots", "cache_length", *entry
     names, _ = split_over(cache.shape, axes, 1)
@@ -63,8 +72,8 @@ def _write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     new = new.astype(cache.dtype)
     if names:
         whole = "slots", *[None] * (cache.ndim - 1)
-        return shard_map_kernel(rows, (axes, whole, whole[:1]), (axes,), [cache])(cache, new, start)[0]
-    return constrain(rows(cache, constrain(new, "slots", None, *entry), start)[0], *axes)
+        return shard_map_kernel(rows, (axes, whole, whole[:1]), (axes,), [cache])(cache, new, start_b)[0]
+    return constrain(rows(cache, constrain(new, "slots", None, *entry), start_b)[0], *axes)
 
 
 class MultiHeadAttention(nn.Module):

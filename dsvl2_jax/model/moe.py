@@ -122,6 +122,7 @@ class RoutedExperts(nn.Module):
         gathered = shards > 1 and "expert" in mesh_axes(tokens[0])
         summed = mesh_axes(into_spec[2]) + (("expert",) if shards > 1 and not gathered else ())
 
+        @jax.named_scope("experts")  # shard_map begins names anew
         def local(x, experts, weights, gate, up, down):
             first = lax.axis_index("expert") * gate.shape[0] if shards > 1 else 0
             if gathered:
