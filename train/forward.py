@@ -12,7 +12,7 @@ from flax.traverse_util import path_aware_map
 from jax import lax
 from jax.typing import DTypeLike
 
-from dsvl2_jax.model.attention import ATTENTION_OUTPUT
+from dsvl2_jax.kernels.attention import ATTENTION_OUTPUT
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import Params, abstract_leaves
 from dsvl2_jax.model.layer_runs import LayerFunction, LayerRun, LayerWrapper
