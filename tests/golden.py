@@ -1,4 +1,4 @@
-"""Reading of the golden files, shared by the tests; see data/README.md for what they hold."""
+"""Reading of the golden files, shared by the tests: outputs of the official code on small random checkpoints."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _margins() -> dict[str, Any]:
 
 
 def sure_steps(name: str, case: str, run: str, row: int = 0, least: float = 2e-4) -> int | None:
-    """How many first greedy steps have a top-2 margin that a correct implementation cannot flip (DESIGN §5)."""
+    """How many first greedy steps have a top-2 margin that a correct implementation cannot flip."""
     rows = _margins().get(name, {}).get(case, {}).get(run)
     if rows is None:
         return None

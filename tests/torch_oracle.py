@@ -29,7 +29,7 @@ LANGUAGE = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 10,
     "max_position_embeddings": 64,
-    # One group: transformers' V3 fills the groups outside with −inf, the official DeepSeek-VL2 with 0.0 (FACTS §4).
+    # One group: transformers' V3 fills the groups outside with −inf, the official DeepSeek-VL2 with 0.0.
     "n_group": 1,
     "topk_group": 1,
 }

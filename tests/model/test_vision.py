@@ -33,7 +33,7 @@ def encode(tiles, mean=MEAN, std=STD):
     return encode_tiles(params(), CONFIG, tiles, mean, std, dtype=jnp.float32)
 
 
-def test_features_are_one_per_whole_patch_and_pixels_beyond_them_are_unseen():
+def test_features_are_one_per_whole_patch_and_pixels_beyond_them_are_ignored():
     expected = encode(tiles())
     assert expected.shape == (2, 25, 12)
     changed = tiles().copy()
@@ -43,7 +43,7 @@ def test_features_are_one_per_whole_patch_and_pixels_beyond_them_are_unseen():
     assert (encode(changed) != expected).any()
 
 
-def test_the_last_six_pixels_of_a_released_tile_are_unseen():
+def test_the_last_six_pixels_of_a_released_tile_are_ignored():
     released = VisionConfig(image_size=384, patch_size=14)
     assert released.grid * released.patch_size == 384 - 6
 

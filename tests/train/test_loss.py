@@ -91,7 +91,7 @@ def trained(name: str) -> Trained:
 def gradient(name: str, case: str) -> tuple[jax.Array, Sums, dict[str, np.ndarray]]:
     """The differentiated total, the metrics, and the gradient under the released tensor names."""
     mini = trained(name)
-    # Both cases have the shape of the larger one: one program serves them, and padding is seen to be unseen.
+    # Both cases have the shape of the larger one: one program serves them, and padding shows to have no effect.
     dialog = mini.sample("train_dialog")
     batch = collate([mini.sample(case)], mini.config, length=len(dialog.input_ids), tile_count=len(dialog.tiles))
     (total, metrics), tree = gradient_of(mini.params, mini.config, one_sample_a_row(batch), *mini.pixels)

@@ -24,7 +24,7 @@ MICRO = Path(configs.__file__).parent / "micro"  # 126-pixel tiles, and a vocabu
 SIZES = ("tiny", "small", "base")
 COLOURS = ["red", "green", "blue", "white", "black", "yellow", "cyan", "magenta"]
 
-# What makes each variant different (FACTS §1); all else is as in the micro model, with fewer layers.
+# What makes each variant different; all else is as in the micro model, with fewer layers.
 VARIANTS = {
     "tiny": {"use_mla": False, "kv_lora_rank": None, "qk_nope_head_dim": 0, "qk_rope_head_dim": 0, "v_head_dim": 0}
     | {"topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False, "routed_scaling_factor": 1.0},

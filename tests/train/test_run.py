@@ -198,7 +198,7 @@ def sharded(toy, tmp_path):
 
 def test_a_run_survives_a_full_disk_answers_exports_and_refuses_what_is_not_its_own(toy, sharded, capfd, monkeypatch):
     config, run = sharded(steps=4, profile="2:2", tensorboard=True)
-    # The disk fills up while the second checkpoint is written; the first one, of a sharded state, goes on exactly.
+    # The disk fills up while the second checkpoint is written; the first one, of a sharded state, resumes exactly.
     place = orbax_io._Document._file
 
     def full(directory):

@@ -106,7 +106,7 @@ class TorchTrainer:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, drops)
 
     def balance(self, routing) -> tuple:
-        """The golden formula for one sample and layer (FACTS §4), and how often each expert was chosen."""
+        """The golden formula for one sample and layer, and how often each expert was chosen."""
         logits, _, chosen = routing
         scores = logits.sigmoid() if self.sigmoid else logits.softmax(-1)
         scores = scores / scores.sum(-1, keepdim=True)

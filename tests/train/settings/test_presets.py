@@ -1,4 +1,4 @@
-"""The nine presets: the paper's Table 2 (FACTS §5), and rules that cover each released model."""
+"""The nine presets: the paper's Table 2, and rules that cover each released model."""
 
 import functools
 
