@@ -150,7 +150,7 @@ def test_the_log_tells_of_every_stage():
         steps = [line for line in lines[1:] if line["stage"] == stage and line["kind"] == "step"]
         assert steps and all(np.isfinite(line["loss"]) for line in steps)
         losses, third = [line["loss"] for line in steps], len(steps) // 3
-        # A short stage that starts where another ended begins low; 20 single batches of it say little.
+        # A short stage that starts from another one's end begins low; 20 single batches of it say little.
         assert sum(losses[-third:]) < (1 if len(losses) > 25 else 1.2) * sum(losses[:third]), stage
 
 

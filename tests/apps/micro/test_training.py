@@ -1,4 +1,4 @@
-"""`make train-micro` scaled down: its stages, from scratch, on one large shape a picture, until colours are seen."""
+"""`make train-micro` scaled down: its stages, from scratch, on one large shape a picture, until it tells colours."""
 
 import json
 import os
