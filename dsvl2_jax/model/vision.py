@@ -97,7 +97,7 @@ class AttentionPool(nn.Module):
     @nn.compact
     def __call__(self, x_npw: jax.Array) -> jax.Array:
         """[N, P, W], after the encoder's final norm → [N, W]."""
-        cfg, exact = self.config, matmul_precision(self.dtype)
+        cfg, precision = self.config, matmul_precision(self.dtype)
         width, hidden = cfg.width, cfg.mlp_dim
 
         def parameter(name: str, *shape: int) -> jax.Array:
@@ -125,9 +125,9 @@ class AttentionPool(nn.Module):
         q_hd = product("q", latent).reshape(cfg.heads, cfg.head_dim)
         kv = product("kv", x_npw).reshape(*x_npw.shape[:2], 2, cfg.heads, cfg.head_dim)
         k, v = kv[:, :, 0], kv[:, :, 1]  # [N, P, H, Dh]
-        scores = jnp.einsum("hd,nphd->nhp", q_hd, k, precision=exact, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("hd,nphd->nhp", q_hd, k, precision=precision, preferred_element_type=jnp.float32)
         weights_nhp = nn.softmax(scores * cfg.head_dim**-0.5, axis=-1).astype(self.dtype)
-        pooled = jnp.einsum("nhp,nphd->nhd", weights_nhp, v, precision=exact).reshape(-1, width)
+        pooled = jnp.einsum("nhp,nphd->nhd", weights_nhp, v, precision=precision).reshape(-1, width)
         x = product("proj", pooled)
         x32 = x.astype(jnp.float32)
         centred = x32 - x32.mean(-1, keepdims=True)
