@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from packed import sources, unpack
@@ -23,7 +24,6 @@ from dsvl2_jax.errors import DataError
 from dsvl2_jax.inputs.image_sources import FilePool
 from dsvl2_jax.inputs.processor import Processor
 from dsvl2_jax.model.config import Config
-from dsvl2_jax.train.data.batch import TrainBatch
 from dsvl2_jax.train.data.files import open_data_file
 from dsvl2_jax.train.data.pipeline import (
     BatchShard,
@@ -102,9 +102,9 @@ def take(steps: Pipeline, count: int) -> list[StepData]:
 def assert_same(one: StepData, other: StepData) -> None:
     assert one.sources == other.sources
     assert one.stats == other.stats
-    for field in dataclasses.fields(TrainBatch):
-        left, right = getattr(one.batch, field.name), getattr(other.batch, field.name)
-        assert left.dtype == right.dtype and np.array_equal(left, right), field.name
+    assert jax.tree.structure(one.batch) == jax.tree.structure(other.batch)
+    for (path, left), right in zip(jax.tree.leaves_with_path(one.batch), jax.tree.leaves(other.batch), strict=True):
+        assert left.dtype == right.dtype and np.array_equal(left, right), path
 
 
 def in_steps(steps: list[StepData]) -> Counter:
@@ -223,6 +223,7 @@ def test_a_state_goes_on_with_other_processes_rows_and_streams_of_its_own(root, 
 
 ORPHANS = """
 import os, sys
+import jax
 import numpy as np
 sys.path[:0] = sys.argv[2:]
 from test_pipeline import MICRO, Config, Path, Processor, make_settings, pipeline
