@@ -105,14 +105,14 @@ eval-micro: $(DEMO_INSTALLED)
 	$(BIN)/dsvl2 eval $(CKPT) $(OUT)/questions/questions-6-$(SAMPLES).jsonl
 
 test: $(TEST_INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 NOT_COMPILED := not pods and not gpu
 test-fast: $(TEST_INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "$(NOT_COMPILED) and not exhaustive and not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "$(NOT_COMPILED) and not exhaustive and not slow" $(ARGS)
 
 test-exhaustive: $(TEST_INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "$(NOT_COMPILED)" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "$(NOT_COMPILED)" $(ARGS)
 
 # Made anew each time, so that nothing of an earlier run is kept.
 test-newest:

@@ -48,20 +48,45 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(cache, ignore_errors=True)
 
 
-# Quick files run first, so that a broken basis shows at once; the rest follows in this order.
+# Quick files run first, so that a broken basis shows at once, and are all of `make test-fast`. Of the rest those that
+# take longest begin first: at the end no worker waits long for the other one.
 SLOW_FILES = (
-    "model/test_transformers",
-    "train/test_transformers",
-    "convert/test_to_orbax",
-    "apps/cli/test_main",
-    "infer/test_engine",
-    "apps/micro/test_build",
-    "train/objectives/test_language",
+    "runtime/test_processes",
     "train/test_run",
-    "train/test_overfit",
-    "runtime/test_processes",  # one long group: not last, where the other worker would wait for it
+    "train/objectives/test_language",
+    "apps/plan/test_planner_tpu",
     "test_golden",
     "infer/test_mesh",
+    "train/test_overfit",
+    "train/test_transformers",
+    "apps/micro/test_build",
+    "apps/plan/test_planner",
+    "train/objectives/test_contrastive",
+    "train/objectives/test_regions",
+    "train/test_loss",
+    "model/test_transformers",
+    "model/test_deepseek_vl2",
+    "model/test_moe",
+    "model/test_attention",
+    "kernels/test_gpu",
+    "kernels/test_grouped_matmul",
+    "kernels/test_tpu",
+    "kernels/test_attention",
+    "infer/eval/test_evaluate",
+    "infer/test_engine",
+    "convert/test_to_orbax",
+    "convert/test_to_safetensors",
+    "convert/test_doctor",
+    "checkpoint/test_load",
+    "apps/bench/test_load",
+    "apps/bench/test_train",
+    "apps/bench/test_convert",
+    "apps/cli/test_main",
+    "apps/micro/test_demo",
+    "train/data/test_pipeline",
+    "train/test_stacked",
+    "train/test_flops",
+    "test_docs",
 )
 # Files whose tests are split between workers by checkpoint or size.
 SPLIT_FILES = {"test_golden": "mini-", "infer/test_mesh": "mini-", "train/test_overfit": ("tiny", "small", "base")}

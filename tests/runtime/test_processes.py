@@ -94,7 +94,10 @@ def largest_file(directory, pattern="*"):
 PROMPT = ("--image", "images/shapes.png", "--prompt", "What colour is the circle?", "--max-new-tokens", "8", "--json")
 
 
-@pytest.mark.parametrize(("count", "devices", "mesh"), [(2, 2, "tensor=2,expert=2"), (4, 1, "data=2,tensor=2")])
+@pytest.mark.parametrize(
+    ("count", "devices", "mesh"),
+    [(2, 2, "tensor=2,expert=2"), pytest.param(4, 1, "data=2,tensor=2", marks=pytest.mark.exhaustive)],
+)
 def test_generate_gives_the_tokens_of_one_process_and_process_0_alone_reads_and_prints(count, devices, mesh, tmp_path):
     import dsvl2_jax
 

@@ -11,6 +11,8 @@ import pytest
 from dsvl2_jax.apps.micro import build, pictures, synthetic
 from dsvl2_jax.train.settings.load import load
 
+pytestmark = pytest.mark.exhaustive  # five stages, some minutes; tests/train has what each of them does
+
 TEXTS = ["data.train.text.path=texts.jsonl", "data.validation.text.path=texts-held.jsonl"]
 CAPTIONS = ["data.train.pairs.path=captions.jsonl", "data.validation.pairs.path=captions-held.jsonl"]
 
