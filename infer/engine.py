@@ -82,7 +82,7 @@ class Model:
 
     @property
     def dtype(self) -> str:
-        return jnp.dtype(self.params["language"]["embed_tokens"].dtype).name
+        return jnp.dtype(model.compute_dtype(self.params)).name
 
     def _on_mesh(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from dsvl2_jax.kernels.attention import ATTENTION_OUTPUT
 from dsvl2_jax.model.config import Config
-from dsvl2_jax.model.deepseek_vl2 import Params, abstract_leaves
+from dsvl2_jax.model.deepseek_vl2 import Params, abstract_leaves, compute_dtype
 from dsvl2_jax.model.layer_runs import LayerFunction, LayerRun, LayerWrapper
 from dsvl2_jax.model.moe import EXPERT_PRODUCT
 from dsvl2_jax.model.parameter_paths import LeafPath, stays_float32
@@ -39,7 +39,7 @@ def compute_params(params: Params, dtype: DTypeLike | None) -> Params:
     Stacks of layers are cast whole: the TPU compiler does so anyway, and their gradients, which come in this dtype, are
     then kept in it until the optimizer takes them.
     """
-    dtype = jnp.dtype(dtype or params["language"]["embed_tokens"].dtype)
+    dtype = jnp.dtype(dtype or compute_dtype(params))
 
     def leaf(path: LeafPath, value: jax.Array) -> jax.Array:
         return value.astype(jnp.float32 if stays_float32(path) else dtype)
