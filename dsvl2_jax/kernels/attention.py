@@ -90,12 +90,13 @@ def _attend_block(
         visible_bts &= key_index >= first_bt[..., None]
     scores_bhts = jnp.where(visible_bts[:, None], scores_bhts * scale, jnp.finfo(jnp.float32).min)
     p_bhts = jax.nn.softmax(scores_bhts, axis=-1).astype(values.dtype)
-    product = "bhts,bshd->bthd" if values.ndim == 4 else "bhts,bsd->bthd"
-    # Summed in float32 by request: XLA on CPUs otherwise sums bfloat16 products of a batch in bfloat16.
-    out_bthd = jnp.einsum(
+    # Heads before tokens, as the product makes them, and summed in float32 by request: otherwise XLA on CPUs sums
+    # bfloat16 in bfloat16.
+    product = "bhts,bshd->bhtd" if values.ndim == 4 else "bhts,bsd->bhtd"
+    out_bhtd = jnp.einsum(
         product, p_bhts, values, precision=matmul_precision(values.dtype), preferred_element_type=jnp.float32
     )
-    return out_bthd.astype(values.dtype)
+    return out_bhtd.swapaxes(1, 2).astype(values.dtype)
 
 
 @jax.named_scope("causal_self_attention")
