@@ -102,8 +102,8 @@ def _placed(state: SlotState) -> SlotState:
     return dataclasses.replace(
         jax.tree.map(small, dataclasses.replace(state, cache=None, seen=None, counts=None)),
         cache=state.cache,
-        seen=constrain(state.seen, "slots", None),
-        counts=constrain(state.counts, "slots", None),
+        seen=constrain(state.seen, "slots", "vocab"),
+        counts=constrain(state.counts, "slots", "vocab"),
     )
 
 

@@ -29,7 +29,9 @@ ATTENTION_OUTPUT = "attention_output"  # its name for rematerialisation policies
 # Scores are held for this many queries at a time: [B, H, 512, S] instead of [B, H, T, S].
 QUERY_BLOCK = 512
 
-KEY_BLOCK = 512  # keys that a decode step attends to at a time
+KEY_BLOCK = (
+    256  # keys that a decode step attends to at a time; a cache has two blocks at least, or XLA multiplies otherwise
+)
 
 CAUSAL_CHUNKS = 4
 MIN_CHUNKED = 512  # shorter rows are attended to whole

@@ -22,7 +22,7 @@ from dsvl2_jax.checkpoint.staging import write_text
 from dsvl2_jax.errors import ConversationError, DataError, DSVL2Error, UsageError
 from dsvl2_jax.fields import Problem, setting
 from dsvl2_jax.infer.answer import Generation
-from dsvl2_jax.infer.engine import MinBatchShape, Model
+from dsvl2_jax.infer.engine import Model
 from dsvl2_jax.infer.eval.report import Thumbnails, write_report
 from dsvl2_jax.infer.eval.results import EvalRun, checkpoint_digest, file_digest, open_run
 from dsvl2_jax.infer.eval.samples import Sample, read_samples, score
@@ -133,8 +133,7 @@ def _follow(ckpt: str | None, options: EvalOptions) -> None:
     if processes.from_first(bool):
         model = load(ckpt, LoadOptions(options.dtype, options.mesh))
         while (work := processes.from_first(lambda: None)) is not None:
-            inputs, least = work
-            model.generate(inputs, options.max_new_tokens, at_least=least)
+            model.generate(work, options.max_new_tokens, slots=options.batch_size)
 
 
 def checkpoint_name(directory: Path) -> str:
@@ -217,7 +216,6 @@ def _answer_all(
     sizes = {sample.line: prompt_size(sample, model.processor) for sample in missing}
     ordered = sorted(missing, key=lambda sample: sizes[sample.line], reverse=True)
     batches = [ordered[i : i + options.batch_size] for i in range(0, len(ordered), options.batch_size)]
-    rows = len(batches[0])
 
     def prepare(sample: Sample) -> _Prepared:
         try:
@@ -235,11 +233,8 @@ def _answer_all(
     with progress("answering", total, done=total - len(missing), unit="items") as advance:
         for prepared in _prefetched(batches, prepare):
             inputs = [p.inputs for p in prepared if p.inputs is not None]
-            # Counted as if every prompt had the most tiles, so that a mixed batch runs the program of its largest.
-            most_tiles = max((len(i.tiles) for i in inputs), default=0)
-            least = MinBatchShape(rows=rows, tiles=rows * most_tiles)
-            processes.from_first(lambda work=(inputs, least): work)
-            generations = iter(model.generate(inputs, options.max_new_tokens, at_least=least))
+            processes.from_first(lambda work=inputs: work)
+            generations = iter(model.generate(inputs, options.max_new_tokens, slots=options.batch_size))
             run.append(result_of(p, None if p.inputs is None else next(generations)) for p in prepared)
             advance(len(prepared))
     processes.from_first(lambda: None)  # there is no more

@@ -18,7 +18,6 @@ from dsvl2_jax.apps.cli.main import main
 from dsvl2_jax.checkpoint.locate import open_model, resolve
 from dsvl2_jax.errors import ConversationError, DataError, DSVL2Error, RunError, UsageError
 from dsvl2_jax.infer.answer import Generation
-from dsvl2_jax.infer.engine import MinBatchShape
 from dsvl2_jax.infer.eval import evaluate
 from dsvl2_jax.infer.eval import samples as eval_data
 from dsvl2_jax.infer.eval.evaluate import EvalOptions, prompt_size
@@ -58,7 +57,7 @@ class Parrot:
     def __init__(self):
         self.processor = open_model(resolve(None))[1]
         self.batches: list[list] = []
-        self.shapes: list[MinBatchShape] = []
+        self.slots: list[int] = []
         self.context = 4096
         self.dies_at = None
 
@@ -66,11 +65,11 @@ class Parrot:
         if len(inputs.input_ids) > self.context:
             raise ConversationError("too long")
 
-    def generate(self, inputs, max_new_tokens, at_least):
+    def generate(self, inputs, max_new_tokens, slots):
         if len(self.batches) == self.dies_at:
             raise KeyboardInterrupt
         self.batches.append(inputs)
-        self.shapes.append(at_least)
+        self.slots.append(slots)
         return [self._answer(one) for one in inputs]
 
     def _answer(self, one):
@@ -144,13 +143,13 @@ def test_without_out_results_go_below_eval(questions, tmp_path, parrot, monkeypa
     assert (tmp_path / "eval" / "bundled" / "data" / "report.html").is_file()
 
 
-def test_batches_are_of_like_size_and_padded_alike(questions, tmp_path, parrot):
+def test_batches_are_of_like_size_and_have_the_same_slots(questions, tmp_path, parrot):
     evaluate.evaluate(None, questions, options(tmp_path))
     tiles = [[len(inputs.tiles) for inputs in batch] for batch in parrot.batches]
     flat = [count for batch in tiles for count in batch]
     assert flat == sorted(flat, reverse=True)
     assert [len(batch) for batch in tiles] == [2, 2, 2, 1]
-    assert parrot.shapes == [MinBatchShape(rows=2, tiles=2 * max(batch)) for batch in tiles]
+    assert parrot.slots == [2] * 4
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(questions, tmp_path, parrot):
