@@ -55,7 +55,7 @@ class Executor:
         self.eos = owner.processor.tokenizer.eos_id
         config, per_tile = owner.config, owner.config.tokens_per_tile
         # A prompt has at most so many tiles, and the last picture's are padded to their bucket.
-        self._tiles = -(-config.language.max_position_embeddings // per_tile) + self.tile_bucket(self._most_tiles())
+        self._tiles = -(-config.language.max_position_embeddings // per_tile) + self.tile_bucket(self.most_tiles)
         self._features: dict[Hashable, jax.Array] = {}
         self._pages: dict[Hashable, Any] = {}
         self.reset()
@@ -75,7 +75,8 @@ class Executor:
         with self.model.on_mesh():
             self._row = _init_row(self.model.config, 1, self.cache_length, self.model.dtype)
 
-    def _most_tiles(self) -> int:
+    @property
+    def most_tiles(self) -> int:
         """Tiles of the largest picture."""
         processor = self.model.processor.config
         side = processor.tile_size

@@ -147,7 +147,8 @@ class Scheduler:
         self.rows: list[Ticket | None] = [None] * slots
         self.pages = Store(prefix_bytes, self.executor.drop_page)
         self.features = Store(feature_bytes, self.executor.drop_features)
-        self.tiles = 0  # encoded
+        # How much was done: tiles encoded; prompt tokens, and those of them that kept pages had.
+        self.tiles = self.prompt_tokens = self.cached_tokens = 0
         self._prefill: _Prefill | None = None
         self._given: list[
             tuple[Steps, list[tuple[int, int, Ticket]]]
@@ -240,6 +241,8 @@ class Scheduler:
             self.executor.put_page(key, start // PAGE)
             start += PAGE
         ticket.cached_tokens = start
+        self.prompt_tokens += ticket.length
+        self.cached_tokens += start
         first_tiles = _first_tiles(request.inputs)
         tiles = request.inputs.image_index[start:] // per_tile
         pictures = np.unique(np.searchsorted(first_tiles, tiles[tiles >= 0], side="right") - 1)
