@@ -19,10 +19,10 @@ from dsvl2_jax.checkpoint.locate import open_model, resolve
 from dsvl2_jax.errors import ConversationError, DataError, DSVL2Error, RunError, UsageError
 from dsvl2_jax.infer.answer import Generation
 from dsvl2_jax.infer.engine import MinBatchShape
-from dsvl2_jax.infer.eval import evaluate
+from dsvl2_jax.infer.eval import evaluate, loaded
 from dsvl2_jax.infer.eval import samples as eval_data
-from dsvl2_jax.infer.eval.evaluate import EvalOptions, prompt_size
-from dsvl2_jax.infer.eval.results import checkpoint_digest
+from dsvl2_jax.infer.eval.evaluate import EvalOptions
+from dsvl2_jax.infer.eval.loaded import checkpoint_digest, prompt_size
 from dsvl2_jax.inputs.grounding import parse_boxes
 from dsvl2_jax.inputs.image_sources import FolderImages
 
@@ -81,7 +81,7 @@ class Parrot:
 @pytest.fixture
 def parrot(monkeypatch):
     model = Parrot()
-    monkeypatch.setattr(evaluate, "load", lambda ckpt, options: model)
+    monkeypatch.setattr(loaded, "load", lambda ckpt, options: model)
     return model
 
 
