@@ -230,16 +230,15 @@ class Server:
             if not isinstance(text, str):
                 raise TypeError(f"content is {type(text).__name__}")
             usage = reply.get("usage") or {}
-            parts = usage.get("prompt_tokens_details") or {}
+            known = {
+                "finish_reason": (choice.get("finish_reason"), str),
+                "prompt_tokens": (usage.get("prompt_tokens"), int),
+                "image_tokens": ((usage.get("prompt_tokens_details") or {}).get("image_tokens"), int),
+                "answer_tokens": (usage.get("completion_tokens"), int),
+            }
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            raise _FailedError(f"not a chat completion: {self._reason(response)}") from None
-        known = {
-            "finish_reason": choice.get("finish_reason"),
-            "prompt_tokens": usage.get("prompt_tokens"),
-            "image_tokens": parts.get("image_tokens"),
-            "answer_tokens": usage.get("completion_tokens"),
-        }
-        return text, {name: value for name, value in known.items() if value is not None}
+            raise _FailedError(f"not a chat completion ({self._reason(response)})") from None
+        return _encodable(text), {name: value for name, (value, kind) in known.items() if type(value) is kind}
 
     def _first_model(self) -> str:
         response = self._models()
@@ -306,7 +305,7 @@ class Server:
 
     def _safe(self, text: str) -> str:
         """A text from outside without the key: servers quote what they refuse."""
-        return text.replace(self._key, "***") if self._key else text
+        return _encodable(text.replace(self._key, "***") if self._key else text)
 
 
 _AGAIN = "What was answered is kept: start the same command again to go on."
@@ -342,21 +341,31 @@ def base_url(url: str) -> str:
 
 
 def read_key(file: Path | None) -> str:
-    """The API key, of a file or the environment; "" where neither is given. Raises UsageError, never showing a key."""
+    """The API key, of a file or the environment; "" where neither has one.
+
+    The file may be that of the server: a line with the key, or with its owner's name and the key; lines that begin with
+    # say nothing.
+
+    Raises:
+      UsageError: the file cannot be read, or does not have one key. The message shows nothing of what it has.
+    """
     if file is None:
-        key, where = os.environ.get(KEY_VARIABLE, "").strip(), KEY_VARIABLE
+        text, where = os.environ.get(KEY_VARIABLE, ""), KEY_VARIABLE
     else:
         where = f"--api-key-file {file}"
         try:
-            key = file.read_text(encoding="utf-8").strip()
+            text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not text"
             raise UsageError(f"{where}: cannot be read ({reason}).") from None
-        if not key:
-            raise UsageError(f"{where}: is empty, expected an API key.")
-    if not re.fullmatch(r"[\x21-\x7e]*", key):
-        raise UsageError(f"{where}: expected one API key, of ASCII characters without spaces or lines between.")
-    return key
+    lines = [words for line in text.splitlines() if (words := line.split()) and not words[0].startswith("#")]
+    if not lines and file is None:
+        return ""
+    if len(lines) != 1:
+        raise UsageError(f"{where}: has {len(lines)} keys, expected one.")
+    if len(lines[0]) > 2 or not re.fullmatch(r"[\x21-\x7e]+", lines[0][-1]):
+        raise UsageError(f"{where}: expected KEY or NAME KEY, the key of ASCII characters.")
+    return lines[0][-1]
 
 
 def messages(conversation: tuple[Mapping[str, str], ...], urls: list[str]) -> list[dict[str, Any]]:
@@ -416,6 +425,11 @@ def _delay(tries: int, retry_after: float | None) -> float:
 
 
 _sleep = asyncio.sleep
+
+
+def _encodable(text: str) -> str:
+    """The text without halves of characters, which JSON can hold and files cannot."""
+    return text.encode(errors="replace").decode()
 
 
 def _short_name(model: str) -> str:
