@@ -22,7 +22,8 @@ from dsvl2_jax.checkpoint.staging import write_text
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.fields import Problem, setting
 from dsvl2_jax.infer.eval.answers import Questions, Result, Source, is_final
-from dsvl2_jax.infer.eval.client import Server, ServerOptions
+from dsvl2_jax.infer.eval.chat_request import ServerOptions
+from dsvl2_jax.infer.eval.client import Server
 from dsvl2_jax.infer.eval.report import Thumbnails, write_report
 from dsvl2_jax.infer.eval.results import file_digest, open_run
 from dsvl2_jax.infer.eval.samples import Sample, read_samples

@@ -96,7 +96,7 @@ def evaluate(
     if not 1 <= len(files) <= most:
         expected = "[CKPT] DATA.jsonl" if server is None else "DATA.jsonl alone with --server"
         raise UsageError(f"eval: found {len(files)} arguments, expected {expected}.")
-    from dsvl2_jax.infer.eval.client import ServerOptions
+    from dsvl2_jax.infer.eval.chat_request import ServerOptions
     from dsvl2_jax.infer.eval.evaluate import EvalOptions
     from dsvl2_jax.infer.eval.evaluate import evaluate as run
 

@@ -1,9 +1,8 @@
-"""`dsvl2 eval --server`: the same scores as with the model loaded, what is sent, and what each failure does."""
+"""`dsvl2 eval --server`: the same scores as with the model loaded, and what each failure of the server does."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import re
 import signal
@@ -27,20 +26,12 @@ import dsvl2_jax
 from dsvl2_jax.apps.cli.main import main
 from dsvl2_jax.apps.micro import synthetic
 from dsvl2_jax.errors import DataError, RunError, UsageError
+from dsvl2_jax.infer.engine import MinBatchShape
 from dsvl2_jax.infer.eval import client
-from dsvl2_jax.infer.eval.client import (
-    KEY_VARIABLE,
-    Server,
-    ServerOptions,
-    base_url,
-    data_url,
-    messages,
-    parse_retry_after,
-    read_key,
-)
+from dsvl2_jax.infer.eval.chat_request import KEY_VARIABLE, ServerOptions
+from dsvl2_jax.infer.eval.client import Server, parse_retry_after
 from dsvl2_jax.infer.eval.evaluate import EvalOptions, evaluate
 from dsvl2_jax.infer.eval.samples import Sample
-from dsvl2_jax.inputs.images import load_image
 
 KEY = "sk-0123456789abcdef"
 COUNT = 8
@@ -112,14 +103,14 @@ def test_a_server_with_the_bundled_model_gets_the_scores_of_the_model_here(tmp_p
             json.dumps({"messages": conversation, "images": ["red.jpg", "blue.bmp"], "answer": "x", "metric": "anls"})
         )
     here = evaluate(None, data, EvalOptions(out=tmp_path / "here", max_new_tokens=40))
-    model, one_at_a_time = dsvl2_jax.load(), threading.Lock()
+    model, one_at_a_time, one_program = dsvl2_jax.load(), threading.Lock(), MinBatchShape(length=512, tiles=10)
 
     def answer(body):
         assert (body["temperature"], body["max_tokens"], body["model"]) == (0, 40, "org/teller")
         turns, images = chat_server.prompt_of(body)
         inputs = model.processor(turns, images)
         with one_at_a_time:
-            generation = model.generate(inputs, body["max_tokens"])
+            generation = model.generate(inputs, body["max_tokens"], at_least=one_program)
         details = {"image_tokens": generation.image_tokens}
         reply = completion(
             generation.text,
@@ -223,12 +214,10 @@ def test_a_question_waits_while_others_are_answered(questions, tmp_path):
     assert counts["refused"] >= 8 * (COUNT - 1)
 
 
-def test_a_server_that_wants_a_long_pause_ends_the_run(questions, tmp_path):
-    with (
-        ChatServer(lambda body: failure(429, "quota", Retry_After="86400")).running() as server,
-        pytest.raises(RunError, match=r"asks to wait for 86,400 seconds \(HTTP 429: quota\)"),
-    ):
-        evaluate(None, questions, options(tmp_path, server))
+def test_a_server_that_wants_a_long_pause_ends_the_run(questions, tmp_path, teller):
+    teller.answer = lambda body: failure(429, "quota", Retry_After="86400")
+    with pytest.raises(RunError, match=r"asks to wait for 86,400 seconds \(HTTP 429: quota\)"):
+        evaluate(None, questions, options(tmp_path, teller))
 
 
 def test_a_question_that_is_refused_has_no_answer(questions, tmp_path):
@@ -285,13 +274,11 @@ def test_an_answer_that_never_comes_is_not_waited_for_for_ever(questions, tmp_pa
     assert results(tmp_path / "out")[1]["error"] == "no answer within 0.05 seconds (--timeout)"
 
 
-def test_a_server_that_fails_every_question_ends_the_run(questions, tmp_path):
+def test_a_server_that_fails_every_question_ends_the_run(questions, tmp_path, teller):
     write(questions, [{"question": f"number {i}?", "answer": str(i)} for i in range(60)])
-    with (
-        ChatServer(lambda body: failure(500, "no device")).running() as server,
-        pytest.raises(RunError, match=r"has failed 20 questions in a row; the last: HTTP 500: no device"),
-    ):
-        evaluate(None, questions, options(tmp_path, server))
+    teller.answer = lambda body: failure(500, "no device")
+    with pytest.raises(RunError, match=r"has failed 20 questions in a row; the last: HTTP 500: no device"):
+        evaluate(None, questions, options(tmp_path, teller))
 
 
 @pytest.mark.parametrize("status", [401, 403])
@@ -323,20 +310,11 @@ def test_a_refused_key_ends_the_run_and_is_told_to_nobody(questions, tmp_path, m
     assert KEY.encode() not in everything_written(tmp_path / "out")
 
 
-def test_without_a_key_none_is_sent_and_a_server_that_wants_one_is_named(questions, tmp_path):
-    with (
-        ChatServer(lambda body: failure(401, "who are you?")).running() as server,
-        pytest.raises(RunError, match=r"refuses to answer without an API key \(HTTP 401: who are you\?\)"),
-    ):
-        evaluate(None, questions, options(tmp_path, server))
-    assert set(server.keys) == {None}
-
-
-def test_the_key_of_a_file_is_sent(questions, tmp_path, teller, monkeypatch):
-    monkeypatch.setenv(KEY_VARIABLE, "another")
-    (tmp_path / "key").write_text(f"# of the lab\n\nalice {KEY}\n")
-    evaluate(None, questions, options(tmp_path, teller, api_key_file=tmp_path / "key"))
-    assert set(teller.keys) == {f"Bearer {KEY}"}
+def test_without_a_key_none_is_sent_and_a_server_that_wants_one_is_named(questions, tmp_path, teller):
+    teller.answer = lambda body: failure(401, "who are you?")
+    with pytest.raises(RunError, match=r"refuses to answer without an API key \(HTTP 401: who are you\?\)"):
+        evaluate(None, questions, options(tmp_path, teller))
+    assert set(teller.keys) == {None}
 
 
 def test_a_server_that_is_not_there_ends_the_run_at_once(questions, tmp_path, capsys, waits):
@@ -349,36 +327,22 @@ def test_a_server_that_is_not_there_ends_the_run_at_once(questions, tmp_path, ca
     assert waits == []
 
 
-def test_a_server_that_goes_away_may_come_back(questions, tmp_path, waits):
-    server = ChatServer(tell)
-    with server.running():
-        asked = Server(ServerOptions(server.url), 8)
-    comes_back = ChatServer(tell)
+class NotThereYet(httpx2.AsyncHTTPTransport):
+    """Connects in vain twice."""
 
-    class Gone(httpx2.AsyncBaseTransport):
-        """Connects in vain twice, then to the server that has come."""
+    tries = 0
 
-        tries = 0
+    async def handle_async_request(self, request):
+        self.tries += 1
+        if self.tries <= 2:
+            raise httpx2.ConnectError("connection refused", request=request)
+        return await super().handle_async_request(request)
 
-        async def handle_async_request(self, request):
-            self.tries += 1
-            if self.tries <= 2:
-                raise httpx2.ConnectError("connection refused", request=request)
-            return await self.inner.handle_async_request(request)
 
-    gone = Gone()
-    gone.inner = httpx2.AsyncHTTPTransport()
-    asked._url = f"{comes_back.url}/v1"
-    sample = Sample(1, "1", "t", "exact", ({"role": "user", "content": "number 5?"},), (), (), ("5",))
-    body = json.dumps({"messages": messages(sample.conversation, [])}).encode()
-
-    async def ask():
-        async with httpx2.AsyncClient(transport=gone) as http:
-            return await asked._ask(http, sample, body)
-
-    with comes_back.running():
-        result = client.asyncio.run(ask())
-    assert (result["answer"], result["score"]) == ("5", 1.0)
+def test_a_server_that_goes_away_may_come_back(questions, tmp_path, teller, waits, monkeypatch):
+    connect = httpx2.AsyncClient
+    monkeypatch.setattr(httpx2, "AsyncClient", lambda **settings: connect(transport=NotThereYet(), **settings))
+    assert evaluate(None, questions, options(tmp_path, teller, concurrency=1))["tasks"]["data"]["score"] == 1.0
     assert len(waits) == 2
 
 
@@ -438,7 +402,7 @@ def test_another_server_model_or_field_is_another_evaluation(questions, tmp_path
     with pytest.raises(RunError, match=r"server.extra_body"):
         evaluate(None, questions, options(tmp_path, teller, extra_body='{"top_k": 1}'))
     with pytest.raises(RunError, match=r"server.url was"):
-        other = dataclasses.replace(ServerOptions(teller.url), url=f"{teller.url}/else", server_model="org/teller")
+        other = ServerOptions(f"{teller.url}/else", server_model="org/teller")
         evaluate(None, questions, EvalOptions(metric="exact", out=tmp_path / "out", server=other))
     with pytest.raises(RunError, match=r"checkpoint"):
         evaluate(None, questions, EvalOptions(metric="exact", out=tmp_path / "out"))
@@ -451,10 +415,8 @@ def test_results_go_below_the_name_of_model_and_server(questions, tmp_path, tell
     assert main(["eval", str(questions), "--metric", "exact", "--server", teller.url]) == 0
     folder = tmp_path / "eval" / f"teller@{teller.url.removeprefix('http://').replace(':', '-')}" / "data"
     assert "100.0 %" in capsys.readouterr().out
-    assert json.loads((folder / "run.json").read_text())["server"] == {
-        "url": f"{teller.url}/v1",
-        "model": "org/teller",
-    }
+    served = json.loads((folder / "run.json").read_text())["server"]
+    assert served == {"url": f"{teller.url}/v1", "model": "org/teller"}
     assert "teller@127.0.0.1:" in (folder / "report.html").read_text()
     assert len(list((folder / "thumbnails").iterdir())) == 1
 
@@ -469,89 +431,10 @@ def test_further_fields_are_sent_and_null_takes_one_out(questions, tmp_path, tel
     }
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--dtype", "float32"], "--dtype: is for a model that is loaded here, but --server answers"),
-        (["--mesh", "data=2"], "--mesh: is for a model that is loaded here"),
-        (["--candidates", "18"], "--candidates: is for a model"),
-        (["--batch-size", "16"], "--batch-size: is for a model"),
-        (["--processes", "2"], "--processes: is for a model"),
-        (["more.jsonl"], "found 2 arguments, expected DATA.jsonl alone with --server"),
-        (["--concurrency", "0"], "--concurrency: must be positive, not 0"),
-        (["--timeout", "0"], "--timeout: must be positive, not 0"),
-        (["--extra-body", "{"], "--extra-body: found '{', which is not JSON"),
-        (["--extra-body", "[]"], "--extra-body: found '[]', expected a JSON object"),
-        (["--extra-body", '{"stream": true, "n": 2}'], "--extra-body: n, stream cannot be set here"),
-        (["--api-key-file", "no-such"], "--api-key-file no-such: cannot be read (No such file or directory)"),
-    ],
-)
-def test_options_that_do_not_go_together_are_usage_errors(questions, arguments, message, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    command = ["eval", str(questions), *arguments, "--metric", "exact", "--server", "http://127.0.0.1:9"]
-    assert main(command) == UsageError.exit_status
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "eval").exists()
-
-
-@pytest.mark.parametrize("option", ["server-model", "api-key-file", "concurrency", "timeout", "extra-body"])
-def test_options_of_a_server_need_one(questions, option, capsys):
-    assert main(["eval", str(questions), f"--{option}", "1"]) == UsageError.exit_status
-    assert f"--{option}: belongs to a server: give its address with --server." in capsys.readouterr().err
-
-
-def test_the_extra_to_install_is_named(questions, tmp_path, teller, monkeypatch):
+def test_the_extra_to_install_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "httpx2", None)
     with pytest.raises(UsageError, match=r"needs httpx2, which is not installed: pip install -e '.\[serve\]'"):
-        evaluate(None, questions, options(tmp_path, teller))
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ("http://127.0.0.1:8000", "http://127.0.0.1:8000/v1"),
-        ("http://127.0.0.1:8000/", "http://127.0.0.1:8000/v1"),
-        ("https://host.example/v1/", "https://host.example/v1"),
-        ("https://host.example/api/v1/chat/completions", "https://host.example/api/v1"),
-        ("https://host.example/v1beta/openai", "https://host.example/v1beta/openai"),
-        ("http://[::1]:80", "http://[::1]:80/v1"),
-    ],
-)
-def test_addresses(given, expected):
-    assert base_url(given) == expected
-
-
-@pytest.mark.parametrize(
-    "url", ["", "localhost:8000", "ftp://h", "http://", "http://h:99999", "http://h:0", "http://[h"]
-)
-def test_what_is_no_address_is_refused(url):
-    with pytest.raises(UsageError, match=r"--server: found .*, expected an address as in http://127.0.0.1:8000"):
-        base_url(url)
-
-
-@pytest.mark.parametrize("url", [f"https://me:{KEY}@host.example", f"http://h/v1?key={KEY}", f"http://h/#{KEY}"])
-def test_an_address_holds_no_secret(url):
-    with pytest.raises(UsageError, match=r"has a user name, a query or a fragment") as caught:
-        base_url(url)
-    assert KEY not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("\n# nothing\n", "has 0 keys, expected one"),
-        (f"{KEY}\nb {KEY}\n", "has 2 keys, expected one"),
-        (f"the key is {KEY}", "expected KEY or NAME KEY"),
-        (f"{KEY}é", "expected KEY or NAME KEY, the key of ASCII characters"),
-        (b"\xff" + KEY.encode(), "cannot be read (not text)"),
-    ],
-)
-def test_a_file_without_one_key_is_refused_and_not_shown(tmp_path, content, message):
-    file = tmp_path / "key"
-    file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UsageError, match=re.escape(message)) as caught:
-        read_key(file)
-    assert KEY not in str(caught.value)
+        Server(ServerOptions("http://host.example"), 8)
 
 
 @pytest.mark.parametrize(
@@ -573,46 +456,6 @@ def test_retry_after(value, seconds):
 def test_retry_after_a_date():
     then = datetime.now(UTC) + timedelta(days=1000)
     assert 999 * 86400 < parse_retry_after(format_datetime(then, usegmt=True)) <= 1000 * 86400
-
-
-pieces = st.lists(st.sampled_from(["<image>", "\n", "text", " ", "<image>\n", "é", "<|ref|>it<|/ref|>"])).map("".join)
-
-
-@given(st.lists(pieces, min_size=1))
-def test_images_stand_where_their_tags_stood(contents):
-    roles = ["user", "assistant"]
-    conversation = tuple({"role": roles[i % 2], "content": text} for i, text in enumerate(contents))
-    asked = "".join(turn["content"] for turn in conversation[::2])
-    urls = [f"data:image/png;base64,{i:04}" for i in range(asked.count("<image>"))]
-    sent = messages(conversation, urls)
-    assert [turn["role"] for turn in sent] == [turn["role"] for turn in conversation]
-    seen = []
-    for before, after in zip(conversation, sent, strict=True):
-        parts = after["content"]
-        if isinstance(parts, str):
-            assert parts == before["content"]
-            continue
-        seen += [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
-        read = "".join(part.get("text", "<image>\n") for part in parts)  # as dsvl2 serve reads parts
-        assert read == re.sub("<image>\n?", "<image>\n", before["content"])
-        assert all(part.get("text") != "" for part in parts)
-    assert seen == urls
-
-
-@pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "webp", "bmp", "tiff"])
-@pytest.mark.parametrize("in_memory", [False, True])
-def test_images_of_usual_formats_are_sent_as_they_are(tmp_path, kind, in_memory):
-    file = tmp_path / "picture"
-    Image.radial_gradient("L").convert("RGB").save(file, kind)
-    content = file.read_bytes()
-    url = data_url(content if in_memory else str(file), load_image(file))
-    sent = chat_server.content_of(url)
-    if kind in ("bmp", "tiff"):
-        assert url.startswith("data:image/png;base64,")
-        assert Image.open(io.BytesIO(sent)).tobytes() == Image.open(file).tobytes()
-    else:
-        assert url.startswith(f"data:image/{kind};base64,")
-        assert sent == content
 
 
 json_values = st.recursive(
