@@ -282,8 +282,8 @@ def test_a_server_that_fails_every_question_ends_the_run(questions, tmp_path, te
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_refused_key_ends_the_run_and_is_told_to_nobody(questions, tmp_path, monkeypatch, capsys, status):
-    monkeypatch.setenv(KEY_VARIABLE, KEY)
+def test_a_refused_key_ends_the_run_and_is_told_to_nobody(questions, tmp_path, capsys, status):
+    (tmp_path / "key").write_text(KEY)
     command = ["eval", str(questions), "--metric", "exact", "--out", str(tmp_path / "out"), "--json"]
 
     def answer(body):
@@ -292,7 +292,7 @@ def test_a_refused_key_ends_the_run_and_is_told_to_nobody(questions, tmp_path, m
         return failure(status, f"incorrect API key provided: {KEY}")
 
     with ChatServer(answer).running() as server:
-        command += ["--server", server.url, "--concurrency", "1"]
+        command += ["--server", server.url, "--concurrency", "1", "--api-key-file", str(tmp_path / "key")]
         assert main(command) == 1
         shown = capsys.readouterr()
         assert f"refuses the API key (HTTP {status}: incorrect API key provided: ***)" in shown.err
