@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsvl2_jax.checkpoint.load import load_params
 from dsvl2_jax.checkpoint.locate import open_model, resolve
-from dsvl2_jax.errors import ConversationError, UsageError
+from dsvl2_jax.errors import ConversationError, DSVL2Error, UsageError
 from dsvl2_jax.infer.answer import Generation
 from dsvl2_jax.infer.buckets import batch_bucket, length_bucket, tile_bucket
 from dsvl2_jax.infer.executor import adapt_tiles
@@ -38,6 +38,7 @@ from dsvl2_jax.runtime.timing import Timing, compile_log
 
 SLOTS = 8  # answers that grow at a time, in serving too: the same shapes give the same bits
 FEATURE_BYTES = 256 << 20  # of pictures' features that are kept while prompts are answered
+_AHEAD = 2  # requests that wait for a slot while others are answered
 
 
 def load(path: str | Path | None = None, dtype: str | None = "float32", mesh: Mesh | None = None) -> Model:
@@ -167,61 +168,72 @@ class Model:
         for prompt in prompts:
             self.check_context(prompt)
         requests = [Request(p, max_new_tokens, s) for p, s in zip(prompts, settings, strict=True)]
-        longest = max(self.last_position(request) for request in requests)
         for phase in ("encode", "prefill", "decode", "compile") if timing is not None else ():
             timing.setdefault(phase, 0.0)
+        longest = max(map(self.last_position, requests))
         answers: dict[int, Generation] = {}
-        for index, event in self.answers(requests, slots, longest, chunk_size=chunk_size, timing=timing):
-            if isinstance(event, Generation):
-                answers[index] = event if logprobs else dataclasses.replace(event, logprobs=None)
-            elif on_text is not None and event:
-                on_text(index, event)
+        for index, news in self.answers(requests, slots, longest, chunk_size=chunk_size, timing=timing):
+            if isinstance(news, DSVL2Error):
+                raise news
+            if isinstance(news, Generation):
+                answers[index] = news if logprobs else dataclasses.replace(news, logprobs=None)
+            elif on_text is not None and news:
+                on_text(index, news)
         return answers[0] if single else [answers[i] for i in range(len(prompts))]
 
     def answers(
         self,
         requests: Iterable[Request],
         slots: int,
-        last_position: int,
+        last_position: int = 0,
         *,
         chunk_size: int | None = None,
         timing: Timing | None = None,
-    ) -> Iterator[tuple[int, str | Generation]]:
-        """Answers requests as slots become free, taking a few of them ahead.
+    ) -> Iterator[tuple[int, str | Generation | DSVL2Error]]:
+        """Answers requests, each as soon as a slot is free; they are taken from the iterator as they are needed.
 
         Args:
-          requests: any number; they are taken as they are needed.
+          requests: any number. Longer ones first are answered faster: the cache is made for those that have come.
           slots: how many answers grow at a time.
-          last_position: the largest `last_position` of the requests; it sizes the cache.
+          last_position: the largest `last_position` that is to be expected.
           chunk_size, timing: as `generate` has them.
 
         Yields:
-          (index of the request, new text of its answer), and (index, the whole `Generation`) once it has ended.
+          (index of the request, new text of its answer), and in the end (index, the whole `Generation`) or (index, why
+          there is none).
 
         Raises:
-          ConversationError, FailedError: as `generate` does.
+          ConversationError: a prompt does not fit the context.
         """
         chunk = PAGE if chunk_size is None else min(chunk_size, PAGE)
-        # A chunk that begins within a page may reach into the next one.
-        cache_length = -(-last_position // PAGE) * PAGE + (PAGE if chunk != PAGE else 0)
-        scheduler = Scheduler(
-            self, self.whole_slots(slots), cache_length, feature_bytes=FEATURE_BYTES, chunk=chunk, timing=timing
-        )
         indices: dict[Ticket, int] = {}
+        scheduler: Scheduler | None = None
         waiting = enumerate(requests)
-        more = True
-        while more or not scheduler.idle:
-            while more and len(scheduler.queue) < 2:
-                index, request = next(waiting, (None, None))
-                more = request is not None
-                if request is not None:
-                    indices[scheduler.submit(request)] = index
+        upcoming = next(waiting, None)
+        while upcoming is not None or (scheduler is not None and not scheduler.idle):
+            while upcoming is not None and (scheduler is None or len(scheduler.queue) < _AHEAD):
+                index, request = upcoming
+                last_position = max(last_position, self.last_position(request))
+                if scheduler is None or last_position > scheduler.last_position:
+                    if scheduler is not None and not scheduler.idle:
+                        break  # what has begun ends in the cache that it has
+                    scheduler = self._scheduler(slots, last_position, chunk, timing)
+                indices[scheduler.submit(request)] = index
+                upcoming = next(waiting, None)
             for ticket, delta in scheduler.turn():
                 if delta is None:
-                    raise ticket.error
+                    yield indices.pop(ticket), ticket.error
+                    continue
                 yield indices[ticket], delta.text
                 if delta.finish_reason is not None:
                     yield indices.pop(ticket), ticket.answer.generation(ticket.request.inputs, True)
+
+    def _scheduler(self, slots: int, last_position: int, chunk: int, timing: Timing | None) -> Scheduler:
+        # A chunk that begins within a page may reach into the next one.
+        spare = 0 if chunk == PAGE else PAGE
+        length = -(-last_position // PAGE) * PAGE + spare
+        slots = self.whole_slots(slots)
+        return Scheduler(self, slots, length, feature_bytes=FEATURE_BYTES, chunk=chunk, timing=timing)
 
     def last_position(self, request: Request) -> int:
         """The last position that a token of the answer may have."""

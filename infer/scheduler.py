@@ -142,6 +142,8 @@ class Scheduler:
         self.model = model
         self.executor = Executor(model, slots, cache_length)
         self.chunk = chunk
+        # The largest position that a token may have: a chunk that begins within a page may reach into the next one.
+        self.last_position = cache_length - (0 if chunk == PAGE else PAGE)
         self.timing = timing
         self.queue = FairQueue()
         self.rows: list[Ticket | None] = [None] * slots
@@ -165,7 +167,8 @@ class Scheduler:
         context = self.model.config.language.max_position_embeddings
         new_tokens = min(request.max_new_tokens, context - length + 1)
         ticket = Ticket(request, AnswerBuilder(self.model.processor, request.sampling), length + new_tokens - 1)
-        assert ticket.limit <= self.executor.cache_length, "the caller makes the cache long enough"
+        if ticket.limit > self.last_position:
+            raise ValueError(f"an answer may end at position {ticket.limit}, but the cache has {self.last_position}")
         ticket.times["submitted"] = time.perf_counter()
         self.queue.push(ticket)
         return ticket

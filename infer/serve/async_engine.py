@@ -10,6 +10,7 @@ import asyncio
 import collections
 import concurrent.futures
 import dataclasses
+import itertools
 import logging
 import os
 import threading
@@ -21,14 +22,16 @@ from dsvl2_jax.errors import DSVL2Error, UsageError
 from dsvl2_jax.fields import Problem, setting
 from dsvl2_jax.infer.engine import SLOTS, Model
 from dsvl2_jax.infer.request import Delta, FailedError, RefusedError, Request
-from dsvl2_jax.infer.scheduler import Event, Scheduler, Ticket
+from dsvl2_jax.infer.scheduler import Event, Scheduler
+from dsvl2_jax.infer.serve.turns import Turns, Word
 from dsvl2_jax.infer.slots import PAGE
+from dsvl2_jax.messages import first_line
+from dsvl2_jax.runtime import processes
 from dsvl2_jax.runtime.timing import compile_log
 
 log = logging.getLogger("dsvl2.serve.engine")
 
 _FAILURES = 3  # of the device, one after the other without an answer between them, that are taken for its end
-_LOOK = 0.25  # seconds after which a thread without work looks at the clock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,13 +74,13 @@ class Answer:
       timing: seconds: ``queue``, ``prefill``, ``first_token`` (both together) and ``decode``, as they become known.
     """
 
-    def __init__(self, engine: AsyncEngine, request: Request):
+    def __init__(self, engine: AsyncEngine, number: int, request: Request):
         self.request = request
         self.prompt_tokens = len(request.inputs.input_ids)
         self.image_tokens = int(request.inputs.image_mask.sum())
         self.cached_tokens = 0
         self.timing: dict[str, float] = {}
-        self.ticket: Ticket | None = None  # the engine's thread's alone
+        self.number = number
         self._engine = engine
         self._arrived: collections.deque[Delta | DSVL2Error] = collections.deque()
         self._more = asyncio.Event()
@@ -111,6 +114,30 @@ class Answer:
         return news
 
 
+def follow(model: Model, options: EngineOptions) -> None:
+    """What the other processes do while the `AsyncEngine` of process 0 serves; all of them have the same options."""
+    scheduler = make_scheduler(model, options)
+    scheduler.executor.warm_up(_tile_counts(scheduler, options), lambda text: None)
+    Turns(scheduler).follow()
+
+
+def make_scheduler(model: Model, options: EngineOptions) -> Scheduler:
+    """For answers of any length that the context allows."""
+    context = model.config.language.max_position_embeddings
+    return Scheduler(
+        model,
+        model.whole_slots(options.slots),
+        -(-context // PAGE) * PAGE,
+        prefix_bytes=options.prefix_bytes,
+        feature_bytes=options.feature_bytes,
+    )
+
+
+def _tile_counts(scheduler: Scheduler, options: EngineOptions) -> range:
+    """Tiles of the pictures that may come: two at least, the global view and one local."""
+    return range(2, min(options.max_tiles, scheduler.executor.most_tiles) + 1)
+
+
 class AsyncEngine:
     """`Scheduler` in a thread of its own.
 
@@ -125,19 +152,14 @@ class AsyncEngine:
         self.model = model
         self.options = options
         self.pool = concurrent.futures.ThreadPoolExecutor(max(2, os.cpu_count() or 1), "dsvl2-inputs")
-        context = model.config.language.max_position_embeddings
-        self._scheduler = Scheduler(
-            model,
-            model.whole_slots(options.slots),
-            -(-context // PAGE) * PAGE,
-            prefix_bytes=options.prefix_bytes,
-            feature_bytes=options.feature_bytes,
-        )
+        self._scheduler = make_scheduler(model, options)
         self._state = "starting"
-        self._words: collections.deque[tuple[str, Answer]] = collections.deque()  # for the thread: "submit" or "cancel"
+        self._turns = Turns(self._scheduler)
+        self._words: list[Word] = []  # for the thread
         self._wake = threading.Condition()
-        self._waiting: dict[Answer, int] = {}  # what has no slot yet → its tokens; the loop's alone
-        self._answers: dict[Ticket, Answer] = {}  # the thread's alone
+        self._answers: dict[int, Answer] = {}  # by number, until they end; the loop's alone
+        self._waiting: dict[int, int] = {}  # number of what has no token yet → its tokens; the loop's alone
+        self._numbers = itertools.count(1)
         self._turn_began: float | None = None
         self._end, self._deadline = False, 0.0
         self._thread = threading.Thread(target=self._run, name="dsvl2-engine", daemon=True)
@@ -159,9 +181,7 @@ class AsyncEngine:
           say: told what is being compiled, in the loop.
         """
         self._loop = asyncio.get_running_loop()
-        tiles = range(2, self.options.max_tiles + 1)
-        largest = self._scheduler.executor.most_tiles
-        counts = [n for n in tiles if n <= largest] or [2]
+        counts = _tile_counts(self._scheduler, self.options)
 
         def warm_up() -> None:
             self._scheduler.executor.warm_up(counts, lambda text: self._loop.call_soon_threadsafe(say, text))
@@ -199,19 +219,21 @@ class AsyncEngine:
                 429,
                 retry_after=max(1.0, round(seconds)),
             )
-        answer = Answer(self, request)
-        self._waiting[answer] = tokens
-        self._tell("submit", answer)
+        answer = Answer(self, next(self._numbers), request)
+        self._answers[answer.number] = answer
+        self._waiting[answer.number] = tokens
+        self._tell(Word(answer.number, request))
         return answer
 
     def forget(self, answer: Answer) -> None:
         """Cancels an answer; called in the loop."""
-        self._waiting.pop(answer, None)
-        self._tell("cancel", answer)
+        self._waiting.pop(answer.number, None)
+        self._answers.pop(answer.number, None)
+        self._tell(Word(answer.number))
 
-    def _tell(self, word: str, answer: Answer) -> None:
+    def _tell(self, word: Word) -> None:
         with self._wake:
-            self._words.append((word, answer))
+            self._words.append(word)
             self._wake.notify()
 
     async def stop(self, timeout: float) -> None:
@@ -255,91 +277,86 @@ class AsyncEngine:
     def _run(self) -> None:
         failures = 0
         while True:
-            self._obey()
-            if self._end and (self._scheduler.idle or time.perf_counter() > self._deadline):
+            words = self._next_words()
+            idle = self._scheduler.idle and not words
+            if self._end and (idle or time.perf_counter() > self._deadline):
                 break
-            if self._scheduler.idle:
+            if idle:
                 continue
             self._turn_began = time.perf_counter()
             try:
-                events = self._scheduler.turn()
+                events = self._turns.make(words + self._late())
                 failures = 0 if events else failures
             except Exception as error:
                 failures += 1
-                log.error("the device failed: %s", type(error).__name__)
+                log.error("the device failed: %s: %s", type(error).__name__, first_line(error))
                 events = self._recover(failures)
                 if events is None:
                     return
             self._turn_began = None
             self._hand_over(events)
         self._cut_off("the server has been stopped.")
+        self._turns.end()
 
-    def _obey(self) -> None:
-        """Does what it was told; waits for a word while there is nothing else to do."""
+    def _next_words(self) -> list[Word]:
+        """What came since the last turn; waits a moment when there is nothing else to do."""
         with self._wake:
             if not self._words and self._scheduler.idle and not self._end:
-                self._wake.wait(_LOOK)
-            words, self._words = self._words, collections.deque()
-        for word, answer in words:
-            if word == "submit":
-                answer.ticket = self._scheduler.submit(answer.request)
-                self._answers[answer.ticket] = answer
-            else:
-                self._scheduler.cancel(answer.ticket)
-                self._answers.pop(answer.ticket, None)
-        self._refuse_the_late()
+                self._wake.wait()
+            words, self._words = self._words, []
+        return words
 
-    def _refuse_the_late(self) -> None:
+    def _late(self) -> list[Word]:
+        """Ends what has waited for a slot too long."""
         now = time.perf_counter()
-        late = [t for t in self._scheduler.queue if now - t.times["submitted"] > self.options.max_wait]
-        for ticket in late:
-            self._scheduler.cancel(ticket)
-            message = f"no slot became free within {self.options.max_wait:.0f} seconds; try again later."
-            ticket.error = RefusedError(message, 429, retry_after=self._seconds)
-        if late:
-            self._hand_over([(ticket, None) for ticket in late])
+        late = {
+            number: ticket
+            for number, ticket in self._turns.tickets.items()
+            if "begun" not in ticket.times and now - ticket.times["submitted"] > self.options.max_wait
+        }
+        message = f"no slot became free within {self.options.max_wait:.0f} seconds; try again later."
+        for ticket in late.values():
+            ticket.error = RefusedError(message, 429, retry_after=max(1.0, round(self._seconds)))
+        self._hand_over([(number, (ticket, None)) for number, ticket in late.items()])
+        return [Word(number) for number in late]
 
-    def _recover(self, failures: int) -> list[Event] | None:
+    def _recover(self, failures: int) -> list[tuple[int, Event]] | None:
         """Makes caches and slots anew. None: that is no use any more."""
         error = FailedError("the device failed while it computed this answer; try again.", 503)
         self._state = "recovering" if self._state == "ok" else self._state
-        try:
-            if failures < _FAILURES:
-                events = self._scheduler.reset(error)
+        # Several processes do not fail at the same point of their turns: they are started again together.
+        if failures < _FAILURES and not processes.joined():
+            try:
+                events = self._turns.reset(error)
                 self._recoveries += 1
                 self._state = "ok" if self._state == "recovering" else self._state
                 return events
-        except Exception:
-            log.error("the device cannot be brought back")
+            except Exception as again:
+                log.error("the device cannot be brought back: %s: %s", type(again).__name__, first_line(again))
         self._state = "failed"
         self._cut_off("the device failed, and could not be brought back.")
         return None
 
     def _cut_off(self, message: str) -> None:
         """Ends all that is not done, with an error."""
-        events: list[Event] = []
-        for ticket in list(self._answers):
-            self._scheduler.cancel(ticket)
+        events: list[tuple[int, Event]] = []
+        for number, ticket in list(self._turns.tickets.items()):
             ticket.error = FailedError(message, 503)
-            events.append((ticket, None))
+            events.append((number, (ticket, None)))
         self._hand_over(events)
 
-    def _hand_over(self, events: list[Event]) -> None:
-        pushed: list[tuple[Answer, Delta | DSVL2Error, Ticket]] = []
-        for ticket, delta in events:
-            answer = self._answers.get(ticket)
-            if answer is not None:
-                pushed.append((answer, ticket.error if delta is None else delta, ticket))
-            if delta is None or delta.finish_reason is not None:
-                self._answers.pop(ticket, None)
-        if pushed:
-            self._loop.call_soon_threadsafe(self._push, pushed)
+    def _hand_over(self, events: list[tuple[int, Event]]) -> None:
+        if events:
+            self._loop.call_soon_threadsafe(self._push, events)
 
     # In the loop
 
-    def _push(self, pushed: list[tuple[Answer, Delta | DSVL2Error, Ticket]]) -> None:
-        for answer, news, ticket in pushed:
-            self._waiting.pop(answer, None)
+    def _push(self, events: list[tuple[int, Event]]) -> None:
+        for number, (ticket, delta) in events:
+            self._waiting.pop(number, None)
+            answer = self._answers.get(number)
+            if answer is None:
+                continue
             times = ticket.times
             answer.cached_tokens = ticket.cached_tokens
             if "first_token" in times:
@@ -349,5 +366,6 @@ class AsyncEngine:
             if "done" in times:
                 answer.timing["decode"] = times["done"] - times["first_token"]
                 self._seconds += 0.1 * (times["done"] - times["begun"] - self._seconds)
-            if not answer.ended:
-                answer.push(news)
+            answer.push(ticket.error if delta is None else delta)
+            if answer.ended:
+                del self._answers[number]
