@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from dsvl2_jax.errors import DSVL2Error, TokenizerError, UsageError
+from dsvl2_jax.fields import literal
 from dsvl2_jax.inputs.tokenizer import DET_END_TOKEN, DET_TOKEN, REF_END_TOKEN, REF_TOKEN, Tokenizer
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ class GrammarCompiler:
     def json_schema(self, schema: Mapping[str, Any], *, field: str = "json_schema") -> Grammar:
         """JSON that fits a schema (draft 2020-12, as far as llguidance has it; an object's keys come in its order).
 
-        Between the parts of the JSON is at most one space, or a new line and its indentation.
+        Between the parts of the JSON is at most one space, or a new line and its indentation. Characters outside
+        ASCII stand as they are, not as ``\\u`` and a number.
 
         Raises:
           UsageError: not a JSON schema, not supported, too large, or nothing fits it. The message begins with
@@ -131,7 +133,7 @@ class GrammarCompiler:
             raise UsageError(f"{field}: must be a list of strings with at least one of them, not {_shown(choices)}.")
         for index, choice in enumerate(choices):
             _require_text(choice, f"{field}[{index}]")
-        source = " | ".join(_quoted(choice) for choice in choices)
+        source = " | ".join(map(literal, choices))
         if len(source.encode()) > MAX_SOURCE_BYTES:
             raise UsageError(f"{field}: the choices together have more than {MAX_SOURCE_BYTES:,} bytes. Shorten them.")
         return self._checked(field, "choice", f"start: CHOICE\nCHOICE: {source}\n")
@@ -316,14 +318,16 @@ def _schema_grammar(schema: Mapping[str, Any], field: str) -> str:
     if "x-guidance" in schema:
         raise UsageError(f"{field}: must not have the key x-guidance, which sets options of the server's. Remove it.")
     try:
-        source = json.dumps({**schema, "x-guidance": {"whitespace_pattern": _JSON_WHITESPACE}}, allow_nan=False)
+        whole = {**schema, "x-guidance": {"whitespace_pattern": _JSON_WHITESPACE}}
+        source = json.dumps(whole, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        size = len(source.encode())
     except RecursionError as error:
         raise UsageError(f"{field}: the JSON schema is nested too deeply. Name its parts in $defs.") from error
     except (TypeError, ValueError) as error:
         raise UsageError(f"{field}: the JSON schema is not JSON: {error}.") from error
-    if len(source) > MAX_SOURCE_BYTES:
+    if size > MAX_SOURCE_BYTES:
         raise UsageError(
-            f"{field}: the JSON schema has {len(source):,} bytes; expected at most {MAX_SOURCE_BYTES:,}. Shorten it."
+            f"{field}: the JSON schema has {size:,} bytes; expected at most {MAX_SOURCE_BYTES:,}. Shorten it."
         )
     _check_costs(schema, field)
     return f"start: %json {source}\n"
@@ -422,8 +426,3 @@ def _require_text(value: Any, field: str) -> None:
 def _shown(value: Any, longest: int = 60) -> str:
     text = json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) <= longest else text[:longest] + "…"
-
-
-def _quoted(text: str) -> str:
-    """As llguidance's Lark writes a string."""
-    return json.dumps(text, ensure_ascii=False)
