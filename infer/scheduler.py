@@ -14,13 +14,14 @@ import contextlib
 import dataclasses
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dsvl2_jax.errors import DSVL2Error
 from dsvl2_jax.infer.answer import AnswerBuilder
+from dsvl2_jax.infer.constraints import ConstraintError
 from dsvl2_jax.infer.executor import Executor
 from dsvl2_jax.infer.request import Delta, FailedError, Request, image_tiles
 from dsvl2_jax.infer.slots import GROUP, PAGE, Steps
@@ -64,6 +65,13 @@ class Ticket:
     @property
     def length(self) -> int:
         return len(self.request.inputs.input_ids)
+
+    def follow_grammar(self, tokens: Sequence[int]) -> None:
+        """Looks at the answer's new tokens, and at what may come next."""
+        for token in tokens:
+            self.matcher.advance(token)
+        self.answer.stopped = self.matcher.finished
+        self.allowed = None if self.answer.stopped else self.matcher.mask()
 
 
 @dataclasses.dataclass
@@ -315,7 +323,11 @@ class Scheduler:
                 self._fail(slot, ticket)
                 events.append((ticket, None))
             elif count := int(steps.counts[row]):
-                events.append((ticket, self._extend(ticket, steps, row, count)))
+                try:
+                    events.append((ticket, self._extend(ticket, steps, row, count)))
+                except ConstraintError as error:
+                    ticket.done, ticket.error = True, FailedError(str(error), 400)
+                    events.append((ticket, None))
             if ticket.done and self.rows[slot] is ticket:
                 self.rows[slot] = None
 
@@ -326,10 +338,7 @@ class Scheduler:
         text = answer.extend(steps.tokens[row, :count], steps.logprobs[row, :count])
         new = answer.tokens[before:]
         if ticket.matcher is not None and not answer.stopped:
-            for token in new:
-                ticket.matcher.advance(token)
-            answer.stopped = ticket.matcher.finished
-            ticket.allowed = None if answer.stopped else ticket.matcher.mask()
+            ticket.follow_grammar(new)
         ticket.done = answer.stopped or bool(steps.finished[row])
         if ticket.done:
             text += answer.finish()

@@ -208,7 +208,10 @@ def insert(
 
 
 def _put_row(layer: dict[str, jax.Array], row: dict[str, jax.Array], slot: jax.Array) -> dict[str, jax.Array]:
-    """A layer's cache [B, S, ...] with a row [1, S, ...] in a slot, written by the device that has it."""
+    """A layer's cache [B, S, ...] with a row [1, S, ...] in a slot, written by the device that has the slot.
+
+    On a mesh, slots are a multiple of the devices: a slot is whole on one of them.
+    """
 
     def put(name: str) -> jax.Array:
         cache = layer[name]
@@ -224,7 +227,8 @@ def _put_row(layer: dict[str, jax.Array], row: dict[str, jax.Array], slot: jax.A
         new = row[name].astype(cache.dtype)
         if not names:
             return constrain(lax.dynamic_update_slice_in_dim(cache, new, slot, axis=0), *axes)
-        return shard_map_kernel(local, (axes, (None, *axes[1:]), ()), (axes,), [cache])(cache, new, slot)[0]
+        whole = (None,) * cache.ndim
+        return shard_map_kernel(local, (axes, whole, ()), (axes,), [cache])(cache, new, slot)[0]
 
     return {name: put(name) for name in layer}
 

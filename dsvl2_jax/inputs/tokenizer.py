@@ -49,6 +49,7 @@ class _Backend(Protocol):
     def add_special(self, tokens: Iterable[str]) -> None: ...
     def encode(self, text: str, special: bool) -> list[int]: ...
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str: ...
+    def to_json(self) -> str | None: ...
 
 
 class _JsonBackend:
@@ -105,6 +106,9 @@ class _JsonBackend:
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def to_json(self) -> str:
+        return self._tokenizer.to_str()
 
 
 class _SentencePieceBackend:
@@ -177,6 +181,9 @@ class _SentencePieceBackend:
                 run.append(index)
         return "".join(text) + self._model.decode(run)
 
+    def to_json(self) -> None:
+        return None
+
 
 class Tokenizer:
     """The checkpoint's tokenizer with the processor's special tokens in place.
@@ -245,6 +252,19 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Text of `ids` with no clean-up of spaces. Ids that no token has (spare embedding rows) give no text."""
         return self._backend.decode([int(index) for index in ids], skip_special_tokens)
+
+    def to_json(self) -> str:
+        """The tokenizer as a tokenizer.json, for other libraries, with the special tokens in place.
+
+        Raises TokenizerError for a sentencepiece model, which has no such form.
+        """
+        text = self._backend.to_json()
+        if text is None:
+            raise TokenizerError(
+                f"{self.source}: found only tokenizer.model, but a tokenizer.json is needed. Make one beside it with "
+                "transformers: AutoTokenizer.from_pretrained(DIRECTORY).save_pretrained(DIRECTORY)."
+            )
+        return text
 
     def check_fits(self, embedding_rows: int) -> None:
         """Raise TokenizerError naming the special tokens whose ids an embedding of this many rows does not have."""
