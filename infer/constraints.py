@@ -22,7 +22,7 @@ import json
 import math
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -37,12 +37,16 @@ if TYPE_CHECKING:
 
 _Result = TypeVar("_Result")
 
-# What a grammar may cost at most. llguidance stops by itself where a grammar has too many symbols or states, but it
-# reads an expression in time quadratic in its length, and multipleOf in time linear in its value.
+# What a grammar may cost at most. llguidance stops by itself where a grammar has too many symbols or states, but the
+# time that it takes to read one is quadratic in an expression's length and in the number of properties, and linear in a
+# multipleOf. Within these limits the worst that we know takes about a second.
 MAX_SOURCE_BYTES = 65_536  # a JSON schema, or all choices together
 MAX_PATTERN_CHARACTERS = 4_096  # a regular expression, or all of a schema's together
 MAX_MULTIPLE = 50_000  # the sum, and the least common multiple, of all multipleOf in a schema
+MAX_PROPERTIES = 1_000  # in a schema, wherever they are
+MAX_PATTERN_PROPERTIES = 32  # each is compared with each
 MAX_LEXER_STATES = 50_000  # about a kilobyte each
+MAX_ITEMS = 4 * MAX_PROPERTIES + 1_000  # that may come next at one place; an optional property is four
 CACHED_GRAMMARS = 16
 
 # llguidance follows a schema's references by recursion, and a stack that overflows ends the process. The deepest
@@ -78,7 +82,9 @@ class GrammarCompiler:
         tokenizer.check_fits(vocab_rows)
         self.tokenizer = tokenizer
         self.vocab_rows = vocab_rows
-        self._limits = llguidance.LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
+        self._limits = llguidance.LLParserLimits(
+            max_lexer_states=MAX_LEXER_STATES, max_items_in_row=MAX_ITEMS, verbose_errors=False
+        )
         try:
             rows = max(vocab_rows, len(tokenizer))  # ids above the rows are added tokens, which no text has
             self._tokens = llguidance.LLTokenizer(tokenizer.to_json(), n_vocab=rows, eos_token=tokenizer.eos_id)
@@ -336,23 +342,28 @@ def _schema_grammar(schema: Mapping[str, Any], field: str) -> str:
 def _check_costs(schema: Mapping[str, Any], field: str) -> None:
     """Raises UsageError where a JSON schema has what takes llguidance long: see `MAX_PATTERN_CHARACTERS`."""
     characters = 0
+    names = dict.fromkeys(("properties", "required", "patternProperties"), 0)
     multiples: list[Decimal] = []
     waiting: list[Any] = [schema]
     while waiting:
         value = waiting.pop()
-        if isinstance(value, Mapping):
-            waiting += value.values()
-            pattern, patterns, multiple = (value.get(key) for key in ("pattern", "patternProperties", "multipleOf"))
-            characters += len(pattern) if isinstance(pattern, str) else 0
-            characters += sum(map(len, patterns)) if isinstance(patterns, Mapping) else 0
-            multiples += [Decimal(str(multiple))] if isinstance(multiple, int | float) and multiple > 0 else []
-        elif isinstance(value, list | tuple):
-            waiting += value
-    if characters > MAX_PATTERN_CHARACTERS:
-        raise UsageError(
-            f"{field}: the regular expressions in the JSON schema have {characters:,} characters together; expected at "
-            f"most {MAX_PATTERN_CHARACTERS:,}."
-        )
+        waiting += value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+        if not isinstance(value, Mapping):
+            continue
+        for key in names:
+            names[key] += len(value[key]) if isinstance(value.get(key), Sized) else 0
+        pattern, patterns, multiple = (value.get(key) for key in ("pattern", "patternProperties", "multipleOf"))
+        characters += len(pattern) if isinstance(pattern, str) else 0
+        characters += sum(map(len, map(str, patterns))) if isinstance(patterns, Mapping) else 0
+        multiples += [Decimal(str(multiple))] if isinstance(multiple, int | float) and multiple > 0 else []
+    for found, most, what in (
+        (characters, MAX_PATTERN_CHARACTERS, "characters in its regular expressions"),
+        (names["properties"], MAX_PROPERTIES, "properties"),
+        (names["required"], MAX_PROPERTIES, "names in required"),
+        (names["patternProperties"], MAX_PATTERN_PROPERTIES, "patternProperties"),
+    ):
+        if found > most:
+            raise UsageError(f"{field}: the JSON schema has {found:,} {what} together; expected at most {most:,}.")
     unit = math.lcm(1, *(multiple.as_integer_ratio()[1] for multiple in multiples))
     whole = [int(multiple * unit) for multiple in multiples]
     if max(sum(whole), math.lcm(1, *whole)) > MAX_MULTIPLE:
