@@ -35,7 +35,6 @@ _prefill_chunk = jax.jit(slots.prefill_chunk, static_argnames=("config", "read_l
 _take_page = jax.jit(slots.take_page)
 _put_page = jax.jit(slots.put_page, donate_argnames="row")
 _insert = jax.jit(slots.insert, static_argnames="eos", donate_argnames="state")
-_clear_slot = jax.jit(slots.clear_slot, donate_argnames="state")
 _decode_group = jax.jit(
     slots.decode_group, static_argnames=("config", "eos", "cache_length", "top"), donate_argnames="state"
 )
@@ -69,9 +68,13 @@ class Executor:
         with self.model.on_mesh():
             self._state = _init_slots(config, self.slots, self.cache_length, dtype)
             self._table = jnp.zeros(shape, dtype)
-        self.clear_row()
+        self.new_row()
 
-    def clear_row(self) -> None:
+    def new_row(self) -> None:
+        """An empty row for the next prompt, which goes into its slot whole.
+
+        So nothing of an earlier prompt stays in either: zero times a number that is none would be none.
+        """
         with self.model.on_mesh():
             self._row = _init_row(self.model.config, 1, self.cache_length, self.model.dtype)
 
@@ -198,10 +201,6 @@ class Executor:
             )
         return steps
 
-    def clear_slot(self, slot: int) -> None:
-        with self.model.on_mesh():
-            self._state = _clear_slot(self._state, np.int32(slot))
-
     def fetch(self, steps: Steps) -> Steps:
         """As numpy arrays, in every process."""
         return self.model.fetch(steps)
@@ -234,7 +233,6 @@ class Executor:
         self.put_page(None, 0)
         self.drop_page(None)
         self.fetch(self.insert(0, np.zeros(1, np.int32), 1, SamplingParams(), 0, None))
-        self.clear_slot(0)
         budget = np.zeros(self.slots, np.int32)
         for length in lengths:
             for top, allowed in ((False, None), (True, None), (True, np.ones((self.slots, vocab), np.bool_))):

@@ -245,6 +245,7 @@ class Scheduler:
         request, per_tile = ticket.request, self.model.config.tokens_per_tile
         pages = page_keys(request, per_tile) if self.pages.capacity and self.chunk == PAGE else []
         start = 0
+        self.executor.new_row()
         # The last token is computed in any case: its logits are needed.
         for key in pages[: (ticket.length - 1) // PAGE]:
             if not self.pages.touch(key):
@@ -320,7 +321,7 @@ class Scheduler:
             if ticket.done:
                 continue
             if steps.failed[row]:
-                self._fail(slot, ticket)
+                self._fail(ticket)
                 events.append((ticket, None))
             elif count := int(steps.counts[row]):
                 try:
@@ -350,12 +351,10 @@ class Scheduler:
         tops = [_most_likely(steps, row, i, wanted) for i in range(len(new))] if wanted else []
         return Delta(text, new, logprobs, tops, reason)
 
-    def _fail(self, slot: int, ticket: Ticket) -> None:
-        """Its numbers must reach nobody else's: neither from its slot, nor from the row, nor from kept pages."""
+    def _fail(self, ticket: Ticket) -> None:
+        """Ends a request whose numbers are none, and forgets what was kept of it."""
         ticket.done = True
         ticket.error = FailedError("the model computed what is no number (inf or nan) for this request alone.", 500)
-        self.executor.clear_slot(slot)
-        self.executor.clear_row()
         for key in page_keys(ticket.request, self.model.config.tokens_per_tile):
             if self.pages.forget(key):
                 self.executor.drop_page(key)

@@ -233,17 +233,6 @@ def _put_row(layer: dict[str, jax.Array], row: dict[str, jax.Array], slot: jax.A
     return {name: put(name) for name in layer}
 
 
-def clear_slot(state: SlotState, slot: jax.Array) -> SlotState:
-    """Empties a slot: numbers that are none would reach the next prompt in it through products with zero."""
-
-    def empty(x: jax.Array) -> jax.Array:
-        return lax.dynamic_update_slice_in_dim(x, jnp.zeros((1, *x.shape[1:]), x.dtype), slot, axis=0)
-
-    rows = [{name: jnp.zeros((1, *x.shape[1:]), x.dtype) for name, x in layer.items()} for layer in state.cache]
-    cache = [_put_row(layer, row, slot) for layer, row in zip(state.cache, rows, strict=True)]
-    return _placed(dataclasses.replace(state, cache=cache, positions=empty(state.positions)))
-
-
 def next_state(
     params: Params,
     config: Config,
