@@ -31,8 +31,8 @@ class FailedError(DSVL2Error):
     """A request that was taken and cannot be finished; the others go their way.
 
     Attributes:
-      status: 400 (its grammar cannot be followed), 500 (the model computed what is no number) or 503 (the device failed;
-        trying again may help).
+      status: 400 (its grammar cannot be followed), 500 (the model computed what is no number) or 503 (the device
+        failed; trying again may help).
     """
 
     def __init__(self, message: str, status: int):
