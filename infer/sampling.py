@@ -17,6 +17,9 @@ from dsvl2_jax.errors import UsageError
 from dsvl2_jax.fields import Problem, setting
 from dsvl2_jax.sharding import constrain
 
+MAX_BIASES = 300
+MAX_TOP_LOGPROBS = 20
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
@@ -28,8 +31,13 @@ class SamplingParams:
       top_k: keeps the k most likely tokens; 0 keeps all. 50 is what the official code applies when it samples.
       repetition_penalty: each token of the prompt or the answer so far has its logit divided (positive) or
         multiplied (negative) by it; 1 is off.
-      seed: of the random draw. The same seed, prompt and shapes give the same tokens.
+      seed: of the random draw. The same seed and prompt give the same tokens.
       stop: strings that end the answer; the answer does not include them.
+      min_p: keeps the tokens whose probability is at least this part of the most likely one's; 0 keeps all.
+      presence_penalty: subtracted from the logit of each token that the answer has so far.
+      frequency_penalty: subtracted as often as the answer has the token so far.
+      logit_bias: (token, what is added to its logit), at most 300.
+      ignore_eos: the token that ends an answer does not end it.
 
     Raises:
       UsageError: values are of the wrong type or out of range; all of them are listed.
@@ -41,11 +49,21 @@ class SamplingParams:
     repetition_penalty: float = setting(1.0, above=0, expected="a positive number (1 is off)")
     seed: int = 0
     stop: tuple[str, ...] = setting((), expected="a sequence of strings")
+    min_p: float = setting(0.0, least=0, most=1)
+    presence_penalty: float = setting(0.0, least=-2, most=2)
+    frequency_penalty: float = setting(0.0, least=-2, most=2)
+    logit_bias: tuple[tuple[int, float], ...] = setting((), expected="pairs of a token and a number from -100 to 100")
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         problems = fields.check(self)
         if not problems and "" in self.stop:
             problems.append(Problem(("stop",), "must not have an empty string, which every answer ends with."))
+        if not problems and len(self.logit_bias) > MAX_BIASES:
+            problems.append(Problem(("logit_bias",), f"has {len(self.logit_bias)} tokens, at most {MAX_BIASES} may be."))
+        for token, bias in self.logit_bias if not problems else ():
+            if token < 0 or not -100 <= bias <= 100:
+                problems.append(Problem(("logit_bias", token), f"must be a token and -100 to 100, not {bias}."))
         fields.refuse(problems, UsageError)
 
 
