@@ -60,7 +60,9 @@ class SamplingParams:
         if not problems and "" in self.stop:
             problems.append(Problem(("stop",), "must not have an empty string, which every answer ends with."))
         if not problems and len(self.logit_bias) > MAX_BIASES:
-            problems.append(Problem(("logit_bias",), f"has {len(self.logit_bias)} tokens, at most {MAX_BIASES} may be."))
+            problems.append(
+                Problem(("logit_bias",), f"has {len(self.logit_bias)} tokens, at most {MAX_BIASES} may be.")
+            )
         for token, bias in self.logit_bias if not problems else ():
             if token < 0 or not -100 <= bias <= 100:
                 problems.append(Problem(("logit_bias", token), f"must be a token and -100 to 100, not {bias}."))

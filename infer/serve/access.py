@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from collections.abc import Callable
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,8 +24,9 @@ _MOST_LOGGED = 100  # characters of a path
 class Access:
     """ASGI layer around everything else."""
 
-    def __init__(self, app: ASGIApp):
-        self.app = app
+    def __init__(self, app: ASGIApp, count: Callable[[str, int], None]):
+        """``count`` is told the path of the route and the status of every request."""
+        self.app, self._count = app, count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -41,17 +43,18 @@ class Access:
                 headers.setdefault("x-content-type-options", "nosniff")
             await send(message)
 
-        inner = scope | {"request_id": identity}
         try:
-            await self.app(inner, receive, noted)
+            await self.app(scope, receive, noted)
         except Exception as error:
             # It would reach the server, which writes it down with its text; that may be a piece of a prompt.
             answer = api_error(error)
             if status == CLIENT_GONE:
                 await answer.response()(scope, receive, noted)
         finally:
+            route = scope.get("route")
+            self._count(getattr(route, "path", "other"), status)
             level = logging.DEBUG if scope["path"] in _QUIET else logging.INFO
             seconds = time.perf_counter() - started
             path = scope["path"][:_MOST_LOGGED].encode("unicode_escape").decode()
-            owner = inner.get("owner", "-")
+            owner = scope.get("owner", "-")
             logger.log(level, "%s %s %d %.3fs %s %s", scope["method"], path, status, seconds, owner, identity)

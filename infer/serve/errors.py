@@ -171,4 +171,3 @@ def _line(problem: ErrorDetails, known: Iterable[str], tags: frozenset[str]) -> 
         return f"{name}: found {limits['actual_length'] or 'no'} items, expected {limit}."
     message = message.removeprefix("Input should be ")
     return f"{name}: found {found(problem['input'])}, expected {message[:1].lower() + message[1:]}."
-

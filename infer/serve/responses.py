@@ -152,7 +152,9 @@ class _Reply:
 
     def _response(self, status: str, output: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         body = self._body
-        given = body.text.format.model_dump(by_alias=True, exclude_none=True) if body.text and body.text.format else None
+        given = (
+            body.text.format.model_dump(by_alias=True, exclude_none=True) if body.text and body.text.format else None
+        )
         return {
             "id": self._id,
             "object": "response",

@@ -24,7 +24,18 @@ _SEED = 2**63
 
 # What pydantic puts into the path of a problem to say which variant of a type was meant.
 TAGS = frozenset(
-    {"<text>", "<texts>", "<tokens>", "<token lists>", "<parts>", "<items>", "<image>", "<object>", "<schema>", "<input>"}
+    {
+        "<text>",
+        "<texts>",
+        "<tokens>",
+        "<token lists>",
+        "<parts>",
+        "<items>",
+        "<image>",
+        "<object>",
+        "<schema>",
+        "<input>",
+    }
     | {"<output>", "<message>"}
 )
 
@@ -181,4 +192,3 @@ class Streamed(Sampling):
 
 
 TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
-
