@@ -72,7 +72,7 @@ async def _read(request: Request, most: int) -> bytes:
     if size > most:
         raise ApiError(
             413,
-            f"The body has more than {most} bytes, which is the most this server reads. Send fewer or smaller pictures.",
+            f"The body has more than {most} bytes, the most that is read here. Send fewer or smaller pictures.",
             headers={"Connection": "close"} if size > _DISCARDED * most else {},
         )
     return b"".join(pieces)

@@ -16,7 +16,7 @@ from dsvl2_jax.infer.serve.bodies import described, read_body
 from dsvl2_jax.infer.serve.errors import ApiError, SafeRoute
 from dsvl2_jax.infer.serve.events import DONE, EventStream, begun, event, stream_error
 from dsvl2_jax.infer.serve.grammars import Constraint, constraint
-from dsvl2_jax.infer.serve.prompts import Picture, Prompt, Text, Turn, chat_prompt, message_parts
+from dsvl2_jax.infer.serve.prompts import Picture, Text, Turn, chat_prompt, message_parts
 from dsvl2_jax.infer.serve.schemas import Streamed
 from dsvl2_jax.infer.serve.schemas_chat import ChatRequest, Message, TextPart
 from dsvl2_jax.infer.serve.state import Serving, serving_of

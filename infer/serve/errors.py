@@ -1,7 +1,7 @@
 """Errors as the clients of OpenAI's API know them: ``{"error": {"message", "type", "param", "code"}}`` and a status.
 
-Everything that goes wrong in a request becomes one `ApiError`: a field that cannot be, a refusal of the engine, and also
-what nobody thought of, which is logged without the message, as that may hold a piece of a prompt.
+Everything that goes wrong in a request becomes one `ApiError`: a field that cannot be, a refusal of the engine, and
+also what nobody thought of, which is logged without the message, as that may hold a piece of a prompt.
 """
 
 from __future__ import annotations
@@ -32,6 +32,15 @@ CLIENT_GONE = 499  # as nginx logs it; no client reads it
 _MOST_FOUND = 80  # characters of a wrong value that a message repeats
 
 _KINDS = {400: "invalid_request_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+_EXPECTED = dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "an object") | {
+    "list_type": "a list",
+    "string_type": "a string",
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+}
 _CODES = {
     401: "invalid_api_key",
     403: "forbidden",
@@ -169,5 +178,5 @@ def _line(problem: ErrorDetails, known: Iterable[str], tags: frozenset[str]) -> 
         limits = problem["ctx"]
         limit = f"at most {limits['max_length']}" if kind == "too_long" else f"at least {limits['min_length']}"
         return f"{name}: found {limits['actual_length'] or 'no'} items, expected {limit}."
-    message = message.removeprefix("Input should be ")
+    message = _EXPECTED.get(kind, message.removeprefix("Input should be "))
     return f"{name}: found {found(problem['input'])}, expected {message[:1].lower() + message[1:]}."

@@ -168,7 +168,7 @@ def _prompt(serving: Serving, inputs: ModelInputs, field: str, sizes: tuple[tupl
 def _marks_image(field: str) -> ApiError:
     return ApiError(
         400,
-        f"{field}: found {IMAGE_TOKEN}, which stands for a picture. Send the picture itself as a part of a chat message, "
-        "where it belongs, and leave the tag out of the text.",
+        f"{field}: found {IMAGE_TOKEN}, which stands for a picture. Send the picture itself as a part of a chat "
+        "message, where it belongs, and leave the tag out of the text.",
         param=field,
     )

@@ -200,8 +200,8 @@ def _config(app: FastAPI, options: ListenOptions) -> uvicorn.Config:
         config.load()
     except (OSError, ssl.SSLError, ValueError) as error:
         raise UsageError(
-            f"--ssl-certfile {options.ssl_certfile}: cannot be used ({error}). Give a PEM file with the certificate, and "
-            f"its key with --ssl-keyfile; a key's password stands in {SSL_PASSWORD}."
+            f"--ssl-certfile {options.ssl_certfile}: cannot be used ({error}). Give a PEM file with the certificate, "
+            f"and its key with --ssl-keyfile; a key's password stands in {SSL_PASSWORD}."
         ) from None
     return config
 

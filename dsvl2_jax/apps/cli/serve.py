@@ -101,9 +101,9 @@ InBehaving = Annotated[Behaving, tyro.conf.arg(name="")]
 def serve(
     ckpt: Checkpoint = None,
     *,
-    listening: InListening = Listening(),  # noqa: B008 (frozen)
-    limits: InLimits = Limits(),  # noqa: B008 (frozen)
-    behaving: InBehaving = Behaving(),  # noqa: B008 (frozen)
+    listening: InListening = Listening(),
+    limits: InLimits = Limits(),
+    behaving: InBehaving = Behaving(),
     computing: InComputing = Computing(),  # noqa: B008 (frozen)
     plan: bool = False,
 ) -> int:
