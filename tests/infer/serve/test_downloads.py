@@ -309,6 +309,11 @@ def test_every_redirect_is_checked_like_the_first_url(internet, location, status
     assert {host for host, _ in internet.called} == {PUBLIC}
 
 
+def test_a_redirect_that_is_no_text_is_refused(internet):
+    internet.pages[f"{HOST}/cat.png"] = b"HTTP/1.1 302 Found\r\nLocation: https://\xff\xfe/\r\n\r\n"
+    assert "domains that this server allows" in refused(internet, 403)
+
+
 def test_a_redirect_to_an_allowed_name_with_a_private_address_is_refused(internet):
     internet.names[OTHER] = ["10.0.0.1"]
     internet.pages[f"{HOST}/cat.png"] = moved(f"https://{OTHER}/")
@@ -397,6 +402,7 @@ def test_a_file_without_length_ends_with_the_connection(internet):
         (b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nshort", "could not be downloaded"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n", "could not be downloaded"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n", "could not be downloaded"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n", "could not be downloaded"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab", "could not be downloaded"),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nno size\r\n", "could not be downloaded"),
         (b"", "could not be downloaded"),
@@ -408,8 +414,8 @@ def test_an_answer_without_a_file_is_an_error_that_names_the_host(internet, answ
     internet.pages[f"{HOST}/cat.png"] = answer
     with pytest.raises(MediaError, match=problem) as caught:
         get(internet)
-    assert HOST in str(caught.value)
     assert caught.value.status == 400
+    assert HOST in str(caught.value)
 
 
 async def drip(writer: asyncio.StreamWriter) -> None:
