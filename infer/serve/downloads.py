@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import re
 import socket
 import ssl
@@ -19,9 +18,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import httpcore2
-import idna
 
-from dsvl2_jax.errors import DSVL2Error
+from dsvl2_jax.infer.serve.addresses import host_name, is_public
+from dsvl2_jax.infer.serve.media_errors import MediaError, shown, too_many_bytes
 from dsvl2_jax.messages import first_line
 
 PORT = 443
@@ -30,36 +29,7 @@ _MOST_REDIRECTS = 5
 _MOST_DOWNLOADS = 32  # at once; others wait, within their time limit
 _HEADERS = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "dsvl2-jax", "Connection": "close"}
 
-# Letters, digits, hyphens and (of some buckets) underscores. No top-level domain begins with a digit, so that what an
-# address can be written as (127.1, 0x7f000001, 2130706433) is no name.
-_LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
-_HOST_NAME = re.compile(rf"(?:{_LABEL}\.)*[a-z](?:[a-z0-9-]{{0,61}}[a-z0-9])?")
-_LONGEST_NAME = 253  # characters
-
-# What the address registries call special, and Python's ipaddress (of some versions) calls global: protocol
-# assignments, 6to4 relays, Teredo and its kin, 6to4, documentation.
-_SPECIAL = [
-    ipaddress.ip_network(network)
-    for network in ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "2002::/16", "2001:db8::/32", "3fff::/20")
-]
-_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
-_TRANSLATED = ipaddress.ip_network("64:ff9b::/96")  # IPv4 addresses behind a NAT64 gateway (RFC 6052)
-
 Resolver = Callable[[str], Awaitable[Sequence[str]]]
-
-
-class MediaError(DSVL2Error):
-    """A picture that a request names and that is not read.
-
-    Attributes:
-      field: where the request names it, as in ``messages[1].content[0].image_url.url``.
-      status: the HTTP status to answer with: 400 (it cannot be read), 403 (it is not allowed here) or 413 (it is too
-        large, or there are too many).
-    """
-
-    def __init__(self, field: str, status: int, problem: str):
-        super().__init__(f"{field}: {problem}")
-        self.field, self.status = field, status
 
 
 class Downloader:
@@ -217,59 +187,6 @@ class _Pinned(httpcore2.AsyncNetworkBackend):
             await stream.aclose()
 
 
-def too_many_bytes(most: int) -> str:
-    return f"the file has more than the {most} bytes that a picture may have. Make it smaller."
-
-
-def domain_name(text: str) -> str:
-    """A domain whose pictures are allowed: a host name, or ``*.`` and one for all names below it.
-
-    Raises ValueError when it is neither.
-    """
-    wildcard, rest = ("*.", text[2:]) if text.startswith("*.") else ("", text)
-    name = host_name(rest)
-    if wildcard and "." not in name:
-        raise ValueError("must have two parts at least after the *")
-    return wildcard + name
-
-
-def host_name(text: str) -> str:
-    """A host name as it is resolved and compared: in lower-case ASCII (IDNA 2008), without the dot at its end.
-
-    Raises ValueError for an IP address, and for all else that is no host name.
-    """
-    name = ""
-    if len(text) <= _LONGEST_NAME + 1:
-        with contextlib.suppress(idna.IDNAError):
-            name = text.lower() if text.isascii() else idna.encode(text, uts46=True).decode("ascii")
-    name = name.removesuffix(".")
-    if len(name) > _LONGEST_NAME or not _HOST_NAME.fullmatch(name):
-        raise ValueError("must be a host name, such as images.example.com")
-    return name
-
-
-def is_public(address: str) -> bool:
-    """Whether an IP address is one of the internet's, whoever's that is: no private network's, this machine's, …"""
-    try:
-        ip = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    if isinstance(ip, ipaddress.IPv6Address):
-        if ip.ipv4_mapped is not None:
-            ip = ip.ipv4_mapped
-        elif ip in _TRANSLATED:
-            ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        elif ip not in _GLOBAL_UNICAST:
-            return False
-    return ip.is_global and not ip.is_multicast and not any(ip in network for network in _SPECIAL)
-
-
 async def _resolve(host: str) -> list[str]:
     found = await asyncio.get_running_loop().getaddrinfo(host, PORT, type=socket.SOCK_STREAM)
     return [address[0] for *_, address in found]
-
-
-def shown(text: str) -> str:
-    """What a client gave, as a message may show it: short, and without the secrets that a query may hold."""
-    text = text.partition("?")[0]
-    return repr(text if len(text) <= 80 else text[:80] + "…")

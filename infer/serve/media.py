@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import errno
 import os
-import re
-import stat
-import urllib.parse
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import Any, TypeVar
@@ -22,11 +18,13 @@ from PIL import Image
 from dsvl2_jax import fields
 from dsvl2_jax.errors import ImageError, SampleError, UsageError
 from dsvl2_jax.fields import Problem, setting
-from dsvl2_jax.infer.serve.downloads import Downloader, MediaError, domain_name, shown, too_many_bytes
+from dsvl2_jax.infer.serve.addresses import domain_name
+from dsvl2_jax.infer.serve.downloads import Downloader
+from dsvl2_jax.infer.serve.files import read_file, scheme_of
+from dsvl2_jax.infer.serve.media_errors import MediaError, shown, too_many_bytes
 from dsvl2_jax.inputs.image_sources import data_uri_text, decode_base64
 from dsvl2_jax.inputs.images import MAX_IMAGE_PIXELS, image_size, load_image
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?=:)")
 _AS_DATA = "Send the picture itself, as data:image/png;base64,iVBO…"
 
 Value = TypeVar("Value")
@@ -118,8 +116,7 @@ class Media:
         if not isinstance(reference, str) or not reference:
             found = "an empty one" if reference == "" else f"a value of type {type(reference).__name__}"
             raise MediaError(field, 400, f"must be a string with a picture's URL, not {found}.")
-        match = _SCHEME.match(reference)
-        scheme = match[0].lower() if match else ""
+        scheme = scheme_of(reference)
         if scheme == "data":
             return await self._in_pool(self._inline, reference, field)
         if scheme == "https":
@@ -173,69 +170,10 @@ class Media:
     def _file(self, reference: str, field: str) -> bytes:
         if not self.options.paths:
             raise MediaError(field, 403, f"this server reads no files (--media-path). {_AS_DATA}")
-        try:
-            path = _local_path(reference)
-            # Links are followed here, and where they lead is what counts.
-            resolved = [(root, os.path.realpath(os.path.join(root, path))) for root in self.options.paths]
-            inside = [(root, file) for root, file in resolved if os.path.commonpath([root, file]) == root != file]
-            if not inside:
-                raise MediaError(
-                    field, 403, f"{shown(reference)} is not in a folder that this server reads from (--media-path)."
-                )
-            for root, file in inside:
-                if (data := _read_below(root, file, self.options.max_bytes)) is not None:
-                    break
-            else:
-                raise MediaError(field, 400, f"{shown(reference)}: no such file.")
-        except OSError as error:
-            raise MediaError(field, 400, f"{shown(reference)} cannot be read ({error.strerror}).") from None
-        except ValueError as error:  # also of paths that the system cannot spell
-            raise MediaError(field, 400, f"{shown(reference)} is no file's path: {error}.") from None
-        if len(data) > self.options.max_bytes:
-            raise MediaError(field, 413, too_many_bytes(self.options.max_bytes))
-        return data
+        return read_file(reference, self.options.paths, self.options.max_bytes, field)
 
     async def _in_pool(self, function: Callable[..., Value], *arguments: Any) -> Value:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
-
-
-def _local_path(reference: str) -> str:
-    """The path that a ``file:`` URL stands for, or that is given as one. Raises ValueError."""
-    path = reference
-    if _SCHEME.match(reference):
-        parts = urllib.parse.urlsplit(reference)
-        if parts.netloc.lower() not in ("", "localhost"):
-            raise ValueError("it names another host; this machine's have three slashes, as in file:///folder/a.png")
-        if parts.query or parts.fragment or not parts.path.startswith("/"):
-            raise ValueError("expected an absolute path, with # and ? as %23 and %3F, as in file:///folder/a.png")
-        path = urllib.parse.unquote(parts.path, errors="surrogateescape")
-    if "\0" in path:
-        raise ValueError("it has a null character")
-    return path
-
-
-def _read_below(root: str, file: str, most: int) -> bytes | None:
-    """A regular file's contents, cut off after ``most`` + 1 bytes; None where there is no such file.
-
-    ``file`` is below ``root`` and its links are resolved. None is followed any more: one that someone has put there
-    since then is an OSError.
-    """
-    *folders, name = os.path.relpath(file, root).split(os.sep)
-    folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        for inner in folders:
-            outer, folder = folder, os.open(inner, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
-            os.close(outer)
-        # A pipe without a writer would block.
-        handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
-    except FileNotFoundError:
-        return None
-    finally:
-        os.close(folder)
-    with open(handle, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise OSError(errno.EINVAL, "it is not a regular file")
-        return stream.read(most + 1)
 
 
 def _folder(text: str) -> str:
