@@ -56,6 +56,7 @@ class _Backend(Protocol):
     def encode(self, text: str, special: bool) -> list[int]: ...
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str: ...
     def bytes_of(self, index: int) -> bytes: ...
+    def to_json(self) -> str | None: ...
 
 
 class _JsonBackend:
@@ -125,6 +126,9 @@ class _JsonBackend:
     @cached_property
     def _added(self) -> frozenset[int]:
         return frozenset(self._tokenizer.get_added_tokens_decoder())
+
+    def to_json(self) -> str:
+        return self._tokenizer.to_str()
 
 
 class _SentencePieceBackend:
@@ -205,6 +209,9 @@ class _SentencePieceBackend:
         piece = self._model.id_to_piece(index)
         return bytes([int(piece[1:-1], 16)]) if self._model.is_byte(index) else piece.replace("▁", " ").encode()
 
+    def to_json(self) -> None:
+        return None
+
 
 class Tokenizer:
     """The checkpoint's tokenizer with the processor's special tokens in place.
@@ -280,6 +287,19 @@ class Tokenizer:
         Those of a text's tokens, joined, are the text in UTF-8 (sentencepiece has a space before the first word).
         """
         return self._backend.bytes_of(index)
+
+    def to_json(self) -> str:
+        """The tokenizer as a tokenizer.json, for other libraries, with the special tokens in place.
+
+        Raises TokenizerError for a sentencepiece model, which has no such form.
+        """
+        text = self._backend.to_json()
+        if text is None:
+            raise TokenizerError(
+                f"{self.source}: found only tokenizer.model, but a tokenizer.json is needed. Make one beside it with "
+                "transformers: AutoTokenizer.from_pretrained(DIRECTORY).save_pretrained(DIRECTORY)."
+            )
+        return text
 
     def check_fits(self, embedding_rows: int) -> None:
         """Raise TokenizerError naming the special tokens whose ids an embedding of this many rows does not have."""
