@@ -6,13 +6,16 @@ The HTTP side is tested against it: its answers are the model's own, and it can 
 from __future__ import annotations
 
 import asyncio
+import base64
 import concurrent.futures
 import dataclasses
+import io
 import time
 from collections.abc import Callable
 
 import jax
 import numpy as np
+from PIL import Image
 
 from dsvl2_jax.infer.answer import AnswerBuilder
 from dsvl2_jax.infer.engine import MinBatchShape, Model
@@ -62,8 +65,8 @@ class Answer:
 
 
 class ThreadEngine:
-    """See the module. Set `refusal` or `failure` to have requests refused, or fail after `failure[0]` deltas; `pause_after`
-    to have answers stop for a while."""
+    """See the module. Set `refusal` or `failure` to have requests refused, or fail after `failure[0]` deltas, and
+    `pause_after` to have answers stop for a while."""
 
     def __init__(self, model: Model, options: EngineOptions = EngineOptions()):
         self.model, self.options = model, options
@@ -158,3 +161,10 @@ class ThreadEngine:
             list(zip(row_ids, row, strict=True))
             for row_ids, row in zip(np.asarray(ids).tolist(), np.asarray(values).tolist(), strict=True)
         ]
+
+
+def data_url(image: Image.Image, kind: str = "png") -> str:
+    """A picture as requests carry it."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

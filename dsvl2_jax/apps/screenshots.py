@@ -49,9 +49,7 @@ def chromium(**options: Any) -> Iterator[Browser]:
         raise UsageError("screenshots need the package playwright: pip install playwright") from None
     with sync_playwright() as playwright:
         # Chromium's own sandbox refuses to run for root, as which containers run.
-        browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium"), args=["--no-sandbox"], **options
-        )
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"], **options)
         try:
             yield browser
         finally:

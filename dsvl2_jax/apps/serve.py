@@ -18,7 +18,9 @@ from rich.table import Table
 from dsvl2_jax.apps.plan.job import ITEMSIZE, Job
 from dsvl2_jax.apps.plan.mesh_choice import MAX_MEMORY_FRACTION, resident_bytes
 from dsvl2_jax.checkpoint.locate import open_model, resolve
+from dsvl2_jax.errors import TokenizerError
 from dsvl2_jax.infer.constraints import GrammarCompiler
+from dsvl2_jax.infer.engine import Model
 from dsvl2_jax.infer.eval.evaluate import checkpoint_name
 from dsvl2_jax.infer.loading import LoadOptions, load
 from dsvl2_jax.infer.serve.app import create_app
@@ -57,16 +59,28 @@ def serve(
         engine,
         dataclasses.replace(options, model_name=name),
         Media(media, engine.pool),
-        GrammarCompiler(model.processor.tokenizer),
+        _grammars(model),
     )
     server = Server(
         engine,
         app,
         listen,
-        say=lambda text: print(f"dsvl2 serve: {text}", file=sys.stderr, flush=True),
+        say=_say,
         on_ready=lambda address: print(address, flush=True),
     )
     server.run()
+
+
+def _grammars(model: Model) -> GrammarCompiler | None:
+    try:
+        return GrammarCompiler(model.processor.tokenizer, model.config.language.vocab_size)
+    except TokenizerError as error:
+        _say(str(error))  # everything else works without it
+        return None
+
+
+def _say(text: str) -> None:
+    print(f"dsvl2 serve: {text}", file=sys.stderr, flush=True)
 
 
 def plan(ckpt: str | None, loading: LoadOptions, engine_options: EngineOptions) -> int:

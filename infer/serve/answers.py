@@ -92,7 +92,12 @@ async def ask(
     except UsageError as error:
         raise ApiError(400, str(error)) from None
     constraint = wanted.constraint
-    grammar = None if constraint is None else await serving.in_pool(constraint.compile, serving.grammars)
+    grammar = None
+    if constraint is not None:
+        if serving.grammars is None:
+            message = "answers cannot be constrained with this checkpoint's tokenizer, which has no tokenizer.json"
+            raise ApiError(400, f"{constraint.field}: {message}.", param=constraint.field, code="unsupported_value")
+        grammar = await serving.in_pool(constraint.compile, serving.grammars)
     context = serving.engine.model.config.language.max_position_embeddings
 
     def build() -> list[Request]:

@@ -59,8 +59,12 @@ _ERRORS = {
 }
 
 
-def create_app(engine: AsyncEngine, options: ServeOptions, media: Media, grammars: GrammarCompiler) -> FastAPI:
-    """The application around an engine, which somebody else starts and stops."""
+def create_app(engine: AsyncEngine, options: ServeOptions, media: Media, grammars: GrammarCompiler | None) -> FastAPI:
+    """The application around an engine, which somebody else starts and stops.
+
+    Args:
+      grammars: None: the tokenizer is none that answers can be constrained with, and requests for it are refused.
+    """
     serving = Serving(engine, options, media, grammars)
 
     @contextlib.asynccontextmanager

@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from dsvl2_jax import fields
 from dsvl2_jax.errors import ConversationError, DSVL2Error, ImageError, UsageError
 from dsvl2_jax.infer.request import FailedError, RefusedError
-from dsvl2_jax.infer.serve.downloads import MediaError
+from dsvl2_jax.infer.serve.media_errors import MediaError
 from dsvl2_jax.messages import MAX_LISTED, did_you_mean
 
 logger = logging.getLogger("dsvl2.serve")
@@ -42,6 +42,7 @@ _EXPECTED = dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), 
     "finite_number": "a finite number",
 }
 _CODES = {
+    400: "invalid_value",
     401: "invalid_api_key",
     403: "forbidden",
     404: "not_found",

@@ -29,12 +29,11 @@ class Constraint:
 
     def compile(self, compiler: GrammarCompiler) -> Grammar:
         """The grammar. Takes long: not for the event loop. Raises ApiError when there is none."""
+        field = {"field": self.field} if self.arguments else {}
         try:
-            return getattr(compiler, self.kind)(*self.arguments)
+            return getattr(compiler, self.kind)(*self.arguments, **field)
         except UsageError as error:
-            text = str(error)
-            message = text if text.startswith(self.field) else f"{self.field}: {text}"
-            raise ApiError(400, message, param=self.field) from None
+            raise ApiError(400, str(error), param=self.field) from None
 
 
 def constraint(body: Sampling, format_type: str | None, schema: dict[str, Any] | None, field: str) -> Constraint | None:

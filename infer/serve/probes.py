@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 import functools
-import hashlib
-import re
-from importlib import resources
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from dsvl2_jax.infer.serve.errors import ApiError, SafeRoute, found
+from dsvl2_jax.infer.serve.page import load_page
 from dsvl2_jax.infer.serve.state import Serving, serving_of
 
 router = APIRouter(route_class=SafeRoute)
-
-# The page is one file that speaks to this server alone; pictures that are pasted into it are blobs and data. Only the
-# scripts that are in the file run, and none that a message might bring along.
-_POLICY = (
-    "default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; img-src 'self' data: blob:; "
-    "connect-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-_SCRIPT = re.compile(rb"<script[^>]*>(.*?)</script>", re.DOTALL)
-_PAGE_HEADERS = {
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
-    "Referrer-Policy": "no-referrer",
-    "X-Frame-Options": "DENY",
-    "Cache-Control": "no-cache",
-}
 
 
 @router.get("/v1/models", tags=["server"])
@@ -73,16 +54,11 @@ async def metrics(request: Request) -> Response:
 @router.get("/", include_in_schema=False)
 async def page(request: Request) -> Response:
     """The page to chat on."""
-    html, policy = _page()
-    return Response(html, media_type="text/html", headers=_PAGE_HEADERS | {"Content-Security-Policy": policy})
+    html, headers = _page()
+    return Response(html, headers=headers)
 
 
-@functools.cache
-def _page() -> tuple[bytes, str]:
-    """The page, and the policy that lets its own scripts run."""
-    html = resources.files("dsvl2_jax.infer.serve.page").joinpath("index.html").read_bytes()
-    digests = [base64.b64encode(hashlib.sha256(script).digest()).decode() for script in _SCRIPT.findall(html)]
-    return html, _POLICY.format(scripts=" ".join(f"'sha256-{digest}'" for digest in digests) or "'none'")
+_page = functools.cache(load_page)
 
 
 def _model(serving: Serving) -> dict[str, object]:

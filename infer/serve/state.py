@@ -64,7 +64,7 @@ class ServeOptions:
 class Serving:
     """The engine, the options and the counters of one server."""
 
-    def __init__(self, engine: AsyncEngine, options: ServeOptions, media: Media, grammars: GrammarCompiler):
+    def __init__(self, engine: AsyncEngine, options: ServeOptions, media: Media, grammars: GrammarCompiler | None):
         self.engine, self.options, self.media, self.grammars = engine, options, media, grammars
         self.processor: Processor = engine.model.processor
         self.lag = LoopLag()

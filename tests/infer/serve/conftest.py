@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import dataclasses
-import io
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,9 +11,10 @@ from typing import Any
 import httpx
 import pytest
 from PIL import Image
-from thread_engine import ThreadEngine
+from thread_engine import ThreadEngine, data_url
 
 import dsvl2_jax
+from dsvl2_jax.infer.constraints import GrammarCompiler
 from dsvl2_jax.infer.serve.app import create_app
 from dsvl2_jax.infer.serve.media import Media, MediaOptions
 from dsvl2_jax.infer.serve.run import ListenOptions, Server
@@ -51,9 +50,9 @@ def start(model: Any, media: MediaOptions, **options: Any) -> tuple[Running, Cal
 
     async def main() -> None:
         engine, said = ThreadEngine(model), []
-        app = create_app(
-            engine, ServeOptions(**({"model_name": "micro"} | options)), Media(media, engine.pool), grammars()
-        )
+        grammars = GrammarCompiler(model.processor.tokenizer, model.config.language.vocab_size)
+        given = ServeOptions(**({"model_name": "micro"} | options))
+        app = create_app(engine, given, Media(media, engine.pool), grammars)
 
         def on_ready(address: str) -> None:
             box["running"] = Running(address, engine, server, asyncio.get_running_loop(), said, app)
@@ -83,15 +82,6 @@ def start(model: Any, media: MediaOptions, **options: Any) -> tuple[Running, Cal
         assert not thread.is_alive() and not failures
 
     return running, end
-
-
-def grammars() -> Any:
-    """The compiler of grammars, where it is installed."""
-    try:
-        from dsvl2_jax.infer.constraints import GrammarCompiler
-    except ModuleNotFoundError:
-        return None
-    return GrammarCompiler(dsvl2_jax.load(None).processor.tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -136,12 +126,6 @@ def serve(micro: Any) -> Iterator[Callable[..., Running]]:
 def shapes() -> Image.Image:
     """The picture of the README."""
     return Image.open("configs/images/shapes.png").convert("RGB")
-
-
-def data_url(image: Image.Image, kind: str = "png") -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, kind)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 @pytest.fixture(scope="session")

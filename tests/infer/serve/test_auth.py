@@ -27,8 +27,8 @@ def locked(serve):
 def test_everything_but_health_needs_a_key(locked):
     assert locked.http.get("/health").status_code == 200
     for method, path in PATHS:
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer"}, {"Authorization": "sk-ann-1"}):
-            response = locked.http.request(method, path, headers=headers)
+        for header in (None, "Bearer wrong", "Bearer", "sk-ann-1", "Basic sk-ann-1"):
+            response = locked.http.request(method, path, headers={} if header is None else {"Authorization": header})
             assert response.status_code == 401, (method, path)
             error = response.json()["error"]
             assert error["code"] == "invalid_api_key" and "sk-" not in error["message"]
@@ -87,8 +87,9 @@ def test_keys_come_from_the_environment(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "content, problem", [("", "has no key"), ("# x\n", "has no key"), ("a b c", "line 1 has 3 words"), ("schlüssel", "line 1")]
-)  # fmt: skip
+    "content, problem",
+    [("", "has no key"), ("# x\n", "has no key"), ("a b c", "line 1 has 3 words"), ("schlüssel", "line 1")],
+)
 def test_a_file_without_keys_is_refused_and_its_words_are_not_repeated(tmp_path, content, problem):
     file = tmp_path / "keys"
     file.write_text(content)

@@ -6,14 +6,18 @@ import gzip
 import json
 
 import pytest
-from conftest import data_url
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from thread_engine import data_url
 
 from dsvl2_jax.infer.serve.media import MediaOptions
 
 CHAT = "/v1/chat/completions"
+PICTURE = [{"type": "input_image", "image_url": "data:,"}]
+FIELDS = ["messages", "prompt", "input", "tokens", "n", "stop", "max_tokens", "choice", "stream", "text"]
+INNER = ["role", "content", "type", "text", "image_url", "url"]
+UNREADABLE = ["data:image/png;base64,AAAA", "data:,x", "nonsense", "ftp://x/y", "", "data:image/png;base64,%%"]
 ENDPOINTS = [CHAT, "/v1/completions", "/v1/responses", "/tokenize", "/detokenize"]
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -95,18 +99,19 @@ def test_tokenizing_a_chat_counts_its_pictures(running, shapes_url):
         (CHAT, {"messages": HELLO, "regex": "a", "choice": ["b"]}, "choice"),
         (CHAT, {"messages": HELLO, "grounding": True, "response_format": {"type": "json_object"}}, "grounding"),
         (CHAT, {"messages": HELLO, "response_format": {"type": "json_schema"}}, "response_format"),
-        (CHAT, {"messages": HELLO, "response_format": {"type": "text", "json_schema": {"schema": {}}}}, "response_format.json_schema.schema"),
+        (CHAT, {"messages": HELLO, "response_format": {"type": "text", "json_schema": {"schema": {}}}},
+         "response_format.json_schema.schema"),
         ("/v1/responses", {"input": "x", "stream_options": {}}, "stream_options"),
         ("/v1/responses", {"input": "x", "text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format"),
-        ("/v1/responses", {"input": [{"role": "system", "content": [{"type": "input_image", "image_url": "data:,"}]}]}, "input[0].content[0].image_url"),
-        ("/v1/responses", {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "data:,"}]}]}, "input[0].content[0].image_url"),
+        ("/v1/responses", {"input": [{"role": "system", "content": PICTURE}]}, "input[0].content[0].image_url"),
+        ("/v1/responses", {"input": [{"role": "user", "content": PICTURE}]}, "input[0].content[0].image_url"),
     ],
 )  # fmt: skip
 def test_what_fields_say_together_is_checked(running, path, body, param):
     error_of(running.http.post(path, json=body), 400, param)
 
 
-@pytest.mark.parametrize("url", ["data:image/png;base64,AAAA", "data:,x", "nonsense", "ftp://x/y", "", "data:image/png;base64,%%"])
+@pytest.mark.parametrize("url", UNREADABLE)
 def test_a_picture_that_cannot_be_read_is_named(running, url):
     content = [{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": url}}]
     response = running.http.post(CHAT, json={"messages": [{"role": "user", "content": content}]})
@@ -186,11 +191,11 @@ def test_detail_is_honoured_only_where_the_operator_says_so(running, serve):
 
 @given(
     body=st.dictionaries(
-        st.sampled_from(["messages", "prompt", "input", "tokens", "n", "stop", "max_tokens", "choice", "stream", "text"]),
+        st.sampled_from(FIELDS),
         st.recursive(
             st.none() | st.booleans() | st.integers(-3, 3) | st.text(max_size=5),
             lambda inner: st.lists(inner, max_size=2)
-            | st.dictionaries(st.sampled_from(["role", "content", "type", "text", "image_url", "url"]), inner, max_size=3),
+            | st.dictionaries(st.sampled_from(INNER), inner, max_size=3),
             max_leaves=5,
         ),
         max_size=3,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -90,7 +92,7 @@ def test_joining_keeps_every_text_and_picture_in_order(conversation):
         for turn in conversation
     ]
     joined = join([Turn(turn.role, message_parts(turn.parts)) for turn in kept])
-    assert all(before.role != after.role for before, after in zip(joined, joined[1:], strict=False))
+    assert all(before.role != after.role for before, after in itertools.pairwise(joined))
     before = [part for turn in kept for part in turn.parts]
     assert [part for turn in joined for part in turn.parts if part.field == "f"] == before
     pictures = sum(isinstance(part, Picture) for part in before)

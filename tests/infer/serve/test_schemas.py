@@ -169,8 +169,16 @@ def test_a_wrong_value_is_told_with_field_what_was_found_and_expected(kind, fiel
             "messages[0].content[0].image_url.detail",
             "'auto', 'low'",
         ),
-        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "messages[0].content[0].image_url.url", "is missing"),
-        ({"role": "user", "content": [{"type": "image_url", "image_url": 5}]}, "messages[0].content[0].image_url", "a url"),
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": {}}]},
+            "messages[0].content[0].image_url.url",
+            "is missing",
+        ),
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": 5}]},
+            "messages[0].content[0].image_url",
+            "a url",
+        ),
         ({"role": "user", "content": "x", "name": "Bob"}, "messages[0].name", "names of speakers"),
         ({"role": "assistant", "tool_calls": [{}]}, "messages[0].tool_calls", "calls no tools"),
         ({"role": "user", "content": "x", "weight": 1}, "messages[0].weight", "no field"),
@@ -192,9 +200,10 @@ def test_what_answers_bring_can_be_sent_back():
     parse(json.dumps({"messages": messages}).encode(), ChatRequest)
 
 
-@pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b"5", b"null", b'"x"', b"\xff\xfe", b'{"messages": NaN}', b"[" * 100_000, b'{"a": "\\ud800"}']
-)  # fmt: skip
+NO_OBJECTS = [b"", b"{", b"[]", b"5", b"null", b'"x"', b"\xff\xfe", b'{"messages": NaN}', b"[" * 100_000]
+
+
+@pytest.mark.parametrize("body", [*NO_OBJECTS, b'{"a": "\\ud800"}'])
 def test_what_is_no_object_is_refused(body):
     with pytest.raises(ApiError) as caught:
         parse(body, ChatRequest)
