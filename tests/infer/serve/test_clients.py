@@ -132,7 +132,7 @@ def test_responses_streamed(client, shapes_url, expected):
     assert "".join(entry.token for entry in final.output[0].content[0].logprobs) == expected
 
 
-def test_errors_are_the_clients_own(client, running):
+def test_errors_are_the_clients_own(client, running, shapes_url):
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model="micro", messages=[{"role": "user", "content": "x"}], temperature=-1)
     assert caught.value.param == "temperature" and caught.value.code == "invalid_value"
@@ -145,7 +145,8 @@ def test_errors_are_the_clients_own(client, running):
     with pytest.raises(openai.APIError, match="the device failed"):
         for _ in client.chat.completions.create(model="micro", stream=True, extra_body={"ignore_eos": True}, **prompt):
             pass
-    events = list(client.responses.create(model="micro", stream=True, input="x", max_output_tokens=12))
+    content = [{"type": "input_image", "image_url": shapes_url}, {"type": "input_text", "text": "Describe the image."}]
+    events = list(client.responses.create(model="micro", stream=True, input=[{"role": "user", "content": content}]))
     assert [event.type for event in events[-2:]] == ["error", "response.failed"]
 
 
@@ -156,7 +157,8 @@ def test_errors_are_the_clients_own(client, running):
         {"model": "micro", "max_tokens": 8, "n": 1, "temperature": 0, "seed": None, "messages": [
             {"role": "system", "content": "You are brief."},
             {"role": "user", "content": [
-                {"type": "image_url", "image_url": {"url": "IMAGE", "detail": "low"}}, {"type": "text", "text": QUESTION},
+                {"type": "image_url", "image_url": {"url": "IMAGE", "detail": "low"}},
+                {"type": "text", "text": QUESTION},
             ]},
         ]},
         # lmms-eval, lmms_eval/models/openai_compatible.py.
@@ -175,8 +177,8 @@ def test_errors_are_the_clients_own(client, running):
             ]},
         ]},
         # Judges that ask for plain text, and content parts without a picture.
-        {"model": "gpt-4o-mini", "response_format": {"type": "text"}, "top_p": 1, "presence_penalty": 0, "max_tokens": 8,
-         "frequency_penalty": 0, "stop": None, "logit_bias": {}, "messages": [
+        {"model": "gpt-4o-mini", "response_format": {"type": "text"}, "top_p": 1, "max_tokens": 8,
+         "presence_penalty": 0, "frequency_penalty": 0, "stop": None, "logit_bias": {}, "messages": [
             {"role": "user", "content": [{"type": "text", "text": "Is this right?"}]}]},
     ],
 )  # fmt: skip
