@@ -91,7 +91,7 @@ def flattened(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """A command's arguments by name, groups of options taken apart, for `Processes.join` to compare."""
     flat: dict[str, Any] = {}
     for name, value in arguments.items():
-        grouped = isinstance(value, (Computing, Answering))
+        grouped = dataclasses.is_dataclass(value) and not isinstance(value, Processes)
         flat |= dataclasses.asdict(value) if grouped else {name: value}
     return flat
 

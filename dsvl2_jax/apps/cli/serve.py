@@ -12,7 +12,8 @@ from typing import Annotated
 import tyro
 from tyro.conf import UseAppendAction
 
-from dsvl2_jax.apps.cli.options import Checkpoint, Computing, InComputing, needs_serve_extra
+from dsvl2_jax.apps.cli.options import Checkpoint, Computing, InComputing, Together, flattened, needs_serve_extra
+from dsvl2_jax.runtime.processes import Processes
 
 Names = UseAppendAction[tuple[str, ...]]
 
@@ -45,18 +46,20 @@ class Limits:
 
     slots: int = 8
     """answers that are written at the same time; --plan says how many fit."""
-    prefix_cache: str = "256MiB"
-    """memory for the beginnings of prompts, to be used again."""
-    feature_cache: str = "256MiB"
-    """memory for encoded pictures, to be used again."""
+    prefix_bytes: str = "1GiB"
+    """memory of the device for the beginnings of prompts, to be used again."""
+    feature_bytes: str = "1GiB"
+    """memory of the device for encoded pictures, to be used again."""
     max_queue: int = 256
     """answers that may wait for a slot."""
-    max_queued_tokens: int = 1_000_000
+    max_queued_tokens: int = 1 << 20
     """tokens, of prompts and answers, that may wait."""
-    max_tiles: int = 1024
-    """image tiles that may wait."""
-    max_wait: float = 300.0
+    max_tiles: int = 64
+    """image tiles of a request."""
+    max_wait: float = 120.0
     """seconds that an answer may wait for a slot."""
+    hang_timeout: float = 300.0
+    """seconds without an answer from the device after which the process ends."""
     max_body: str = "32MiB"
     """size of a request."""
     max_images: int = 16
@@ -106,6 +109,7 @@ def serve(
     behaving: InBehaving = Behaving(),
     computing: InComputing = Computing(),  # noqa: B008 (frozen)
     plan: bool = False,
+    together: Together = Processes(),  # noqa: B008 (frozen)
 ) -> int:
     """Serve the model to OpenAI's clients, and a page to browsers; docs/serving.md tells more.
 
@@ -115,8 +119,10 @@ def serve(
         ckpt: converted directory, released-layout directory, training run or hub id; without it, the bundled model.
         plan: say how many slots fit this machine's devices, and exit; status 1 when --slots do not.
     """
+    together.join(flattened(locals()))
     with needs_serve_extra():
         from dsvl2_jax.apps import serve as app
+        from dsvl2_jax.apps.plan.slots import print_slots
         from dsvl2_jax.convert.sizes import parse_bytes
         from dsvl2_jax.infer.serve.async_engine import EngineOptions
         from dsvl2_jax.infer.serve.auth import read_keys
@@ -127,15 +133,18 @@ def serve(
     loading = dataclasses.replace(computing.load_options(), strict_special_tokens=behaving.strict_special_tokens)
     engine_options = EngineOptions(
         slots=limits.slots,
-        prefix_bytes=parse_bytes(limits.prefix_cache),
-        feature_bytes=parse_bytes(limits.feature_cache),
+        prefix_bytes=parse_bytes(limits.prefix_bytes),
+        feature_bytes=parse_bytes(limits.feature_bytes),
         max_queue=limits.max_queue,
         max_queued_tokens=limits.max_queued_tokens,
         max_tiles=limits.max_tiles,
         max_wait=limits.max_wait,
+        hang_timeout=limits.hang_timeout,
     )
     if plan:
-        return app.plan(ckpt, loading, engine_options)
+        return print_slots(
+            ckpt, loading, engine_options.slots, engine_options.prefix_bytes + engine_options.feature_bytes
+        )
     listen = {field.name: getattr(listening, field.name) for field in dataclasses.fields(ListenOptions)}
     app.serve(
         ckpt,
