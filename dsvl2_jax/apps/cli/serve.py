@@ -45,7 +45,7 @@ class Limits:
     """What may run, wait, and be sent."""
 
     slots: int = 8
-    """answers that are written at the same time; --plan says how many fit."""
+    """answers that are written at the same time; the option plan says how many fit."""
     prefix_bytes: str = "1GiB"
     """memory of the device for the beginnings of prompts, to be used again."""
     feature_bytes: str = "1GiB"
@@ -117,7 +117,7 @@ def serve(
 
     Args:
         ckpt: converted directory, released-layout directory, training run or hub id; without it, the bundled model.
-        plan: say how many slots fit this machine's devices, and exit; status 1 when --slots do not.
+        plan: say how many slots fit this machine's devices, and exit; status 1 when those asked for do not.
     """
     together.join(flattened(locals()))
     with needs_serve_extra():
@@ -142,9 +142,8 @@ def serve(
         hang_timeout=limits.hang_timeout,
     )
     if plan:
-        return print_slots(
-            ckpt, loading, engine_options.slots, engine_options.prefix_bytes + engine_options.feature_bytes
-        )
+        stores = engine_options.prefix_bytes + engine_options.feature_bytes
+        return print_slots(ckpt, loading, engine_options.slots, stores)
     listen = {field.name: getattr(listening, field.name) for field in dataclasses.fields(ListenOptions)}
     app.serve(
         ckpt,
