@@ -84,6 +84,15 @@ def described(kind: type[Body]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
+# What a route's ``responses`` says of an answer that may be streamed.
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer; with stream: true as events.",
+        "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}},
+    }
+}
+
+
 def schemas(kinds: Sequence[type[Body]]) -> dict[str, Any]:
     """The schemas that `described` refers to, by name."""
     _, document = models_json_schema([(kind, "validation") for kind in kinds], ref_template=_REFERENCE)

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from dsvl2_jax.infer.serve.answers import Answers, News, Usage, Wanted, ask, unless_gone
-from dsvl2_jax.infer.serve.bodies import described, read_body
+from dsvl2_jax.infer.serve.bodies import STREAMED, described, read_body
 from dsvl2_jax.infer.serve.errors import ApiError, SafeRoute
 from dsvl2_jax.infer.serve.events import DONE, EventStream, begun, event, stream_error
 from dsvl2_jax.infer.serve.grammars import Constraint, constraint
@@ -24,7 +24,7 @@ from dsvl2_jax.infer.serve.state import Serving, serving_of
 router = APIRouter(route_class=SafeRoute)
 
 
-@router.post("/v1/chat/completions", tags=["answers"], openapi_extra=described(ChatRequest))
+@router.post("/v1/chat/completions", tags=["answers"], openapi_extra=described(ChatRequest), responses=STREAMED)
 async def chat_completions(request: Request) -> Response:
     """Answers a conversation with pictures."""
     arrived = time.perf_counter()

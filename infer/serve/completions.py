@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 
 from dsvl2_jax.infer.serve import logprobs
 from dsvl2_jax.infer.serve.answers import Answers, News, Wanted, ask, unless_gone
-from dsvl2_jax.infer.serve.bodies import described, read_body
+from dsvl2_jax.infer.serve.bodies import STREAMED, described, read_body
 from dsvl2_jax.infer.serve.chat import check_stream_options, constraint_of, usage_object
 from dsvl2_jax.infer.serve.errors import SafeRoute
 from dsvl2_jax.infer.serve.events import DONE, EventStream, begun, event, stream_error
@@ -25,7 +25,7 @@ router = APIRouter(route_class=SafeRoute)
 _MAX_TOKENS = 16  # of an answer when the request names no number, as OpenAI has it
 
 
-@router.post("/v1/completions", tags=["answers"], openapi_extra=described(CompletionRequest))
+@router.post("/v1/completions", tags=["answers"], openapi_extra=described(CompletionRequest), responses=STREAMED)
 async def completions(request: Request) -> Response:
     """Goes on with one or several texts, without roles and pictures."""
     arrived = time.perf_counter()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from typing import Literal
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
 
 from dsvl2_jax.infer.serve.errors import ApiError, SafeRoute, found
 from dsvl2_jax.infer.serve.page import load_page
@@ -31,21 +33,30 @@ async def model(request: Request, name: str) -> Response:
     return JSONResponse(_model(serving))
 
 
-@router.get("/health", tags=["server"])
+class Health(BaseModel):
+    """The engine's state."""
+
+    status: Literal["starting", "ok", "recovering", "stopping", "failed"]
+
+
+_STATES = {200: {"model": Health}, 503: {"model": Health, "description": "Not now."}}
+
+
+@router.get("/health", tags=["server"], responses=_STATES)
 async def health(request: Request) -> Response:
     """Whether the process does its work; 503 while the device is brought back, and when it cannot be."""
     state = serving_of(request).engine.health
     return JSONResponse({"status": state}, 503 if state in ("recovering", "failed") else 200)
 
 
-@router.get("/ready", tags=["server"])
+@router.get("/ready", tags=["server"], responses=_STATES)
 async def ready(request: Request) -> Response:
     """Whether requests are answered now: not while programs are compiled, and not once the server is to stop."""
     state = serving_of(request).engine.health
     return JSONResponse({"status": state}, 200 if state == "ok" else 503)
 
 
-@router.get("/metrics", tags=["server"])
+@router.get("/metrics", tags=["server"], response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Counters and times, as Prometheus reads them."""
     return Response(serving_of(request).metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})

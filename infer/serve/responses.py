@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from dsvl2_jax.infer.serve.answers import Answers, News, Wanted, ask, unless_gone
-from dsvl2_jax.infer.serve.bodies import described, read_body
+from dsvl2_jax.infer.serve.bodies import STREAMED, described, read_body
 from dsvl2_jax.infer.serve.errors import ApiError, SafeRoute
 from dsvl2_jax.infer.serve.events import EventStream, begun, event, stream_error
 from dsvl2_jax.infer.serve.grammars import constraint
@@ -22,7 +22,7 @@ from dsvl2_jax.infer.serve.state import Serving, serving_of
 router = APIRouter(route_class=SafeRoute)
 
 
-@router.post("/v1/responses", tags=["answers"], openapi_extra=described(ResponsesRequest))
+@router.post("/v1/responses", tags=["answers"], openapi_extra=described(ResponsesRequest), responses=STREAMED)
 async def responses(request: Request) -> Response:
     """Answers a conversation with pictures."""
     arrived = time.perf_counter()
