@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dsvl2_jax.errors import DSVL2Error, UsageError
-from dsvl2_jax.infer.constraints import Grammar
 from dsvl2_jax.infer.sampling import MAX_TOP_LOGPROBS, SamplingParams
 from dsvl2_jax.inputs.processor import ModelInputs
+
+if TYPE_CHECKING:
+    from dsvl2_jax.infer.constraints import Grammar
 
 
 class RefusedError(DSVL2Error):
