@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 from tyro.conf import Positional
 
-from dsvl2_jax.errors import UsageError
+from dsvl2_jax.errors import DSVL2Error, UsageError
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -49,9 +50,7 @@ def chromium(**options: Any) -> Iterator[Browser]:
         raise UsageError("screenshots need the package playwright: pip install playwright") from None
     with sync_playwright() as playwright:
         # Chromium's own sandbox refuses to run for root, as which containers run.
-        browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium"), args=["--no-sandbox"], **options
-        )
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"], **options)
         try:
             yield browser
         finally:
@@ -101,4 +100,7 @@ def _converse(page: Page, url: str) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(screenshots)
+    try:
+        tyro.cli(screenshots)
+    except DSVL2Error as problem:
+        sys.exit(f"error: {problem}")
