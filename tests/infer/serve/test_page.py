@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -210,8 +211,7 @@ WELL_FORMED = st.builds("<|ref|>{}<|/ref|><|det|>{}<|/det|>".format, st.text("ab
 def test_boxes_in_a_text_are_read_as_the_library_reads_them(plain, text, sizes):
     pictures = [{"width": width, "height": height} for width, height in sizes]
     found = plain.evaluate("(turn) => parsed(turn).boxes", {"text": text, "role": "assistant", "pictures": pictures})
-    boxes = parse_boxes(text, sizes)
-    assert found == [{"label": b.label, "image": b.image, "box": [b.x1, b.y1, b.x2, b.y2]} for b in boxes]
+    assert found == [dataclasses.asdict(box) for box in parse_boxes(text, sizes)]
 
 
 @pytest.fixture(scope="module")
