@@ -22,13 +22,14 @@ import json
 import math
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from dsvl2_jax.errors import DSVL2Error, TokenizerError, UsageError
+from dsvl2_jax.fields import literal
 from dsvl2_jax.inputs.tokenizer import DET_END_TOKEN, DET_TOKEN, REF_END_TOKEN, REF_TOKEN, Tokenizer
 
 if TYPE_CHECKING:
@@ -36,12 +37,16 @@ if TYPE_CHECKING:
 
 _Result = TypeVar("_Result")
 
-# What a grammar may cost at most. llguidance stops by itself where a grammar has too many symbols or states, but it
-# reads an expression in time quadratic in its length, and multipleOf in time linear in its value.
+# What a grammar may cost at most. llguidance stops by itself where a grammar has too many symbols or states, but the
+# time that it takes to read one is quadratic in an expression's length and in the number of properties, and linear in a
+# multipleOf. Within these limits the worst that we know takes about a second.
 MAX_SOURCE_BYTES = 65_536  # a JSON schema, or all choices together
 MAX_PATTERN_CHARACTERS = 4_096  # a regular expression, or all of a schema's together
 MAX_MULTIPLE = 50_000  # the sum, and the least common multiple, of all multipleOf in a schema
+MAX_PROPERTIES = 1_000  # in a schema, wherever they are
+MAX_PATTERN_PROPERTIES = 32  # each is compared with each
 MAX_LEXER_STATES = 50_000  # about a kilobyte each
+MAX_ITEMS = 4 * MAX_PROPERTIES + 1_000  # that may come next at one place; an optional property is four
 CACHED_GRAMMARS = 16
 
 # llguidance follows a schema's references by recursion, and a stack that overflows ends the process. The deepest
@@ -77,7 +82,9 @@ class GrammarCompiler:
         tokenizer.check_fits(vocab_rows)
         self.tokenizer = tokenizer
         self.vocab_rows = vocab_rows
-        self._limits = llguidance.LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
+        self._limits = llguidance.LLParserLimits(
+            max_lexer_states=MAX_LEXER_STATES, max_items_in_row=MAX_ITEMS, verbose_errors=False
+        )
         try:
             rows = max(vocab_rows, len(tokenizer))  # ids above the rows are added tokens, which no text has
             self._tokens = llguidance.LLTokenizer(tokenizer.to_json(), n_vocab=rows, eos_token=tokenizer.eos_id)
@@ -89,7 +96,8 @@ class GrammarCompiler:
     def json_schema(self, schema: Mapping[str, Any], *, field: str = "json_schema") -> Grammar:
         """JSON that fits a schema (draft 2020-12, as far as llguidance has it; an object's keys come in its order).
 
-        Between the parts of the JSON is at most one space, or a new line and its indentation.
+        Between the parts of the JSON is at most one space, or a new line and its indentation. Characters outside
+        ASCII stand as they are, not as ``\\u`` and a number.
 
         Raises:
           UsageError: not a JSON schema, not supported, too large, or nothing fits it. The message begins with
@@ -131,7 +139,7 @@ class GrammarCompiler:
             raise UsageError(f"{field}: must be a list of strings with at least one of them, not {_shown(choices)}.")
         for index, choice in enumerate(choices):
             _require_text(choice, f"{field}[{index}]")
-        source = " | ".join(_quoted(choice) for choice in choices)
+        source = " | ".join(map(literal, choices))
         if len(source.encode()) > MAX_SOURCE_BYTES:
             raise UsageError(f"{field}: the choices together have more than {MAX_SOURCE_BYTES:,} bytes. Shorten them.")
         return self._checked(field, "choice", f"start: CHOICE\nCHOICE: {source}\n")
@@ -316,14 +324,16 @@ def _schema_grammar(schema: Mapping[str, Any], field: str) -> str:
     if "x-guidance" in schema:
         raise UsageError(f"{field}: must not have the key x-guidance, which sets options of the server's. Remove it.")
     try:
-        source = json.dumps({**schema, "x-guidance": {"whitespace_pattern": _JSON_WHITESPACE}}, allow_nan=False)
+        whole = {**schema, "x-guidance": {"whitespace_pattern": _JSON_WHITESPACE}}
+        source = json.dumps(whole, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        size = len(source.encode())
     except RecursionError as error:
         raise UsageError(f"{field}: the JSON schema is nested too deeply. Name its parts in $defs.") from error
     except (TypeError, ValueError) as error:
         raise UsageError(f"{field}: the JSON schema is not JSON: {error}.") from error
-    if len(source) > MAX_SOURCE_BYTES:
+    if size > MAX_SOURCE_BYTES:
         raise UsageError(
-            f"{field}: the JSON schema has {len(source):,} bytes; expected at most {MAX_SOURCE_BYTES:,}. Shorten it."
+            f"{field}: the JSON schema has {size:,} bytes; expected at most {MAX_SOURCE_BYTES:,}. Shorten it."
         )
     _check_costs(schema, field)
     return f"start: %json {source}\n"
@@ -332,23 +342,28 @@ def _schema_grammar(schema: Mapping[str, Any], field: str) -> str:
 def _check_costs(schema: Mapping[str, Any], field: str) -> None:
     """Raises UsageError where a JSON schema has what takes llguidance long: see `MAX_PATTERN_CHARACTERS`."""
     characters = 0
+    names = dict.fromkeys(("properties", "required", "patternProperties"), 0)
     multiples: list[Decimal] = []
     waiting: list[Any] = [schema]
     while waiting:
         value = waiting.pop()
-        if isinstance(value, Mapping):
-            waiting += value.values()
-            pattern, patterns, multiple = (value.get(key) for key in ("pattern", "patternProperties", "multipleOf"))
-            characters += len(pattern) if isinstance(pattern, str) else 0
-            characters += sum(map(len, patterns)) if isinstance(patterns, Mapping) else 0
-            multiples += [Decimal(str(multiple))] if isinstance(multiple, int | float) and multiple > 0 else []
-        elif isinstance(value, list | tuple):
-            waiting += value
-    if characters > MAX_PATTERN_CHARACTERS:
-        raise UsageError(
-            f"{field}: the regular expressions in the JSON schema have {characters:,} characters together; expected at "
-            f"most {MAX_PATTERN_CHARACTERS:,}."
-        )
+        waiting += value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+        if not isinstance(value, Mapping):
+            continue
+        for key in names:
+            names[key] += len(value[key]) if isinstance(value.get(key), Sized) else 0
+        pattern, patterns, multiple = (value.get(key) for key in ("pattern", "patternProperties", "multipleOf"))
+        characters += len(pattern) if isinstance(pattern, str) else 0
+        characters += sum(map(len, map(str, patterns))) if isinstance(patterns, Mapping) else 0
+        multiples += [Decimal(str(multiple))] if isinstance(multiple, int | float) and multiple > 0 else []
+    for found, most, what in (
+        (characters, MAX_PATTERN_CHARACTERS, "characters in its regular expressions"),
+        (names["properties"], MAX_PROPERTIES, "properties"),
+        (names["required"], MAX_PROPERTIES, "names in required"),
+        (names["patternProperties"], MAX_PATTERN_PROPERTIES, "patternProperties"),
+    ):
+        if found > most:
+            raise UsageError(f"{field}: the JSON schema has {found:,} {what} together; expected at most {most:,}.")
     unit = math.lcm(1, *(multiple.as_integer_ratio()[1] for multiple in multiples))
     whole = [int(multiple * unit) for multiple in multiples]
     if max(sum(whole), math.lcm(1, *whole)) > MAX_MULTIPLE:
@@ -422,8 +437,3 @@ def _require_text(value: Any, field: str) -> None:
 def _shown(value: Any, longest: int = 60) -> str:
     text = json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) <= longest else text[:longest] + "…"
-
-
-def _quoted(text: str) -> str:
-    """As llguidance's Lark writes a string."""
-    return json.dumps(text, ensure_ascii=False)

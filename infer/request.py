@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dsvl2_jax.errors import DSVL2Error, UsageError
+from dsvl2_jax.infer.constraints import Grammar
 from dsvl2_jax.infer.sampling import MAX_TOP_LOGPROBS, SamplingParams
 from dsvl2_jax.inputs.processor import ModelInputs
-
-if TYPE_CHECKING:
-    from dsvl2_jax.infer.constraints import Grammar
 
 
 class RefusedError(DSVL2Error):
@@ -34,7 +31,8 @@ class FailedError(DSVL2Error):
     """A request that was taken and cannot be finished; the others go their way.
 
     Attributes:
-      status: 500 (the model computed what is no number) or 503 (the device failed; trying again may help).
+      status: 400 (its grammar cannot be followed), 500 (the model computed what is no number) or 503 (the device
+        failed; trying again may help).
     """
 
     def __init__(self, message: str, status: int):

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import tokenizers
 from golden import DATA
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsvl2_jax.errors import TokenizerError
-from dsvl2_jax.inputs.tokenizer import PROCESSOR_TOKENS, StreamDecoder, Tokenizer
+from dsvl2_jax.inputs.tokenizer import PROCESSOR_TOKENS, REF_TOKEN, StreamDecoder, Tokenizer
 
 CHECKPOINTS = DATA / "checkpoints"
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
@@ -129,6 +130,15 @@ def test_check_fits_names_the_tokens_outside_the_embedding(mini):
         mini.check_fits(982)
     with pytest.raises(TokenizerError, match="958 rows"):
         mini.check_fits(958)
+
+
+def test_a_tokenizer_is_written_as_tokenizer_json(mini, full, piece):
+    for tokenizer in (mini, full):
+        again = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+        text = f"a cat on {REF_TOKEN}und 猫"
+        assert again.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)
+    with pytest.raises(TokenizerError, match=r"found only tokenizer\.model, but a tokenizer\.json is needed"):
+        piece.to_json()
 
 
 def test_strict_mode_gives_text_for_every_special_token(mini, full, piece):

@@ -83,9 +83,10 @@ OPTIONS = {
     "data import": {},
     "plot": {"--out": "plot.png"},
     "eval": {
-        "--metric": "None", "--images": "''", "--out": "None", "--batch-size": "16", "--max-new-tokens": "128",
-        "--candidates": "None", "--prompt-template": "None", "--limit": "None", "--report-samples": "1000",
-        "--json": "False", **COMPUTING, **TOGETHER,
+        "--metric": "None", "--images": "''", "--out": "None", "--batch-size": "None", "--max-new-tokens": "128",
+        "--dtype": "None", "--mesh": "None", "--candidates": "None", "--prompt-template": "None", "--limit": "None",
+        "--report-samples": "1000", "--json": "False", "--server": "None", "--server-model": "None",
+        "--api-key-file": "None", "--concurrency": "None", "--timeout": "None", "--extra-body": "None", **TOGETHER,
     },
     "plan": {
         "--topology": "None", "--job": "None", "--batch": "None", "--sequence": "None", "--slots": "None",
