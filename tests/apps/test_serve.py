@@ -1,4 +1,4 @@
-"""`dsvl2 serve` as a process: one line once it is ready, answers as `dsvl2 generate` gives them, status 0 at the end."""
+"""`dsvl2 serve` as a process: one line once it is ready, the answers of `dsvl2 generate`, status 0 at the end."""
 
 from __future__ import annotations
 
