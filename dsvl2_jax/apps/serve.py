@@ -13,7 +13,7 @@ from dsvl2_jax.checkpoint.locate import resolve
 from dsvl2_jax.errors import TokenizerError
 from dsvl2_jax.infer.constraints import GrammarCompiler
 from dsvl2_jax.infer.engine import Model
-from dsvl2_jax.infer.eval.evaluate import checkpoint_name
+from dsvl2_jax.infer.eval.loaded import checkpoint_name
 from dsvl2_jax.infer.loading import LoadOptions, load
 from dsvl2_jax.infer.serve.app import create_app
 from dsvl2_jax.infer.serve.async_engine import AsyncEngine, EngineOptions, follow
