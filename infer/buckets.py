@@ -30,7 +30,7 @@ def batch_bucket(rows: int) -> int:
 
 
 def cache_bucket(positions: int, page: int, context: int) -> int:
-    """The smallest compiled length of a cache that holds ``positions``: page · 2ⁱ, at most the context's whole pages."""
+    """The smallest compiled length of a cache that holds ``positions``: page · 2ⁱ, at most the whole context."""
     size = page
     while size < positions:
         size *= 2
