@@ -124,7 +124,7 @@ class _Statistics(Collector):
             ("event_loop_lag_seconds", "Longest stall of the event loop in the last 15 seconds.", self._lag.recent),
             (
                 "event_loop_lag_max_seconds",
-                "Longest stall of the event loop since the server was ready.",
+                "Longest stall since the server was ready.",
                 self._lag.longest,
             ),
         )
