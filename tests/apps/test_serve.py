@@ -88,4 +88,4 @@ def test_options_that_cannot_be_end_it_with_2(options, problem):
 
 
 def _environment():
-    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
