@@ -10,7 +10,7 @@ from dsvl2_jax.inputs.tokenizer import Tokenizer
 
 
 def content(tokenizer: Tokenizer, delta: Delta) -> list[dict[str, Any]]:
-    """For each of a delta's tokens its token, bytes, logprob and top_logprobs; none for eos, which is no text."""
+    """An object for each of a delta's tokens: token, bytes, logprob, top_logprobs. eos, no text, has none."""
     tops = delta.top_logprobs or [[]] * len(delta.logprobs)
     rows = zip(delta.token_ids[: len(delta.logprobs)], delta.logprobs, tops, strict=True)
     return [
