@@ -28,7 +28,7 @@ from dsvl2_jax.apps.bench.serve_load import Load
 from dsvl2_jax.apps.bench.serve_options import ServeLoad
 from dsvl2_jax.apps.bench.serve_parts import gaps, half_load, loop_stall, second_turn, throughput
 from dsvl2_jax.apps.bench.serve_process import ServerProcess, running
-from dsvl2_jax.apps.bench.serve_requests import Requests
+from dsvl2_jax.apps.bench.serve_requests import Body, Requests
 from dsvl2_jax.apps.bench.serve_soak import Known, Soak
 from dsvl2_jax.checkpoint.locate import open_model, resolve
 from dsvl2_jax.errors import UsageError
@@ -38,8 +38,6 @@ Size = Literal["tiny", "small", "base"]
 
 _READY = 10.0  # seconds from a second start until the bundled model answers
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
-# The soak's requests are made before the server is asked how its words are cut: English in a small vocabulary.
-_WORDS_PER_TOKEN = 0.6
 
 _PARTS = {
     "throughput": throughput,
@@ -81,23 +79,25 @@ def bench_serve(
 
         check_plot(options.plot)
     say = _say(sys.stderr if options.json else sys.stdout)
-    findings = Findings()
+    findings = Findings(say)
     with tempfile.TemporaryDirectory(prefix="dsvl2-bench-", dir=directory) as folder:
         work = Path(folder)
         say(machine())
         if size is not None:
             ckpt = str(work / "random")
             random_checkpoint(Path(ckpt), _cut(released_config(size), layers))
-        _, processor = open_model(resolve(ckpt))
+        config, processor = open_model(resolve(ckpt))
+        context = config.language.max_position_embeddings
+        requests = Requests(options.seed, processor)
         arguments = [*([] if ckpt is None else [ckpt]), "--slots", str(options.slots), "--dtype", dtype]
         arguments += [] if mesh is None else ["--mesh", mesh]
         say(f"dsvl2 serve {' '.join(arguments)}\n{HEADING}")
-        soak = None
+        good: dict[str, list[Known]] = {}
         if "soak" in options.parts:
-            soak = _soak_requests(ckpt, options, processor.config.tile_size, dtype, mesh, work)
-        with _server(ckpt, arguments, options, findings, say, work) as server:
-            if set(options.parts) - {"start"}:
-                asyncio.run(_measure(server, options, findings, processor.config.tile_size, soak, say))
+            bodies = good_requests(requests, options.soak_distinct, context)
+            good = _with_answers(bodies, ckpt, options.slots, dtype, mesh, work)
+        with _server(arguments, "start" in options.parts, _READY if ckpt is None else None, findings, work) as server:
+            asyncio.run(_measure(server, options, requests, context, good, findings))
     if options.plot is not None:
         from dsvl2_jax.apps.bench.serve_plot import plot
 
@@ -111,66 +111,57 @@ def bench_serve(
 async def _measure(
     server: ServerProcess,
     options: ServeLoad,
+    requests: Requests,
+    context: int,
+    good: dict[str, list[Known]],
     findings: Findings,
-    tile: int,
-    soak: dict[str, Any] | None,
-    say: Callable[[str], None],
 ) -> None:
+    """Everything that a running server is asked for."""
     async with Client(server.address) as client:
-        load = Load(server, client, options, findings, tile)
-        await load.begin(say)
+        load = Load(server, client, options, requests, context, findings)
+        await load.begin()
         for part in options.parts:
             if part in _PARTS:
                 await _PARTS[part](load)
             elif part == "soak":
-                await Soak(load, **soak).run()
+                await Soak(load, good, bad_requests(requests, context)).run()
         compiled = (await client.metrics())["compilations_total"] - load.compiled
-        what = "compilations after the server was ready"
-        load.found(options.parts[-1], what, compiled, "", aim=0)
-        if findings.wrong:
-            say(f"what went wrong first: {json.dumps(findings.wrong[0], ensure_ascii=False)[:2000]}")
+        findings.add(options.parts[-1], "compilations after the server was ready", compiled, "", aim=0)
+    if findings.wrong:
+        findings.say(f"what went wrong first: {json.dumps(findings.wrong[0], ensure_ascii=False)[:2000]}")
 
 
 @contextlib.contextmanager
 def _server(
-    ckpt: str | None,
-    arguments: list[str],
-    options: ServeLoad,
-    findings: Findings,
-    say: Callable[[str], None],
-    work: Path,
+    arguments: list[str], starts: bool, aim: float | None, findings: Findings, work: Path
 ) -> Iterator[ServerProcess]:
-    """The server that is measured; where its start is to be measured too, the second one with a cache of their own."""
-    if "start" not in options.parts:
-        with running(arguments, work / "server.log") as server:
-            yield server
-        return
-    environment = {_CACHE: str(work / "xla"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
-    load = Load(None, None, options, findings, 0)
-    load.say = say
-    with running(arguments, work / "first.log", environment) as server:
-        first = server.seconds_to_ready
-    load.found("start", "start to ready, first start (everything is compiled)", first, "s")
+    """The server that is measured.
+
+    Args:
+      starts: whether its start is measured too, first with nothing compiled; aim: seconds of the second one.
+    """
+    environment = {}
+    if starts:
+        environment = {_CACHE: str(work / "xla"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+        with running(arguments, work / "first.log", environment) as server:
+            first = server.seconds_to_ready
+        findings.add("start", "start to ready, first start (everything is compiled)", first, "s")
     with running(arguments, work / "server.log", environment) as server:
-        aim = _READY if ckpt is None else None
-        load.found("start", "start to ready, second start", server.seconds_to_ready, "s", aim=aim)
+        if starts:
+            findings.add("start", "start to ready, second start", server.seconds_to_ready, "s", aim=aim)
         yield server
 
 
-def _soak_requests(
-    ckpt: str | None, options: ServeLoad, tile: int, dtype: str, mesh: str | None, work: Path
-) -> dict[str, Any]:
-    """The soak's requests, and the right answers to the good ones."""
-    config, _ = open_model(resolve(ckpt))
-    context = config.language.max_position_embeddings
-    requests = Requests(options.seed, tile, _WORDS_PER_TOKEN)
-    good = good_requests(requests, options.soak_distinct, context)
-    flat = [(kind, body) for kind, bodies in good.items() for body in bodies]
-    answers = expected_answers(ckpt, [body for _, body in flat], slots=options.slots, dtype=dtype, mesh=mesh, work=work)
-    known: dict[str, list[Known]] = {}
+def _with_answers(
+    bodies: dict[str, list[Body]], ckpt: str | None, slots: int, dtype: str, mesh: str | None, work: Path
+) -> dict[str, list[Known]]:
+    """Good requests with the right answers."""
+    flat = [(kind, body) for kind, some in bodies.items() for body in some]
+    answers = expected_answers(ckpt, [body for _, body in flat], slots=slots, dtype=dtype, mesh=mesh, work=work)
+    known: dict[str, list[Known]] = {kind: [] for kind in bodies}
     for (kind, body), answer in zip(flat, answers, strict=True):
-        known.setdefault(kind, []).append(Known(kind, body, answer))
-    return {"good": known, "bad": bad_requests(requests, context)}
+        known[kind].append(Known(kind, body, answer))
+    return known
 
 
 def _cut(config: dict[str, Any], layers: int | None) -> dict[str, Any]:

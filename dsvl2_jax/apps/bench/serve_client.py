@@ -162,15 +162,6 @@ class Client:
         reply.read_body(response.content)
         return reply
 
-    async def get(self, path: str) -> Any:
-        """A JSON value of the server."""
-        return (await self._http.get(path)).raise_for_status().json()
-
-    async def tokens(self, text: str) -> list[int]:
-        """The tokens of a text, without the one that begins a prompt."""
-        body = {"prompt": text, "add_special_tokens": False}
-        return (await self._http.post("/tokenize", json=body)).raise_for_status().json()["tokens"]
-
     async def metrics(self) -> dict[str, float]:
         """The server's figures by name, without our prefix, summed over their labels; no histogram's buckets."""
         text = (await self._http.get("/metrics")).raise_for_status().text

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,13 +56,23 @@ class Findings:
     """Everything that was found.
 
     Attributes:
+      say: told each figure in a line of text.
       series: by name, the values that are drawn.
       wrong: what each wrong or lost answer was, the first ones.
     """
 
+    say: Callable[[str], None]
     figures: list[Figure] = dataclasses.field(default_factory=list)
     series: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
     wrong: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def add(self, part: str, what: str, values: float | Sequence[float], unit: str, **more: Any) -> None:
+        """Notes a figure, with further fields of `Figure`; of several values the p95 counts."""
+        if not isinstance(values, float | int):
+            more |= {"p50": middle(values), "p95": p95(values)}
+            values = p95(values)
+        self.figures.append(Figure(part, what, float(values), unit, **more))
+        self.say(self.figures[-1].line())
 
     def as_json(self) -> dict[str, Any]:
         return {

@@ -12,15 +12,14 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 from dsvl2_jax.apps.bench.serve_client import CHAT, COMPLETIONS, Client, Reply
-from dsvl2_jax.apps.bench.serve_figures import Figure, Findings, middle, p95
-from dsvl2_jax.apps.bench.serve_options import Part, ServeLoad
+from dsvl2_jax.apps.bench.serve_figures import Findings, middle
+from dsvl2_jax.apps.bench.serve_options import ServeLoad
 from dsvl2_jax.apps.bench.serve_process import ServerProcess
 from dsvl2_jax.apps.bench.serve_requests import Body, Requests, fixed_length, streamed
 from dsvl2_jax.errors import DSVL2Error
 from dsvl2_jax.infer.slots import PAGE
 
 _RAMP = 0.2  # of the measured time, before it: answers begin at different times then
-_WORDS = 400  # of which the tokens are counted, to know how long words are
 
 
 @dataclasses.dataclass
@@ -64,37 +63,30 @@ class Load:
     """One server, one client, and what was found so far.
 
     Attributes:
-      tile: side of a tile in pixels. context: the most tokens of a prompt and its answer.
-      words: tokens that texts are made of.
+      requests: makes what is asked.
+      context: the most tokens of a prompt and its answer.
+      compiled: programs that the server had compiled when it was ready.
     """
 
-    def __init__(self, server: ServerProcess, client: Client, options: ServeLoad, findings: Findings, tile: int):
-        self.server, self.client, self.options, self.findings, self.tile = server, client, options, findings, tile
+    def __init__(
+        self,
+        server: ServerProcess,
+        client: Client,
+        options: ServeLoad,
+        requests: Requests,
+        context: int,
+        findings: Findings,
+    ):
+        self.server, self.client, self.options, self.requests = server, client, options, requests
+        self.context, self.findings = context, findings
         self._loops: dict[int, ClosedLoop] = {}
         self._known: dict[str, list[float]] = {}
 
-    async def begin(self, say: Callable[[str], None]) -> None:
-        """Learns what is to be known of the model, and has every way of asking tried once."""
-        self.say = say
-        (model,) = (await self.client.get("/v1/models"))["data"]
-        self.context = model["max_model_len"]
-        text = Requests(self.options.seed, self.tile, 1.0).text(_WORDS)
-        tokens = await self.client.tokens(text)
-        self.words = sorted(set(tokens))
-        self.requests = Requests(self.options.seed, self.tile, _WORDS / len(tokens))
+    async def begin(self) -> None:
+        """Has every way of asking tried once."""
+        self.compiled = (await self.client.metrics())["compilations_total"]
         for body in (self.requests.about_text(self.options.input_tokens), self.requests.about_picture()):
             await self.ask(fixed_length(body, self.options.output_tokens))
-        self.compiled = (await self.client.metrics())["compilations_total"]
-
-    def found(self, part: Part, what: str, values: float | Sequence[float], unit: str, **more: object) -> Figure:
-        """Notes a figure; of several values the p95 counts."""
-        if not isinstance(values, float | int):
-            more |= {"p50": middle(values), "p95": p95(values)}
-            values = p95(values)
-        figure = Figure(part, what, float(values), unit, **more)
-        self.findings.figures.append(figure)
-        self.say(figure.line())
-        return figure
 
     async def ask(self, body: Body, path: str = CHAT) -> Reply:
         """A whole streamed answer. Raises DSVL2Error when there is none."""
@@ -106,7 +98,7 @@ class Load:
 
     def of_tokens(self, prompt_tokens: int, output_tokens: int) -> Body:
         """A request for a completion of a new prompt of exactly so many tokens."""
-        return fixed_length({"prompt": self.requests.token_ids(self.words, prompt_tokens)}, output_tokens)
+        return fixed_length({"prompt": self.requests.token_ids(prompt_tokens)}, output_tokens)
 
     def expect(self, reply: Reply) -> Reply:
         """Raises DSVL2Error for an answer that did not come whole."""

@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
 
 from dsvl2_jax import fields
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.fields import Problem, setting
 
-Part = Literal["start", "throughput", "half-load", "gaps", "second-turn", "loop", "soak"]
-PARTS: tuple[Part, ...] = ("start", "throughput", "half-load", "gaps", "second-turn", "loop", "soak")
+PARTS = ("start", "throughput", "half-load", "gaps", "second-turn", "loop", "soak")
 
 
 @dataclasses.dataclass(frozen=True)
 class ServeLoad:
     """Options of `dsvl2 bench serve` alone. Raises UsageError for values that cannot be; all of them are listed."""
 
-    only: tuple[Part, ...] = ()
-    """for serve, the parts to measure; without it, all of them."""
+    only: tuple[str, ...] = setting((), choices=PARTS)
+    """for serve, parts to measure: start, throughput, half-load, gaps, second-turn, loop, soak; without it, all."""
     clients: tuple[int, ...] = setting((1, 32), least=1, expected="one or more positive whole numbers")
     """for serve, how many clients ask at the same time: throughput is measured with each, the rest with the last."""
     slots: int = setting(8, least=1)
@@ -63,7 +61,7 @@ class ServeLoad:
         fields.refuse((Problem((f"--{p.path[0].replace('_', '-')}",), p.text) for p in problems), UsageError)
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[str, ...]:
         """What is measured, in the order in which it is."""
         return tuple(part for part in PARTS if not self.only or part in self.only)
 

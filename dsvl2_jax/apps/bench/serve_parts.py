@@ -26,16 +26,16 @@ async def throughput(load: Load) -> None:
     series = load.findings.series
     for run in runs:
         label = f"{run.clients} client{'s' * (run.clients > 1)}"
-        load.found("throughput", f"{label}: output tokens/s", run.tokens_per_second, "tokens/s")
-        load.found("throughput", f"{label}: requests/s", run.requests_per_second, "/s")
-        load.found("throughput", f"{label}: time to first token, p95", milliseconds(run.first_tokens), "ms")
-        load.found("throughput", f"{label}: time per output token, p95", milliseconds(run.per_token), "ms")
+        load.findings.add("throughput", f"{label}: output tokens/s", run.tokens_per_second, "tokens/s")
+        load.findings.add("throughput", f"{label}: requests/s", run.requests_per_second, "/s")
+        load.findings.add("throughput", f"{label}: time to first token, p95", milliseconds(run.first_tokens), "ms")
+        load.findings.add("throughput", f"{label}: time per output token, p95", milliseconds(run.per_token), "ms")
     series["clients"] = [run.clients for run in runs]
     series["tokens/s"] = [run.tokens_per_second for run in runs]
     if len(runs) > 1 and (one := runs[0].tokens_per_second):
         what = f"tokens/s of {runs[-1].clients} clients over {runs[0].clients}"
         aim = _MANY_TIMES if (runs[0].clients, runs[-1].clients) == (1, 32) else None
-        load.found("throughput", what, runs[-1].tokens_per_second / one, "×", aim=aim, at_least=True)
+        load.findings.add("throughput", what, runs[-1].tokens_per_second / one, "×", aim=aim, at_least=True)
 
 
 async def half_load(load: Load) -> None:
@@ -71,12 +71,12 @@ async def half_load(load: Load) -> None:
         load.findings.series[f"half load, {kind}, allowed"] = [allowed[kind]]
         note = f"alone: encode + prefill {1000 * own[kind]:.1f} ms"
         aim = 1000 * allowed[kind]
-        load.found(
+        load.findings.add(
             "half-load", f"half load, {kind}: time to first token, p95", milliseconds(seconds), "ms", aim=aim, note=note
         )
         shares += [value / allowed[kind] for value in seconds]
     what = "half load: time to first token over what is allowed, p95"
-    load.found("half-load", what, shares, "×", aim=1.0, note=f"{rate:.2f} requests/s, {count} in all")
+    load.findings.add("half-load", what, shares, "×", aim=1.0, note=f"{rate:.2f} requests/s, {count} in all")
 
 
 async def gaps(load: Load) -> None:
@@ -102,7 +102,7 @@ async def gaps(load: Load) -> None:
     seconds = [gap for reply in replies for when, gap in reply.gaps if begin < when < end]
     load.findings.series["gaps"] = rounds(seconds)
     load.findings.series["gaps, allowed"] = [_MARGIN * (chunk + group)]
-    load.found(
+    load.findings.add(
         "gaps",
         f"longest gap between tokens while prompts of {load.long_prompt(tokens):,} come",
         1000 * max(seconds),
@@ -128,11 +128,11 @@ async def second_turn(load: Load) -> None:
         firsts.append(first.first_token_seconds)
         seconds.append(second.first_token_seconds)
     load.findings.series["first turn"], load.findings.series["second turn"] = rounds(firsts), rounds(seconds)
-    load.found("second-turn", f"first turn, {tiles} tiles: time to first token, p95", milliseconds(firsts), "ms")
-    load.found("second-turn", "second turn: time to first token, p95", milliseconds(seconds), "ms")
+    load.findings.add("second-turn", f"first turn, {tiles} tiles: time to first token, p95", milliseconds(firsts), "ms")
+    load.findings.add("second-turn", "second turn: time to first token, p95", milliseconds(seconds), "ms")
     shares = [second / first for first, second in zip(firsts, seconds, strict=True)]
     what = "second turn over first, time to first token, median"
-    load.found("second-turn", what, middle(shares), "×", aim=_SECOND_TURN, p50=middle(shares), p95=p95(shares))
+    load.findings.add("second-turn", what, middle(shares), "×", aim=_SECOND_TURN, p50=middle(shares), p95=p95(shares))
 
 
 async def loop_stall(load: Load) -> None:
@@ -146,8 +146,7 @@ async def loop_stall(load: Load) -> None:
         streamed(fixed_length(chat(ask([photographs[i % len(photographs)]], load.requests.question())), tokens))
         for i in range(clients * each)
     ]
-    while (await load.client.metrics())["event_loop_lag_seconds"] > _LAG / 2000:
-        await asyncio.sleep(1.0)  # until what was before is out of the gauge's window
+    await asyncio.sleep(_WINDOW)  # until what was before is out of the gauge's window
     lags, over = [], asyncio.Event()
 
     async def watch() -> None:
@@ -168,8 +167,8 @@ async def loop_stall(load: Load) -> None:
     first = milliseconds([reply.first_token_seconds for reply in replies])
     note = f"{len(replies)} requests of {len(photographs[0]) * 3 / 4e6:.1f} MB each"
     what = f"event loop's longest stall, {clients} clients sending {load.options.megapixels:g}-megapixel JPEGs"
-    load.found("loop", what, 1000 * max(lags), "ms", aim=_LAG, note=note)
-    load.found("loop", "the same: time to first token, p95", first, "ms")
+    load.findings.add("loop", what, 1000 * max(lags), "ms", aim=_LAG, note=note)
+    load.findings.add("loop", "the same: time to first token, p95", first, "ms")
 
 
 def milliseconds(seconds: list[float]) -> list[float]:

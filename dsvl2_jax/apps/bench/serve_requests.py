@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from dsvl2_jax.apps.micro import pictures
+from dsvl2_jax.inputs.processor import Processor
 
 QUESTIONS = (
     "Describe the image.",
@@ -34,13 +35,15 @@ class Requests:
 
     Args:
       seed: the same gives the same requests.
-      tile: side of a tile in pixels.
-      words_per_token: words of English in a token, about, as the model's tokenizer has it.
+      processor: the model's, for the size of its tiles and the length of its tokens.
     """
 
-    def __init__(self, seed: int, tile: int, words_per_token: float):
+    def __init__(self, seed: int, processor: Processor):
         self.rng = np.random.default_rng(seed)
-        self._tile, self._words_per_token = tile, words_per_token
+        self._tile = processor.config.tile_size
+        tokens = processor.tokenizer.encode(" ".join(pictures.WORDS))
+        self._words_per_token = len(pictures.WORDS) / len(tokens)
+        self._text_tokens = sorted(set(tokens))
         self._drawn: dict[tuple[int, int], list[np.ndarray]] = {}
 
     def picture(self, columns: int = 0, rows: int = 0) -> Image.Image:
@@ -70,9 +73,9 @@ class Requests:
         count = max(1, round(tokens * self._words_per_token))
         return " ".join(self.rng.choice(pictures.WORDS, count).tolist())
 
-    def token_ids(self, among: Sequence[int], count: int) -> list[int]:
-        """Exactly so many tokens."""
-        return self.rng.choice(list(among), count).tolist()
+    def token_ids(self, count: int) -> list[int]:
+        """Exactly so many tokens of texts."""
+        return self.rng.choice(self._text_tokens, count).tolist()
 
     def question(self) -> str:
         return QUESTIONS[self.rng.integers(len(QUESTIONS))]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import time
@@ -148,24 +149,25 @@ class Soak:
         self._memory.append((time.perf_counter() - begun, self._load.server.resident_bytes))
 
     async def _figures(self, seconds: float) -> None:
-        load, options, counts = self._load, self._load.options, self.counts
+        options, counts, findings = self._load.options, self.counts, self._load.findings
+        add = functools.partial(findings.add, "soak")
         metrics = await self._until_free()
         told = ", ".join(f"{count:,} {what}" for what, count in counts.most_common())
-        load.found("soak", "requests of mixed load", sum(counts.values()) - counts["refused for now"], "", note=told)
+        add("requests of mixed load", sum(counts.values()) - counts["refused for now"], "", note=told)
         # The last requests begin at the end of the time: they may take what they take.
-        load.found("soak", "seconds that they took", seconds, "s", aim=1.02 * options.soak)
+        add("seconds that they took", seconds, "s", aim=1.02 * options.soak)
         compared = counts["right"] + counts["wrong"]
-        load.found("soak", "answers that differ from the engine's alone", counts["wrong"], f"of {compared:,}", aim=0)
-        load.found("soak", "answers that did not come", counts["lost"], "", aim=0)
-        load.found("soak", "bad requests that were not refused as such", counts["refused wrongly"], "", aim=0)
-        load.found("soak", "time to first token, p95", milliseconds(self._firsts), "ms")
+        add("answers that differ from the engine's alone", counts["wrong"], f"of {compared:,}", aim=0)
+        add("answers that did not come", counts["lost"], "", aim=0)
+        add("bad requests that were not refused as such", counts["refused wrongly"], "", aim=0)
+        add("time to first token, p95", milliseconds(self._firsts), "ms")
         left = metrics["num_requests_running"] + metrics["num_requests_waiting"]
-        load.found("soak", "slots that are taken afterwards", left, "", aim=0)
+        add("slots that are taken afterwards", left, "", aim=0)
         growth, first, last = growth_of_memory(self._memory)
         note = f"{first / 1e6:.0f} MB, in the end {last / 1e6:.0f} MB"
-        load.found("soak", "growth of resident memory after the first minute", growth, "%", aim=_FLAT, note=note)
-        load.findings.series["memory"] = [[round(when, 1), int(size)] for when, size in self._memory]
-        load.findings.series["soak"] = rounds(self._firsts)
+        add("growth of resident memory after the first minute", growth, "%", aim=_FLAT, note=note)
+        findings.series["memory"] = [[round(when, 1), int(size)] for when, size in self._memory]
+        findings.series["soak"] = rounds(self._firsts)
 
     async def _until_free(self) -> dict[str, float]:
         """The metrics, once nothing runs or waits any more or `_FREE` seconds are over."""
