@@ -24,7 +24,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -150,6 +150,10 @@ class GrammarCompiler:
         tags = (ids[tag] for tag in (REF_TOKEN, REF_END_TOKEN, DET_TOKEN, DET_END_TOKEN))
         return self._checked("grounding", "grounding", grounding_grammar(*tags))
 
+    def again(self, source: GrammarSource) -> Grammar:
+        """The grammar that another process's compiler of the same tokenizer has made."""
+        return self._checked("grammar", *source)
+
     def _checked(self, field: str, kind: str, source: str) -> Grammar:
         grammar, problem = self._compiled(kind, source)
         if grammar is None:
@@ -189,6 +193,17 @@ class Grammar:
     def matcher(self) -> Matcher:
         """A new answer's."""
         return Matcher(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, it is what it was made of: another process makes it again, by `GrammarCompiler.again`."""
+        return GrammarSource, (self.kind, self._source)
+
+
+class GrammarSource(NamedTuple):
+    """A grammar that came from another process."""
+
+    kind: str
+    source: str
 
 
 class Matcher:

@@ -22,7 +22,7 @@ from dsvl2_jax.checkpoint.load import load_params
 from dsvl2_jax.checkpoint.locate import open_model, resolve
 from dsvl2_jax.errors import ConversationError, DSVL2Error, UsageError
 from dsvl2_jax.infer.answer import Generation
-from dsvl2_jax.infer.buckets import batch_bucket, length_bucket, tile_bucket
+from dsvl2_jax.infer.buckets import batch_bucket, cache_bucket, length_bucket, tile_bucket
 from dsvl2_jax.infer.executor import adapt_tiles
 from dsvl2_jax.infer.request import Request
 from dsvl2_jax.infer.sampling import SamplingParams
@@ -231,7 +231,7 @@ class Model:
     def _scheduler(self, slots: int, last_position: int, chunk: int, timing: Timing | None) -> Scheduler:
         # A chunk that begins within a page may reach into the next one.
         spare = 0 if chunk == PAGE else PAGE
-        length = -(-last_position // PAGE) * PAGE + spare
+        length = cache_bucket(last_position, PAGE, self.config.language.max_position_embeddings) + spare
         slots = self.whole_slots(slots)
         return Scheduler(self, slots, length, feature_bytes=FEATURE_BYTES, chunk=chunk, timing=timing)
 

@@ -240,8 +240,3 @@ class Executor:
                 self.fetch(self.decode(budget, allowed, length, top=top))
         self.reset()
         self.wait()
-
-
-def needed_cache_length(lengths: Sequence[int]) -> int:
-    """The cache for rows that end at these positions: a multiple of `PAGE`."""
-    return -(-max(lengths) // PAGE) * PAGE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.server
 import json
 import threading
@@ -75,7 +76,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 answer = self.server.model.generate(
                     inputs, body["max_tokens"], sampling, on_text=lambda _, text: self._chunk({"content": text})
                 )
-            boxes = [{"label": b.label, "image": b.image, "box": [b.x1, b.y1, b.x2, b.y2]} for b in answer.boxes]
+            boxes = [dataclasses.asdict(box) for box in answer.boxes]
             self._chunk({}, finish_reason=answer.finish_reason, **({"boxes": boxes} if body.get("grounding") else {}))
             details = {"image_tokens": answer.image_tokens, "image_tiles": len(inputs.tiles), "cached_tokens": 0}
             new = len(answer.token_ids)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 from tyro.conf import Positional
 
-from dsvl2_jax.errors import UsageError
+from dsvl2_jax.errors import DSVL2Error, UsageError
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
 LARGEST_FILE = 300_000  # bytes: the README loads all of them
 # File name → what the browser is like: (width, height) in CSS pixels, and the colours.
 SHOTS: dict[str, tuple[tuple[int, int], str]] = {
-    "page.png": ((1100, 820), "light"),
-    "page-dark.png": ((1100, 820), "dark"),
-    "page-phone.png": ((390, 780), "light"),
+    "page.png": ((1100, 1040), "light"),
+    "page-dark.png": ((1100, 1040), "dark"),
+    "page-phone.png": ((390, 844), "light"),
 }
 PATIENCE = 120_000  # milliseconds for an answer: a large model on a small machine takes its time
 
@@ -57,7 +58,7 @@ def chromium(**options: Any) -> Iterator[Browser]:
 
 
 def screenshots(url: Positional[str], out: Positional[Path]) -> None:
-    """Have the bundled model describe the first example and find a shape in it, and write what the page shows.
+    """Have the bundled model find a shape in an example and name its colour, and write what the page shows.
 
     Args:
       url: of a running `dsvl2 serve`.
@@ -87,14 +88,11 @@ def _converse(page: Page, url: str) -> None:
 
     try:
         page.goto(url)
-        page.get_by_role("button", name="Describe the image. shapes.png").click()
-        answered = page.locator(".turn.assistant .statistics", has_text="tokens/s")
-        answered.first.wait_for()
-        page.get_by_role("radio", name="Find", exact=True).check(force=True)
-        page.get_by_role("textbox", name="Message").fill("the blue circle")
-        page.keyboard.press("Enter")
-        answered.nth(1).wait_for()
-        page.locator(".canvas img").wait_for()
+        page.get_by_role("button", name="Find: the blue circle").click()
+        page.locator(".frame").wait_for()
+        page.get_by_role("textbox", name="Message").fill("What colour is the circle?")
+        page.get_by_role("button", name="Send").click()
+        page.locator(".turn.assistant .statistics", has_text="tokens/s").nth(1).wait_for()
     except Error as error:
         problem = page.locator(".problem, #notice, #refused").all_inner_texts()
         said = " ".join(filter(None, problem)) or str(error).splitlines()[0]
@@ -102,4 +100,7 @@ def _converse(page: Page, url: str) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(screenshots)
+    try:
+        tyro.cli(screenshots)
+    except DSVL2Error as problem:
+        sys.exit(f"error: {problem}")

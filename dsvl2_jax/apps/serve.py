@@ -13,7 +13,7 @@ from dsvl2_jax.checkpoint.locate import resolve
 from dsvl2_jax.errors import TokenizerError
 from dsvl2_jax.infer.constraints import GrammarCompiler
 from dsvl2_jax.infer.engine import Model
-from dsvl2_jax.infer.eval.evaluate import checkpoint_name
+from dsvl2_jax.infer.eval.loaded import checkpoint_name
 from dsvl2_jax.infer.loading import LoadOptions, load
 from dsvl2_jax.infer.serve.app import create_app
 from dsvl2_jax.infer.serve.async_engine import AsyncEngine, EngineOptions, follow
@@ -48,7 +48,7 @@ def serve(
     name = options.model_name or (_BUNDLED if ckpt is None else checkpoint_name(resolve(ckpt)))
     model = load(ckpt, loading)
     if not processes.is_first():
-        follow(model, engine_options)
+        follow(model, engine_options, _grammars(model))
         return
     engine = AsyncEngine(model, engine_options)
     app = create_app(
@@ -71,7 +71,8 @@ def _grammars(model: Model) -> GrammarCompiler | None:
     try:
         return GrammarCompiler(model.processor.tokenizer, model.config.language.vocab_size)
     except TokenizerError as error:
-        _say(str(error))  # everything else works without it
+        if processes.is_first():
+            _say(str(error))  # everything else works without it
         return None
 
 

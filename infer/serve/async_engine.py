@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dsvl2_jax import fields
 from dsvl2_jax.errors import DSVL2Error, UsageError
 from dsvl2_jax.fields import Problem, setting
+from dsvl2_jax.infer.constraints import GrammarCompiler
 from dsvl2_jax.infer.engine import SLOTS, Model
 from dsvl2_jax.infer.request import Delta, FailedError, RefusedError, Request
 from dsvl2_jax.infer.scheduler import Event, Scheduler
@@ -114,11 +115,11 @@ class Answer:
         return news
 
 
-def follow(model: Model, options: EngineOptions) -> None:
+def follow(model: Model, options: EngineOptions, grammars: GrammarCompiler | None) -> None:
     """What the other processes do while the `AsyncEngine` of process 0 serves; all of them have the same options."""
     scheduler = make_scheduler(model, options)
     scheduler.executor.warm_up(_tile_counts(scheduler, options), lambda text: None)
-    Turns(scheduler).follow()
+    Turns(scheduler, grammars).follow()
 
 
 def make_scheduler(model: Model, options: EngineOptions) -> Scheduler:

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from dsvl2_jax.errors import DSVL2Error
+from dsvl2_jax.infer.constraints import GrammarCompiler
 from dsvl2_jax.infer.request import Request
 from dsvl2_jax.infer.scheduler import Event, Scheduler, Ticket
 from dsvl2_jax.runtime import processes
@@ -26,8 +27,10 @@ class Word:
 class Turns:
     """A scheduler that is told what to do by numbers, which mean the same in every process."""
 
-    def __init__(self, scheduler: Scheduler):
+    def __init__(self, scheduler: Scheduler, grammars: GrammarCompiler | None = None):
+        """``grammars`` makes those again that process 0 has made; None in process 0."""
         self.scheduler = scheduler
+        self.grammars = grammars
         self.tickets: dict[int, Ticket] = {}  # that have not ended
         self._round = 0  # of waking the others
 
@@ -62,6 +65,9 @@ class Turns:
             words = processes.from_first(list)
             if words is None:
                 return
+            for word in words:
+                if word.request is not None and word.request.grammar is not None:
+                    object.__setattr__(word.request, "grammar", self.grammars.again(word.request.grammar))
             self._turn(words)
 
     def _turn(self, words: Sequence[Word]) -> list[tuple[int, Event]]:
