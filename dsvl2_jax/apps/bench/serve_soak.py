@@ -49,7 +49,8 @@ class Soak:
     """
 
     def __init__(self, load: Load, good: Mapping[str, Sequence[Known]], bad: Mapping[str, Sequence[Bad]]):
-        self._load, self._good, self._bad = load, good, bad
+        self._load, self._good = load, good
+        self._bad = {kind: itertools.cycle(some) for kind, some in bad.items()}
         self._all = [known for some in good.values() for known in some]
         self._random = load.requests.rng
         self.counts: Counter[str] = Counter()
@@ -81,8 +82,7 @@ class Soak:
 
     async def _one(self, kind: str) -> None:
         if kind in self._bad:
-            choices = self._bad[kind]
-            await self._refused(choices[self._random.integers(len(choices))])
+            await self._refused(next(self._bad[kind]))
             return
         among = self._good.get(kind, self._all)
         known = among[self._random.integers(len(among))]
