@@ -14,7 +14,7 @@ CKPT ?=
 help:
 	@echo "make run     draw fresh pictures and ask the bundled model about them; SEED=7 draws others"
 	@echo "make test    run the whole test suite (sets up $(VENV) first)"
-	@echo "make test-fast    its quick files, four and a half minutes, for work on the code"
+	@echo "make test-fast    its quick files, two minutes, for work on the code"
 	@echo "make test-exhaustive   the suite with further cases: every model on every mesh"
 	@echo "make test-newest  the same suite in .venv-newest, with the newest release of every package"
 	@echo "make test-pods    compile for TPU topologies, whole models included (no TPU needed; more than half an hour)"

@@ -29,6 +29,7 @@ CHUNKS = (64, 128, 256, PAGE)  # lengths of a prompt's chunks
 
 adapt_tiles = jax.jit(model.adapt_tiles, static_argnames="config")
 _init_slots = jax.jit(slots.init_slots, static_argnames=("config", "slots", "cache_length", "dtype"))
+_init_features = jax.jit(slots.init_features, static_argnames=("config", "tiles", "dtype"))
 _init_row = jax.jit(init_cache, static_argnames=("config", "slots", "cache_length", "dtype"))
 _place_features = jax.jit(slots.place_features, donate_argnames="table")
 _prefill_chunk = jax.jit(slots.prefill_chunk, static_argnames=("config", "read_length"), donate_argnames="row")
@@ -64,10 +65,9 @@ class Executor:
         config, dtype = self.model.config, self.model.dtype
         self._features.clear()
         self._pages.clear()
-        shape = (self._tiles, config.tokens_per_tile, config.language.hidden_size)
         with self.model.on_mesh():
-            self._state = _init_slots(config, self.slots, self.cache_length, dtype)
-            self._table = jnp.zeros(shape, dtype)
+            self._state = self._put(_init_slots(config, self.slots, self.cache_length, dtype))
+            self._table = self._put(_init_features(config, self._tiles, dtype))
         self.new_row()
 
     def new_row(self) -> None:
@@ -76,7 +76,13 @@ class Executor:
         So nothing of an earlier prompt stays in either: zero times a number that is none would be none.
         """
         with self.model.on_mesh():
-            self._row = _init_row(self.model.config, 1, self.cache_length, self.model.dtype)
+            self._row = self._put(_init_row(self.model.config, 1, self.cache_length, self.model.dtype))
+
+    def _put(self, arrays: Any) -> Any:
+        """Arrays that are bound to the model's device, as all results of programs are: others would be new programs."""
+        if self.model.mesh is not None:
+            return arrays
+        return jax.device_put(arrays, jax.tree.leaves(self.model.params)[0].sharding)
 
     @property
     def most_tiles(self) -> int:

@@ -1,11 +1,19 @@
-"""Writing and reading small checkpoints in the released layout with PyTorch's own safetensors functions."""
+"""Writing and reading small checkpoints in the released layout with PyTorch's own safetensors functions.
+
+Tests that call these functions are skipped where there is no PyTorch; see the extra ``test`` in setup.cfg.
+"""
+
+from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors.torch import load_file, save_file
+import pytest
+
+if TYPE_CHECKING:
+    import torch
 
 INDEX = "model.safetensors.index.json"
 
@@ -17,11 +25,13 @@ def copy(source: Path, target: Path) -> Path:
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
     """All tensors of a directory."""
+    load_file = pytest.importorskip("safetensors.torch").load_file
     return {name: t for file in sorted(directory.glob("*.safetensors")) for name, t in load_file(file).items()}
 
 
 def put(directory: Path, contents: dict[str, torch.Tensor], shards: int = 2) -> Path:
     """Replaces the tensors of a directory; one shard means a single file without an index."""
+    save_file = pytest.importorskip("safetensors.torch").save_file
     for file in [*directory.glob("*.safetensors"), directory / INDEX]:
         file.unlink(missing_ok=True)
     names = list(contents)
@@ -46,6 +56,7 @@ def edit_json(file: Path, edit) -> None:
 
 def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     """Same names, dtypes, shapes and bits."""
+    torch = pytest.importorskip("torch")
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name

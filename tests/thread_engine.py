@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from dsvl2_jax.infer.answer import AnswerBuilder
-from dsvl2_jax.infer.engine import MinBatchShape, Model
+from dsvl2_jax.infer.engine import Model
 from dsvl2_jax.infer.request import Delta, FailedError, RefusedError, Request
 
 GROUP = 4  # tokens of a delta
@@ -123,16 +123,14 @@ class ThreadEngine:
             answer.queue.put_nowait(error)
 
     def _deltas(self, request: Request) -> list[Delta]:
-        model, eos = self.model, self.model.processor.tokenizer.eos_id
+        model = self.model
         seed = request.sampling.seed + 1_000_003 * request.choice
         sampling = dataclasses.replace(request.sampling, seed=seed)
-        whole = model.generate(
-            request.inputs, request.max_new_tokens, sampling, logprobs=True, at_least=MinBatchShape(length=256)
-        )
+        whole = model.generate(request.inputs, request.max_new_tokens, sampling, logprobs=True)
         if not np.isfinite(whole.logprobs).all():
             raise FailedError("the model computed what is no number.", 500)
         tops = self._top_logprobs(request, whole.token_ids)
-        builder, deltas = AnswerBuilder(model.processor, sampling, eos), []
+        builder, deltas = AnswerBuilder(model.processor, sampling), []
         for start in range(0, len(whole.token_ids), GROUP):
             part = slice(start, start + GROUP)
             tokens, values = whole.token_ids[part], whole.logprobs[part]

@@ -96,7 +96,11 @@ def _attend_block(
     scores_bhts = jnp.where(visible_bts[:, None], scores_bhts * scale, jnp.finfo(jnp.float32).min)
     p_bhts = jax.nn.softmax(scores_bhts, axis=-1).astype(values.dtype)
     product = "bhts,bshd->bthd" if values.ndim == 4 else "bhts,bsd->bthd"
-    return jnp.einsum(product, p_bhts, values, precision=matmul_precision(values.dtype))
+    # Summed in float32 by request: XLA on CPUs otherwise sums bfloat16 products of a batch in bfloat16.
+    out_bthd = jnp.einsum(
+        product, p_bhts, values, precision=matmul_precision(values.dtype), preferred_element_type=jnp.float32
+    )
+    return out_bthd.astype(values.dtype)
 
 
 @jax.named_scope("decode_attention")

@@ -201,9 +201,7 @@ class Answers:
             inputs = answer.prompt.inputs
             if not any(other.token_ids for other in self.all if other.prompt is answer.prompt):
                 serving.metrics.prompt(len(inputs.input_ids), int(inputs.image_mask.sum()))
-        tokenizer = serving.processor.tokenizer
-        ends = delta.finish_reason is not None and delta.token_ids[-1:] == [tokenizer.eos_id]
-        entries = logprobs.content(tokenizer, delta, ends_with_eos=ends)
+        entries = logprobs.content(serving.processor.tokenizer, delta)
         answer.text += delta.text
         answer.token_ids += delta.token_ids
         answer.logprobs += entries

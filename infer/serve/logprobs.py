@@ -9,17 +9,14 @@ from dsvl2_jax.infer.request import Delta
 from dsvl2_jax.inputs.tokenizer import Tokenizer
 
 
-def content(tokenizer: Tokenizer, delta: Delta, *, ends_with_eos: bool) -> list[dict[str, Any]]:
-    """An object for each of a delta's tokens: token, bytes, logprob and top_logprobs. The ending eos has none.
-
-    ``delta`` may be a whole answer.
-    """
-    count = len(delta.logprobs) - (ends_with_eos and bool(delta.logprobs))
+def content(tokenizer: Tokenizer, delta: Delta) -> list[dict[str, Any]]:
+    """An object for each of a delta's tokens: token, bytes, logprob, top_logprobs. eos, no text, has none."""
     tops = delta.top_logprobs or [[]] * len(delta.logprobs)
-    rows = zip(delta.token_ids[:count], delta.logprobs[:count], tops[:count], strict=True)
+    rows = zip(delta.token_ids[: len(delta.logprobs)], delta.logprobs, tops, strict=True)
     return [
         _entry(tokenizer, token, value) | {"top_logprobs": [_entry(tokenizer, *one) for one in top]}
         for token, value, top in rows
+        if token != tokenizer.eos_id
     ]
 
 

@@ -13,7 +13,7 @@ class LoopLag:
     """Measures by how much a sleep is late. Run `watch` as a task of the loop that is measured."""
 
     def __init__(self) -> None:
-        self.longest = 0.0  # seconds, since the start
+        self.longest = 0.0  # seconds, since the start or `forget`
         self._late: deque[tuple[float, float]] = deque()  # (when, seconds), each longer than those after it
 
     async def watch(self) -> None:
@@ -33,6 +33,11 @@ class LoopLag:
         self._late.append((now, late))
         while self._late[0][0] < now - _WINDOW:
             self._late.popleft()
+
+    def forget(self) -> None:
+        """Begins anew. While programs are traced the loop waits, and nobody else does."""
+        self.longest = 0.0
+        self._late.clear()
 
     @property
     def recent(self) -> float:

@@ -122,7 +122,11 @@ class _Statistics(Collector):
                     yield self._sample(family, name, text, values[name])
         lag = (
             ("event_loop_lag_seconds", "Longest stall of the event loop in the last 15 seconds.", self._lag.recent),
-            ("event_loop_lag_max_seconds", "Longest stall of the event loop since the start.", self._lag.longest),
+            (
+                "event_loop_lag_max_seconds",
+                "Longest stall since the server was ready.",
+                self._lag.longest,
+            ),
         )
         for name, text, value in lag:
             yield self._sample(GaugeMetricFamily, name, text, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from importlib import resources
 from typing import Literal
 
 from fastapi import APIRouter, Request, Response
@@ -70,6 +71,20 @@ async def page(request: Request) -> Response:
 
 
 _page = functools.cache(load_page)
+
+
+@router.get("/examples/{name}", include_in_schema=False)
+async def example(name: str) -> Response:
+    """A picture of the page's examples."""
+    if name not in _examples():
+        raise ApiError(404, f"{found(name)} is no example's picture; there are {', '.join(_examples())}.")
+    return Response(_examples()[name], media_type="image/png")
+
+
+@functools.cache
+def _examples() -> dict[str, bytes]:
+    folder = resources.files("dsvl2_jax.configs").joinpath("images")
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir(), key=str) if file.name.endswith(".png")}
 
 
 def _model(serving: Serving) -> dict[str, object]:

@@ -90,7 +90,7 @@ class Server:
         """
         self._engine, self._options, self._say = engine, options, say
         self._on_ready, self._end_process = on_ready, end_process
-        self._http = _Uvicorn(_config(app, options))
+        self._app, self._http = app, _Uvicorn(_config(app, options))
         self._socket = _listen(options.host, options.port)
         self._stopping = asyncio.Event()
 
@@ -125,6 +125,7 @@ class Server:
             await asyncio.wait({starting, stopping, http}, return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
                 await starting
+                self._app.state.serving.lag.forget()
                 self._on_ready(self.address)
                 await asyncio.wait({stopping, http}, return_when=asyncio.FIRST_COMPLETED)
             else:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import httpx
+import httpx2 as httpx
 import pytest
 
 pytest.importorskip("dsvl2_jax.infer.serve.async_engine")
@@ -61,6 +63,33 @@ def test_the_model_is_named_and_metrics_need_the_key(served):
     assert page.status_code == 200 and "script-src 'sha256-" in page.headers["content-security-policy"]
 
 
+def test_a_person_asks_on_the_page_and_sees_a_box_on_the_picture(served):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    import page_steps
+
+    from dsvl2_jax.apps.screenshots import chromium
+
+    _, address, headers = served
+    with contextlib.ExitStack() as stack:
+        try:
+            browser = stack.enter_context(chromium())
+        except sync_api.Error as error:
+            pytest.skip(f"no Chromium here: {error}")
+        context = browser.new_context(viewport=page_steps.DESKTOP)
+        context.set_default_timeout(120_000)
+        page = context.new_page()
+        page.goto(address)
+        page.get_by_label("API key").fill(headers["Authorization"].removeprefix("Bearer "))
+        page.get_by_label("API key").press("Enter")
+        sync_api.expect(page.locator("#examples button")).to_have_count(4)
+        page_steps.attach(page, page_steps.SHAPES)
+        page_steps.ask(page, "the blue circle", "Find")
+        sync_api.expect(page.locator(".boxes li")).to_have_text(re.compile(r"^the blue circle \(\d+, \d+\) – "))
+        sync_api.expect(page.locator(".frame")).to_have_count(1)
+        page_steps.ask(page, "What colour is the circle?")
+        sync_api.expect(page.locator(".turn .text").last).to_have_text("blue")
+
+
 def test_sigterm_ends_it_with_0_and_the_address_was_all_it_printed(served):
     process, _, _ = served
     process.send_signal(signal.SIGTERM)
@@ -88,4 +117,4 @@ def test_options_that_cannot_be_end_it_with_2(options, problem):
 
 
 def _environment():
-    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}

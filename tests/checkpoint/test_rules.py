@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -60,6 +59,7 @@ def test_linear_is_the_transposed_torch_weight(target, inputs):
     kernel = np.empty(target, np.float32)
     layout.view(kernel)[...] = weight
     x = np.random.default_rng(1).standard_normal((2, *target[:inputs]), np.float32)
+    torch = pytest.importorskip("torch")
     expected = torch.nn.functional.linear(torch.from_numpy(x.reshape(2, -1)), torch.from_numpy(weight))
     found = np.tensordot(x, kernel, inputs)
     np.testing.assert_allclose(found.reshape(2, -1), expected, rtol=1e-5, atol=1e-5)
@@ -72,6 +72,7 @@ def test_patch_conv_is_the_torch_convolution_over_one_patch(side, width):
     kernel = np.empty((side * side * 3, width), np.float32)
     layout.view(kernel)[...] = weight
     patch = np.random.default_rng(1).standard_normal((side, side, 3), np.float32)
+    torch = pytest.importorskip("torch")
     expected = torch.nn.functional.conv2d(torch.from_numpy(patch.transpose(2, 0, 1))[None], torch.from_numpy(weight))
     np.testing.assert_allclose(patch.reshape(-1) @ kernel, expected.reshape(-1), rtol=1e-4, atol=1e-5)
 

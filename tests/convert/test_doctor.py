@@ -6,7 +6,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 import released_checkpoint
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +14,8 @@ from dsvl2_jax.convert.to_orbax import convert
 from dsvl2_jax.errors import CheckpointError
 from dsvl2_jax.model import released
 from dsvl2_jax.model.config import Config
+
+torch = pytest.importorskip("torch")
 
 
 @pytest.fixture

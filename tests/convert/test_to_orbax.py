@@ -10,7 +10,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 import released_checkpoint
-import torch
 from flax.traverse_util import flatten_dict
 
 from dsvl2_jax.apps.bench.random_checkpoint import random_checkpoint
@@ -22,6 +21,8 @@ from dsvl2_jax.convert.to_orbax import convert
 from dsvl2_jax.convert.to_safetensors import export
 from dsvl2_jax.errors import CheckpointError, ConfigError, TokenizerError, UsageError
 from dsvl2_jax.model.config import Config
+
+torch = pytest.importorskip("torch")
 
 EXPERT = "language.model.layers.1.mlp.experts.{}.up_proj.weight"
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import released_checkpoint
 import safetensors
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +15,8 @@ from dsvl2_jax.convert import to_safetensors
 from dsvl2_jax.convert.to_orbax import convert
 from dsvl2_jax.convert.to_safetensors import ShardWriter, export, split_into_shards
 from dsvl2_jax.errors import CheckpointError, UsageError
+
+torch = pytest.importorskip("torch")
 
 
 @pytest.fixture(scope="module")

@@ -73,3 +73,5 @@ def test_a_stall_is_forgotten_but_for_the_longest():
     assert lag.recent == 0.2 and lag.longest == 0.3
     lag.note(40.0, 0.01)
     assert lag.recent == 0.01
+    lag.forget()
+    assert lag.recent == lag.longest == 0
