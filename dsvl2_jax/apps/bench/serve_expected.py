@@ -70,7 +70,7 @@ def answer_alone(
     model = load(ckpt, LoadOptions(dtype, mesh))
     context = model.config.language.max_position_embeddings
     scheduler = Scheduler(model, model.whole_slots(slots), -(-context // PAGE) * PAGE)
-    answers = []
+    eos, answers = model.processor.tokenizer.eos_id, []
     for body in bodies:
         inputs = model.processor(*conversation(body))
         sampling = SamplingParams(**{name: body[name] for name in _SAMPLING if name in body})
@@ -81,11 +81,9 @@ def answer_alone(
             scheduler.turn()
         if ticket.error is not None:
             raise ticket.error
-        answer = ticket.answer.generation(inputs, with_logprobs=bool(body.get("logprobs")))
-        # The server tells nothing of the eos that ends an answer.
-        logprobs = [] if answer.logprobs is None else answer.logprobs
-        if answer.token_ids[-1:] == [model.processor.tokenizer.eos_id] and answer.finish_reason == "stop":
-            logprobs = logprobs[:-1]
+        answer = ticket.answer.generation(inputs, with_logprobs=True)
+        pairs = zip(answer.token_ids, answer.logprobs, strict=True) if body.get("logprobs") else ()
+        logprobs = [value for token, value in pairs if token != eos]  # the server has no entry for eos
         answers.append(Expected(answer.token_ids, answer.text, answer.finish_reason, logprobs))
     return answers
 

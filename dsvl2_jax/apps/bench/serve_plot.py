@@ -55,6 +55,7 @@ def _draw_throughput(axis: Any, findings: Findings) -> None:
     names = [str(clients) for clients in findings.series["clients"]]
     bars = axis.bar(names, findings.series["tokens/s"], color=_BLUE)
     axis.bar_label(bars, fmt="{:,.0f}")
+    axis.margins(y=0.15)
     axis.set(title="Output tokens per second", xlabel="clients")
 
 
@@ -80,6 +81,7 @@ def _draw_turns(axis: Any, findings: Findings) -> None:
         axis.plot(np.arange(1, len(values) + 1), values, marker="o", color=colour, label=name)
     axis.set(title="A picture of nine tiles: time to first token", xlabel="conversation", ylabel="ms")
     axis.set_ylim(bottom=0)
+    axis.set_xticks(np.arange(1, len(findings.series["first turn"]) + 1))
     axis.legend()
 
 
@@ -87,7 +89,7 @@ def _draw_memory(axis: Any, findings: Findings) -> None:
     when, sizes = np.array(findings.series["memory"]).T
     axis.plot(when / 60, sizes / 1e6, color=_BLUE)
     axis.set(title="Resident memory of the server", xlabel="minutes of mixed load", ylabel="MB")
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.1 * sizes.max() / 1e6)
 
 
 def _draw_soak(axis: Any, findings: Findings) -> None:
@@ -100,9 +102,11 @@ def _draw_aims(axis: Any, findings: Findings) -> None:
     aimed = [figure for figure in findings.figures if figure.aim]
     shares = [f.aim / f.value if f.at_least and f.value else f.value / f.aim for f in aimed]
     colours = [_BLUE if figure.reached else _ORANGE for figure in aimed]
-    axis.barh([figure.what[:60] for figure in aimed], shares, color=colours)
+    axis.barh(range(len(aimed)), shares, color=colours, alpha=0.5)
+    for place, figure in enumerate(aimed):  # names within the panel: beside it they would take half of its width
+        axis.text(0.02, place, figure.what, va="center", fontsize=7, transform=axis.get_yaxis_transform())
     axis.axvline(1.0, color="black", linewidth=1)
-    axis.tick_params(axis="y", labelsize=6)
+    axis.set_yticks([])
     axis.invert_yaxis()
     axis.set(title="Figure over aim (left of the line: reached)")
 
