@@ -78,7 +78,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 )
             boxes = [dataclasses.asdict(box) for box in answer.boxes]
             self._chunk({}, finish_reason=answer.finish_reason, **({"boxes": boxes} if body.get("grounding") else {}))
-            details = {"image_tokens": answer.image_tokens, "image_tiles": len(inputs.tiles), "cached_tokens": 0}
+            details = {"image_tokens": answer.image_tokens, "tiles": len(inputs.tiles), "cached_tokens": 0}
             new = len(answer.token_ids)
             usage = {
                 "prompt_tokens": answer.prompt_tokens,
