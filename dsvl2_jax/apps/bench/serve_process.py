@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -103,10 +104,17 @@ class ServerProcess:
 def running(
     arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
 ) -> Iterator[ServerProcess]:
-    """A server inside the block; stopped in good order after it, killed when the block fails."""
-    server = ServerProcess(arguments, log, environment)
+    """A server inside the block; stopped in good order after it, killed when the block fails.
+
+    For the main thread: inside, SIGTERM ends this process as `sys.exit` does, so that no server is left alone.
+    """
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        yield server
-        server.stop()
+        server = ServerProcess(arguments, log, environment)
+        try:
+            yield server
+            server.stop()
+        finally:
+            server.kill()
     finally:
-        server.kill()
+        signal.signal(signal.SIGTERM, before)
