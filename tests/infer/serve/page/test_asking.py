@@ -11,6 +11,8 @@ from playwright.sync_api import expect
 
 import dsvl2_jax
 
+pytestmark = pytest.mark.exhaustive  # the boxes' tests and those of `dsvl2 serve` are the usual ones
+
 
 def test_an_uploaded_picture_is_sent_as_it_is_and_asked_about(page, server, model):
     attach(page, SHAPES)
@@ -150,7 +152,6 @@ def test_settings_go_with_the_question_and_wrong_ones_do_not(page, server):
     assert "top_p" not in server.requests[-1]
 
 
-@pytest.mark.exhaustive  # on a busy machine it sometimes waits in vain
 def test_an_api_key_is_asked_for_when_the_server_wants_one(context, server):
     server.key = "secret"
     page = context.new_page()
