@@ -37,14 +37,16 @@ class Generation:
 class AnswerBuilder:
     """A growing answer on the host: its tokens, its text, its stop strings, and how much of the text was shown."""
 
-    def __init__(self, processor: Processor, sampling: SamplingParams, eos: int):
+    def __init__(self, processor: Processor, sampling: SamplingParams):
         self.decoder = StreamDecoder(processor.tokenizer)
         self.stop_strings = sampling.stop
-        self.eos = eos
+        self.eos = processor.tokenizer.eos_id
+        self.ignore_eos = sampling.ignore_eos
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.text = ""
         self.stopped = False
+        self.cut = False  # at a stop string
         self.shown = 0
 
     def extend(self, tokens: np.ndarray, logprobs: np.ndarray) -> str:
@@ -55,7 +57,7 @@ class AnswerBuilder:
             self.tokens.append(token)
             self.logprobs.append(value)
             if token == self.eos:
-                self.stopped = True
+                self.stopped = not self.ignore_eos
             else:
                 self._add_text(self.decoder.push(token))
         held = 0 if self.stopped else max((_overlap(self.text, s) for s in self.stop_strings), default=0)
@@ -63,7 +65,7 @@ class AnswerBuilder:
 
     def finish(self) -> str:
         """Ends the answer; returns the text held back so far."""
-        if not self.stopped or self.tokens[-1] == self.eos:
+        if not self.cut:
             self._add_text(self.decoder.flush())
         return self._show(len(self.text))
 
@@ -74,6 +76,7 @@ class AnswerBuilder:
         cuts = [at for at in (self.text.find(s, start) for s in self.stop_strings) if at >= 0]
         if cuts:
             self.text, self.stopped = self.text[: min(cuts)], True
+            self.cut = True
 
     def _show(self, end: int) -> str:
         new, self.shown = self.text[self.shown : end], max(self.shown, end)

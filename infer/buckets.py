@@ -27,3 +27,11 @@ def tile_bucket(tiles: int, devices: int = 1) -> int:
 def batch_bucket(rows: int) -> int:
     """The smallest power of two that holds ``rows``."""
     return 1 << (rows - 1).bit_length()
+
+
+def cache_bucket(positions: int, page: int, context: int) -> int:
+    """The smallest compiled length of a cache that holds ``positions``: page · 2ⁱ, at most the whole context."""
+    size = page
+    while size < positions:
+        size *= 2
+    return min(size, -(-context // page) * page)

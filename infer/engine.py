@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +20,25 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsvl2_jax.checkpoint.load import load_params
 from dsvl2_jax.checkpoint.locate import open_model, resolve
-from dsvl2_jax.errors import ConversationError, UsageError
-from dsvl2_jax.infer import decode
-from dsvl2_jax.infer.answer import AnswerBuilder, Generation
-from dsvl2_jax.infer.buckets import batch_bucket, length_bucket, tile_bucket
-from dsvl2_jax.infer.sampling import SamplingArrays, SamplingParams
+from dsvl2_jax.errors import ConversationError, DSVL2Error, UsageError
+from dsvl2_jax.infer.answer import Generation
+from dsvl2_jax.infer.buckets import batch_bucket, cache_bucket, length_bucket, tile_bucket
+from dsvl2_jax.infer.executor import adapt_tiles
+from dsvl2_jax.infer.request import Request
+from dsvl2_jax.infer.sampling import SamplingParams
+from dsvl2_jax.infer.scheduler import Scheduler, Ticket
+from dsvl2_jax.infer.slots import PAGE
 from dsvl2_jax.inputs.batch import Batch, collate
 from dsvl2_jax.inputs.processor import ModelInputs, Processor
 from dsvl2_jax.model import deepseek_vl2 as model
-from dsvl2_jax.model.config import TEXT_POSITION, Config
+from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import Params
 from dsvl2_jax.runtime.compile_cache import enable_compilation_cache
 from dsvl2_jax.runtime.timing import Timing, compile_log
 
-# After how many tokens the host looks at them, for stop strings and to stream the text.
-STREAM_STEPS = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class MinBatchShape:
-    """The smallest size of a batch before it is rounded up to buckets; 0: as its prompts need."""
-
-    rows: int = 0
-    length: int = 0  # tokens of a prompt
-    tiles: int = 0  # of all prompts
+SLOTS = 8  # answers that grow at a time, in serving too: the same shapes give the same bits
+FEATURE_BYTES = 256 << 20  # of pictures' features that are kept while prompts are answered
+_AHEAD = 2  # requests that wait for a slot while others are answered
 
 
 def load(path: str | Path | None = None, dtype: str | None = "float32", mesh: Mesh | None = None) -> Model:
@@ -84,10 +79,10 @@ class Model:
     def dtype(self) -> str:
         return jnp.dtype(model.compute_dtype(self.params)).name
 
-    def _on_mesh(self) -> contextlib.AbstractContextManager:
+    def on_mesh(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
-    def _fetch(self, arrays: Any) -> Any:
+    def fetch(self, arrays: Any) -> Any:
         """A tree of arrays as numpy: the same in every process, though each holds only a part of them."""
         return jax.device_get(self._whole(arrays))
 
@@ -103,13 +98,13 @@ class Model:
 
     def adapt_tiles(self, tiles: np.ndarray) -> jax.Array:
         """u8[N, S, S, 3] → f32[N, tokens per tile, D]: the adaptor's output."""
-        return self._tiles(_adapt_tiles, tiles).astype(jnp.float32)
+        return self._tiles(adapt_tiles, tiles).astype(jnp.float32)
 
     def embed(self, inputs: ModelInputs) -> jax.Array:
         """f32[T, D]: text and image embeddings merged."""
         batch = self._batch([inputs])
-        with self._on_mesh():
-            features = self._features(batch.tiles)
+        with self.on_mesh():
+            features = self.features(batch.tiles)
             merged = self._whole(_merge(self.params, self.config, batch.ids, batch.image_index, features))
         return merged[0, : batch.lengths[0]].astype(jnp.float32)
 
@@ -117,8 +112,8 @@ class Model:
         """f32[T, V] for one input, a list of them for a list: the logits after every token."""
         single = isinstance(inputs, ModelInputs)
         batch = self._batch([inputs] if single else list(inputs))
-        with self._on_mesh():
-            features = self._features(batch.tiles)
+        with self.on_mesh():
+            features = self.features(batch.tiles)
             out = _all_logits(self.params, self.config, batch.ids, batch.image_index, features, batch.lengths)
             out = self._whole(out)
         rows = [out[i, :length] for i, length in enumerate(batch.lengths) if length]
@@ -132,19 +127,21 @@ class Model:
         *,
         chunk_size: int | None = None,
         logprobs: bool = False,
-        at_least: MinBatchShape = MinBatchShape(),
+        slots: int = SLOTS,
         on_text: Callable[[int, str], None] | None = None,
         timing: Timing | None = None,
     ) -> Generation | list[Generation]:
-        """Answers one prompt, or a batch of prompts of any lengths.
+        """Answers one prompt, or many of any lengths.
+
+        An answer is the same in any company, bit for bit.
 
         Args:
           inputs: of `processor`, made with ``inference=True``.
           max_new_tokens: the most tokens of an answer; the context's end may come first.
           sampling: one setting for all, or one per prompt.
-          chunk_size: how many prompt tokens to prefill at a time, to bound memory; None: all of them.
+          chunk_size: how many prompt tokens to prefill at a time, to bound memory; at most 512, and None means that.
           logprobs: also return each token's log-probability.
-          at_least: pad the batch to this, so that batches of several sizes run the same programs.
+          slots: how many answers grow at a time; a slot that becomes free takes the next prompt.
           on_text: called with (index of the prompt, new text) while the answers grow.
           timing: filled with the seconds of encode, prefill, decode and compile.
 
@@ -153,7 +150,8 @@ class Model:
 
         Raises:
           ConversationError: a prompt does not fit the context.
-          UsageError: max_new_tokens or chunk_size is not positive.
+          FailedError: the model computed what is no number.
+          UsageError: max_new_tokens, chunk_size or slots is not positive.
         """
         single = isinstance(inputs, ModelInputs)
         prompts = [inputs] if single else list(inputs)
@@ -164,85 +162,88 @@ class Model:
             raise UsageError(
                 f"sampling: found {len(settings)} settings for {len(prompts)} prompts; give one, or one each."
             )
-        for name, value in (("max_new_tokens", max_new_tokens), ("chunk_size", chunk_size)):
+        for name, value in (("max_new_tokens", max_new_tokens), ("chunk_size", chunk_size), ("slots", slots)):
             if value is not None and value < 1:
                 raise UsageError(f"{name}: found {value}, expected a positive whole number.")
         for prompt in prompts:
             self.check_context(prompt)
-        timing = Timing() if timing is None else timing
-        eos = self.processor.tokenizer.eos_id
-        answers = [AnswerBuilder(self.processor, s, eos) for s in settings]
-        with self._on_mesh():
-            watched = on_text is not None
-            run = self._run(prompts, settings, max_new_tokens, chunk_size, timing, answers, at_least, watched)
-            for tokens, values, counts in run:
-                for i, answer in enumerate(answers):
-                    new_text = answer.extend(tokens[i, : counts[i]], values[i, : counts[i]])
-                    if on_text is not None and new_text:
-                        on_text(i, new_text)
-        for i, answer in enumerate(answers):
-            rest = answer.finish()
-            if on_text is not None and rest:
-                on_text(i, rest)
-        out = [answer.generation(prompt, logprobs) for answer, prompt in zip(answers, prompts, strict=True)]
-        return out[0] if single else out
+        requests = [Request(p, max_new_tokens, s) for p, s in zip(prompts, settings, strict=True)]
+        for phase in ("encode", "prefill", "decode", "compile") if timing is not None else ():
+            timing.setdefault(phase, 0.0)
+        longest = max(map(self.last_position, requests))
+        answers: dict[int, Generation] = {}
+        for index, news in self.answers(requests, slots, longest, chunk_size=chunk_size, timing=timing):
+            if isinstance(news, DSVL2Error):
+                raise news
+            if isinstance(news, Generation):
+                answers[index] = news if logprobs else dataclasses.replace(news, logprobs=None)
+            elif on_text is not None and news:
+                on_text(index, news)
+        return answers[0] if single else [answers[i] for i in range(len(prompts))]
 
-    def _run(
+    def answers(
         self,
-        prompts: list[ModelInputs],
-        settings: list[SamplingParams],
-        max_new_tokens: int,
-        chunk_size: int | None,
-        timing: Timing,
-        answers: list[AnswerBuilder],
-        at_least: MinBatchShape,
-        watched: bool,
-    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yields (tokens, log-probabilities, counts) until every answer has ended."""
-        config, eos = self.config, self.processor.tokenizer.eos_id
-        batch = self._batch(prompts, at_least)
-        rows, length = batch.ids.shape
-        lengths = batch.lengths
-        context = config.language.max_position_embeddings
-        max_new = np.where(lengths > 0, np.minimum(max_new_tokens, context - lengths + 1), 1).astype(np.int32)
-        cache_length = length_bucket(max(length, int((lengths + max_new).max())))
-        if chunk_size is not None:
-            cache_length = max(cache_length, -(-length // chunk_size) * chunk_size)
-        sampling = SamplingArrays.of(settings, rows)
-        with timing.phase("encode"):
-            features = jax.block_until_ready(self._features(batch.tiles))
-        with timing.phase("prefill"):
-            cache = decode.new_cache(config, rows, cache_length, self.dtype)
-            logits, cache = self._prefill(batch, features, cache, chunk_size)
-            state = decode.first_token(logits, batch.ids, lengths, max_new, cache, sampling, eos)
-            first, first_logprobs, finished = self._fetch((state.tokens, state.logprobs, state.finished))
-        yield first[:, None], first_logprobs[:, None], np.ones(rows, np.int32)
-        # Looking often costs little; looking seldom would decode past stop strings and stream in bursts.
-        steps = np.int32(STREAM_STEPS if watched or any(s.stop for s in settings) else decode.STEPS)
-        while not finished[: len(prompts)].all() and not all(answer.stopped for answer in answers):
-            with timing.phase("decode"):
-                state, tokens, values, counts = decode.decode_tokens(self.params, config, state, sampling, steps, eos)
-                tokens, values, counts, finished = self._fetch((tokens, values, counts, state.finished))
-            yield tokens, values, counts
+        requests: Iterable[Request],
+        slots: int,
+        last_position: int = 0,
+        *,
+        chunk_size: int | None = None,
+        timing: Timing | None = None,
+    ) -> Iterator[tuple[int, str | Generation | DSVL2Error]]:
+        """Answers requests, each as soon as a slot is free; they are taken from the iterator as they are needed.
 
-    def _prefill(self, batch: Batch, features: jax.Array, cache: Any, chunk_size: int | None) -> tuple[jax.Array, Any]:
-        ids, index, lengths = batch.ids, batch.image_index, batch.lengths
-        if chunk_size is None or ids.shape[1] <= chunk_size:
-            return decode.prefill_tokens(self.params, self.config, ids, index, features, lengths, cache, None)
-        chunks = -(-int(lengths.max()) // chunk_size)
-        pad = ((0, 0), (0, max(0, chunks * chunk_size - ids.shape[1])))
-        ids, index = np.pad(ids, pad), np.pad(index, pad, constant_values=TEXT_POSITION)
-        logits = None
-        for c in range(chunks):
-            part = slice(c * chunk_size, (c + 1) * chunk_size)
-            start = np.full(lengths.shape, c * chunk_size, np.int32)
-            in_chunk = np.clip(lengths - start, 0, chunk_size).astype(np.int32)
-            new, cache = decode.prefill_tokens(
-                self.params, self.config, ids[:, part], index[:, part], features, in_chunk, cache, start
-            )
-            # A row's logits are those of the chunk in which it ends.
-            logits = new if logits is None else jnp.where((in_chunk > 0)[:, None], new, logits)
-        return logits, cache
+        Args:
+          requests: any number. Longer ones first are answered faster: the cache is made for those that have come.
+          slots: how many answers grow at a time.
+          last_position: the largest `last_position` that is to be expected.
+          chunk_size, timing: as `generate` has them.
+
+        Yields:
+          (index of the request, new text of its answer), and in the end (index, the whole `Generation`) or (index, why
+          there is none).
+
+        Raises:
+          ConversationError: a prompt does not fit the context.
+        """
+        chunk = PAGE if chunk_size is None else min(chunk_size, PAGE)
+        indices: dict[Ticket, int] = {}
+        scheduler: Scheduler | None = None
+        waiting = enumerate(requests)
+        upcoming = next(waiting, None)
+        while upcoming is not None or (scheduler is not None and not scheduler.idle):
+            while upcoming is not None and (scheduler is None or len(scheduler.queue) < _AHEAD):
+                index, request = upcoming
+                last_position = max(last_position, self.last_position(request))
+                if scheduler is None or last_position > scheduler.last_position:
+                    if scheduler is not None and not scheduler.idle:
+                        break  # what has begun ends in the cache that it has
+                    scheduler = self._scheduler(slots, last_position, chunk, timing)
+                indices[scheduler.submit(request)] = index
+                upcoming = next(waiting, None)
+            for ticket, delta in scheduler.turn():
+                if delta is None:
+                    yield indices.pop(ticket), ticket.error
+                    continue
+                yield indices[ticket], delta.text
+                if delta.finish_reason is not None:
+                    yield indices.pop(ticket), ticket.answer.generation(ticket.request.inputs, True)
+
+    def _scheduler(self, slots: int, last_position: int, chunk: int, timing: Timing | None) -> Scheduler:
+        # A chunk that begins within a page may reach into the next one.
+        spare = 0 if chunk == PAGE else PAGE
+        length = cache_bucket(last_position, PAGE, self.config.language.max_position_embeddings) + spare
+        slots = self.whole_slots(slots)
+        return Scheduler(self, slots, length, feature_bytes=FEATURE_BYTES, chunk=chunk, timing=timing)
+
+    def last_position(self, request: Request) -> int:
+        """The last position that a token of the answer may have."""
+        length, context = len(request.inputs.input_ids), self.config.language.max_position_embeddings
+        return min(length + request.max_new_tokens - 1, context)
+
+    def whole_slots(self, slots: int) -> int:
+        """So many slots, or a few more: as many on each device of a mesh."""
+        devices = 1 if self.mesh is None else self.mesh.size
+        return -(-slots // devices) * devices
 
     def check_context(self, prompt: ModelInputs) -> None:
         """Raises ConversationError when a prompt is longer than the context."""
@@ -259,29 +260,28 @@ class Model:
         count = tiles.shape[0]
         devices = 1 if self.mesh is None else self.mesh.size
         padded = np.pad(tiles, ((0, tile_bucket(count, devices) - count), (0, 0), (0, 0), (0, 0)))
-        with self._on_mesh():
+        with self.on_mesh():
             return self._whole(function(self.params, self.config, padded, self._mean, self._std)[:count])
 
-    def _features(self, padded_tiles: np.ndarray) -> jax.Array:
+    def features(self, padded_tiles: np.ndarray) -> jax.Array:
         """Adaptor outputs of tiles already padded to a bucket."""
         if padded_tiles.shape[0] == 0:
             return jnp.zeros((0, self.config.tokens_per_tile, self.config.language.hidden_size), self.dtype)
-        return _adapt_tiles(self.params, self.config, padded_tiles, self._mean, self._std)
+        return adapt_tiles(self.params, self.config, padded_tiles, self._mean, self._std)
 
-    def _batch(self, prompts: list[ModelInputs], at_least: MinBatchShape = MinBatchShape()) -> Batch:
+    def _batch(self, prompts: list[ModelInputs]) -> Batch:
         """Pads prompts to the buckets that programs are compiled for."""
-        tiles = max(sum(len(prompt.tiles) for prompt in prompts), at_least.tiles)
+        tiles = sum(len(prompt.tiles) for prompt in prompts)
         return collate(
             prompts,
             self.config,
-            rows=batch_bucket(max(len(prompts), at_least.rows)),
-            length=length_bucket(max(at_least.length, *(len(prompt.input_ids) for prompt in prompts))),
+            rows=batch_bucket(len(prompts)),
+            length=length_bucket(max(len(prompt.input_ids) for prompt in prompts)),
             tile_count=tile_bucket(tiles, 1 if self.mesh is None else self.mesh.size),
         )
 
 
 _encode_tiles = jax.jit(model.encode_tiles, static_argnames="config")
-_adapt_tiles = jax.jit(model.adapt_tiles, static_argnames="config")
 _merge = jax.jit(model.merge, static_argnames="config")
 
 

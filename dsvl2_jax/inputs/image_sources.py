@@ -16,6 +16,7 @@ import hashlib
 import os
 import tarfile
 import threading
+import urllib.parse
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -239,25 +240,38 @@ def resolve_image(reference: Any, store: ImageStore) -> ImageSource:
     if isinstance(reference, Mapping):
         for key in ("base64", "bytes", "url", "path"):
             if reference.get(key):
-                return _decode(reference[key]) if key in ("base64", "bytes") else resolve_image(reference[key], store)
+                inline = key in ("base64", "bytes")
+                return decode_base64(reference[key]) if inline else resolve_image(reference[key], store)
     if not isinstance(reference, str) or not reference:
         found = "an empty one" if reference == "" else type(reference).__name__
         raise SampleError(BAD_REFERENCE, f"an image is a file's name or base64 data; found {found}.")
     if reference.startswith("data:"):
-        head, _, data = reference.partition(",")
-        if not head.endswith(";base64"):
-            raise SampleError(BAD_REFERENCE, f"image {head[:40]!r}: only data: URIs in base64 are read.")
-        return _decode(data)
+        return decode_base64(data_uri_text(reference))
     if reference.startswith(("http://", "https://")):
         raise SampleError(BAD_REFERENCE, f"image {reference[:80]!r}: is on the web. Download it and name the file.")
     if reference.startswith("file://"):
         return store.find(reference.removeprefix("file://"))
     if len(reference) >= _BASE64_LEAST and reference.startswith(_BASE64_STARTS):
-        return _decode(reference)
+        return decode_base64(reference)
     return store.find(reference)
 
 
-def _decode(text: Any) -> bytes:
+def data_uri_text(uri: str) -> str:
+    """The base64 text of a ``data:`` URI, without white space and percent signs.
+
+    The media type that it claims is not believed: the bytes say what they are. Raises SampleError when the URI is not
+    in base64.
+    """
+    head, comma, text = uri.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise SampleError(
+            BAD_REFERENCE, f"image {head[:40]!r}: only data: URIs in base64 are read, as data:image/png;base64,iVBO…"
+        )
+    return "".join((urllib.parse.unquote(text) if "%" in text else text).split())
+
+
+def decode_base64(text: Any) -> bytes:
+    """The bytes of base64 text, with ``data:…,`` before it or not. Raises SampleError for anything else."""
     if not isinstance(text, str):
         raise SampleError(BAD_REFERENCE, f"inline image data is of type {type(text).__name__}, expected base64 text.")
     if text.startswith("data:"):

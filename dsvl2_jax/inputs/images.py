@@ -1,9 +1,11 @@
 """Images from files and memory, and their cutting into tiles (dynamic tiling, arXiv 2412.10302)."""
 
+import contextlib
+import functools
 import io
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -17,44 +19,59 @@ ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image
 # PIL's own warning level, 89 million pixels. A few kilobytes of PNG can unpack to more and exhaust the memory.
 MAX_IMAGE_PIXELS = 89_478_485
 
+# PIL's names of the formats that are read: those that pictures are shared in. Its other readers meet too few files to
+# be trusted with any, and EPS has Ghostscript run the file as a program. JPEG covers the MPO files of cameras.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
 
 def load_image(
     source: ImageSource,
     apply_exif_orientation: bool = False,
     *,
+    over_white: bool = False,
     rescale_16bit: bool = False,
     max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> Image.Image:
-    """An RGB image from a path, a file's bytes or a PIL image, as the official loader makes it.
+    """An RGB image from a path, a file's bytes or a PIL image, by default as the official loader makes it.
 
-    That is ``Image.open(f).convert("RGB")``: alpha is dropped, EXIF orientation is ignored unless
-    `apply_exif_orientation`, an animation gives its first frame. PIL turns 16-bit gray values over 255 into
-    white; this warns, and `rescale_16bit` divides them by 256 instead.
+    That is ``Image.open(f).convert("RGB")``: alpha is dropped, EXIF orientation is ignored, an animation gives its
+    first frame. PIL turns 16-bit gray values over 255 into white; this warns.
+
+    Args:
+      source: files are read in the `FORMATS` alone.
+      apply_exif_orientation: turn the image as its EXIF data say. Data that cannot be read turn nothing.
+      over_white: lay a transparent image over white, as viewers do.
+      rescale_16bit: divide 16-bit gray values by 256 instead.
+      max_pixels: the most that are decoded; the header alone is read of a larger image.
 
     Raises ImageError, naming the file, if it is missing, a directory, not an image, truncated, without pixels,
     or has more than `max_pixels` pixels.
     """
     name = _name_of(source)
-    if not isinstance(source, str | os.PathLike | bytes | Image.Image):
-        raise ImageError(f"{name}: expected a path, a file's bytes or a PIL image.")
-    if isinstance(source, str | os.PathLike):
-        if Path(source).is_dir():
-            raise ImageError(f"{name}: is a directory. Give the path of an image file.")
-        if not Path(source).exists():
-            raise ImageError(f"{name}: no such file. Check the path; a relative one starts at {Path.cwd()}.")
-    try:
-        if isinstance(source, Image.Image):
-            return _to_rgb(source, name, apply_exif_orientation, rescale_16bit, max_pixels)
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return _to_rgb(image, name, apply_exif_orientation, rescale_16bit, max_pixels)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{name}: the image is too large to be safe ({error}). Scale it down first.") from error
-    except Image.UnidentifiedImageError as error:
-        raise ImageError(f"{name}: not an image in a format that PIL reads. Convert it to PNG or JPEG.") from error
-    except ImageError:
-        raise
-    except Exception as error:  # PIL's many decoders meet a broken file with almost any exception
-        raise ImageError(f"{name}: the image cannot be read, it is damaged or cut short ({error}).") from error
+    with _opened(source, name) as image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise ImageError(
+                f"{name}: the image is {width}×{height} pixels, more than the {max_pixels} that are read. Scale it "
+                "down, or raise max_pixels (dsvl2_jax.inputs.images.MAX_IMAGE_PIXELS) if you trust the file."
+            )
+        if apply_exif_orientation:
+            image = _upright(image)
+        if image.mode.startswith("I"):
+            image = _eight_bit(image, name, rescale_16bit)
+        if over_white and image.has_transparency_data:
+            image = _over_white(image)
+        return image.convert("RGB")
+
+
+def image_size(source: ImageSource) -> tuple[int, int]:
+    """(width, height) of what `load_image` would give, from the file's header alone: no pixels are decoded.
+
+    EXIF orientation does not count. Raises ImageError as `load_image` does, but for the number of pixels, which is the
+    caller's to judge below PIL's own limit of twice MAX_IMAGE_PIXELS.
+    """
+    with _opened(source, _name_of(source)) as image:
+        return image.size
 
 
 def select_best_resolution(size: tuple[int, int], candidates: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -98,21 +115,59 @@ def pad_image(image: Image.Image, size: tuple[int, int], pad_colour: tuple[int, 
     return np.asarray(ImageOps.pad(image, size, color=pad_colour))
 
 
-def _to_rgb(image: Image.Image, name: str, exif_orientation: bool, rescale_16bit: bool, max_pixels: int) -> Image.Image:
-    # The header alone gives the size: nothing has been decoded yet.
-    width, height = image.size
-    if width == 0 or height == 0:
-        raise ImageError(f"{name}: the image is {width}×{height} pixels, so there is nothing to see.")
-    if width * height > max_pixels:
+@contextlib.contextmanager
+def _opened(source: ImageSource, name: str) -> Iterator[Image.Image]:
+    """An image whose header alone has been read. What goes wrong with it afterwards is an ImageError as well."""
+    if not isinstance(source, str | os.PathLike | bytes | Image.Image):
+        raise ImageError(f"{name}: expected a path, a file's bytes or a PIL image.")
+    if isinstance(source, str | os.PathLike):
+        if Path(source).is_dir():
+            raise ImageError(f"{name}: is a directory. Give the path of an image file.")
+        if not Path(source).exists():
+            raise ImageError(f"{name}: no such file. Check the path; a relative one starts at {Path.cwd()}.")
+    try:
+        with contextlib.ExitStack() as stack:
+            image = source
+            if not isinstance(source, Image.Image):
+                file = io.BytesIO(source) if isinstance(source, bytes) else source
+                image = stack.enter_context(Image.open(file, formats=_formats()))
+            if 0 in image.size:
+                raise ImageError(
+                    f"{name}: the image is {image.width}×{image.height} pixels, so there is nothing to see."
+                )
+            yield image
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(f"{name}: the image is too large to be safe ({error}). Scale it down first.") from error
+    except Image.UnidentifiedImageError as error:
         raise ImageError(
-            f"{name}: the image is {width}×{height} pixels, more than the {max_pixels} that are read. Scale it down, "
-            "or raise max_pixels (dsvl2_jax.inputs.images.MAX_IMAGE_PIXELS) if you trust the file."
-        )
-    if exif_orientation:
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = _eight_bit(image, name, rescale_16bit)
-    return image.convert("RGB")
+            f"{name}: not an image in a format that is read ({', '.join(_formats())}). Convert it to PNG or JPEG."
+        ) from error
+    except ImageError:
+        raise
+    except Exception as error:  # PIL's many decoders meet a broken file with almost any exception
+        raise ImageError(f"{name}: the image cannot be read, it is damaged or cut short ({error}).") from error
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that this PIL has a reader of: AVIF came late."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()  # here a damaged image is still an error
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # EXIF data break in as many ways as images, and viewers show the image all the same
+        return image
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image.getchannel("A"))
+    return white
 
 
 def _eight_bit(image: Image.Image, name: str, rescale: bool) -> Image.Image:

@@ -37,6 +37,12 @@ PROCESSOR_TOKENS = (
 REPLACEMENT = "\ufffd"  # what a decoder prints for bytes that are not (yet) UTF-8
 _UTF8_PARTIAL = 3  # an unfinished UTF-8 character has at most this many bytes
 
+# How byte-level BPE writes each byte as a character: those that print stand for themselves, the others, in order, for
+# the characters from 256 on (GPT-2's encoder.py).
+_PRINTING = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTING]
+_BYTE_OF = {chr(byte): byte for byte in _PRINTING} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
+
 
 class _Backend(Protocol):
     """What `Tokenizer` needs of a tokenizer library."""
@@ -49,6 +55,8 @@ class _Backend(Protocol):
     def add_special(self, tokens: Iterable[str]) -> None: ...
     def encode(self, text: str, special: bool) -> list[int]: ...
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str: ...
+    def bytes_of(self, index: int) -> bytes: ...
+    def to_json(self) -> str | None: ...
 
 
 class _JsonBackend:
@@ -98,6 +106,7 @@ class _JsonBackend:
         # A token that exists keeps its id and only becomes special.
         make = self._library.AddedToken
         self._tokenizer.add_special_tokens([make(token, special=True, normalized=False) for token in tokens])
+        self.__dict__.pop("_added", None)
 
     def encode(self, text: str, special: bool) -> list[int]:
         tokenizer = self._tokenizer if special else self._plain
@@ -105,6 +114,21 @@ class _JsonBackend:
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def bytes_of(self, index: int) -> bytes:
+        token = self._tokenizer.id_to_token(index)
+        if token is None:
+            return b""
+        if index in self._added or not all(character in _BYTE_OF for character in token):
+            return token.encode()
+        return bytes(_BYTE_OF[character] for character in token)
+
+    @cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self._tokenizer.get_added_tokens_decoder())
+
+    def to_json(self) -> str:
+        return self._tokenizer.to_str()
 
 
 class _SentencePieceBackend:
@@ -177,6 +201,17 @@ class _SentencePieceBackend:
                 run.append(index)
         return "".join(text) + self._model.decode(run)
 
+    def bytes_of(self, index: int) -> bytes:
+        if index in self._token_of:
+            return self._token_of[index].encode()
+        if not 0 <= index < self.base_size:
+            return b""
+        piece = self._model.id_to_piece(index)
+        return bytes([int(piece[1:-1], 16)]) if self._model.is_byte(index) else piece.replace("▁", " ").encode()
+
+    def to_json(self) -> None:
+        return None
+
 
 class Tokenizer:
     """The checkpoint's tokenizer with the processor's special tokens in place.
@@ -245,6 +280,26 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Text of `ids` with no clean-up of spaces. Ids that no token has (spare embedding rows) give no text."""
         return self._backend.decode([int(index) for index in ids], skip_special_tokens)
+
+    def token_bytes(self, index: int) -> bytes:
+        """The bytes that a token stands for, perhaps a part of a character; none for an id that no token has.
+
+        Those of a text's tokens, joined, are the text in UTF-8 (sentencepiece has a space before the first word).
+        """
+        return self._backend.bytes_of(index)
+
+    def to_json(self) -> str:
+        """The tokenizer as a tokenizer.json, for other libraries, with the special tokens in place.
+
+        Raises TokenizerError for a sentencepiece model, which has no such form.
+        """
+        text = self._backend.to_json()
+        if text is None:
+            raise TokenizerError(
+                f"{self.source}: found only tokenizer.model, but a tokenizer.json is needed. Make one beside it with "
+                "transformers: AutoTokenizer.from_pretrained(DIRECTORY).save_pretrained(DIRECTORY)."
+            )
+        return text
 
     def check_fits(self, embedding_rows: int) -> None:
         """Raise TokenizerError naming the special tokens whose ids an embedding of this many rows does not have."""

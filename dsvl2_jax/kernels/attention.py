@@ -3,6 +3,7 @@
 - `causal_self_attention`: rows to themselves, each token to those before it in its sample (prefill, training).
 - `self_attention`: all to all (the encoder's patches).
 - `mla_decode_attention`: one token of each row to the latents of its cache.
+- `decode_attention`: one token of each row to the keys and values of its cache.
 - `attend`: anything else, and what runs where no kernel is for an operation; in blocks of queries.
 
 A kernel is chosen by the platform that the program is lowered for, by dtype and by shape.
@@ -27,6 +28,10 @@ ATTENTION_OUTPUT = "attention_output"  # its name for rematerialisation policies
 
 # Scores are held for this many queries at a time: [B, H, 512, S] instead of [B, H, T, S].
 QUERY_BLOCK = 512
+
+KEY_BLOCK = (
+    256  # keys that a decode step attends to at a time; a cache has two blocks at least, or XLA multiplies otherwise
+)
 
 CAUSAL_CHUNKS = 4
 MIN_CHUNKED = 512  # shorter rows are attended to whole
@@ -97,6 +102,55 @@ def _attend_block(
         product, p_bhts, values, precision=matmul_precision(values.dtype), preferred_element_type=jnp.float32
     )
     return out_bhtd.swapaxes(1, 2).astype(values.dtype)
+
+
+@jax.named_scope("decode_attention")
+def decode_attention(
+    queries: Sequence[jax.Array],
+    keys: Sequence[jax.Array],
+    values: jax.Array,
+    last_b: jax.Array,
+    scale: float,
+) -> jax.Array:
+    """`attend` of one new token a row, whose result does not depend on how much longer the cache is, bit for bit.
+
+    Keys are taken `KEY_BLOCK` at a time, whatever their number, and what the blocks give is added in their order: a
+    block that a row does not see adds zeros.
+
+    Args:
+      queries: parts [B, 1, H, width_i].
+      keys: parts [B, S, H, width_i], or [B, S, width_i] where all heads share the key.
+      values: [B, S, H, Dv], or [B, S, Dv] shared by all heads.
+      last_b: i32[B], the last key that each row sees.
+      scale: factor on the scores.
+
+    Returns:
+      [B, 1, H, Dv] in the dtype of ``values``.
+    """
+    length = values.shape[1]
+    size = KEY_BLOCK if length % KEY_BLOCK == 0 else length
+    count = length // size
+
+    def split(x: jax.Array) -> jax.Array:  # [B, S, …] → [B, blocks, size, …]
+        return x.reshape(x.shape[0], count, size, *x.shape[2:])
+
+    def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        precision = matmul_precision(x.dtype)
+        return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)
+
+    scores_bkhts = 0.0
+    for q, k in zip(queries, keys, strict=True):
+        # The blocks are a batch of products of one shape.
+        q_bkthd = jnp.broadcast_to(q[:, None], (q.shape[0], count, *q.shape[1:]))
+        scores_bkhts += product("bkthd,bkshd->bkhts" if k.ndim == 4 else "bkthd,bksd->bkhts", q_bkthd, split(k))
+    visible_bks = split(jnp.arange(length)[None] <= last_b[:, None])
+    scores_bkhts = jnp.where(visible_bks[:, :, None, None], scores_bkhts * scale, jnp.finfo(jnp.float32).min)
+    m_bhts = scores_bkhts.max((1, 4), keepdims=True)
+    p_bkhts = jnp.exp(scores_bkhts - m_bhts)
+    subscripts = "bkhts,bkshd->bkhtd" if values.ndim == 4 else "bkhts,bksd->bkhtd"
+    acc_bkhtd = product(subscripts, p_bkhts.astype(values.dtype), split(values))
+    acc_bhtd, l_bht = (sum(x[:, i] for i in range(count)) for x in (acc_bkhtd, p_bkhts.sum(-1)))
+    return (acc_bhtd / l_bht[..., None]).swapaxes(1, 2).astype(values.dtype)
 
 
 @jax.named_scope("causal_self_attention")
@@ -216,11 +270,15 @@ def mla_decode_attention(
     """
     arrays = q_latent_bthr, q_rope_bthd, latent_bsr, k_rope_bsd, positions_bt
 
-    def plain(q_latent: jax.Array, q_rope: jax.Array, latent: jax.Array, k_rope: jax.Array, last: jax.Array):
-        return attend([q_latent, q_rope], [latent, k_rope], latent, (None, last), scale)
-
     query_axes, cache_axes = ("slots", None, None, None), ("slots", "cache_length", None)
     mesh_axes, parts = split_over(latent_bsr.shape, cache_axes, 1)
+
+    def plain(q_latent: jax.Array, q_rope: jax.Array, latent: jax.Array, k_rope: jax.Array, last: jax.Array):
+        queries, keys = [q_latent, q_rope], [latent, k_rope]
+        if parts > 1:  # each device attends to its part of a row
+            return attend(queries, keys, latent, (None, last), scale)
+        return decode_attention(queries, keys, latent, last[:, 0], scale)
+
     local_length = latent_bsr.shape[1] // parts
     if latent_bsr.dtype != jnp.bfloat16 or local_length % min(local_length, ATTENTION_BLOCK):
         return plain(*arrays)

@@ -245,7 +245,12 @@ def _next_logits(params: Params, config: Config, hidden_bd: jax.Array) -> jax.Ar
 
 
 def decode_step(
-    params: Params, config: Config, tokens: jax.Array, positions: jax.Array, cache: Cache
+    params: Params,
+    config: Config,
+    tokens: jax.Array,
+    positions: jax.Array,
+    cache: Cache,
+    active: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
     """One token for every row.
 
@@ -255,13 +260,21 @@ def decode_step(
       tokens: i32[B].
       positions: i32[B], the position in the cache that each token takes.
       cache: holds every earlier position.
+      active: bool[B], False for rows whose result does not count: they visit no expert. None: all rows count.
 
     Returns:
       f32[B, V] logits of the next token, and the cache.
     """
     x_btd = embed_tokens(params, config, tokens[:, None])
-    language = params["language"], config.language
+    valid_bt = None if active is None else active[:, None]
     hidden_btd, cache, _ = hidden_states(
-        *language, x_btd, positions[:, None], cache=cache, read_cache=True, decode=True
+        params["language"],
+        config.language,
+        x_btd,
+        positions[:, None],
+        valid_bt,
+        cache=cache,
+        read_cache=True,
+        decode=True,
     )
     return _next_logits(params, config, hidden_btd[:, 0]), cache

@@ -34,7 +34,7 @@ _GRACE = 1.0  # seconds that process 0's message is waited for, where all may ha
 _LEAVING = 5.0  # seconds that processes wait for each other when they end
 _FOREVER = 7 * 24 * 3600 * 1000  # milliseconds: others may be slow, and what ends them ends the wait
 _LEAST_BYTES = 1 << 16  # of a broadcast; sizes are powers of two, so that few programs are compiled
-_FAILED, _ALIVE = "dsvl2/failed", "dsvl2/alive/"
+_FAILED, _ALIVE, _WAKE = "dsvl2/failed", "dsvl2/alive/", "dsvl2/wake/"
 # What jax's errors say when a peer has gone in the middle of a collective.
 _PEER_GONE = ("Gloo", "NCCL", "UNAVAILABLE", "onnection closed", "onnection reset", "heartbeat")
 
@@ -144,6 +144,20 @@ def same_everywhere(what: str, value: str) -> None:
 def decide(name: str, value: str | None) -> str | None:
     """The value with which any process first decided ``name``, or None as long as all came with None."""
     return value if _link is None else _link.decide(name, value)
+
+
+def wake(number: int) -> None:
+    """Called by process 0 to end the others' `wait_to_be_woken` of this number; numbers count up from 1."""
+    if _link is not None:
+        _link.client.key_value_set(f"{_WAKE}{number}", "")
+        if number > 1:  # all have read it: they have made turns since
+            _link.client.key_value_delete(f"{_WAKE}{number - 1}")
+
+
+def wait_to_be_woken(number: int) -> None:
+    """Waits for process 0, for any time, without keeping a device or a core busy."""
+    if _link is not None:
+        _link.client.blocking_key_value_get(f"{_WAKE}{number}", _FOREVER)
 
 
 def end(status: int, message: str | None = None) -> int:

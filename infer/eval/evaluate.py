@@ -1,13 +1,15 @@
-"""`dsvl2 eval`: a model's answers to a file of questions, scored by the benchmarks' metrics and kept one by one."""
+"""`dsvl2 eval`: answers to a file of questions, scored by the benchmarks' metrics and kept one by one.
+
+A model that is loaded here answers, or a server. Nothing here imports jax, which a server's client does not need.
+"""
 
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +18,20 @@ from rich.console import Console
 from rich.table import Table
 
 from dsvl2_jax import fields
-from dsvl2_jax.checkpoint import locate
-from dsvl2_jax.checkpoint.locate import RUN_NAME
 from dsvl2_jax.checkpoint.staging import write_text
-from dsvl2_jax.errors import ConversationError, DataError, DSVL2Error, UsageError
+from dsvl2_jax.errors import UsageError
 from dsvl2_jax.fields import Problem, setting
-from dsvl2_jax.infer.answer import Generation
-from dsvl2_jax.infer.engine import MinBatchShape, Model
+from dsvl2_jax.infer.eval.answers import Questions, Result, Source, is_final
+from dsvl2_jax.infer.eval.chat_request import ServerOptions
+from dsvl2_jax.infer.eval.client import Server
 from dsvl2_jax.infer.eval.report import Thumbnails, write_report
-from dsvl2_jax.infer.eval.results import EvalRun, checkpoint_digest, file_digest, open_run
-from dsvl2_jax.infer.eval.samples import Sample, read_samples, score
-from dsvl2_jax.infer.loading import LoadOptions, load
-from dsvl2_jax.inputs.image_sources import ImageStore, open_images, resolve_image
-from dsvl2_jax.inputs.images import load_image, select_best_resolution
-from dsvl2_jax.inputs.processor import (
-    MAX_TILED_IMAGES,
-    ModelInputs,
-    Processor,
-    extended_candidate_resolutions,
-    image_tokens,
-)
+from dsvl2_jax.infer.eval.results import file_digest, open_run
+from dsvl2_jax.infer.eval.samples import Sample, read_samples
+from dsvl2_jax.inputs.image_sources import ImageStore, open_images
 from dsvl2_jax.runtime import processes
 from dsvl2_jax.runtime.progress import progress
 
 SUMMARY_NAME = "summary.json"
-
-_THREADS = 2  # that read and tile images while the device is busy
-_AHEAD = 3  # batches that may be ready
-
-Result = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +50,16 @@ class EvalOptions:
     limit: int | None = setting(None, least=1)
     report_samples: int = setting(1000, least=0)
     as_json: bool = False
+    server: ServerOptions | None = None  # it answers; batch_size, dtype, mesh and candidates are not used then
 
     def __post_init__(self) -> None:
         problems = fields.check(self)
         fields.refuse((Problem((f"--{p.path[0].replace('_', '-')}",), p.text) for p in problems), UsageError)
 
     def identity(self) -> dict[str, Any]:
-        names = ("metric", "images", "max_new_tokens", "dtype", "candidates", "prompt_template")
+        names = ("metric", "images", "max_new_tokens", "prompt_template")
+        if self.server is None:
+            names += ("dtype", "candidates")
         return {name: getattr(self, name) for name in names}
 
 
@@ -80,71 +70,86 @@ def evaluate(ckpt: str | None, data: Path, options: EvalOptions) -> dict[str, An
 
     Among several processes all call it; process 0 reads the data and writes, the others compute with it.
 
+    Args:
+      ckpt: what `dsvl2_jax.load` takes; not used when ``options.server`` answers.
+      data: a file of questions, one JSON object a line.
+
     Returns:
       The summary (process 0 alone has one): ``tasks`` with metric, samples, score from 0 to 1 (and mean_iou) each, and
       how fast it went.
 
     Raises:
-      DSVL2Error: a sample, an image, the checkpoint or an option cannot be used; or the directory has other results.
+      DSVL2Error: a sample, an image, the checkpoint, the server or an option cannot be used; or the directory has other
+        results.
     """
+    if options.server is not None:
+        store, samples = _read(data, options)
+        return _run(Server(options.server, options.max_new_tokens), data, store, samples, options)
+    from dsvl2_jax.infer.eval.loaded import LoadedModel, follow  # imports jax
+    from dsvl2_jax.infer.loading import LoadOptions
+
+    loading = LoadOptions(options.dtype, options.mesh)
     if not processes.is_first():
-        _follow(ckpt, options)
+        follow(ckpt, loading, options.batch_size)
         return {}
+    store, samples = _read(data, options)
+    model = LoadedModel(
+        ckpt,
+        loading,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+        candidates=options.candidates,
+    )
+    return _run(model, data, store, samples, options)
+
+
+def _read(data: Path, options: EvalOptions) -> tuple[ImageStore, list[Sample]]:
     store = open_images(options.images, str(data))
     samples = read_samples(data, store, metric=options.metric, template=options.prompt_template, limit=options.limit)
-    directory = locate.resolve(ckpt)
-    name = "bundled" if ckpt is None else checkpoint_name(directory)
-    out = Path("eval") / name / data.stem if options.out is None else options.out
+    return store, samples
+
+
+def _run(
+    source: Source, data: Path, store: ImageStore, samples: Sequence[Sample], options: EvalOptions
+) -> dict[str, Any]:
+    """Has a source answer what is missing, and writes and prints what came of it; returns the summary."""
+    out = Path("eval") / source.name.replace(":", "-") / data.stem if options.out is None else options.out
     identity = {
-        "checkpoint": {"name": name, "digest": checkpoint_digest(directory)},
+        **source.identity(),
         "data": {"name": data.name, "digest": file_digest(data)},
         "options": options.identity(),
     }
     with open_run(out, identity) as run:
         thumbnails = Thumbnails(out, samples, options.report_samples)
-        missing = [sample for sample in samples if sample.line not in run.results]
+        missing = [sample for sample in samples if not is_final(run.results.get(sample.line))]
         seconds = 0.0
-        if processes.from_first(lambda: bool(missing)):
-            model = load(ckpt, LoadOptions(options.dtype, options.mesh))
-            _extend_candidates(model.processor, options.candidates)
+        source.start(needed=bool(missing))
+        if missing:
             started = time.perf_counter()
-            _answer_all(model, missing, len(samples), store, data, run, thumbnails, options)
+            with progress("answering", len(samples), done=len(samples) - len(missing), unit="items") as advance:
+
+                def keep(results: Sequence[Result]) -> None:
+                    run.append(results)
+                    advance(len(results))
+
+                source.answer(Questions(missing, data, store, thumbnails, keep))
             seconds = time.perf_counter() - started
         results = [run.results[sample.line] for sample in samples]
         summary = summarise(results) | {
             "samples": len(results),
             "answered_now": len(missing),
             "samples_per_second": round(len(missing) / seconds, 2) if missing else None,
-            "checkpoint": name,
+            **source.summary(),
             "data": str(data),
         }
         write_text(out / SUMMARY_NAME, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
         thumbnails.complete(store)
-        report = write_report(out, samples, run.results, summary, thumbnails)
+        report = write_report(out, source.name, samples, run.results, summary, thumbnails)
     if options.as_json:
         print(json.dumps(summary, ensure_ascii=False))
     else:
         _print_table(summary, report)
     return summary
-
-
-def _follow(ckpt: str | None, options: EvalOptions) -> None:
-    """What the other processes do while process 0 evaluates: the same batches."""
-    if processes.from_first(bool):
-        model = load(ckpt, LoadOptions(options.dtype, options.mesh))
-        while (work := processes.from_first(lambda: None)) is not None:
-            inputs, least = work
-            model.generate(inputs, options.max_new_tokens, at_least=least)
-
-
-def checkpoint_name(directory: Path) -> str:
-    """A short name of a checkpoint's directory, for people and for the results' folder."""
-    directory = directory.resolve()
-    if (directory.parent.parent / RUN_NAME).is_file():  # a run's checkpoints/STEP
-        return f"{directory.parent.parent.name}-{directory.name}"
-    if directory.parent.name == "snapshots":  # the hub's cache: models--OWNER--NAME/snapshots/COMMIT
-        return directory.parent.parent.name.rpartition("--")[2]
-    return directory.name
 
 
 def summarise(results: Iterable[Result]) -> dict[str, Any]:
@@ -172,133 +177,6 @@ def summarise(results: Iterable[Result]) -> dict[str, Any]:
             entry["unanswered"] = unanswered
         tasks[task if times[task] == 1 else f"{task} ({metric})"] = entry
     return {"tasks": tasks}
-
-
-def prompt_size(sample: Sample, processor: Processor) -> tuple[int, int]:
-    """(tiles, tokens) of a sample's prompt, from its texts and the sizes of its images; the template not counted."""
-    config = processor.config
-    tiles = 0
-    tokens = sum(len(processor.tokenizer.encode(turn["content"])) for turn in sample.conversation)
-    for size in sample.sizes:
-        canvas = (config.tile_size,) * 2
-        if len(sample.sizes) <= MAX_TILED_IMAGES:
-            canvas = select_best_resolution(size, config.candidate_resolutions)
-        cols, rows = (length // config.tile_size for length in canvas)
-        tiles += 1 + cols * rows
-        tokens += image_tokens(cols, rows, config.tokens_per_side)
-    return tiles, tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class _Prepared:
-    sample: Sample
-    inputs: ModelInputs | None  # None: the prompt cannot be answered
-    error: str = ""
-
-
-def _extend_candidates(processor: Processor, max_tiles: int | None) -> None:
-    if max_tiles is not None:
-        config = processor.config
-        resolutions = extended_candidate_resolutions(max_tiles, config.tile_size)
-        processor.config = dataclasses.replace(config, candidate_resolutions=resolutions)
-
-
-def _answer_all(
-    model: Model,
-    missing: Sequence[Sample],
-    total: int,
-    store: ImageStore,
-    data: Path,
-    run: EvalRun,
-    thumbnails: Thumbnails,
-    options: EvalOptions,
-) -> None:
-    """Answers samples in batches of like size, the largest first, so that a lack of memory shows at once."""
-    sizes = {sample.line: prompt_size(sample, model.processor) for sample in missing}
-    ordered = sorted(missing, key=lambda sample: sizes[sample.line], reverse=True)
-    batches = [ordered[i : i + options.batch_size] for i in range(0, len(ordered), options.batch_size)]
-    rows = len(batches[0])
-
-    def prepare(sample: Sample) -> _Prepared:
-        try:
-            images = [load_image(resolve_image(reference, store)) for reference in sample.images]
-            thumbnails.make(sample, images)
-            inputs = model.processor(list(sample.conversation), images)
-        except (DSVL2Error, OSError) as error:
-            raise DataError(f"{data}:{sample.line}: {error}") from error
-        try:
-            model.check_context(inputs)
-        except ConversationError as error:
-            return _Prepared(sample, None, str(error))
-        return _Prepared(sample, inputs)
-
-    with progress("answering", total, done=total - len(missing), unit="items") as advance:
-        for prepared in _prefetched(batches, prepare):
-            inputs = [p.inputs for p in prepared if p.inputs is not None]
-            # Counted as if every prompt had the most tiles, so that a mixed batch runs the program of its largest.
-            most_tiles = max((len(i.tiles) for i in inputs), default=0)
-            least = MinBatchShape(rows=rows, tiles=rows * most_tiles)
-            processes.from_first(lambda work=(inputs, least): work)
-            generations = iter(model.generate(inputs, options.max_new_tokens, at_least=least))
-            run.append(result_of(p, None if p.inputs is None else next(generations)) for p in prepared)
-            advance(len(prepared))
-    processes.from_first(lambda: None)  # there is no more
-
-
-def result_of(prepared: _Prepared, generation: Generation | None) -> Result:
-    """The line of results.jsonl of one sample."""
-    sample = prepared.sample
-    result: Result = {
-        "line": sample.line,
-        "id": sample.id,
-        "task": sample.task,
-        "metric": sample.metric,
-        "question": sample.question,
-        "images": [reference if _is_name(reference) else "(inline)" for reference in sample.images],
-        "references": list(sample.references),
-    }
-    if sample.group is not None:
-        result["group"] = sample.group
-    if sample.choices:
-        result["choices"] = list(sample.choices)
-    if generation is None:
-        result |= {"answer": "", "score": 0.0, "error": prepared.error}
-        return result | ({"iou": 0.0, "boxes": []} if sample.metric == "iou" else {})
-    answer = generation.text.strip()
-    boxes = [[box.x1, box.y1, box.x2, box.y2] for box in generation.boxes]
-    scored = score(sample, answer, boxes)
-    result |= {"answer": answer, "score": scored.value}
-    if scored.iou is not None:
-        result["iou"] = round(scored.iou, 6)
-    if boxes or sample.metric == "iou":
-        result["boxes"] = boxes
-    return result | {
-        "finish_reason": generation.finish_reason,
-        "prompt_tokens": generation.prompt_tokens,
-        "image_tokens": generation.image_tokens,
-        "answer_tokens": len(generation.token_ids),
-    }
-
-
-def _prefetched(
-    batches: Iterable[Sequence[Sample]], prepare: Callable[[Sample], _Prepared]
-) -> Iterator[list[_Prepared]]:
-    """Batches prepared by threads, a few ahead of the one that is used."""
-    waiting: collections.deque[list[concurrent.futures.Future[_Prepared]]] = collections.deque()
-    pool = concurrent.futures.ThreadPoolExecutor(_THREADS)
-    try:
-        for batch in batches:
-            waiting.append([pool.submit(prepare, sample) for sample in batch])
-            if len(waiting) > _AHEAD:
-                yield [future.result() for future in waiting.popleft()]
-        while waiting:
-            yield [future.result() for future in waiting.popleft()]
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _is_name(reference: Any) -> bool:
-    return isinstance(reference, str) and len(reference) < 300 and not reference.startswith("data:")
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -81,19 +81,25 @@ class Thumbnails:
 
 def write_report(
     out: Path,
+    name: str,
     samples: Sequence[Sample],
     results: Mapping[int, Mapping[str, Any]],
     summary: Mapping[str, Any],
     thumbnails: Thumbnails,
 ) -> Path:
-    """Writes the page and returns it. ``results`` has one of every sample, by line."""
+    """Writes the page and returns it.
+
+    Args:
+      name: of what answered.
+      results: one of every sample, by line.
+    """
     shown = [_entry(sample, results[sample.line], thumbnails) for sample in thumbnails.shown]
     left_out = len(samples) - len(shown)
     note = f"{len(shown):,} samples"
     if left_out:
         note += f" of {len(samples):,}; the first of each task (--report-samples), all are in results.jsonl"
     parts = {
-        "TITLE": html.escape(f"{summary['checkpoint']} on {Path(summary['data']).name}"),
+        "TITLE": html.escape(f"{name} on {Path(summary['data']).name}"),
         "NOTE": html.escape(note),
         "ROWS": "\n".join(_row(task, entry) for task, entry in summary["tasks"].items()),
         # Inside a script element only "<" could end it.

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsvl2_jax.checkpoint.locate import PARAMS_NAME, model_files
 from dsvl2_jax.checkpoint.staging import NEW_SUFFIX, locked, write_text
 from dsvl2_jax.errors import RunError
 from dsvl2_jax.json_files import read_json_object
@@ -21,8 +20,7 @@ from dsvl2_jax.messages import changes
 IDENTITY_NAME, RESULTS_NAME = "run.json", "results.jsonl"
 VERSION = 1
 
-_DIGEST = 16  # hexadecimal digits, of SHA-256
-_PIECE, _PIECES = 64 << 10, 1024  # bytes, number: what is read of a large file
+DIGEST = 16  # hexadecimal digits, of SHA-256
 
 
 class EvalRun:
@@ -110,27 +108,4 @@ def _read_results(file: Path) -> dict[int, dict[str, Any]]:
 def file_digest(file: Path) -> str:
     """16 hexadecimal digits of the SHA-256 of a file's contents. Raises OSError."""
     with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()[:_DIGEST]
-
-
-def checkpoint_digest(directory: Path) -> str:
-    """16 hexadecimal digits that differ where checkpoints do: names, sizes and contents of their files.
-
-    Of a large file, pieces spread evenly over it are read.
-
-    Args:
-      directory: as `dsvl2_jax.checkpoint.locate.resolve` returns it.
-    """
-    params = directory / PARAMS_NAME
-    files = [p for p in params.rglob("*") if p.is_file()] if params.is_dir() else directory.glob("*.safetensors")
-    names_and_files = [(str(p.relative_to(directory)), p) for p in files]
-    names_and_files += [(p.name, p) for p in model_files(directory).glob("*.json")]
-    digest = hashlib.sha256()
-    for name, file in sorted(names_and_files):
-        size = file.stat().st_size
-        digest.update(f"{name}\0{size}\0".encode())
-        with file.open("rb") as opened:
-            for piece in range(min(_PIECES, -(-size // _PIECE))):
-                opened.seek(piece * _PIECE if size <= _PIECES * _PIECE else piece * (size - _PIECE) // (_PIECES - 1))
-                digest.update(opened.read(_PIECE))
-    return digest.hexdigest()[:_DIGEST]
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:DIGEST]

@@ -6,20 +6,17 @@ Tested in tests/infer/eval/test_evaluate.py.
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from dsvl2_jax.errors import DataError, DSVL2Error, UsageError
 from dsvl2_jax.infer.eval import metrics
 from dsvl2_jax.inputs.grounding import parse_boxes
 from dsvl2_jax.inputs.image_sources import ImageStore, resolve_image
-from dsvl2_jax.inputs.images import ImageSource, load_image
+from dsvl2_jax.inputs.images import image_size
 from dsvl2_jax.inputs.records import parse_record
 from dsvl2_jax.inputs.tokenizer import IMAGE_TOKEN
 
@@ -199,20 +196,11 @@ class _Reader:
     def _size(self, reference: Any) -> tuple[int, int]:
         name = reference if isinstance(reference, str) else None
         if name not in self._sizes:
-            size = _header_size(resolve_image(reference, self.store))
+            size = image_size(resolve_image(reference, self.store))
             if name is None:
                 return size
             self._sizes[name] = size
         return self._sizes[name]
-
-
-def _header_size(source: ImageSource) -> tuple[int, int]:
-    """(width, height) without decoding the pixels. Raises ImageError as `load_image` does."""
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return image.size
-    except Exception:  # whatever is wrong with it, load_image says it best
-        return load_image(source).size
 
 
 def _texts(record: Mapping[str, Any], *keys: str) -> list[str]:

@@ -16,7 +16,7 @@ import pytest
 import dsvl2_jax
 from dsvl2_jax import SamplingParams
 from dsvl2_jax.errors import ConversationError, UsageError
-from dsvl2_jax.infer.buckets import batch_bucket, length_bucket, tile_bucket
+from dsvl2_jax.infer.buckets import batch_bucket, cache_bucket, length_bucket, tile_bucket
 from dsvl2_jax.model.cache import init_cache
 from dsvl2_jax.runtime.timing import Timing, compile_log
 
@@ -182,6 +182,8 @@ def test_buckets_hold_what_they_are_asked_to():
         assert tile_bucket(n, 8) % 8 == 0
         assert n <= batch_bucket(n) < 2 * n
     assert tile_bucket(0, 8) == 0
+    assert [cache_bucket(n, 512, 4096) for n in (1, 512, 513, 1025, 4096)] == [512, 512, 1024, 2048, 4096]
+    assert cache_bucket(700, 512, 900) == 1024 and cache_bucket(1200, 512, 1300) == 1536
 
 
 def test_the_latent_cache_keeps_576_numbers_a_token_and_layer(data):

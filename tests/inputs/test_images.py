@@ -11,10 +11,10 @@ import pytest
 from golden import DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import EpsImagePlugin, Image, features
 
 from dsvl2_jax.errors import ImageError
-from dsvl2_jax.inputs.images import load_image, select_best_resolution, tile_image
+from dsvl2_jax.inputs.images import FORMATS, image_size, load_image, select_best_resolution, tile_image
 
 S, GRAY = 384, (127, 127, 127)
 RELEASED = [
@@ -60,10 +60,14 @@ def test_an_image_too_thin_to_survive_resizing_still_gives_tiles():
         assert (tiles.shape, grid) == ((2, S, S, 3), (1, 1))
 
 
-def png_bytes(image: Image.Image, **options) -> bytes:
+def image_bytes(image: Image.Image, file_format: str, **options) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", **options)
+    image.save(buffer, file_format, **options)
     return buffer.getvalue()
+
+
+def png_bytes(image: Image.Image, **options) -> bytes:
+    return image_bytes(image, "PNG", **options)
 
 
 def test_path_bytes_and_image_load_the_same(tmp_path):
@@ -102,6 +106,47 @@ def test_exif_orientation_is_applied_only_when_asked():
     source = png_bytes(Image.new("RGB", (4, 2)), exif=exif)
     assert load_image(source).size == (4, 2)
     assert load_image(source, apply_exif_orientation=True).size == (2, 4)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@given(data=st.data())
+def test_broken_exif_data_never_cost_the_image(data):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "maker"
+    block = bytearray(exif.tobytes())
+    for place in data.draw(st.lists(st.integers(6, len(block) - 1), max_size=8)):  # after PIL's own "Exif" mark
+        block[place] = data.draw(st.integers(0, 255))
+    source = image_bytes(Image.new("RGB", (4, 2), "red"), "JPEG", exif=bytes(block))
+    assert load_image(source, apply_exif_orientation=True).size in ((4, 2), (2, 4))
+    np.testing.assert_array_equal(np.asarray(load_image(source)), np.full((2, 4, 3), (254, 0, 0)))
+
+
+def test_transparency_is_laid_over_white_only_when_asked():
+    colours = {0: (255, 255, 255), 255: (10, 20, 30), 102: (157, 161, 165)}  # of (10, 20, 30) under this alpha
+    for alpha, over_white in colours.items():
+        source = image_bytes(Image.new("RGBA", (2, 2), (10, 20, 30, alpha)), "PNG")
+        assert load_image(source).getpixel((0, 0)) == (10, 20, 30)
+        assert load_image(source, over_white=True).getpixel((0, 0)) == over_white
+
+
+def test_every_way_to_be_transparent_is_laid_over_white():
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([10, 20, 30])
+    gray16 = Image.fromarray(np.array([[300]], np.uint16))
+    images = {
+        "palette, PNG": image_bytes(palette, "PNG", transparency=0),
+        "palette, GIF": image_bytes(palette, "GIF", transparency=0),
+        "gray and alpha": image_bytes(Image.new("LA", (1, 1), (10, 0)), "PNG"),
+        "gray, one clear value": image_bytes(Image.new("L", (1, 1), 10), "PNG", transparency=10),
+        "RGB, one clear colour": image_bytes(Image.new("RGB", (1, 1), (1, 2, 3)), "PNG", transparency=(1, 2, 3)),
+        "WebP": image_bytes(Image.new("RGBA", (1, 1), (10, 20, 30, 0)), "WEBP", lossless=True, exact=True),
+        "premultiplied": Image.new("RGBa", (1, 1)),
+    }
+    for kind, source in images.items():
+        assert load_image(source).getpixel((0, 0)) != (255, 255, 255), kind
+        assert load_image(source, over_white=True).getpixel((0, 0)) == (255, 255, 255), kind
+    opaque = image_bytes(gray16, "PNG")
+    assert load_image(opaque, over_white=True, rescale_16bit=True).getpixel((0, 0)) == (1, 1, 1)
 
 
 def test_animation_gives_its_first_frame():
@@ -165,3 +210,49 @@ def test_pixel_limit_can_be_changed():
     assert load_image(image, max_pixels=200).size == (20, 10)
     with pytest.raises(ImageError, match="199"):
         load_image(image, max_pixels=199)
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_the_formats_that_pictures_are_shared_in_are_read(file_format):
+    if file_format == "AVIF" and not features.check("avif"):
+        pytest.skip("this PIL was built without AVIF")
+    source = image_bytes(Image.new("RGB", (6, 4), (200, 0, 0)), file_format)
+    assert np.abs(np.asarray(load_image(source), np.int32) - (200, 0, 0)).max() <= 6  # lossy ones are not exact
+    assert image_size(source) == (6, 4)
+
+
+def test_the_first_picture_of_a_camera_file_of_several_is_read():
+    source = image_bytes(Image.new("RGB", (6, 4)), "MPO", save_all=True, append_images=[Image.new("RGB", (3, 2))])
+    assert load_image(source).size == (6, 4)
+
+
+def refused_files() -> dict[str, bytes]:
+    image = Image.new("RGB", (8, 8), "red")
+    return {
+        **{name: image_bytes(image, name) for name in ("EPS", "ICO", "JPEG2000", "PCX", "SGI", "TGA", "PDF", "ICNS")},
+        "a PostScript program": b"%!PS-Adobe-3.0\n%%BoundingBox: 0 0 8 8\n(%pipe%touch /tmp/x) (w) file\nshowpage\n",
+        "EPS with a preview": bytes.fromhex("c5d0d3c6") + struct.pack("<7I", 32, 90, 0, 0, 0, 0, 0) + b"%!PS-Adobe",
+        "SVG": b'<svg xmlns="http://www.w3.org/2000/svg" width="8" height="8"/>',
+        "an ImageMagick script": b"push graphic-context\nviewbox 0 0 8 8\nfill 'url(https://x/)'\npop graphic-context",
+    }
+
+
+@pytest.mark.parametrize("kind", refused_files())
+@pytest.mark.parametrize("suffix", ["png", "eps"])
+def test_other_formats_are_refused_whatever_they_are_called(tmp_path, monkeypatch, kind, suffix):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    path = tmp_path / f"picture.{suffix}"
+    path.write_bytes(refused_files()[kind])
+    for read in (load_image, image_size):
+        with pytest.raises(ImageError, match=r"picture\..*not an image in a format that is read \(.*PNG.*\)"):
+            read(path)
+        with pytest.raises(ImageError, match="not an image in a format that is read"):
+            read(path.read_bytes())
+
+
+def test_the_size_is_read_without_the_pixels():
+    assert image_size(bomb_png(9_000, 9_000)) == (9_000, 9_000)
+    with pytest.raises(ImageError, match="too large"):
+        image_size(bomb_png(60_000, 60_000))
+    with pytest.raises(ImageError, match="not an image"):
+        image_size(b"")

@@ -4,6 +4,7 @@ import base64
 import io
 import pickle
 import tarfile
+import urllib.parse
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,8 @@ def test_folder_tar_and_inline_images_give_the_same_tiles(processor, folder):
     expected = read(processor, ask("a.png"), folder)
     text = base64.b64encode(png(1)).decode()
     inline = [text, f"data:image/png;base64,{text}", {"base64": text}, {"bytes": text, "path": "elsewhere.png"}]
+    wrapped = "\r\n".join(text[start : start + 76] for start in range(0, len(text), 76))
+    inline += [f"data:;BASE64,{urllib.parse.quote(text, safe='')}", f"data:image/png;name=a.png;base64,{wrapped}"]
     for image in (*inline, {"path": "a.png"}, {"url": f"data:image/png;base64,{text}"}):
         assert same(read(processor, ask(image), folder), expected)
     for name in ("a.png", "./a.png"):

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import tokenizers
 from golden import DATA
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsvl2_jax.errors import TokenizerError
-from dsvl2_jax.inputs.tokenizer import PROCESSOR_TOKENS, StreamDecoder, Tokenizer
+from dsvl2_jax.inputs.tokenizer import PROCESSOR_TOKENS, REF_TOKEN, StreamDecoder, Tokenizer
 
 CHECKPOINTS = DATA / "checkpoints"
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
@@ -131,6 +132,15 @@ def test_check_fits_names_the_tokens_outside_the_embedding(mini):
         mini.check_fits(958)
 
 
+def test_a_tokenizer_is_written_as_tokenizer_json(mini, full, piece):
+    for tokenizer in (mini, full):
+        again = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+        text = f"a cat on {REF_TOKEN}und 猫"
+        assert again.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)
+    with pytest.raises(TokenizerError, match=r"found only tokenizer\.model, but a tokenizer\.json is needed"):
+        piece.to_json()
+
+
 def test_strict_mode_gives_text_for_every_special_token(mini, full, piece):
     for tokenizer in (mini, full, piece):
         for token in (*tokenizer.special_ids, tokenizer.bos_token, tokenizer.eos_token, "<|EOT|>", "<｜User｜>"):
@@ -227,3 +237,16 @@ def test_sentencepiece_takes_added_tokens_from_the_config(piece_dir, tmp_path):
     assert tokenizer.image_id == 700
     assert tokenizer.pad_id == 701
     assert tokenizer.encode("<s><image>") == [1, 700]
+
+
+@quick
+@given(text=st.text())
+@pytest.mark.parametrize("name", ["full", "mini", "piece"])
+def test_the_bytes_of_tokens_joined_are_the_text(request, name, text):
+    tokenizer = request.getfixturevalue(name)
+    ids = tokenizer.encode(text + "<|ref|>x")
+    joined = b"".join(map(tokenizer.token_bytes, ids)).decode()
+    # sentencepiece writes a space before the first word of a stretch, and its decoder takes it away again.
+    clean = (lambda text: text.replace(" ", "")) if name == "piece" else str
+    assert clean(joined) == clean(tokenizer.decode(ids))
+    assert tokenizer.token_bytes(len(tokenizer) + 5) == b""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import concurrent.futures
 import json
 import os
 import re
@@ -11,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +126,46 @@ def test_an_evaluation_gives_the_answers_of_one_process(tmp_path):
     results = [(tmp_path / name / "results.jsonl").read_text() for name in ("one", "two")]
     assert results[0] == results[1]
     assert json.loads(two.out(0))["samples"] == 3 and two.out(1) == ""
+
+
+def test_a_server_of_two_processes_answers_as_one_does(tmp_path):
+    import dsvl2_jax
+
+    checkpoint = tmp_path / "short"  # a context for which fewer programs are compiled
+    shutil.copytree(IMAGES.parent / "micro", checkpoint, ignore=shutil.ignore_patterns("SHA256SUMS", "train"))
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["language_config"]["max_position_embeddings"] = 1024
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    model = dsvl2_jax.load(checkpoint)
+    url = "data:image/png;base64," + base64.b64encode((IMAGES / "shapes.png").read_bytes()).decode()
+    conversation = [{"role": "user", "content": f"<image>\n{PROMPT[3]}", "images": [IMAGES / "shapes.png"]}]
+    expected = model.generate(model.processor(conversation), max_new_tokens=8, slots=2)
+    options = ("--port", 0, "--slots", 2, "--max-tiles", 4, "--mesh", "tensor=2")
+    group = Group(tmp_path, 2, "serve", checkpoint, *options)
+
+    def ask(**fields):
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": PROMPT[3]}]
+        body = {"messages": [{"role": "user", "content": content}], "max_tokens": 8} | fields
+        call = urllib.request.Request(
+            group.out(0).strip() + "/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(call, timeout=PATIENCE) as response:
+            return json.load(response)["choices"][0]["message"]["content"]
+
+    end = time.monotonic() + PATIENCE
+    while not group.out(0).strip() and time.monotonic() < end and group.processes[0].poll() is None:
+        time.sleep(0.2)
+    assert group.out(0).startswith("http://127.0.0.1:"), group.err(0)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        answers = list(pool.map(lambda _: ask(temperature=0), range(3)))
+    assert answers == [expected.text] * 3
+    time.sleep(1)  # the others wait, and are woken again
+    assert ask(temperature=0, choice=["green", "blue"]) == "blue"
+    group.processes[0].send_signal(signal.SIGTERM)
+    assert group.finish() == [0, 0], group.err(0)
+    assert group.out(1) == ""
 
 
 STEPS, EVERY = 6, 3

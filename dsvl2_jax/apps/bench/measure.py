@@ -1,4 +1,4 @@
-"""What all benchmarks share: the machine in one line, this process's memory and bytes read, an empty page cache."""
+"""What all benchmarks share: the machine in one line, a process's memory and bytes read, an empty page cache."""
 
 from __future__ import annotations
 
@@ -31,7 +31,12 @@ def own_bytes(field: Literal["VmRSS", "VmHWM", "rchar"]) -> int:
     Raises:
       DSVL2Error: this system does not say.
     """
-    file = Path("/proc/self", "io" if field == "rchar" else "status")
+    return process_bytes("self", field)
+
+
+def process_bytes(process: int | Literal["self"], field: Literal["VmRSS", "VmHWM", "rchar"]) -> int:
+    """The same of any process, by its id."""
+    file = Path("/proc", str(process), "io" if field == "rchar" else "status")
     try:
         lines = file.read_text(encoding="ascii").splitlines()
     except OSError:

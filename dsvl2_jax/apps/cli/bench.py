@@ -6,18 +6,23 @@ Tested in tests/apps/bench.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import tyro
 from tyro.conf import Positional
 
-from dsvl2_jax.apps.cli.options import Checkpoint, Dtype, Size, needs_train_extra
+from dsvl2_jax.apps.bench.serve_options import ServeLoad
+from dsvl2_jax.apps.cli.options import Checkpoint, Dtype, Size, needs_serve_extra, needs_train_extra
+
+InServeLoad = Annotated[ServeLoad, tyro.conf.arg(name="")]
 
 
 def bench(
-    job: Positional[Literal["convert", "generate", "load", "train"]],
+    job: Positional[Literal["convert", "generate", "load", "serve", "train"]],
     ckpt: Checkpoint = None,
     *,
-    size: Size = "tiny",
+    size: Size | None = None,
+    layers: int | None = None,
     directory: Path | None = None,
     keep: Path | None = None,
     repeats: int = 2,
@@ -29,18 +34,22 @@ def bench(
     length: int = 1024,
     steps: int = 3,
     rounds: int = 3,
+    load: InServeLoad = ServeLoad(),  # noqa: B008 (frozen)
 ) -> None:
-    """Measure conversion (against cp), generation, loading onto a mesh of processes, or training (against PyTorch).
+    """Measure conversion (against cp), generation, loading onto a mesh of processes, a server under load, or training
+    (against PyTorch).
 
     Args:
         job: what to measure.
-        ckpt: for generate; without it, the bundled model. For load; without it, a random one in both layouts.
-        size: for convert and load, the released size whose shapes the random checkpoint gets.
-        directory: for convert and load, where to work; tiny needs 27 GB free to convert, 14 GB to load.
+        ckpt: for generate and serve; without it, the bundled model. For load; without it, a random one in both layouts.
+        size: the released size whose shapes a random checkpoint gets; for convert and load, tiny without it. For serve,
+            no random checkpoint is made without it.
+        layers: for serve with a size, the layers of its language model and of its encoder, to fit a small machine.
+        directory: for convert, load and serve, where to work; tiny needs 27 GB free to convert, 14 GB to load.
         keep: for convert, where to leave the converted checkpoint.
         repeats: for convert, how often cp and the conversion run in turn.
-        dtype: for generate and load.
-        mesh: for generate and load; without it load splits over expert, from 4 processes on over tensor too.
+        dtype: for generate, load and serve.
+        mesh: for generate, load and serve; without it load splits over expert, from 4 processes on over tensor too.
         new_tokens: for generate, the tokens of the answer.
         processes: for load, how many share the model on this machine, with one CPU device each.
         rows: for train, sequences of a step.
@@ -51,7 +60,7 @@ def bench(
     if job == "convert":
         from dsvl2_jax.apps.bench.convert import bench_convert
 
-        bench_convert(size=size, directory=directory, keep=keep, repeats=repeats)
+        bench_convert(size=size or "tiny", directory=directory, keep=keep, repeats=repeats)
     elif job == "train":
         with needs_train_extra():
             from dsvl2_jax.apps.bench.train import bench_train
@@ -60,7 +69,12 @@ def bench(
     elif job == "load":
         from dsvl2_jax.apps.bench.load import bench_load
 
-        bench_load(ckpt, size=size, count=processes, mesh=mesh, dtype=dtype, directory=directory)
+        bench_load(ckpt, size=size or "tiny", count=processes, mesh=mesh, dtype=dtype, directory=directory)
+    elif job == "serve":
+        with needs_serve_extra():
+            from dsvl2_jax.apps.bench.serve import bench_serve
+
+            bench_serve(ckpt, size=size, layers=layers, directory=directory, dtype=dtype, mesh=mesh, options=load)
     else:
         from dsvl2_jax.apps.bench.generate import bench_generate
 

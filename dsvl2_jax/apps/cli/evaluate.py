@@ -1,17 +1,18 @@
 """`dsvl2 eval`: answers to files of questions, and their scores.
 
-Tested in tests/infer/eval/test_evaluate.py.
+Tested in tests/infer/eval/test_evaluate.py and test_client.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
 
-from dsvl2_jax.apps.cli.options import Computing, InComputing, Together, flattened
+from dsvl2_jax.apps.cli.options import Dtype, Together
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.runtime.processes import Processes
 
@@ -24,14 +25,21 @@ def evaluate(
     metric: Metric | None = None,
     images: str = "",
     out: Path | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     max_new_tokens: int = 128,
-    computing: InComputing = Computing(),  # noqa: B008 (frozen)
+    dtype: Dtype | None = None,
+    mesh: str | None = None,
     candidates: int | None = None,
     prompt_template: str | None = None,
     limit: int | None = None,
     report_samples: int = 1000,
     json: bool = False,
+    server: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None,
+    server_model: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None,
+    api_key_file: Path | None = None,
+    concurrency: int | None = None,
+    timeout: float | None = None,
+    extra_body: Annotated[str | None, tyro.conf.arg(metavar="JSON")] = None,
     together: Together = Processes(),  # noqa: B008 (frozen)
 ) -> None:
     """Answer a file of questions and score the answers; docs/evaluation.md says how to run the benchmarks.
@@ -43,32 +51,66 @@ def evaluate(
         metric: how answers are scored, where a line does not say so itself.
         images: folder, or tar shards (a glob ending in .tar), of the images; without it, the file's folder.
         out: directory for results.jsonl, summary.json and report.html; without it, eval/CHECKPOINT/DATA.
-        batch_size: questions answered together.
+        batch_size: questions answered together; 16 without it.
         max_new_tokens: the most tokens of an answer.
+        dtype: in which the model computes; float32 without it.
+        mesh: shard over devices, e.g. data=2,tensor=2,expert=2.
         candidates: cut images into at most this many tiles (InfoVQA: 18) instead of as the checkpoint says (9).
         prompt_template: the prompt around {question} and {choices}; \\n is a new line.
         limit: answer only the first questions, this many of them.
         report_samples: show at most this many samples of each task in report.html.
         json: print the summary as one JSON object.
+        server: an OpenAI-compatible server, which answers instead of a checkpoint, e.g. http://127.0.0.1:8000.
+        server_model: the model that the server is asked for; without it, the first that it has.
+        api_key_file: a file with the server's API key; without it, the key is that of DSVL2_API_KEY, if set.
+        concurrency: questions asked at the same time; 16 without it.
+        timeout: seconds to wait for one answer; 600 without it.
+        extra_body: further fields of every request, as in '{"skip_special_tokens": false}'.
     """
-    together.join(flattened(locals()))
+    loaded_only = {"batch_size": batch_size, "dtype": dtype, "mesh": mesh, "candidates": candidates}
+    server_only = {
+        "server_model": server_model,
+        "api_key_file": api_key_file,
+        "concurrency": concurrency,
+        "timeout": timeout,
+        "extra_body": extra_body,
+    }
+    shared = {
+        "metric": metric,
+        "images": images,
+        "out": out,
+        "max_new_tokens": max_new_tokens,
+        "prompt_template": prompt_template,
+        "limit": limit,
+        "report_samples": report_samples,
+        "as_json": json,
+    }
+    if server is None:
+        _refuse(server_only, "belongs to a server: give its address with --server.")
+        together.join({"files": files, **shared, **loaded_only})
+        most = 2
+    else:
+        alone = {"processes": together.processes, "coordinator": together.coordinator, "process": together.process}
+        _refuse(loaded_only | alone, "is for a model that is loaded here, but --server answers. Leave one of them out.")
+        most = 1
+    if not 1 <= len(files) <= most:
+        expected = "[CKPT] DATA.jsonl" if server is None else "DATA.jsonl alone with --server"
+        raise UsageError(f"eval: found {len(files)} arguments, expected {expected}.")
+    from dsvl2_jax.infer.eval.chat_request import ServerOptions
     from dsvl2_jax.infer.eval.evaluate import EvalOptions
     from dsvl2_jax.infer.eval.evaluate import evaluate as run
 
-    if len(files) not in (1, 2):
-        raise UsageError(f"eval: found {len(files)} arguments, expected [CKPT] DATA.jsonl.")
-    options = EvalOptions(
-        metric=metric,
-        images=images,
-        out=out,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        dtype=computing.dtype,
-        mesh=computing.mesh,
-        candidates=candidates,
-        prompt_template=prompt_template,
-        limit=limit,
-        report_samples=report_samples,
-        as_json=json,
-    )
+    asked = None if server is None else ServerOptions(server, **_given(server_only))
+    options = EvalOptions(**shared, **_given(loaded_only), server=asked)
     run(files[0] if len(files) == 2 else None, Path(files[-1]), options)
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that have a value; the others keep their defaults."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _refuse(options: Mapping[str, Any], why: str) -> None:
+    """Raises UsageError when one of the options was given."""
+    for name in _given(options):
+        raise UsageError(f"--{name.replace('_', '-')}: {why}")

@@ -14,6 +14,7 @@ from dsvl2_jax.apps.cli.evaluate import evaluate
 from dsvl2_jax.apps.cli.generate import chat, generate
 from dsvl2_jax.apps.cli.micro import demo, micro
 from dsvl2_jax.apps.cli.plan import plan
+from dsvl2_jax.apps.cli.serve import serve
 from dsvl2_jax.apps.cli.train import plot, train
 from dsvl2_jax.errors import DSVL2Error, UsageError
 from dsvl2_jax.runtime import processes
@@ -23,6 +24,7 @@ COMMANDS = {
     "export": export,
     "generate": generate,
     "chat": chat,
+    "serve": serve,
     "demo": demo,
     "train": train,
     "data": data,

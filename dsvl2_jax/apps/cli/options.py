@@ -91,7 +91,7 @@ def flattened(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """A command's arguments by name, groups of options taken apart, for `Processes.join` to compare."""
     flat: dict[str, Any] = {}
     for name, value in arguments.items():
-        grouped = isinstance(value, (Computing, Answering))
+        grouped = dataclasses.is_dataclass(value) and not isinstance(value, Processes)
         flat |= dataclasses.asdict(value) if grouped else {name: value}
     return flat
 
@@ -108,12 +108,23 @@ def command_group(description: str, commands: Mapping[str, Callable[..., int | N
     return chosen
 
 
+def needs_train_extra() -> contextlib.AbstractContextManager[None]:
+    """Names the extra to install when a module that training needs is missing."""
+    return _needs_extra("training", "train", ("grain", "matplotlib", "optax", "tensorboardX"))
+
+
+def needs_serve_extra() -> contextlib.AbstractContextManager[None]:
+    """Names the extra to install when a module that serving needs is missing."""
+    return _needs_extra(
+        "serving", "serve", ("fastapi", "httpcore2", "idna", "llguidance", "prometheus_client", "uvicorn")
+    )
+
+
 @contextlib.contextmanager
-def needs_train_extra() -> Iterator[None]:
-    """Names the extra to install when a module of it is missing."""
+def _needs_extra(what: str, extra: str, modules: tuple[str, ...]) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name not in ("grain", "matplotlib", "optax", "tensorboardX"):
+        if error.name not in modules:
             raise
-        raise UsageError(f"training needs {error.name}, which is not installed: pip install -e '.[train]'") from error
+        raise UsageError(f"{what} needs {error.name}, which is not installed: pip install -e '.[{extra}]'") from error

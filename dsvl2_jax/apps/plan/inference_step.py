@@ -5,6 +5,7 @@ Tested in tests/apps/plan/test_planner_tpu.py.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +16,7 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from dsvl2_jax.infer.decode import DecodeState, next_state
-from dsvl2_jax.infer.sampling import SamplingArrays
+from dsvl2_jax.infer.slots import init_slots, next_state
 from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model.cache import cache_layout
 from dsvl2_jax.model.config import Config
@@ -75,29 +75,19 @@ def _prefill(config: Config, mesh: Mesh, batch: int, sequence: int, dtype: DType
 
 
 def _decode(config: Config, mesh: Mesh, batch: int, sequence: int, dtype: DTypeLike) -> jax.stages.Lowered:
-    def row(kind: DTypeLike) -> jax.ShapeDtypeStruct:
-        return _array(mesh, kind, (batch,), "decode_batch")
+    def whole(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
-    state = DecodeState(
-        cache=_cache(config, mesh, batch, sequence, dtype),
-        tokens=row(jnp.int32),
-        logprobs=row(jnp.float32),
-        positions=row(jnp.int32),
-        limits=row(jnp.int32),
-        seen=_array(mesh, jnp.bool_, (batch, config.language.vocab_size), "slots", "vocab"),
-        finished=row(jnp.bool_),
+    def by_token(dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+        return _array(mesh, dtype, (batch, config.language.vocab_size), "slots", "vocab")
+
+    state = jax.tree.map(whole, jax.eval_shape(lambda: init_slots(config, batch, sequence, dtype)))
+    state = dataclasses.replace(
+        state, cache=_cache(config, mesh, batch, sequence, dtype), seen=by_token(jnp.bool_), counts=by_token(jnp.int32)
     )
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
-    whole = NamedSharding(mesh, PartitionSpec())
-    sampling = SamplingArrays(
-        temperature=row(jnp.float32),
-        top_p=row(jnp.float32),
-        top_k=row(jnp.int32),
-        repetition_penalty=row(jnp.float32),
-        keys=jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=whole),
-    )
-    function = jax.jit(next_state, static_argnames=("config", "eos"), donate_argnames="state")
-    return function.lower(abstract_parameters(config, mesh, dtype), config, state, sampling, 1)
+    active = whole(jax.ShapeDtypeStruct((batch,), jnp.bool_))
+    function = jax.jit(next_state, static_argnames=("config", "eos", "top"), donate_argnames="state")
+    return function.lower(abstract_parameters(config, mesh, dtype), config, state, active, None, eos=1, top=False)
 
 
 def _encode(config: Config, mesh: Mesh, batch: int, sequence: int, dtype: DTypeLike) -> jax.stages.Lowered:

@@ -63,6 +63,17 @@ OPTIONS = {
         "--json": "False", "--draw": "None", **ANSWERING, **LOADING, **TOGETHER,
     },
     "chat": ANSWERING | LOADING,
+    "serve": {
+        "--plan": "False", "--host": "127.0.0.1", "--port": "8000", "--api-key-file": "None",
+        "--cors-origin": "repeatable", "--ssl-certfile": "None", "--ssl-keyfile": "None", "--ssl-ca-certs": "None",
+        "--shutdown-timeout": "25.0", "--slots": "8", "--prefix-bytes": "1GiB", "--feature-bytes": "1GiB",
+        "--max-queue": "256", "--max-queued-tokens": "1048576", "--max-tiles": "64", "--max-wait": "120.0",
+        "--hang-timeout": "300.0", "--max-body": "32MiB", "--max-images": "16", "--max-image-bytes": "32MiB",
+        "--max-image-pixels": "50000000", "--max-request-pixels": "200000000", "--model-name": "''",
+        "--model-alias": "repeatable", "--default-max-tokens": "512", "--media-domain": "repeatable",
+        "--media-path": "repeatable", "--media-timeout": "10.0", "--official-images": "False",
+        "--honour-detail": "False", "--strict-special-tokens": "False", **COMPUTING, **TOGETHER,
+    },
     "demo": {"--seed": "0", "--out": "out", **COMPUTING},
     "train": {"--profile": "None", "--tensorboard": "False", **TOGETHER},
     "data check": {
@@ -72,9 +83,10 @@ OPTIONS = {
     "data import": {},
     "plot": {"--out": "plot.png"},
     "eval": {
-        "--metric": "None", "--images": "''", "--out": "None", "--batch-size": "16", "--max-new-tokens": "128",
-        "--candidates": "None", "--prompt-template": "None", "--limit": "None", "--report-samples": "1000",
-        "--json": "False", **COMPUTING, **TOGETHER,
+        "--metric": "None", "--images": "''", "--out": "None", "--batch-size": "None", "--max-new-tokens": "128",
+        "--dtype": "None", "--mesh": "None", "--candidates": "None", "--prompt-template": "None", "--limit": "None",
+        "--report-samples": "1000", "--json": "False", "--server": "None", "--server-model": "None",
+        "--api-key-file": "None", "--concurrency": "None", "--timeout": "None", "--extra-body": "None", **TOGETHER,
     },
     "plan": {
         "--topology": "None", "--job": "None", "--batch": "None", "--sequence": "None", "--slots": "None",

@@ -26,7 +26,6 @@ from dsvl2_jax.checkpoint.locate import resolve
 from dsvl2_jax.checkpoint.safetensors_source import DIGESTS_NAME, Source, check_digests
 from dsvl2_jax.convert.doctor import doctor
 from dsvl2_jax.errors import CheckpointError, UsageError
-from dsvl2_jax.infer.engine import MinBatchShape
 from dsvl2_jax.infer.loading import LoadOptions
 from dsvl2_jax.inputs.processor import Processor
 from dsvl2_jax.inputs.tokenizer import IMAGE_TOKEN, PROCESSOR_TOKENS, Tokenizer
@@ -294,13 +293,7 @@ def answered(loaded) -> dict[str, list[tuple]]:
         ]
         for task, group in samples.items()
     }
-    # One size for all, so that it compiles once.
-    least = MinBatchShape(
-        QUESTIONS,
-        max(len(prompt.input_ids) for group in inputs.values() for prompt in group),
-        max(sum(len(prompt.tiles) for prompt in group) for group in inputs.values()),
-    )
-    answers = {task: loaded.generate(group, 96, at_least=least) for task, group in inputs.items()}
+    answers = {task: loaded.generate(group, 96) for task, group in inputs.items()}
     return {
         task: [(s.questions[0], answer) for s, answer in zip(group, answers[task], strict=True)]
         for task, group in samples.items()

@@ -1,4 +1,4 @@
-"""`dsvl2 eval`: what it reads and refuses, how it batches, how it resumes, and what it leaves behind."""
+"""`dsvl2 eval`: what it reads and refuses, how it resumes, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ from dsvl2_jax.apps.cli.main import main
 from dsvl2_jax.checkpoint.locate import open_model, resolve
 from dsvl2_jax.errors import ConversationError, DataError, DSVL2Error, RunError, UsageError
 from dsvl2_jax.infer.answer import Generation
-from dsvl2_jax.infer.engine import MinBatchShape
-from dsvl2_jax.infer.eval import evaluate
+from dsvl2_jax.infer.eval import evaluate, loaded
 from dsvl2_jax.infer.eval import samples as eval_data
-from dsvl2_jax.infer.eval.evaluate import EvalOptions, prompt_size
-from dsvl2_jax.infer.eval.results import checkpoint_digest
+from dsvl2_jax.infer.eval.evaluate import EvalOptions
+from dsvl2_jax.infer.eval.loaded import checkpoint_digest, prompt_size
 from dsvl2_jax.inputs.grounding import parse_boxes
 from dsvl2_jax.inputs.image_sources import FolderImages
 
@@ -57,8 +56,8 @@ class Parrot:
 
     def __init__(self):
         self.processor = open_model(resolve(None))[1]
-        self.batches: list[list] = []
-        self.shapes: list[MinBatchShape] = []
+        self.asked: list = []
+        self.slots = None
         self.context = 4096
         self.dies_at = None
 
@@ -66,12 +65,14 @@ class Parrot:
         if len(inputs.input_ids) > self.context:
             raise ConversationError("too long")
 
-    def generate(self, inputs, max_new_tokens, at_least):
-        if len(self.batches) == self.dies_at:
-            raise KeyboardInterrupt
-        self.batches.append(inputs)
-        self.shapes.append(at_least)
-        return [self._answer(one) for one in inputs]
+    def answers(self, requests, slots):
+        self.slots = slots
+        for index, request in enumerate(requests):
+            if len(self.asked) == self.dies_at:
+                raise KeyboardInterrupt
+            self.asked.append(request.inputs)
+            yield index, " first words"
+            yield index, self._answer(request.inputs)
 
     def _answer(self, one):
         text = next((answer for key, answer in ANSWERS.items() if key in one.prompt), "nothing")
@@ -81,7 +82,7 @@ class Parrot:
 @pytest.fixture
 def parrot(monkeypatch):
     model = Parrot()
-    monkeypatch.setattr(evaluate, "load", lambda ckpt, options: model)
+    monkeypatch.setattr(loaded, "load", lambda ckpt, options: model)
     return model
 
 
@@ -144,34 +145,32 @@ def test_without_out_results_go_below_eval(questions, tmp_path, parrot, monkeypa
     assert (tmp_path / "eval" / "bundled" / "data" / "report.html").is_file()
 
 
-def test_batches_are_of_like_size_and_padded_alike(questions, tmp_path, parrot):
+def test_the_largest_come_first_and_as_many_grow_as_are_wanted(questions, tmp_path, parrot):
     evaluate.evaluate(None, questions, options(tmp_path))
-    tiles = [[len(inputs.tiles) for inputs in batch] for batch in parrot.batches]
-    flat = [count for batch in tiles for count in batch]
-    assert flat == sorted(flat, reverse=True)
-    assert [len(batch) for batch in tiles] == [2, 2, 2, 1]
-    assert parrot.shapes == [MinBatchShape(rows=2, tiles=2 * max(batch)) for batch in tiles]
+    tiles = [len(inputs.tiles) for inputs in parrot.asked]
+    assert tiles == sorted(tiles, reverse=True) and len(tiles) == 7
+    assert parrot.slots == 2
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(questions, tmp_path, parrot):
     whole = evaluate.evaluate(None, questions, options(tmp_path, out=tmp_path / "whole"))
-    parrot.batches.clear()
-    parrot.dies_at = 2
+    parrot.asked.clear()
+    parrot.dies_at = 4
     with pytest.raises(KeyboardInterrupt):
         evaluate.evaluate(None, questions, options(tmp_path))
     assert len(results(tmp_path)) == 4
     with (tmp_path / "out" / "results.jsonl").open("a") as file:
         file.write('{"line": 3, "task": "cho')  # torn by the kill
     parrot.dies_at = None
-    parrot.batches.clear()
+    parrot.asked.clear()
     summary = evaluate.evaluate(None, questions, options(tmp_path, batch_size=8))  # of any size
-    assert sum(map(len, parrot.batches)) == 3
+    assert len(parrot.asked) == 3
     assert summary["answered_now"] == 3
     assert summary["tasks"] == whole["tasks"]
     assert len(results(tmp_path)) == 7
-    parrot.batches.clear()
+    parrot.asked.clear()
     again = evaluate.evaluate(None, questions, options(tmp_path))
-    assert parrot.batches == []
+    assert parrot.asked == []
     assert again["samples_per_second"] is None
 
 
@@ -230,7 +229,7 @@ def test_candidates_give_more_tiles(questions, tmp_path, parrot):
     write(questions, [RECORDS[0] | {"image": "large.png"}])
     evaluate.evaluate(None, questions, options(tmp_path))
     evaluate.evaluate(None, questions, options(tmp_path, out=tmp_path / "more", candidates=18))
-    assert [len(batch[0].tiles) for batch in parrot.batches] == [9, 19]
+    assert [len(inputs.tiles) for inputs in parrot.asked] == [9, 19]
 
 
 def test_prompt_size_is_that_of_the_processor(questions, parrot):
@@ -398,7 +397,7 @@ def test_it_works_without_the_training_extra():
 
 
 @pytest.mark.parametrize("mesh", [None, "data=4,tensor=2"])
-def test_batches_answer_what_the_model_answers_alone(questions, tmp_path, mesh):
+def test_questions_are_answered_as_the_model_answers_them_alone(questions, tmp_path, mesh):
     write(questions, [RECORDS[6] | {"question": f"What is {what}?"} for what in ("this", "that there", "it")])
     evaluate.evaluate(None, questions, options(tmp_path, batch_size=4, mesh=mesh, max_new_tokens=12))
     kept = results(tmp_path)

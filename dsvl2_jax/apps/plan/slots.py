@@ -1,0 +1,104 @@
+"""How many decode slots a server has room for, from arithmetic alone: `dsvl2 serve --plan`.
+
+Tested in tests/apps/plan/test_slots.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from dsvl2_jax.apps.plan.job import ITEMSIZE, Job
+from dsvl2_jax.apps.plan.mesh_choice import MAX_MEMORY_FRACTION, resident_bytes
+from dsvl2_jax.checkpoint.locate import open_model, resolve
+from dsvl2_jax.infer.loading import LoadOptions
+from dsvl2_jax.model.config import Config
+from dsvl2_jax.sharding import MESH_AXES, parse_mesh
+
+
+def print_slots(ckpt: str | None, loading: LoadOptions, wanted: int, stores: int) -> int:
+    """Says how many slots fit into the memory of this machine's devices.
+
+    Args:
+      wanted: slots that are asked for.
+      stores: bytes that the engine's stores may take.
+
+    Returns:
+      The exit status: 1 when those that were asked for do not.
+    """
+    config, _ = open_model(resolve(ckpt))
+    sizes = dict.fromkeys(MESH_AXES, 1) | ({} if loading.mesh is None else parse_mesh(loading.mesh))
+    report = slots_that_fit(
+        config,
+        sizes,
+        itemsize=4 if loading.dtype == "float32" else 2,
+        memory=_device_memory(),
+        stores=stores,
+    )
+    table = Table(show_header=False, box=None)
+    for words, value in (
+        ("memory of a device", f"{report.memory / 1e9:.2f} GB"),
+        ("of which parameters, caches and stores may take", f"{report.room / 1e9:.2f} GB"),
+        ("parameters", f"{report.parameters / 1e9:.3f} GB"),
+        ("stores of prefixes and pictures", f"{report.stores / 1e9:.3f} GB"),
+        (f"cache of a slot, {report.context} positions", f"{report.slot / 1e6:.1f} MB"),
+        ("slots that fit", str(report.slots)),
+        ("slots that are asked for", str(wanted)),
+    ):
+        table.add_row(words, value)
+    Console().print(table)
+    return 0 if report.slots >= wanted else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotsReport:
+    """Bytes of one device, and the slots that they have room for."""
+
+    memory: float
+    room: float
+    parameters: float
+    stores: float
+    slot: float
+    context: int
+    slots: int
+
+
+def slots_that_fit(
+    config: Config, sizes: dict[str, int], *, itemsize: int, memory: float, stores: float
+) -> SlotsReport:
+    """How many slots of the whole context fit beside parameters and stores, with room for programs to work.
+
+    Args:
+      sizes: of the mesh's axes.
+      itemsize: bytes of a parameter and of a cache's entry.
+      memory: bytes of a device.
+      stores: bytes that the engine's stores may take.
+    """
+    context = config.language.max_position_embeddings
+
+    def resident(slots: int) -> float:
+        return resident_bytes(config, Job("decode", slots, context), sizes) * itemsize / ITEMSIZE
+
+    # Rows are split over the mesh; a number of them that all its parts share makes a slot's part of each.
+    many = 64 * sizes["data"] * sizes["tensor"] * sizes["expert"]
+    parameters = resident(0)
+    slot = (resident(many) - parameters) / many
+    room = MAX_MEMORY_FRACTION * memory
+    slots = max(0, int((room - parameters - stores) / slot))
+    return SlotsReport(memory, room, parameters, stores, slot, context, slots)
+
+
+def _device_memory() -> float:
+    """Bytes of one device; a CPU has the machine's, or what its container may use of it."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return float(stats["bytes_limit"])
+    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return min(memory, float(text)) if text.isdecimal() else memory

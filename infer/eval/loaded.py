@@ -1,0 +1,211 @@
+"""Answers of a model that is loaded here; on several processes together.
+
+Tested in tests/infer/eval/test_evaluate.py.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsvl2_jax.checkpoint import locate
+from dsvl2_jax.checkpoint.locate import PARAMS_NAME, RUN_NAME, model_files
+from dsvl2_jax.errors import ConversationError, DSVL2Error
+from dsvl2_jax.infer.answer import Generation
+from dsvl2_jax.infer.engine import Model
+from dsvl2_jax.infer.eval.answers import Questions, Result, answered, unanswered
+from dsvl2_jax.infer.eval.results import DIGEST
+from dsvl2_jax.infer.eval.samples import Sample
+from dsvl2_jax.infer.loading import LoadOptions, load
+from dsvl2_jax.infer.request import Request
+from dsvl2_jax.inputs.images import select_best_resolution
+from dsvl2_jax.inputs.processor import (
+    MAX_TILED_IMAGES,
+    Processor,
+    extended_candidate_resolutions,
+    image_tokens,
+)
+from dsvl2_jax.runtime import processes
+
+_THREADS = 2  # that read and tile images while the device is busy
+_AHEAD = 3  # pieces of the questions that may be ready
+_PIECE, _PIECES = 64 << 10, 1024  # bytes, number: what is read of a large file
+
+
+class LoadedModel:
+    """A checkpoint as the source of answers (`dsvl2_jax.infer.eval.answers.Source`).
+
+    Among several processes it is in process 0, and the others `follow` it.
+    """
+
+    def __init__(
+        self, ckpt: str | None, options: LoadOptions, *, max_new_tokens: int, batch_size: int, candidates: int | None
+    ):
+        """Finds the checkpoint; see `dsvl2_jax.infer.eval.evaluate.EvalOptions` for the options.
+
+        Raises CheckpointError or UsageError when there is none.
+        """
+        self._ckpt, self._options = ckpt, options
+        self._max_new_tokens, self._batch_size, self._candidates = max_new_tokens, batch_size, candidates
+        self._directory = locate.resolve(ckpt)
+        self._model: Model | None = None  # until it is loaded
+        self.name = "bundled" if ckpt is None else checkpoint_name(self._directory)
+
+    def identity(self) -> dict[str, Any]:
+        return {"checkpoint": {"name": self.name, "digest": checkpoint_digest(self._directory)}}
+
+    def summary(self) -> dict[str, Any]:
+        return {"checkpoint": self.name}
+
+    def start(self, *, needed: bool) -> None:
+        """Loads the model if it is needed, in the other processes too."""
+        if processes.from_first(lambda: needed):
+            self._model = load(self._ckpt, self._options)
+            _extend_candidates(self._model.processor, self._candidates)
+
+    def answer(self, questions: Questions) -> None:
+        """Asks the largest samples first, so that a lack of memory shows at once."""
+        model = self._model
+        sizes = {sample.line: prompt_size(sample, model.processor) for sample in questions.samples}
+        ordered = sorted(questions.samples, key=lambda sample: sizes[sample.line], reverse=True)
+
+        def prepare(sample: Sample) -> _Prepared:
+            images = [image for _, image in questions.images(sample)]
+            try:
+                inputs = model.processor(list(sample.conversation), images)
+            except DSVL2Error as error:
+                raise questions.unusable(sample, error) from error
+            try:
+                model.check_context(inputs)
+            except ConversationError as error:
+                return _Prepared(sample, None, str(error))
+            return _Prepared(sample, Request(inputs, self._max_new_tokens))
+
+        asked: list[Sample] = []  # the samples of the requests, by their index
+
+        def requests() -> Iterator[Request]:
+            for prepared in _prefetched(_pieces(ordered, self._batch_size), prepare):
+                questions.keep([unanswered(p.sample, p.error) for p in prepared if p.request is None])
+                able = [p for p in prepared if p.request is not None]
+                processes.from_first(lambda able=able: [p.request for p in able])
+                for p in able:
+                    asked.append(p.sample)
+                    yield p.request
+            processes.from_first(lambda: None)  # there is no more
+
+        for index, news in model.answers(requests(), self._batch_size):
+            if isinstance(news, Generation):
+                questions.keep([_result(asked[index], news)])
+            elif isinstance(news, DSVL2Error):
+                questions.keep([unanswered(asked[index], str(news), again=True)])
+
+
+def follow(ckpt: str | None, options: LoadOptions, batch_size: int) -> None:
+    """What the other processes do while the `LoadedModel` of process 0 answers: the same turns."""
+    if processes.from_first(bool):
+        model = load(ckpt, options)
+
+        def requests() -> Iterator[Request]:
+            while (work := processes.from_first(lambda: None)) is not None:
+                yield from work
+
+        for _ in model.answers(requests(), batch_size):
+            pass
+
+
+def _pieces(samples: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
+    return [samples[i : i + size] for i in range(0, len(samples), size)]
+
+
+def checkpoint_name(directory: Path) -> str:
+    """A short name of a checkpoint's directory, for people and for the results' folder."""
+    directory = directory.resolve()
+    if (directory.parent.parent / RUN_NAME).is_file():  # a run's checkpoints/STEP
+        return f"{directory.parent.parent.name}-{directory.name}"
+    if directory.parent.name == "snapshots":  # the hub's cache: models--OWNER--NAME/snapshots/COMMIT
+        return directory.parent.parent.name.rpartition("--")[2]
+    return directory.name
+
+
+def checkpoint_digest(directory: Path) -> str:
+    """16 hexadecimal digits that differ where checkpoints do: names, sizes and contents of their files.
+
+    Of a large file, pieces spread evenly over it are read.
+
+    Args:
+      directory: as `dsvl2_jax.checkpoint.locate.resolve` returns it.
+    """
+    params = directory / PARAMS_NAME
+    files = [p for p in params.rglob("*") if p.is_file()] if params.is_dir() else directory.glob("*.safetensors")
+    names_and_files = [(str(p.relative_to(directory)), p) for p in files]
+    names_and_files += [(p.name, p) for p in model_files(directory).glob("*.json")]
+    digest = hashlib.sha256()
+    for name, file in sorted(names_and_files):
+        size = file.stat().st_size
+        digest.update(f"{name}\0{size}\0".encode())
+        with file.open("rb") as opened:
+            for piece in range(min(_PIECES, -(-size // _PIECE))):
+                opened.seek(piece * _PIECE if size <= _PIECES * _PIECE else piece * (size - _PIECE) // (_PIECES - 1))
+                digest.update(opened.read(_PIECE))
+    return digest.hexdigest()[:DIGEST]
+
+
+def prompt_size(sample: Sample, processor: Processor) -> tuple[int, int]:
+    """(tiles, tokens) of a sample's prompt, from its texts and the sizes of its images; the template not counted."""
+    config = processor.config
+    tiles = 0
+    tokens = sum(len(processor.tokenizer.encode(turn["content"])) for turn in sample.conversation)
+    for size in sample.sizes:
+        canvas = (config.tile_size,) * 2
+        if len(sample.sizes) <= MAX_TILED_IMAGES:
+            canvas = select_best_resolution(size, config.candidate_resolutions)
+        cols, rows = (length // config.tile_size for length in canvas)
+        tiles += 1 + cols * rows
+        tokens += image_tokens(cols, rows, config.tokens_per_side)
+    return tiles, tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    sample: Sample
+    request: Request | None  # None: the prompt cannot be answered
+    error: str = ""
+
+
+def _extend_candidates(processor: Processor, max_tiles: int | None) -> None:
+    if max_tiles is not None:
+        config = processor.config
+        resolutions = extended_candidate_resolutions(max_tiles, config.tile_size)
+        processor.config = dataclasses.replace(config, candidate_resolutions=resolutions)
+
+
+def _result(sample: Sample, generation: Generation) -> Result:
+    details = {
+        "finish_reason": generation.finish_reason,
+        "prompt_tokens": generation.prompt_tokens,
+        "image_tokens": generation.image_tokens,
+        "answer_tokens": len(generation.token_ids),
+    }
+    return answered(sample, generation.text, generation.boxes, details)
+
+
+def _prefetched(
+    batches: Iterable[Sequence[Sample]], prepare: Callable[[Sample], _Prepared]
+) -> Iterator[list[_Prepared]]:
+    """Batches prepared by threads, a few ahead of the one that is used."""
+    waiting: collections.deque[list[concurrent.futures.Future[_Prepared]]] = collections.deque()
+    pool = concurrent.futures.ThreadPoolExecutor(_THREADS)
+    try:
+        for batch in batches:
+            waiting.append([pool.submit(prepare, sample) for sample in batch])
+            if len(waiting) > _AHEAD:
+                yield [future.result() for future in waiting.popleft()]
+        while waiting:
+            yield [future.result() for future in waiting.popleft()]
+    finally:
+        pool.shutdown(cancel_futures=True)

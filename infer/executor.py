@@ -1,0 +1,273 @@
+"""The device's side of the engine: arrays that live there, and one method for each program.
+
+Arguments are numbers and numpy arrays, so that what one process does another can repeat.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dsvl2_jax.infer import slots
+from dsvl2_jax.infer.buckets import tile_bucket
+from dsvl2_jax.infer.sampling import SamplingArrays, SamplingParams
+from dsvl2_jax.infer.slots import PAGE, Steps
+from dsvl2_jax.inputs.processor import ModelInputs, Processor
+from dsvl2_jax.model import deepseek_vl2 as model
+from dsvl2_jax.model.cache import cache_layout, init_cache
+from dsvl2_jax.model.config import TEXT_POSITION, Config
+from dsvl2_jax.model.deepseek_vl2 import Params
+
+CHUNKS = (64, 128, 256, PAGE)  # lengths of a prompt's chunks
+
+adapt_tiles = jax.jit(model.adapt_tiles, static_argnames="config")
+_init_slots = jax.jit(slots.init_slots, static_argnames=("config", "slots", "cache_length", "dtype"))
+_init_features = jax.jit(slots.init_features, static_argnames=("config", "tiles", "dtype"))
+_init_row = jax.jit(init_cache, static_argnames=("config", "slots", "cache_length", "dtype"))
+_place_features = jax.jit(slots.place_features, donate_argnames="table")
+_prefill_chunk = jax.jit(slots.prefill_chunk, static_argnames=("config", "read_length"), donate_argnames="row")
+_take_page = jax.jit(slots.take_page)
+_put_page = jax.jit(slots.put_page, donate_argnames="row")
+_insert = jax.jit(slots.insert, static_argnames="eos", donate_argnames="state")
+_decode_group = jax.jit(
+    slots.decode_group, static_argnames=("config", "eos", "cache_length", "top"), donate_argnames="state"
+)
+
+
+class LoadedModel(Protocol):
+    """What the engine needs of a model; `dsvl2_jax.infer.engine.Model` is one."""
+
+    config: Config
+    params: Params
+    processor: Processor
+    mesh: Mesh | None
+
+    @property
+    def dtype(self) -> str: ...
+
+    def on_mesh(self) -> contextlib.AbstractContextManager:
+        """In which its programs are called."""
+
+    def features(self, padded_tiles: np.ndarray) -> jax.Array:
+        """u8[N, S, S, 3] of a bucket's size → [N, tokens per tile, D]."""
+
+    def fetch(self, arrays: Any) -> Any:
+        """A tree of arrays as numpy, in every process."""
+
+    def check_context(self, prompt: ModelInputs) -> None:
+        """Raises ConversationError when a prompt is longer than the context."""
+
+
+class Executor:
+    """Slots, one row that is being prefilled, its pictures' features, and what the stores keep.
+
+    Attributes:
+      slots: decode rows. cache_length: positions of each, a multiple of `PAGE`.
+    """
+
+    def __init__(self, owner: LoadedModel, slots: int, cache_length: int):
+        self.model = owner
+        self.slots = slots
+        self.cache_length = cache_length
+        self.eos = owner.processor.tokenizer.eos_id
+        config, per_tile = owner.config, owner.config.tokens_per_tile
+        # A prompt has at most so many tiles, and the last picture's are padded to their bucket.
+        self._tiles = -(-config.language.max_position_embeddings // per_tile) + self.tile_bucket(self.most_tiles)
+        self._features: dict[Hashable, jax.Array] = {}
+        self._pages: dict[Hashable, Any] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Makes everything anew, after a failure of the device."""
+        config, dtype = self.model.config, self.model.dtype
+        self._features.clear()
+        self._pages.clear()
+        with self.model.on_mesh():
+            self._state = self._put(_init_slots(config, self.slots, self.cache_length, dtype))
+            self._table = self._put(_init_features(config, self._tiles, dtype))
+        self.new_row()
+
+    def new_row(self) -> None:
+        """An empty row for the next prompt, which goes into its slot whole.
+
+        So nothing of an earlier prompt stays in either: zero times a number that is none would be none.
+        """
+        with self.model.on_mesh():
+            self._row = self._put(_init_row(self.model.config, 1, self.cache_length, self.model.dtype))
+
+    def _put(self, arrays: Any) -> Any:
+        """Arrays that are bound to the model's device, as all results of programs are: others would be new programs."""
+        if self.model.mesh is not None:
+            return arrays
+        return jax.device_put(arrays, jax.tree.leaves(self.model.params)[0].sharding)
+
+    @property
+    def most_tiles(self) -> int:
+        """Tiles of the largest picture."""
+        processor = self.model.processor.config
+        side = processor.tile_size
+        return 1 + max(width * height // side**2 for width, height in processor.candidate_resolutions)
+
+    def tile_bucket(self, tiles: int) -> int:
+        return tile_bucket(tiles, 1 if self.model.mesh is None else self.model.mesh.size)
+
+    @functools.cached_property
+    def page_bytes(self) -> int:
+        language = self.model.config.language
+        numbers = sum(math.prod(shape) for shape, _ in cache_layout(language).values())
+        return PAGE * numbers * language.num_hidden_layers * jnp.dtype(self.model.dtype).itemsize
+
+    def feature_bytes(self, tiles: int) -> int:
+        """Of a picture's features."""
+        config = self.model.config
+        width = config.tokens_per_tile * config.language.hidden_size
+        return self.tile_bucket(tiles) * width * jnp.dtype(self.model.dtype).itemsize
+
+    def decode_lengths(self) -> list[int]:
+        """Lengths of the cache that decode programs are made for."""
+        lengths = [PAGE << i for i in range(8) if PAGE << i < self.cache_length]
+        return [*lengths, self.cache_length]
+
+    def encode(self, key: Hashable, tiles: np.ndarray) -> None:
+        """u8[N, S, S, 3] → features, kept under ``key`` until `drop_features`."""
+        count = self.tile_bucket(len(tiles))
+        padded = np.pad(tiles, ((0, count - len(tiles)), (0, 0), (0, 0), (0, 0)))
+        with self.model.on_mesh():
+            self._features[key] = self.model.features(padded)
+
+    def drop_features(self, key: Hashable) -> None:
+        del self._features[key]
+
+    def place(self, key: Hashable, first_tile: int) -> None:
+        """Puts kept features among those of the prompt that is being prefilled."""
+        with self.model.on_mesh():
+            self._table = _place_features(self._table, self._features[key], np.int32(first_tile))
+
+    def put_page(self, key: Hashable, page: int) -> None:
+        with self.model.on_mesh():
+            self._row = _put_page(self._row, self._pages[key], np.int32(page))
+
+    def take_page(self, key: Hashable, page: int) -> None:
+        with self.model.on_mesh():
+            self._pages[key] = _take_page(self._row, np.int32(page))
+
+    def drop_page(self, key: Hashable) -> None:
+        del self._pages[key]
+
+    def prefill(self, ids: np.ndarray, image_index: np.ndarray, start: int) -> None:
+        """The prompt's tokens from ``start`` on: i32[T], i32[T]."""
+        size = next(c for c in CHUNKS if len(ids) <= c)
+        pad = (0, size - len(ids))
+        ids_bt = np.pad(ids, pad)[None]
+        index_bt = np.pad(image_index, pad, constant_values=TEXT_POSITION)[None]
+        read = None if start == 0 else next(n for n in self.decode_lengths() if start + size <= n)
+        with self.model.on_mesh():
+            self._logits, self._row = _prefill_chunk(
+                self.model.params,
+                self.model.config,
+                ids_bt.astype(np.int32),
+                index_bt.astype(np.int32),
+                self._table,
+                np.int32(len(ids)),
+                np.int32(start),
+                self._row,
+                read_length=read,
+            )
+
+    def insert(
+        self,
+        slot: int,
+        ids: np.ndarray,
+        limit: int,
+        sampling: SamplingParams,
+        choice: int,
+        allowed: np.ndarray | None,
+    ) -> Steps:
+        """Puts the prefilled prompt, i32[T], into a slot; returns its first token, [1, 1], still on the device."""
+        vocab = self.model.config.language.vocab_size
+        seen = np.zeros((1, vocab), np.bool_)
+        seen[0, ids] = True
+        allowed_bv = np.ones((1, vocab), np.bool_) if allowed is None else allowed[None]
+        with self.model.on_mesh():
+            self._state, step = _insert(
+                self._state,
+                np.int32(slot),
+                self._row,
+                self._logits,
+                seen,
+                allowed_bv,
+                SamplingArrays.of([sampling], [choice]),
+                np.int32(len(ids)),
+                np.int32(limit),
+                eos=self.eos,
+            )
+        return step
+
+    def decode(self, budget: np.ndarray, allowed: np.ndarray | None, needed: int, *, top: bool) -> Steps:
+        """A group of steps, still on the device.
+
+        Args:
+          budget: i32[slots]; see `decode_group`. allowed: bool[slots, V] or None.
+          needed: positions that the steps read or write.
+          top: whether the most likely tokens are told; with ``allowed`` they always are.
+        """
+        with self.model.on_mesh():
+            self._state, steps = _decode_group(
+                self.model.params,
+                self.model.config,
+                self._state,
+                budget,
+                allowed,
+                eos=self.eos,
+                cache_length=next(n for n in self.decode_lengths() if needed <= n),
+                top=top or allowed is not None,
+            )
+        return steps
+
+    def fetch(self, steps: Steps) -> Steps:
+        """As numpy arrays, in every process."""
+        return self.model.fetch(steps)
+
+    def wait(self) -> None:
+        """Returns when the device has done all it was given."""
+        jax.block_until_ready((self._state, self._row, self._table))
+
+    def warm_up(self, tile_counts: Sequence[int], say: Callable[[str], None]) -> None:
+        """Runs every program once, so that nothing is compiled later.
+
+        Args:
+          tile_counts: of pictures that may come.
+          say: is told what is being compiled.
+        """
+        side, vocab = self.model.config.vision.image_size, self.model.config.language.vocab_size
+        for count in sorted({self.tile_bucket(n) for n in tile_counts}):
+            say(f"the encoder, {count} tiles")
+            self.encode(None, np.zeros((count, side, side, 3), np.uint8))
+            self.place(None, 0)
+            self.drop_features(None)
+        lengths = self.decode_lengths()
+        for size in CHUNKS:
+            starts = [0, *(n - PAGE for n in lengths if n > PAGE)]
+            for start in starts:
+                say(f"prefill, {size} tokens from {start}")
+                self.prefill(np.zeros(size, np.int32), np.full(size, TEXT_POSITION, np.int32), start)
+        say("pages and slots")
+        self.take_page(None, 0)
+        self.put_page(None, 0)
+        self.drop_page(None)
+        self.fetch(self.insert(0, np.zeros(1, np.int32), 1, SamplingParams(), 0, None))
+        budget = np.zeros(self.slots, np.int32)
+        for length in lengths:
+            for top, allowed in ((False, None), (True, None), (True, np.ones((self.slots, vocab), np.bool_))):
+                say(f"decoding, cache of {length}" + (", log-probabilities" if top else ""))
+                self.fetch(self.decode(budget, allowed, length, top=top))
+        self.reset()
+        self.wait()

@@ -1,0 +1,62 @@
+"""Server-sent events: the wire form of streamed answers, and the response that frees the engine when it ends."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from dsvl2_jax.infer.serve.answers import Answers, News
+from dsvl2_jax.infer.serve.errors import ApiError, api_error
+
+logger = logging.getLogger("dsvl2.serve")
+
+DONE = b"data: [DONE]\n\n"
+# A proxy that collects the stream (nginx does) would undo it.
+_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+def event(data: Mapping[str, Any], name: str | None = None) -> bytes:
+    """One event; ``name``: its type, which OpenAI's chat has none of."""
+    head = "" if name is None else f"event: {name}\n"
+    return f"{head}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+
+
+class EventStream(StreamingResponse):
+    """A response of events. When it ends, or the client goes away, what the engine still does for it is ended."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, answers: Answers, events: AsyncIterator[bytes]):
+        super().__init__(events, headers=_HEADERS)
+        self._answers = answers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answers.close()
+
+
+async def begun(answers: Answers) -> AsyncIterator[News]:
+    """`Answers.news`, after the first has come: what fails before that is answered with a status of its own."""
+    news = answers.news()
+    first = await anext(news)
+
+    async def chained() -> AsyncIterator[News]:
+        yield first
+        async for one in news:
+            yield one
+
+    return chained()
+
+
+def stream_error(error: Exception) -> ApiError:
+    """What a client is told of an error after its stream has begun; the status is on its way already."""
+    told = api_error(error)
+    logger.warning("a stream ended early with status %d (%s)", told.status, told.code)
+    return told

@@ -1,0 +1,174 @@
+"""From the messages of a request to what the model reads: roles joined, pictures fetched, all tokenised.
+
+What takes time (decoding, tiling, tokenising) runs in the engine's pool, never on the event loop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from dsvl2_jax.errors import ConversationError
+from dsvl2_jax.infer.serve.errors import ApiError
+from dsvl2_jax.infer.serve.state import Serving
+from dsvl2_jax.inputs.processor import ModelInputs
+from dsvl2_jax.inputs.tokenizer import IMAGE_TOKEN
+from dsvl2_jax.model.config import TEXT_POSITION
+
+_BETWEEN_PARTS = "\n"  # two texts of one message
+_BETWEEN_MESSAGES = "\n\n"  # as between the turns of the chat template
+
+
+class Text(NamedTuple):
+    """A stretch of a message, and the field that it is from."""
+
+    text: str
+    field: str
+
+
+class Picture(NamedTuple):
+    """A picture where it stands in a message, and the field that says where it is found."""
+
+    reference: str
+    field: str
+    detail: str | None
+
+
+class Turn(NamedTuple):
+    """A message: "system", "user" or "assistant", and its texts and pictures in order."""
+
+    role: str
+    parts: list[Text | Picture]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What an answer is asked to.
+
+    Attributes:
+      inputs: of the processor.
+      sizes: (width, height) of each picture, in whose pixels boxes are told.
+    """
+
+    inputs: ModelInputs
+    sizes: tuple[tuple[int, int], ...] = ()
+
+
+async def chat_prompt(serving: Serving, turns: Sequence[Turn], field: str) -> Prompt:
+    """The prompt of a conversation.
+
+    Args:
+      field: what the messages are called, for errors.
+
+    Raises:
+      ApiError: the conversation cannot be answered, or a picture not be had.
+    """
+    joined = join(turns)
+    pictures = [part for turn in joined for part in turn.parts if isinstance(part, Picture)]
+    images = await serving.media.load([(picture.reference, picture.field) for picture in pictures], field)
+    sizes = tuple(image.size for image in images)
+    if serving.options.honour_detail:
+        low = [image for image, picture in zip(images, pictures, strict=True) if picture.detail == "low"]
+        await serving.in_pool(_shrink, low, serving.processor.config.tile_size)
+    conversation = [{"role": turn.role, "content": render(turn)} for turn in joined]
+    try:
+        inputs = await serving.in_pool(serving.processor, conversation, images)
+    except ConversationError as error:
+        raise ApiError(400, f"{field}: {error}", param=field) from None
+    return _prompt(serving, inputs, field, sizes)
+
+
+async def text_prompt(serving: Serving, text: str, field: str) -> Prompt:
+    """The prompt of a plain text, which the model goes on with; raises ApiError when it cannot."""
+    if IMAGE_TOKEN in text:
+        raise _marks_image(field)
+    return _prompt(serving, await serving.in_pool(lambda: serving.processor(prompt=text)), field)
+
+
+def token_prompt(serving: Serving, tokens: Sequence[int], field: str) -> Prompt:
+    """The prompt of token ids as they are, without bos unless it is among them; raises ApiError for unknown ones."""
+    tokenizer = serving.processor.tokenizer
+    for index, token in enumerate(tokens):
+        if token >= len(tokenizer):
+            expected = f"a token of the vocabulary, 0 to {len(tokenizer) - 1}"
+            raise ApiError(400, f"{field}[{index}]: found {token}, expected {expected}.", param=f"{field}[{index}]")
+        if token == tokenizer.image_id:
+            raise _marks_image(f"{field}[{index}]")
+    ids = np.asarray(tokens, np.int32)
+    inputs = dataclasses.replace(
+        serving.processor(prompt=""),
+        input_ids=ids,
+        labels=ids,
+        image_mask=np.zeros(len(ids), np.bool_),
+        image_index=np.full(len(ids), TEXT_POSITION, np.int32),
+        prompt=tokenizer.decode(tokens),
+    )
+    return _prompt(serving, inputs, field)
+
+
+def join(turns: Iterable[Turn]) -> list[Turn]:
+    """The turns with those joined that follow each other and are of one role, checked for what only users may say.
+
+    Raises:
+      ApiError: a picture that is not the user's, or ``<image>`` in a text, which would be taken for a picture.
+    """
+    joined: list[Turn] = []
+    for turn in turns:
+        for part in turn.parts:
+            if isinstance(part, Picture) and turn.role != "user":
+                message = f"{part.field}: found a picture in a message of the {turn.role}, expected pictures in user "
+                raise ApiError(400, message + "messages alone. Move it to a user message.", param=part.field)
+            if isinstance(part, Text) and IMAGE_TOKEN in part.text:
+                raise _marks_image(part.field)
+        if joined and joined[-1].role == turn.role:
+            apart = [Text(_BETWEEN_MESSAGES, "")] if _ends_in_text(joined[-1]) and turn.parts else []
+            joined[-1] = Turn(turn.role, joined[-1].parts + apart + turn.parts)
+        else:
+            joined.append(turn)
+    return joined
+
+
+def message_parts(texts_and_pictures: Iterable[Text | Picture]) -> list[Text | Picture]:
+    """The parts of one message, texts that follow each other with a line end between them."""
+    parts: list[Text | Picture] = []
+    for part in texts_and_pictures:
+        if parts and isinstance(part, Text) and isinstance(parts[-1], Text):
+            parts.append(Text(_BETWEEN_PARTS, ""))
+        parts.append(part)
+    return parts
+
+
+def render(turn: Turn) -> str:
+    """A turn's text. A picture is ``<image>`` and a line end where it stands, as the model was trained."""
+    return "".join(part.text if isinstance(part, Text) else f"{IMAGE_TOKEN}\n" for part in turn.parts)
+
+
+def _shrink(images: Iterable[Image.Image], side: int) -> None:
+    """Makes pictures so small that each gets a single local tile."""
+    for image in images:
+        image.thumbnail((side, side), Image.Resampling.BICUBIC)
+
+
+def _ends_in_text(turn: Turn) -> bool:
+    return bool(turn.parts) and isinstance(turn.parts[-1], Text)
+
+
+def _prompt(serving: Serving, inputs: ModelInputs, field: str, sizes: tuple[tuple[int, int], ...] = ()) -> Prompt:
+    try:
+        serving.engine.model.check_context(inputs)
+    except ConversationError as error:
+        raise ApiError(400, f"{field}: {error}", param=field, code="context_length_exceeded") from None
+    return Prompt(inputs, sizes)
+
+
+def _marks_image(field: str) -> ApiError:
+    return ApiError(
+        400,
+        f"{field}: found {IMAGE_TOKEN}, which stands for a picture. Send the picture itself as a part of a chat "
+        "message, where it belongs, and leave the tag out of the text.",
+        param=field,
+    )
