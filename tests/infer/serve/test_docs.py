@@ -80,9 +80,11 @@ def test_a_slot_takes_what_the_page_says(megabytes, size):
 
 
 def test_every_option_that_the_page_names_is_there():
+    from dsvl2_jax.apps.bench.serve_options import ServeLoad
     from dsvl2_jax.apps.cli import serve
 
     fields = {*serve.Listening.__annotations__, *serve.Limits.__annotations__, *serve.Behaving.__annotations__}
+    fields |= {*ServeLoad.__annotations__, "size", "directory"}  # of dsvl2 bench serve
     fields |= {"plan", "dtype", "mesh", "processes", "coordinator", "process"}
     others = {"job", "topology", "worker", "command", "help", "silent"}  # of other commands
     named = {name.replace("-", "_") for name in re.findall(r"(?<![\w-])--([a-z][a-z-]+)", PAGE)}
