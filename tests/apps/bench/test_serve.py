@@ -240,6 +240,16 @@ def test_throughput_counts_what_came_within_the_time():
     assert loop.first_tokens == pytest.approx([0.4]) and loop.per_token == pytest.approx([1.2 / 16])
 
 
+def test_throughput_is_measured_until_there_is_something_to_measure():
+    loop = ClosedLoop(1, begin=-2.0, end=-1.0)
+    loop.replies.append(Reply(sent=-3.0, ended=-1.5))
+    assert not loop.over()
+    loop.replies.append(Reply(sent=-1.5, ended=4.0))
+    assert loop.over() and loop.end > 0
+    end = loop.end
+    assert loop.over() and loop.end == end
+
+
 def test_figures_say_whether_their_aim_is_reached():
     most, least = Figure("loop", "stall", 60.0, "ms", aim=50.0), Figure("t", "x", 6.5, "×", aim=6.0, at_least=True)
     assert not most.reached and least.reached and Figure("t", "x", 1.0, "s").reached is None
