@@ -5,25 +5,26 @@ Arguments are numbers and numpy arrays, so that what one process does another ca
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dsvl2_jax.infer import slots
 from dsvl2_jax.infer.buckets import tile_bucket
 from dsvl2_jax.infer.sampling import SamplingArrays, SamplingParams
 from dsvl2_jax.infer.slots import PAGE, Steps
+from dsvl2_jax.inputs.processor import ModelInputs, Processor
 from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model.cache import cache_layout, init_cache
-from dsvl2_jax.model.config import TEXT_POSITION
-
-if TYPE_CHECKING:
-    from dsvl2_jax.infer.engine import Model
+from dsvl2_jax.model.config import TEXT_POSITION, Config
+from dsvl2_jax.model.deepseek_vl2 import Params
 
 CHUNKS = (64, 128, 256, PAGE)  # lengths of a prompt's chunks
 
@@ -41,6 +42,30 @@ _decode_group = jax.jit(
 )
 
 
+class LoadedModel(Protocol):
+    """What the engine needs of a model; `dsvl2_jax.infer.engine.Model` is one."""
+
+    config: Config
+    params: Params
+    processor: Processor
+    mesh: Mesh | None
+
+    @property
+    def dtype(self) -> str: ...
+
+    def on_mesh(self) -> contextlib.AbstractContextManager:
+        """In which its programs are called."""
+
+    def features(self, padded_tiles: np.ndarray) -> jax.Array:
+        """u8[N, S, S, 3] of a bucket's size → [N, tokens per tile, D]."""
+
+    def fetch(self, arrays: Any) -> Any:
+        """A tree of arrays as numpy, in every process."""
+
+    def check_context(self, prompt: ModelInputs) -> None:
+        """Raises ConversationError when a prompt is longer than the context."""
+
+
 class Executor:
     """Slots, one row that is being prefilled, its pictures' features, and what the stores keep.
 
@@ -48,7 +73,7 @@ class Executor:
       slots: decode rows. cache_length: positions of each, a multiple of `PAGE`.
     """
 
-    def __init__(self, owner: Model, slots: int, cache_length: int):
+    def __init__(self, owner: LoadedModel, slots: int, cache_length: int):
         self.model = owner
         self.slots = slots
         self.cache_length = cache_length

@@ -15,22 +15,18 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dsvl2_jax.errors import DSVL2Error
 from dsvl2_jax.infer.answer import AnswerBuilder
 from dsvl2_jax.infer.constraints import ConstraintError
-from dsvl2_jax.infer.executor import Executor
+from dsvl2_jax.infer.executor import Executor, LoadedModel
 from dsvl2_jax.infer.request import Delta, FailedError, Request, image_tiles
 from dsvl2_jax.infer.slots import GROUP, PAGE, Steps
 from dsvl2_jax.infer.stores import Store
 from dsvl2_jax.inputs.processor import ModelInputs
 from dsvl2_jax.runtime.timing import Timing
-
-if TYPE_CHECKING:
-    from dsvl2_jax.infer.engine import Model
 
 
 @dataclasses.dataclass(eq=False)
@@ -138,7 +134,7 @@ class Scheduler:
 
     def __init__(
         self,
-        model: Model,
+        model: LoadedModel,
         slots: int,
         cache_length: int,
         *,

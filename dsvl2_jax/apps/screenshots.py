@@ -94,7 +94,9 @@ def _converse(page: Page, url: str) -> None:
         page.get_by_role("button", name="Send").click()
         page.locator(".turn.assistant .statistics", has_text="tokens/s").nth(1).wait_for()
     except Error as error:
-        problem = page.locator(".problem, #notice, #refused").all_inner_texts()
+        problem = []
+        with contextlib.suppress(Error):  # there may be no page at all
+            problem = page.locator(".problem, #notice, #refused").all_inner_texts()
         said = " ".join(filter(None, problem)) or str(error).splitlines()[0]
         raise UsageError(f"{url}: the page did not answer: {said}") from None
 

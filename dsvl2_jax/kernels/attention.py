@@ -95,12 +95,13 @@ def _attend_block(
         visible_bts &= key_index >= first_bt[..., None]
     scores_bhts = jnp.where(visible_bts[:, None], scores_bhts * scale, jnp.finfo(jnp.float32).min)
     p_bhts = jax.nn.softmax(scores_bhts, axis=-1).astype(values.dtype)
-    product = "bhts,bshd->bthd" if values.ndim == 4 else "bhts,bsd->bthd"
-    # Summed in float32 by request: XLA on CPUs otherwise sums bfloat16 products of a batch in bfloat16.
-    out_bthd = jnp.einsum(
+    # Heads before tokens, as the product makes them, and summed in float32 by request: otherwise XLA on CPUs sums
+    # bfloat16 in bfloat16.
+    product = "bhts,bshd->bhtd" if values.ndim == 4 else "bhts,bsd->bhtd"
+    out_bhtd = jnp.einsum(
         product, p_bhts, values, precision=matmul_precision(values.dtype), preferred_element_type=jnp.float32
     )
-    return out_bthd.astype(values.dtype)
+    return out_bhtd.swapaxes(1, 2).astype(values.dtype)
 
 
 @jax.named_scope("decode_attention")
@@ -146,11 +147,10 @@ def decode_attention(
     scores_bkhts = jnp.where(visible_bks[:, :, None, None], scores_bkhts * scale, jnp.finfo(jnp.float32).min)
     m_bhts = scores_bkhts.max((1, 4), keepdims=True)
     p_bkhts = jnp.exp(scores_bkhts - m_bhts)
-    subscripts = "bkhts,bkshd->bkthd" if values.ndim == 4 else "bkhts,bksd->bkthd"
-    acc_bkthd = product(subscripts, p_bkhts.astype(values.dtype), split(values))
-    l_bkth = p_bkhts.sum(-1).swapaxes(2, 3)
-    acc_bthd, l_bth = (sum(x[:, i] for i in range(count)) for x in (acc_bkthd, l_bkth))
-    return (acc_bthd / l_bth[..., None]).astype(values.dtype)
+    subscripts = "bkhts,bkshd->bkhtd" if values.ndim == 4 else "bkhts,bksd->bkhtd"
+    acc_bkhtd = product(subscripts, p_bkhts.astype(values.dtype), split(values))
+    acc_bhtd, l_bht = (sum(x[:, i] for i in range(count)) for x in (acc_bkhtd, p_bkhts.sum(-1)))
+    return (acc_bhtd / l_bht[..., None]).swapaxes(1, 2).astype(values.dtype)
 
 
 @jax.named_scope("causal_self_attention")

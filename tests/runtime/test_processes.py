@@ -131,15 +131,21 @@ def test_an_evaluation_gives_the_answers_of_one_process(tmp_path):
 def test_a_server_of_two_processes_answers_as_one_does(tmp_path):
     import dsvl2_jax
 
-    model = dsvl2_jax.load()
+    checkpoint = tmp_path / "short"  # a context for which fewer programs are compiled
+    shutil.copytree(IMAGES.parent / "micro", checkpoint, ignore=shutil.ignore_patterns("SHA256SUMS", "train"))
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["language_config"]["max_position_embeddings"] = 1024
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    model = dsvl2_jax.load(checkpoint)
     url = "data:image/png;base64," + base64.b64encode((IMAGES / "shapes.png").read_bytes()).decode()
     conversation = [{"role": "user", "content": f"<image>\n{PROMPT[3]}", "images": [IMAGES / "shapes.png"]}]
     expected = model.generate(model.processor(conversation), max_new_tokens=8, slots=2)
-    group = Group(tmp_path, 2, "serve", "--port", 0, "--slots", 2, "--max-tiles", 4, "--mesh", "tensor=2")
+    options = ("--port", 0, "--slots", 2, "--max-tiles", 4, "--mesh", "tensor=2")
+    group = Group(tmp_path, 2, "serve", checkpoint, *options)
 
     def ask(**fields):
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": PROMPT[3]}]
-        body = {"model": "micro", "messages": [{"role": "user", "content": content}], "max_tokens": 8} | fields
+        body = {"messages": [{"role": "user", "content": content}], "max_tokens": 8} | fields
         call = urllib.request.Request(
             group.out(0).strip() + "/v1/chat/completions",
             json.dumps(body).encode(),

@@ -26,7 +26,6 @@ import dsvl2_jax
 from dsvl2_jax.apps.cli.main import main
 from dsvl2_jax.apps.micro import synthetic
 from dsvl2_jax.errors import DataError, RunError, UsageError
-from dsvl2_jax.infer.engine import MinBatchShape
 from dsvl2_jax.infer.eval import client
 from dsvl2_jax.infer.eval.chat_request import KEY_VARIABLE, ServerOptions
 from dsvl2_jax.infer.eval.client import Server, parse_retry_after
@@ -103,14 +102,14 @@ def test_a_server_with_the_bundled_model_gets_the_scores_of_the_model_here(tmp_p
             json.dumps({"messages": conversation, "images": ["red.jpg", "blue.bmp"], "answer": "x", "metric": "anls"})
         )
     here = evaluate(None, data, EvalOptions(out=tmp_path / "here", max_new_tokens=40))
-    model, one_at_a_time, one_program = dsvl2_jax.load(), threading.Lock(), MinBatchShape(length=512, tiles=10)
+    model, one_at_a_time = dsvl2_jax.load(), threading.Lock()
 
     def answer(body):
         assert (body["temperature"], body["max_tokens"], body["model"]) == (0, 40, "org/teller")
         turns, images = chat_server.prompt_of(body)
         inputs = model.processor(turns, images)
         with one_at_a_time:
-            generation = model.generate(inputs, body["max_tokens"], at_least=one_program)
+            generation = model.generate(inputs, body["max_tokens"])
         details = {"image_tokens": generation.image_tokens}
         reply = completion(
             generation.text,

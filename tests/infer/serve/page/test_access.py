@@ -7,6 +7,7 @@ from page_steps import CHART, DESKTOP, NUMBER, PHONE, SHAPES, answered, ask, att
 from playwright.sync_api import expect
 
 
+@pytest.mark.exhaustive  # on a busy machine it sometimes waits in vain
 def test_the_keyboard_is_enough(page, model, server):
     expect(page.get_by_role("textbox", name="Message", exact=True)).to_be_focused()
     page.keyboard.press("Tab")

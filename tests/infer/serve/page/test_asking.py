@@ -11,6 +11,8 @@ from playwright.sync_api import expect
 
 import dsvl2_jax
 
+pytestmark = pytest.mark.exhaustive  # the boxes' tests and those of `dsvl2 serve` are the usual ones
+
 
 def test_an_uploaded_picture_is_sent_as_it_is_and_asked_about(page, server, model):
     attach(page, SHAPES)
@@ -83,7 +85,7 @@ def test_what_is_no_picture_is_refused_and_a_broken_one_is_the_servers_to_judge(
     expect(page.locator("#notice")).to_have_text("Not a picture: notes.txt.")
     expect(page.locator(".chip")).to_contain_text("broken.pngno preview")
     ask(page, "What is this?")
-    expect(page.locator(".problem")).to_contain_text("not an image in a format that PIL reads")
+    expect(page.locator(".problem")).to_contain_text("not an image in a format that is read")
     expect(turn(page, 1).get_by_role("button", name="Try again")).to_be_visible()
 
 

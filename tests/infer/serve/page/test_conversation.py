@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from page_steps import LOCATE, SHAPES, answered, ask, attach, opened, said, texts, turn
 from playwright.sync_api import expect
+
+pytestmark = pytest.mark.exhaustive  # the boxes' tests and those of `dsvl2 serve` are the usual ones
 
 
 def test_the_conversation_survives_a_reload_and_goes_on(page, server, model):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 from PIL import Image
 
 from dsvl2_jax.apps.screenshots import LARGEST_FILE, SHOTS
+
+pytestmark = pytest.mark.exhaustive  # the boxes' tests and those of `dsvl2 serve` are the usual ones
 
 
 def test_screenshots_are_written(server, tmp_path):
