@@ -114,7 +114,7 @@ def test_the_same_tokens_are_asked_for_and_counted(measured):
     assert found["series"]["clients"] == [1, 3]
     requests = len(found["series"]["half load, text"]) + len(found["series"]["half load, picture"])
     assert f"{requests} in all" in figure(found, "half load: time to first token over")["note"]
-    assert figure(found, "first turn, ")["what"].startswith("first turn, 3 tiles")
+    assert figure(found, "first turn, ")["what"].startswith("first turn, 2 tiles")
     assert len(found["series"]["second turn"]) == 2
 
 
