@@ -24,12 +24,25 @@ _RAMP = 0.2  # of the measured time, before it: answers begin at different times
 
 @dataclasses.dataclass
 class ClosedLoop:
-    """Clients that each ask again as soon as they have their answer, and what came within the measured time."""
+    """Clients that each ask again as soon as they have their answer, and what came within the measured time.
+
+    It ends at ``end``, or where the server is slow, when each client has had an answer, and one of them two.
+    """
 
     clients: int
     begin: float
     end: float
     replies: list[Reply] = dataclasses.field(default_factory=list)
+    _over: bool = False
+
+    def over(self) -> bool:
+        """Whether nobody should ask any more; fixes the measured time's end."""
+        now = time.perf_counter()
+        if self._over or now < self.end:
+            return self._over
+        self._over = sum(reply.ended >= self.begin for reply in self.replies) > self.clients
+        self.end = max(self.end, now)
+        return self._over
 
     def _per_second(self, count: int) -> float:
         return count / (self.end - self.begin)
@@ -121,7 +134,7 @@ class Load:
             loop = ClosedLoop(clients, begin, begin + seconds)
 
             async def work() -> None:
-                while time.perf_counter() < loop.end:
+                while not loop.over():
                     _, body = next(bodies)
                     loop.replies.append(await self.ask(body))
 

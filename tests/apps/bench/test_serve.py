@@ -114,7 +114,7 @@ def test_the_same_tokens_are_asked_for_and_counted(measured):
     assert found["series"]["clients"] == [1, 3]
     requests = len(found["series"]["half load, text"]) + len(found["series"]["half load, picture"])
     assert f"{requests} in all" in figure(found, "half load: time to first token over")["note"]
-    assert figure(found, "first turn, ")["what"].startswith("first turn, 3 tiles")
+    assert figure(found, "first turn, ")["what"].startswith("first turn, 2 tiles")
     assert len(found["series"]["second turn"]) == 2
 
 
@@ -238,6 +238,16 @@ def test_throughput_counts_what_came_within_the_time():
     loop = ClosedLoop(2, 1.0, 3.0, replies)
     assert loop.tokens_per_second == (8 + 8 + 1 + 8) / 2 and loop.requests_per_second == 0.5
     assert loop.first_tokens == pytest.approx([0.4]) and loop.per_token == pytest.approx([1.2 / 16])
+
+
+def test_throughput_is_measured_until_there_is_something_to_measure():
+    loop = ClosedLoop(1, begin=-2.0, end=-1.0)
+    loop.replies.append(Reply(sent=-3.0, ended=-1.5))
+    assert not loop.over()
+    loop.replies.append(Reply(sent=-1.5, ended=4.0))
+    assert loop.over() and loop.end > 0
+    end = loop.end
+    assert loop.over() and loop.end == end
 
 
 def test_figures_say_whether_their_aim_is_reached():
