@@ -34,7 +34,7 @@ class Running:
 
     @property
     def http(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60, trust_env=False)
+        return httpx.Client(base_url=self.url, timeout=600, trust_env=False)
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Calls a function in the server's loop."""

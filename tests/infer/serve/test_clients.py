@@ -14,7 +14,7 @@ QUESTION = "What colour is the circle?"
 
 @pytest.fixture
 def client(running):
-    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=600) as client:
         yield client
 
 
@@ -66,7 +66,7 @@ def test_a_conversation_goes_on_with_what_came_before(client, running, shapes_ur
 
 def test_many_at_once_asynchronously(running, shapes_url, expected):
     async def ask():
-        async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="none", timeout=60) as client:
+        async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="none", timeout=600) as client:
 
             async def one():
                 stream = await client.chat.completions.create(model="micro", messages=about(shapes_url), stream=True)
