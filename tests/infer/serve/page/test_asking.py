@@ -159,7 +159,8 @@ def test_an_api_key_is_asked_for_when_the_server_wants_one(context, server):
     expect(page.locator("#refused")).to_contain_text("Incorrect API key.")
     expect(page.get_by_label("API key")).to_be_focused()
     page.keyboard.type("wrong")
-    page.keyboard.press("Enter")
+    with page.expect_response("**/v1/models"):
+        page.keyboard.press("Enter")
     expect(page.get_by_label("API key")).to_have_value("")
     expect(page.get_by_label("API key")).to_be_focused()
     page.keyboard.type("secret")
