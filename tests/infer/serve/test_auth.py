@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import time
 
 import pytest
 from hypothesis import given
@@ -63,6 +64,9 @@ def test_the_log_names_owners_and_holds_no_key_prompt_or_query(locked, caplog):
     body = {"messages": [{"role": "user", "content": "a secret question"}], "max_tokens": 1}
     assert locked.http.post("/v1/chat/completions?key=sk-query", json=body, headers=headers).status_code == 200
     locked.http.post("/v1/chat/completions", json={"messages": "a secret question"}, headers=headers)
+    end = time.monotonic() + 60
+    while "POST /v1/chat/completions 400" not in caplog.text and time.monotonic() < end:
+        time.sleep(0.01)  # the line is written once the answer has been sent
     assert "POST /v1/chat/completions 200" in caplog.text and " ann req_" in caplog.text
     assert "POST /v1/chat/completions 400" in caplog.text
     for word in ("sk-", "secret"):
