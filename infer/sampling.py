@@ -90,10 +90,6 @@ class SamplingArrays:
     bias_ids: jax.Array  # i32[B, MAX_BIASES]; the largest number where there is none
     biases: jax.Array  # f32[B, MAX_BIASES]
 
-    @staticmethod
-    def bias_shape(rows: int) -> tuple[int, int]:
-        return rows, MAX_BIASES
-
     @classmethod
     def of(cls, params: Sequence[SamplingParams], choices: Sequence[int] | None = None) -> SamplingArrays:
         """numpy arrays, a row for each; ``choices``: which of several answers to one question, 0 if None."""

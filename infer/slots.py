@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from dsvl2_jax.infer.sampling import MAX_TOP_LOGPROBS, SamplingArrays, adjust, choose
+from dsvl2_jax.infer.sampling import MAX_BIASES, MAX_TOP_LOGPROBS, SamplingArrays, adjust, choose
 from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model.cache import init_cache
 from dsvl2_jax.model.config import Config
@@ -64,7 +64,7 @@ def init_slots(config: Config, slots: int, cache_length: int, dtype: DTypeLike) 
     vocab = config.language.vocab_size
     zeros = jnp.zeros(slots, jnp.int32)
     number, whole = jnp.zeros(slots, jnp.float32), jnp.zeros(slots, jnp.uint32)
-    wide = functools.partial(jnp.zeros, SamplingArrays.bias_shape(slots))
+    wide = functools.partial(jnp.zeros, (slots, MAX_BIASES))
     sampling = SamplingArrays(
         temperature=number,
         top_p=number,

@@ -29,9 +29,9 @@ ATTENTION_OUTPUT = "attention_output"  # its name for rematerialisation policies
 # Scores are held for this many queries at a time: [B, H, 512, S] instead of [B, H, T, S].
 QUERY_BLOCK = 512
 
-KEY_BLOCK = (
-    256  # keys that a decode step attends to at a time; a cache has two blocks at least, or XLA multiplies otherwise
-)
+# Keys that a decode step attends to at a time. The engine's caches have two blocks at least: XLA on CPUs multiplies one
+# block, without a batch, otherwise than each of several.
+KEY_BLOCK = 256
 
 CAUSAL_CHUNKS = 4
 MIN_CHUNKED = 512  # shorter rows are attended to whole

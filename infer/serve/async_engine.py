@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dsvl2_jax import fields
 from dsvl2_jax.errors import DSVL2Error, UsageError
 from dsvl2_jax.fields import Problem, setting
+from dsvl2_jax.infer.buckets import cache_bucket
 from dsvl2_jax.infer.constraints import GrammarCompiler
 from dsvl2_jax.infer.engine import SLOTS, Model
 from dsvl2_jax.infer.request import Delta, FailedError, RefusedError, Request
@@ -128,7 +129,7 @@ def make_scheduler(model: Model, options: EngineOptions) -> Scheduler:
     return Scheduler(
         model,
         model.whole_slots(options.slots),
-        -(-context // PAGE) * PAGE,
+        cache_bucket(context, PAGE, context),
         prefix_bytes=options.prefix_bytes,
         feature_bytes=options.feature_bytes,
     )

@@ -9,12 +9,11 @@ from types import MappingProxyType
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
-from dsvl2_jax.infer.serve.answers import Answers, News, Usage, Wanted, ask, unless_gone
+from dsvl2_jax.infer.serve.answers import Answers, News, Usage, Wanted, ask
 from dsvl2_jax.infer.serve.bodies import STREAMED, described, read_body
 from dsvl2_jax.infer.serve.errors import ApiError, SafeRoute
-from dsvl2_jax.infer.serve.events import DONE, EventStream, begun, event, stream_error
+from dsvl2_jax.infer.serve.events import DONE, event, respond, stream_error
 from dsvl2_jax.infer.serve.grammars import Constraint, constraint
 from dsvl2_jax.infer.serve.prompts import Picture, Text, Turn, chat_prompt, message_parts
 from dsvl2_jax.infer.serve.schemas import Streamed
@@ -45,19 +44,16 @@ async def chat_completions(request: Request) -> Response:
         constraint=constraint_of(body),
     )
 
-    async def work() -> tuple[Answers, AsyncIterator[News] | None]:
+    async def asked() -> Answers:
         prompt = await chat_prompt(serving, turns(body.messages), "messages")
-        answers = await ask(serving, request, body, [prompt], wanted, arrived)
-        if body.stream:
-            return answers, await begun(answers)
-        await answers.finish()
-        return answers, None
+        return await ask(serving, request, body, [prompt], wanted, arrived)
 
-    answers, news = await unless_gone(request, work())
-    reply = _Reply(serving, body, answers, "chat.completion")
-    if news is None:
-        return JSONResponse(reply.whole())
-    return EventStream(answers, reply.events(news))
+    return await respond(
+        request,
+        stream=bool(body.stream),
+        asked=asked,
+        reply=lambda answers: _Reply(serving, body, answers, "chat.completion"),
+    )
 
 
 def turns(messages: list[Message], field: str = "messages") -> list[Turn]:

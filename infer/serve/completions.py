@@ -8,14 +8,13 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
 from dsvl2_jax.infer.serve import logprobs
-from dsvl2_jax.infer.serve.answers import Answers, News, Wanted, ask, unless_gone
+from dsvl2_jax.infer.serve.answers import Answers, News, Wanted, ask
 from dsvl2_jax.infer.serve.bodies import STREAMED, described, read_body
 from dsvl2_jax.infer.serve.chat import check_stream_options, constraint_of, usage_object
 from dsvl2_jax.infer.serve.errors import SafeRoute
-from dsvl2_jax.infer.serve.events import DONE, EventStream, begun, event, stream_error
+from dsvl2_jax.infer.serve.events import DONE, event, respond, stream_error
 from dsvl2_jax.infer.serve.prompts import Prompt, text_prompt, token_prompt
 from dsvl2_jax.infer.serve.schemas_chat import CompletionRequest
 from dsvl2_jax.infer.serve.state import Serving, serving_of
@@ -41,18 +40,12 @@ async def completions(request: Request) -> Response:
         constraint=constraint_of(body),
     )
 
-    async def work() -> tuple[Answers, AsyncIterator[News] | None]:
-        answers = await ask(serving, request, body, await _prompts(serving, body), wanted, arrived)
-        if body.stream:
-            return answers, await begun(answers)
-        await answers.finish()
-        return answers, None
+    async def asked() -> Answers:
+        return await ask(serving, request, body, await _prompts(serving, body), wanted, arrived)
 
-    answers, news = await unless_gone(request, work())
-    reply = _Reply(serving, body, answers)
-    if news is None:
-        return JSONResponse(reply.whole())
-    return EventStream(answers, reply.events(news))
+    return await respond(
+        request, stream=bool(body.stream), asked=asked, reply=lambda answers: _Reply(serving, body, answers)
+    )
 
 
 async def _prompts(serving: Serving, body: CompletionRequest) -> list[Prompt]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, Protocol
 
-from fastapi.responses import StreamingResponse
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from dsvl2_jax.infer.serve.answers import Answers, News
+from dsvl2_jax.infer.serve.answers import Answers, News, unless_gone
 from dsvl2_jax.infer.serve.errors import ApiError, api_error
 
 logger = logging.getLogger("dsvl2.serve")
@@ -40,6 +41,38 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._answers.close()
+
+
+class Reply(Protocol):
+    """The objects that a request is answered with."""
+
+    def whole(self) -> Mapping[str, Any]:
+        """All at once, when the answers have ended."""
+
+    def events(self, news: AsyncIterator[News]) -> AsyncIterator[bytes]:
+        """One after the other."""
+
+
+async def respond(
+    http: Request, *, stream: bool, asked: Callable[[], Awaitable[Answers]], reply: Callable[[Answers], Reply]
+) -> Response:
+    """Answers a request whole or as a stream of events; a client that goes away before ends what was begun.
+
+    Args:
+      asked: asks the engine.
+      reply: makes the reply of what was asked for.
+    """
+
+    async def work() -> tuple[Answers, AsyncIterator[News] | None]:
+        answers = await asked()
+        if stream:
+            return answers, await begun(answers)
+        await answers.finish()
+        return answers, None
+
+    answers, news = await unless_gone(http, work())
+    told = reply(answers)
+    return JSONResponse(told.whole()) if news is None else EventStream(answers, told.events(news))
 
 
 async def begun(answers: Answers) -> AsyncIterator[News]:

@@ -8,12 +8,11 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
-from dsvl2_jax.infer.serve.answers import Answers, News, Wanted, ask, unless_gone
+from dsvl2_jax.infer.serve.answers import Answers, News, Wanted, ask
 from dsvl2_jax.infer.serve.bodies import STREAMED, described, read_body
 from dsvl2_jax.infer.serve.errors import ApiError, SafeRoute
-from dsvl2_jax.infer.serve.events import EventStream, begun, event, stream_error
+from dsvl2_jax.infer.serve.events import event, respond, stream_error
 from dsvl2_jax.infer.serve.grammars import constraint
 from dsvl2_jax.infer.serve.prompts import Picture, Text, Turn, chat_prompt, message_parts
 from dsvl2_jax.infer.serve.schemas_responses import InputText, ResponsesRequest
@@ -39,19 +38,13 @@ async def responses(request: Request) -> Response:
         constraint=constraint(body, form and form.type, schema, "text.format.schema" if schema else "text.format"),
     )
 
-    async def work() -> tuple[Answers, AsyncIterator[News] | None]:
+    async def asked() -> Answers:
         prompt = await chat_prompt(serving, turns(body), "input")
-        answers = await ask(serving, request, body, [prompt], wanted, arrived)
-        if body.stream:
-            return answers, await begun(answers)
-        await answers.finish()
-        return answers, None
+        return await ask(serving, request, body, [prompt], wanted, arrived)
 
-    answers, news = await unless_gone(request, work())
-    reply = _Reply(serving, body, answers)
-    if news is None:
-        return JSONResponse(reply.whole())
-    return EventStream(answers, reply.events(news))
+    return await respond(
+        request, stream=bool(body.stream), asked=asked, reply=lambda answers: _Reply(serving, body, answers)
+    )
 
 
 def turns(body: ResponsesRequest) -> list[Turn]:

@@ -64,12 +64,10 @@ def answer_alone(
     from dsvl2_jax.infer.loading import LoadOptions, load
     from dsvl2_jax.infer.request import Request
     from dsvl2_jax.infer.sampling import SamplingParams
-    from dsvl2_jax.infer.scheduler import Scheduler
-    from dsvl2_jax.infer.slots import PAGE
+    from dsvl2_jax.infer.serve.async_engine import EngineOptions, make_scheduler
 
     model = load(ckpt, LoadOptions(dtype, mesh))
-    context = model.config.language.max_position_embeddings
-    scheduler = Scheduler(model, model.whole_slots(slots), -(-context // PAGE) * PAGE)
+    scheduler = make_scheduler(model, EngineOptions(slots=slots, prefix_bytes=0, feature_bytes=0))
     eos, answers = model.processor.tokenizer.eos_id, []
     for body in bodies:
         inputs = model.processor(*conversation(body))

@@ -42,7 +42,7 @@ def generate(
         prompt: the user's text. <image> marks where each image goes; without it the images come first.
         image: image files, in order; may be given several times.
         stop: end the answer before this string; may be given several times.
-        chunk_size: prefill this many tokens at a time, to bound memory.
+        chunk_size: prefill this many tokens at a time, to bound memory; 512 without it, and at most.
         json: print one JSON object instead of streaming text.
         draw: write the last image with the answer's boxes drawn.
     """
