@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import dsvl2_jax
 from dsvl2_jax.checkpoint.load import load_params
 from dsvl2_jax.checkpoint.locate import open_model, resolve
 from dsvl2_jax.errors import ConversationError, DSVL2Error, UsageError
@@ -34,6 +35,7 @@ from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import Params
 from dsvl2_jax.runtime.compile_cache import enable_compilation_cache
+from dsvl2_jax.runtime.stored_programs import StoredPrograms
 from dsvl2_jax.runtime.timing import Timing, compile_log
 
 SLOTS = 8  # answers that grow at a time, in serving too: the same shapes give the same bits
@@ -73,6 +75,7 @@ class Model:
         self.mesh = mesh
         self._mean = np.asarray(processor.config.image_mean, np.float32)
         self._std = np.asarray(processor.config.image_std, np.float32)
+        self._programs: StoredPrograms | None = None
         compile_log()
 
     @property
@@ -81,6 +84,20 @@ class Model:
 
     def on_mesh(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def store_programs(self, folder: Path | None = None) -> None:
+        """Keeps the engine's programs on disk from now on; see `StoredPrograms`. Not where processes share the model."""
+        devices = jax.tree.leaves(self.params)[0].sharding.device_set
+        if all(device.process_index == jax.process_index() for device in devices):
+            sources = [Path(dsvl2_jax.__file__).parent, Path(__file__).parent]
+            self._programs = StoredPrograms(list(devices), sources, folder)
+
+    def run(self, function: Callable, static: Mapping[str, Any], **arrays: Any) -> Any:
+        """A jitted function of keyword arguments, of which ``static`` are the static ones, on the model's mesh."""
+        with self.on_mesh():
+            if self._programs is None:
+                return function(**static, **arrays)
+            return self._programs.call(function, static, arrays)
 
     def fetch(self, arrays: Any) -> Any:
         """A tree of arrays as numpy: the same in every process, though each holds only a part of them."""
@@ -267,7 +284,8 @@ class Model:
         """Adaptor outputs of tiles already padded to a bucket."""
         if padded_tiles.shape[0] == 0:
             return jnp.zeros((0, self.config.tokens_per_tile, self.config.language.hidden_size), self.dtype)
-        return adapt_tiles(self.params, self.config, padded_tiles, self._mean, self._std)
+        arrays = {"params": self.params, "tiles": padded_tiles, "mean": self._mean, "std": self._std}
+        return self.run(adapt_tiles, {"config": self.config}, **arrays)
 
     def _batch(self, prompts: list[ModelInputs]) -> Batch:
         """Pads prompts to the buckets that programs are compiled for."""

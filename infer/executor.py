@@ -5,10 +5,9 @@ Arguments are numbers and numpy arrays, so that what one process does another ca
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -53,8 +52,8 @@ class LoadedModel(Protocol):
     @property
     def dtype(self) -> str: ...
 
-    def on_mesh(self) -> contextlib.AbstractContextManager:
-        """In which its programs are called."""
+    def run(self, function: Callable, static: Mapping[str, Any], **arrays: Any) -> Any:
+        """A jitted function of keyword arguments, of which ``static`` are the static ones, on the model's mesh."""
 
     def features(self, padded_tiles: np.ndarray) -> jax.Array:
         """u8[N, S, S, 3] of a bucket's size → [N, tokens per tile, D]."""
@@ -90,9 +89,11 @@ class Executor:
         config, dtype = self.model.config, self.model.dtype
         self._features.clear()
         self._pages.clear()
-        with self.model.on_mesh():
-            self._state = self._put(_init_slots(config, self.slots, self.cache_length, dtype))
-            self._table = self._put(_init_features(config, self._tiles, dtype))
+        shape = {"slots": self.slots, "cache_length": self.cache_length}
+        self._state = self._put(self.model.run(_init_slots, {"config": config, "dtype": dtype, **shape}))
+        self._table = self._put(
+            self.model.run(_init_features, {"config": config, "tiles": self._tiles, "dtype": dtype})
+        )
         self.new_row()
 
     def new_row(self) -> None:
@@ -100,14 +101,18 @@ class Executor:
 
         So nothing of an earlier prompt stays in either: zero times a number that is none would be none.
         """
-        with self.model.on_mesh():
-            self._row = self._put(_init_row(self.model.config, 1, self.cache_length, self.model.dtype))
+        shape = {"slots": 1, "cache_length": self.cache_length}
+        static = {"config": self.model.config, "dtype": self.model.dtype, **shape}
+        self._row = self._put(self.model.run(_init_row, static))
 
     def _put(self, arrays: Any) -> Any:
         """Arrays that are bound to the model's device, as all results of programs are: others would be new programs."""
-        if self.model.mesh is not None:
-            return arrays
-        return jax.device_put(arrays, jax.tree.leaves(self.model.params)[0].sharding)
+        return arrays if self.model.mesh is not None else jax.device_put(arrays, self._device)
+
+    @functools.cached_property
+    def _device(self) -> jax.Device:
+        """The model's first."""
+        return min(jax.tree.leaves(self.model.params)[0].sharding.device_set, key=lambda device: device.id)
 
     @property
     def most_tiles(self) -> int:
@@ -131,33 +136,40 @@ class Executor:
         width = config.tokens_per_tile * config.language.hidden_size
         return self.tile_bucket(tiles) * width * jnp.dtype(self.model.dtype).itemsize
 
-    def decode_lengths(self) -> list[int]:
-        """Lengths of the cache that decode programs are made for."""
+    @functools.cached_property
+    def _read_lengths(self) -> list[int]:
+        """Lengths of a cache's beginning that programs are made for, which read it whole."""
         lengths = [PAGE << i for i in range(8) if PAGE << i < self.cache_length]
         return [*lengths, self.cache_length]
+
+    @functools.cached_property
+    def decode_lengths(self) -> list[int]:
+        """The same for decoding: one, where `decode_attention` reads no more of the cache than is needed."""
+        loops = self.model.mesh is None and self._device.platform == "cpu"
+        return [self.cache_length] if loops else self._read_lengths
 
     def encode(self, key: Hashable, tiles: np.ndarray) -> None:
         """u8[N, S, S, 3] → features, kept under ``key`` until `drop_features`."""
         count = self.tile_bucket(len(tiles))
         padded = np.pad(tiles, ((0, count - len(tiles)), (0, 0), (0, 0), (0, 0)))
-        with self.model.on_mesh():
-            self._features[key] = self.model.features(padded)
+        self._features[key] = self.model.features(padded)
 
     def drop_features(self, key: Hashable) -> None:
         del self._features[key]
 
     def place(self, key: Hashable, first_tile: int) -> None:
         """Puts kept features among those of the prompt that is being prefilled."""
-        with self.model.on_mesh():
-            self._table = _place_features(self._table, self._features[key], np.int32(first_tile))
+        self._table = self.model.run(
+            _place_features, {}, table=self._table, features=self._features[key], first_tile=np.int32(first_tile)
+        )
 
     def put_page(self, key: Hashable, page: int) -> None:
-        with self.model.on_mesh():
-            self._row = _put_page(self._row, self._pages[key], np.int32(page))
+        self._row = self.model.run(
+            _put_page, {}, row=self._row, contents=self._pages[key], page=np.int32(page)
+        )
 
     def take_page(self, key: Hashable, page: int) -> None:
-        with self.model.on_mesh():
-            self._pages[key] = _take_page(self._row, np.int32(page))
+        self._pages[key] = self.model.run(_take_page, {}, row=self._row, page=np.int32(page))
 
     def drop_page(self, key: Hashable) -> None:
         del self._pages[key]
@@ -168,19 +180,18 @@ class Executor:
         pad = (0, size - len(ids))
         ids_bt = np.pad(ids, pad)[None]
         index_bt = np.pad(image_index, pad, constant_values=TEXT_POSITION)[None]
-        read = None if start == 0 else next(n for n in self.decode_lengths() if start + size <= n)
-        with self.model.on_mesh():
-            self._logits, self._row = _prefill_chunk(
-                self.model.params,
-                self.model.config,
-                ids_bt.astype(np.int32),
-                index_bt.astype(np.int32),
-                self._table,
-                np.int32(len(ids)),
-                np.int32(start),
-                self._row,
-                read_length=read,
-            )
+        read = None if start == 0 else next(n for n in self._read_lengths if start + size <= n)
+        self._logits, self._row = self.model.run(
+            _prefill_chunk,
+            {"config": self.model.config, "read_length": read},
+            params=self.model.params,
+            ids_bt=ids_bt.astype(np.int32),
+            image_index_bt=index_bt.astype(np.int32),
+            features=self._table,
+            length=np.int32(len(ids)),
+            start=np.int32(start),
+            row=self._row,
+        )
 
     def insert(
         self,
@@ -196,19 +207,19 @@ class Executor:
         seen = np.zeros((1, vocab), np.bool_)
         seen[0, ids] = True
         allowed_bv = np.ones((1, vocab), np.bool_) if allowed is None else allowed[None]
-        with self.model.on_mesh():
-            self._state, step = _insert(
-                self._state,
-                np.int32(slot),
-                self._row,
-                self._logits,
-                seen,
-                allowed_bv,
-                SamplingArrays.of([sampling], [choice]),
-                np.int32(len(ids)),
-                np.int32(limit),
-                eos=self.eos,
-            )
+        self._state, step = self.model.run(
+            _insert,
+            {"eos": self.eos},
+            state=self._state,
+            slot=np.int32(slot),
+            row=self._row,
+            logits_bv=self._logits,
+            seen_bv=seen,
+            allowed_bv=allowed_bv,
+            sampling=SamplingArrays.of([sampling], [choice]),
+            length=np.int32(len(ids)),
+            limit=np.int32(limit),
+        )
         return step
 
     def decode(self, budget: np.ndarray, allowed: np.ndarray | None, needed: int, *, top: bool) -> Steps:
@@ -219,17 +230,20 @@ class Executor:
           needed: positions that the steps read or write.
           top: whether the most likely tokens are told; with ``allowed`` they always are.
         """
-        with self.model.on_mesh():
-            self._state, steps = _decode_group(
-                self.model.params,
-                self.model.config,
-                self._state,
-                budget,
-                allowed,
-                eos=self.eos,
-                cache_length=next(n for n in self.decode_lengths() if needed <= n),
-                top=top or allowed is not None,
-            )
+        length = next(n for n in self.decode_lengths if needed <= n)
+        self._state, steps = self.model.run(
+            _decode_group,
+            {
+                "config": self.model.config,
+                "eos": self.eos,
+                "cache_length": length,
+                "top": top or allowed is not None,
+            },
+            params=self.model.params,
+            state=self._state,
+            budget_b=budget,
+            allowed_bv=allowed,
+        )
         return steps
 
     def fetch(self, steps: Steps) -> Steps:
@@ -253,9 +267,8 @@ class Executor:
             self.encode(None, np.zeros((count, side, side, 3), np.uint8))
             self.place(None, 0)
             self.drop_features(None)
-        lengths = self.decode_lengths()
         for size in CHUNKS:
-            starts = [0, *(n - PAGE for n in lengths if n > PAGE)]
+            starts = [0, *(n - PAGE for n in self._read_lengths if n > PAGE)]
             for start in starts:
                 say(f"prefill, {size} tokens from {start}")
                 self.prefill(np.zeros(size, np.int32), np.full(size, TEXT_POSITION, np.int32), start)
@@ -265,7 +278,7 @@ class Executor:
         self.drop_page(None)
         self.fetch(self.insert(0, np.zeros(1, np.int32), 1, SamplingParams(), 0, None))
         budget = np.zeros(self.slots, np.int32)
-        for length in lengths:
+        for length in self.decode_lengths:
             for top, allowed in ((False, None), (True, None), (True, np.ones((self.slots, vocab), np.bool_))):
                 say(f"decoding, cache of {length}" + (", log-probabilities" if top else ""))
                 self.fetch(self.decode(budget, allowed, length, top=top))

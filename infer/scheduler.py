@@ -1,7 +1,8 @@
 """Continuous batching: answers join and leave between groups of decode steps (Orca, OSDI 2022).
 
-A turn is at most one picture encoded or one chunk of a prompt prefilled, and one group of decode steps. The next turn's
-work is given to the device before the last one's results are fetched, so that neither waits for the other.
+A turn is at most one picture encoded or one chunk of a prompt prefilled, and one group of decode steps: a short one
+while a prompt that takes no more than two turns is to be prefilled. The next turn's work is given to the device before the last one's results are
+fetched, so that neither waits for the other.
 
 What is done depends on the requests and their order alone, never on the clock: processes that share a model all make
 the same turns.
@@ -27,6 +28,10 @@ from dsvl2_jax.infer.slots import GROUP, PAGE, Steps
 from dsvl2_jax.infer.stores import Store
 from dsvl2_jax.inputs.processor import ModelInputs
 from dsvl2_jax.runtime.timing import Timing
+
+
+_SHORT_GROUP = 4  # steps of a group while a short prompt is to be prefilled
+_SHORT_PROMPT = 2  # turns that one takes at most
 
 
 @dataclasses.dataclass(eq=False)
@@ -96,6 +101,11 @@ class FairQueue:
 
     def __iter__(self) -> Iterator[Ticket]:
         return (ticket for waiting in self._by_owner.values() for ticket in waiting)
+
+    @property
+    def first(self) -> Ticket:
+        """What `pop` would give."""
+        return next(iter(self._by_owner.values()))[0]
 
     def push(self, ticket: Ticket) -> None:
         self._by_owner.setdefault(ticket.request.owner, collections.deque()).append(ticket)
@@ -192,13 +202,15 @@ class Scheduler:
 
     def turn(self) -> list[Event]:
         """Gives the device its next work, then fetches what the turn before gave it."""
+        return [event for events in self.advance() for event in events]
+
+    def advance(self) -> Iterator[list[Event]]:
+        """A turn whose events come as soon as each program has ended: a first token does not wait for a group."""
         fetched, self._given = self._given, []
         self._advance_prefill()
         self._decode()
-        events: list[Event] = []
         for steps, rows in fetched:
-            self._receive(self.executor.fetch(steps), rows, events)
-        return events
+            yield self._receive(self.executor.fetch(steps), rows)
 
     def reset(self, error: DSVL2Error) -> list[Event]:
         """After a failure of the device: what was running has failed, what waits stays."""
@@ -281,15 +293,27 @@ class Scheduler:
 
     # Decode
 
+    def _upcoming(self) -> Ticket | None:
+        """Whose prompt the next turn prefills."""
+        if self._prefill is not None:
+            return self._prefill.ticket
+        return self.queue.first if self.queue and None in self.rows else None
+
+    def _turns(self, ticket: Ticket) -> int:
+        """That a prompt takes of which nothing is kept."""
+        return len(ticket.request.image_digests) + -(-ticket.length // self.chunk)
+
     def _decode(self) -> None:
         budget = np.zeros(len(self.rows), np.int32)
+        upcoming = self._upcoming()
+        group = _SHORT_GROUP if upcoming is not None and self._turns(upcoming) <= _SHORT_PROMPT else GROUP
         prefilling = None if self._prefill is None else self._prefill.slot
         rows: list[tuple[int, int, Ticket]] = []
         for slot, ticket in enumerate(self.rows):
             if ticket is None or slot == prefilling or ticket.position >= ticket.limit:
                 continue
             if ticket.matcher is None:
-                budget[slot] = GROUP
+                budget[slot] = group
             elif ticket.allowed is not None:
                 budget[slot] = 1
             else:
@@ -312,7 +336,8 @@ class Scheduler:
 
     # Results
 
-    def _receive(self, steps: Steps, rows: list[tuple[int, int, Ticket]], events: list[Event]) -> None:
+    def _receive(self, steps: Steps, rows: list[tuple[int, int, Ticket]]) -> list[Event]:
+        events: list[Event] = []
         for row, slot, ticket in rows:
             if ticket.done:
                 continue
@@ -327,6 +352,7 @@ class Scheduler:
                     events.append((ticket, None))
             if ticket.done and self.rows[slot] is ticket:
                 self.rows[slot] = None
+        return events
 
     def _extend(self, ticket: Ticket, steps: Steps, row: int, count: int) -> Delta:
         answer, before = ticket.answer, len(ticket.answer.tokens)

@@ -253,7 +253,9 @@ def next_state(
       active_b: bool[B]. allowed_bv: bool[B, V], tokens that may come; None: all.
       top: static, whether the most likely tokens are told too.
     """
-    logits_bv, cache = model.decode_step(params, config, state.tokens, state.positions, state.cache, active_b)
+    # A free row is as if it began: attention need not go over what is left in it.
+    at_b = jnp.where(state.finished, 0, state.positions)
+    logits_bv, cache = model.decode_step(params, config, state.tokens, at_b, state.cache, active_b)
     # What follows differs from program to program; the model's own part is to be compiled alike in all of them.
     logits_bv, cache = lax.optimization_barrier((logits_bv, cache))
     positions_b = state.positions + active_b

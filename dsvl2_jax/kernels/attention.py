@@ -29,9 +29,8 @@ ATTENTION_OUTPUT = "attention_output"  # its name for rematerialisation policies
 # Scores are held for this many queries at a time: [B, H, 512, S] instead of [B, H, T, S].
 QUERY_BLOCK = 512
 
-# Keys that a decode step attends to at a time. The engine's caches have two blocks at least: XLA on CPUs multiplies one
-# block, without a batch, otherwise than each of several.
-KEY_BLOCK = 256
+# Keys that a decode step attends to at a time.
+KEY_BLOCK = 128
 
 CAUSAL_CHUNKS = 4
 MIN_CHUNKED = 512  # shorter rows are attended to whole
@@ -115,7 +114,8 @@ def decode_attention(
     """`attend` of one new token a row, whose result does not depend on how much longer the cache is, bit for bit.
 
     Keys are taken `KEY_BLOCK` at a time, whatever their number, and what the blocks give is added in their order: a
-    block that a row does not see adds zeros.
+    block that a row does not see adds zeros. CPUs go over the blocks that some row sees, one after the other as in
+    FlashAttention; elsewhere, where a loop costs more than its work, all blocks are one batch.
 
     Args:
       queries: parts [B, 1, H, width_i].
@@ -127,28 +127,68 @@ def decode_attention(
     Returns:
       [B, 1, H, Dv] in the dtype of ``values``.
     """
-    length = values.shape[1]
-    size = KEY_BLOCK if length % KEY_BLOCK == 0 else length
+    arrays = list(queries), list(keys), values, last_b
+    loop, batch = (functools.partial(function, scale=scale) for function in (_decode_by_blocks, _decode_in_one))
+    return lax.platform_dependent(*arrays, cpu=loop, default=batch)
+
+
+def _key_block(length: int) -> int:
+    """Keys of a block, of a cache of so many."""
+    return KEY_BLOCK if length % KEY_BLOCK == 0 else length
+
+
+def _product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(subscripts, x, y, precision=matmul_precision(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _decode_by_blocks(
+    queries: Sequence[jax.Array], keys: Sequence[jax.Array], values: jax.Array, last_b: jax.Array, scale: float
+) -> jax.Array:
+    """`decode_attention`, one block after the other, up to the last that some row sees."""
+    (rows, _, heads), width, size = queries[0].shape[:3], values.shape[-1], _key_block(values.shape[1])
+    least = jnp.finfo(jnp.float32).min
+
+    def block(x: jax.Array, i: jax.Array) -> jax.Array:
+        return lax.dynamic_slice_in_dim(x, i * size, size, axis=1)
+
+    def body(i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        m_bhts, l_bhts, acc_bhtd = carry
+        scores_bhts = 0.0
+        for q, k in zip(queries, keys, strict=True):
+            scores_bhts += _product("bthd,bshd->bhts" if k.ndim == 4 else "bthd,bsd->bhts", q, block(k, i))
+        visible_bs = i * size + jnp.arange(size) <= last_b[:, None]
+        scores_bhts = jnp.where(visible_bs[:, None, None], scores_bhts * scale, least)
+        new_m_bhts = jnp.maximum(m_bhts, scores_bhts.max(-1, keepdims=True))
+        p_bhts, share_bhts = jnp.exp(scores_bhts - new_m_bhts), jnp.exp(m_bhts - new_m_bhts)
+        subscripts = "bhts,bshd->bhtd" if values.ndim == 4 else "bhts,bsd->bhtd"
+        acc_bhtd = acc_bhtd * share_bhts + _product(subscripts, p_bhts.astype(values.dtype), block(values, i))
+        return new_m_bhts, l_bhts * share_bhts + p_bhts.sum(-1, keepdims=True), acc_bhtd
+
+    first = jnp.full((rows, heads, 1, 1), least), jnp.zeros((rows, heads, 1, 1)), jnp.zeros((rows, heads, 1, width))
+    _, l_bhts, acc_bhtd = lax.fori_loop(0, last_b.max() // size + 1, body, first)
+    return (acc_bhtd / l_bhts).swapaxes(1, 2).astype(values.dtype)
+
+
+def _decode_in_one(
+    queries: Sequence[jax.Array], keys: Sequence[jax.Array], values: jax.Array, last_b: jax.Array, scale: float
+) -> jax.Array:
+    """`decode_attention`, all blocks as one batch of products of one shape."""
+    length, size = values.shape[1], _key_block(values.shape[1])
     count = length // size
 
     def split(x: jax.Array) -> jax.Array:  # [B, S, …] → [B, blocks, size, …]
         return x.reshape(x.shape[0], count, size, *x.shape[2:])
 
-    def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
-        precision = matmul_precision(x.dtype)
-        return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)
-
     scores_bkhts = 0.0
     for q, k in zip(queries, keys, strict=True):
-        # The blocks are a batch of products of one shape.
         q_bkthd = jnp.broadcast_to(q[:, None], (q.shape[0], count, *q.shape[1:]))
-        scores_bkhts += product("bkthd,bkshd->bkhts" if k.ndim == 4 else "bkthd,bksd->bkhts", q_bkthd, split(k))
+        scores_bkhts += _product("bkthd,bkshd->bkhts" if k.ndim == 4 else "bkthd,bksd->bkhts", q_bkthd, split(k))
     visible_bks = split(jnp.arange(length)[None] <= last_b[:, None])
     scores_bkhts = jnp.where(visible_bks[:, :, None, None], scores_bkhts * scale, jnp.finfo(jnp.float32).min)
     m_bhts = scores_bkhts.max((1, 4), keepdims=True)
     p_bkhts = jnp.exp(scores_bkhts - m_bhts)
     subscripts = "bkhts,bkshd->bkhtd" if values.ndim == 4 else "bkhts,bksd->bkhtd"
-    acc_bkhtd = product(subscripts, p_bkhts.astype(values.dtype), split(values))
+    acc_bkhtd = _product(subscripts, p_bkhts.astype(values.dtype), split(values))
     acc_bhtd, l_bht = (sum(x[:, i] for i in range(count)) for x in (acc_bkhtd, p_bkhts.sum(-1)))
     return (acc_bhtd / l_bht[..., None]).swapaxes(1, 2).astype(values.dtype)
 

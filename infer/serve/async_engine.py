@@ -287,16 +287,17 @@ class AsyncEngine:
                 continue
             self._turn_began = time.perf_counter()
             try:
-                events = self._turns.make(words + self._late())
-                failures = 0 if events else failures
+                for events in self._turns.make(words + self._late()):
+                    self._hand_over(events)
+                    failures = 0 if events else failures
             except Exception as error:
                 failures += 1
                 log.error("the device failed: %s: %s", type(error).__name__, first_line(error))
                 events = self._recover(failures)
                 if events is None:
                     return
+                self._hand_over(events)
             self._turn_began = None
-            self._hand_over(events)
         self._cut_off("the server has been stopped.")
         self._turns.end()
 

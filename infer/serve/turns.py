@@ -7,7 +7,7 @@ do, the others wait at jax's coordination service, outside the devices' collecti
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from dsvl2_jax.errors import DSVL2Error
 from dsvl2_jax.infer.constraints import GrammarCompiler
@@ -34,17 +34,17 @@ class Turns:
         self.tickets: dict[int, Ticket] = {}  # that have not ended
         self._round = 0  # of waking the others
 
-    def make(self, words: Sequence[Word]) -> list[tuple[int, Event]]:
-        """One turn in every process; called in process 0 when there is something to do.
+    def make(self, words: Sequence[Word]) -> Iterator[list[tuple[int, Event]]]:
+        """One turn in every process; called in process 0 when there is something to do, and to be followed to its end.
 
-        Returns:
-          (number of the request, event).
+        Yields:
+          (number of the request, event) of what has arrived, as soon as it has.
         """
         if self.scheduler.idle:
             self._round += 1
             processes.wake(self._round)
         processes.from_first(lambda: list(words))
-        return self._turn(words)
+        yield from self._turn(words)
 
     def reset(self, error: DSVL2Error) -> list[tuple[int, Event]]:
         """After a failure of the device, of one process that is alone; see `Scheduler.reset`."""
@@ -68,15 +68,17 @@ class Turns:
             for word in words:
                 if word.request is not None and word.request.grammar is not None:
                     object.__setattr__(word.request, "grammar", self.grammars.again(word.request.grammar))
-            self._turn(words)
+            for _ in self._turn(words):
+                pass
 
-    def _turn(self, words: Sequence[Word]) -> list[tuple[int, Event]]:
+    def _turn(self, words: Sequence[Word]) -> Iterator[list[tuple[int, Event]]]:
         for word in words:
             if word.request is not None:
                 self.tickets[word.number] = self.scheduler.submit(word.request)
             elif (ticket := self.tickets.pop(word.number, None)) is not None:
                 self.scheduler.cancel(ticket)
-        return self._told(self.scheduler.turn())
+        for events in self.scheduler.advance():
+            yield self._told(events)
 
     def _told(self, events: Sequence[Event]) -> list[tuple[int, Event]]:
         """Events with the numbers of their requests."""
