@@ -14,6 +14,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 
@@ -30,8 +31,7 @@ from dsvl2_jax.inputs.processor import ModelInputs
 from dsvl2_jax.runtime.timing import Timing
 
 
-_SHORT_GROUP = 4  # steps of a group while a short prompt is to be prefilled
-_SHORT_PROMPT = 2  # turns that one takes at most
+_SHORT_PROMPT = 2  # turns that a prompt may take for which groups are shortened
 
 
 @dataclasses.dataclass(eq=False)
@@ -101,11 +101,6 @@ class FairQueue:
 
     def __iter__(self) -> Iterator[Ticket]:
         return (ticket for waiting in self._by_owner.values() for ticket in waiting)
-
-    @property
-    def first(self) -> Ticket:
-        """What `pop` would give."""
-        return next(iter(self._by_owner.values()))[0]
 
     def push(self, ticket: Ticket) -> None:
         self._by_owner.setdefault(ticket.request.owner, collections.deque()).append(ticket)
@@ -293,20 +288,23 @@ class Scheduler:
 
     # Decode
 
-    def _upcoming(self) -> Ticket | None:
-        """Whose prompt the next turn prefills."""
-        if self._prefill is not None:
-            return self._prefill.ticket
-        return self.queue.first if self.queue and None in self.rows else None
+    def _group(self) -> int:
+        """Steps of the next group: fewer while a slot is free, and the fewer, the more short prompts could be in one."""
+        upcoming = [] if self._prefill is None else [self._prefill.ticket]
+        upcoming += itertools.islice(self.queue, self.rows.count(None))
+        short = len(list(itertools.takewhile(self._is_short, upcoming)))
+        if short < len(upcoming) and not short or (not upcoming and None not in self.rows):
+            return GROUP
+        return max(1, GROUP // (2 * max(1, short)))
 
-    def _turns(self, ticket: Ticket) -> int:
-        """That a prompt takes of which nothing is kept."""
-        return len(ticket.request.image_digests) + -(-ticket.length // self.chunk)
+    def _is_short(self, ticket: Ticket) -> bool:
+        """Whether a prompt takes few turns, though nothing is kept of it."""
+        turns = len(ticket.request.image_digests) + -(-ticket.length // self.chunk)
+        return turns <= _SHORT_PROMPT
 
     def _decode(self) -> None:
         budget = np.zeros(len(self.rows), np.int32)
-        upcoming = self._upcoming()
-        group = _SHORT_GROUP if upcoming is not None and self._turns(upcoming) <= _SHORT_PROMPT else GROUP
+        group = self._group()
         prefilling = None if self._prefill is None else self._prefill.slot
         rows: list[tuple[int, int, Ticket]] = []
         for slot, ticket in enumerate(self.rows):

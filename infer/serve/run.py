@@ -103,8 +103,6 @@ class Server:
 
     def run(self) -> None:
         """Serves until it is told to stop; raises what the engine's start raises."""
-        import sys
-        sys.setswitchinterval(float(os.environ.get("SWI", "0.005")))
         with asyncio.Runner(loop_factory=self._http.config.get_loop_factory()) as runner:
             runner.run(self.serve())
 
