@@ -14,6 +14,7 @@ import functools
 import glob
 import hashlib
 import os
+import string
 import tarfile
 import threading
 import urllib.parse
@@ -35,6 +36,7 @@ MISSING_IMAGE, BAD_REFERENCE = "image missing", "image reference"
 # How base64 of the usual image formats begins: JPEG, PNG, GIF, WebP (RIFF), BMP, both TIFFs.
 _BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkqA", "TU0AK")
 _BASE64_LEAST = 64  # characters; no image is smaller, and file names that begin like one are shorter
+_BASE64_PIECE = 1 << 18  # characters that are decoded at a time: threads get a chance between them
 
 _OPEN_FILES = 64
 
@@ -267,7 +269,12 @@ def data_uri_text(uri: str) -> str:
         raise SampleError(
             BAD_REFERENCE, f"image {head[:40]!r}: only data: URIs in base64 are read, as data:image/png;base64,iVBO…"
         )
-    return "".join((urllib.parse.unquote(text) if "%" in text else text).split())
+    return _without_white_space(urllib.parse.unquote(text) if "%" in text else text)
+
+
+def _without_white_space(text: str) -> str:
+    # Searches for one character are so fast that text without any is hardly looked at.
+    return "".join(text.split()) if any(space in text for space in string.whitespace) else text
 
 
 def decode_base64(text: Any) -> bytes:
@@ -276,8 +283,12 @@ def decode_base64(text: Any) -> bytes:
         raise SampleError(BAD_REFERENCE, f"inline image data is of type {type(text).__name__}, expected base64 text.")
     if text.startswith("data:"):
         text = text.partition(",")[2]
+    text = _without_white_space(text)
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
+        if "=" in text[:-2]:
+            raise ValueError("padding before the end")
+        pieces = (text[i : i + _BASE64_PIECE] for i in range(0, len(text), _BASE64_PIECE))
+        return b"".join(base64.b64decode(piece, validate=True) for piece in pieces)
     except (binascii.Error, ValueError) as error:
         raise SampleError(BAD_REFERENCE, f"inline image {text[:20]!r}…: not valid base64 ({error}).") from None
 

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import ssl
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +32,7 @@ SSL_PASSWORD = "DSVL2_SSL_KEYFILE_PASSWORD"
 _FLUSH = 10  # seconds that slow readers have for the rest of answers that are complete
 _KEEP_ALIVE = 75  # seconds; clients that keep connections must not find them closed after five
 _LOOK = 0.5  # seconds between two looks at the engine's health
+_SWITCH = 0.001  # seconds after which a thread that holds Python's lock lets the loop, or the engine, have it
 _HEADERS = 1 << 16  # bytes that the head of a request may have
 
 
@@ -103,6 +105,7 @@ class Server:
 
     def run(self) -> None:
         """Serves until it is told to stop; raises what the engine's start raises."""
+        sys.setswitchinterval(_SWITCH)
         with asyncio.Runner(loop_factory=self._http.config.get_loop_factory()) as runner:
             runner.run(self.serve())
 

@@ -1,0 +1,145 @@
+"""Compiled programs on disk: what is found there is neither traced nor compiled.
+
+jax's own compilation cache spares the compiler alone, and is asked after a program has been traced and lowered: most of
+the time that a second start takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import pickle
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jaxlib
+from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
+
+from dsvl2_jax.runtime.compile_cache import user_cache
+
+_KEPT = 30 * 86400  # seconds that a program stays which nobody uses
+_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS")
+
+
+class StoredPrograms:
+    """Calls jitted functions by the programs of a folder, which it fills.
+
+    A program's file is named after all that it was made of: our sources, the versions and settings of jax, the devices,
+    the function, its static arguments, and its arrays' shapes, dtypes and places. One that cannot be read is made again.
+
+    Args:
+      devices: of the model, all of this process.
+      sources: folders of all modules that the programs are written in.
+      folder: None: in the user's cache directory. Its files are executed: nobody else may write there.
+    """
+
+    def __init__(self, devices: Sequence[jax.Device], sources: Sequence[Path], folder: Path | None = None):
+        self._devices = sorted(devices, key=lambda device: device.id)
+        self._folder = user_cache() / "programs" if folder is None else folder
+        self._known: dict[tuple, Callable] = {}
+        self._environment = _environment(sources), [(device.id, device.device_kind) for device in self._devices]
+
+    def call(self, function: Any, static: Mapping[str, Any], arrays: Mapping[str, Any]) -> Any:
+        """``function(**static, **arrays)``.
+
+        Args:
+          function: of `jax.jit`, with ``static`` its static arguments; their repr tells them apart.
+          arrays: trees of jax and numpy arrays.
+        """
+        leaves, tree = jax.tree.flatten(arrays)
+        key = function, tuple(static.items()), tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        program = self._known.get(key)
+        if program is None:
+            program = self._known[key] = self._program(function, static, arrays)
+        return program(**arrays)
+
+    def _program(self, function: Any, static: Mapping[str, Any], arrays: Mapping[str, Any]) -> Callable:
+        path = self._folder / self._name(function, static, arrays)
+        program = self._load(path)
+        if program is None:
+            with _no_compilation_cache():
+                program = function.lower(**static, **arrays).compile()
+            self._store(path, program)
+        return program
+
+    def _name(self, function: Any, static: Mapping[str, Any], arrays: Mapping[str, Any]) -> str:
+        leaves, tree = jax.tree.flatten(arrays)
+        places = [(leaf.shape, str(leaf.dtype), str(getattr(leaf, "sharding", None))) for leaf in leaves]
+        parts = (
+            self._environment,
+            f"{function.__module__}.{function.__qualname__}",
+            sorted(static.items()),
+            str(tree),
+            places,
+        )
+        return f"{function.__name__}-{hashlib.sha256(repr(parts).encode()).hexdigest()}"
+
+    def _load(self, path: Path) -> Callable | None:
+        """None: there is none, or none that is whole."""
+        try:
+            digest, content = path.read_bytes().split(b"\n", 1)
+            if digest.decode() != hashlib.sha256(content).hexdigest():
+                return None
+            backend = self._devices[0].client
+            program = serialize_executable.deserialize_and_load(*pickle.loads(content), backend, self._devices)
+            os.utime(path)
+            return program
+        except FileNotFoundError:
+            return None
+        except Exception:  # whatever a file says that is not ours, or not of this jax
+            return None
+
+    def _store(self, path: Path, program: Any) -> None:
+        """Whole or not at all. A disk that takes nothing costs the next start its time, and nothing else."""
+        content = pickle.dumps(serialize_executable.serialize(program))
+        with contextlib.suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._forget_old()
+            with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
+                file.write(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+            os.replace(file.name, path)
+
+    def _forget_old(self) -> None:
+        for path in self._folder.iterdir():
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime < time.time() - _KEPT:
+                    path.unlink()
+
+
+@contextlib.contextmanager
+def _no_compilation_cache() -> Iterator[None]:
+    """What jax's cache gives cannot be stored again: a CPU's program would lack its functions."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # it looks at the setting once
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
+def _environment(sources: Sequence[Path]) -> tuple[Any, ...]:
+    """All that a program depends on besides its function, its arguments and the devices."""
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in sources for path in folder.rglob("*.py")):
+        digest.update(path.read_bytes())
+    versions = jax.__version__, jaxlib.__version__
+    settings = {name: value for name, value in sorted(jax.config.values.items()) if "cache" not in name}
+    flags = [os.environ.get(name) for name in _FLAGS]
+    return digest.hexdigest(), versions, repr(settings), flags, platform.machine(), _processor()
+
+
+def _processor() -> str:
+    """What the processor can do, where the system tells: a program may use all of it."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return platform.processor()

@@ -1,0 +1,99 @@
+"""Programs come from disk where they are whole and fit, and are made again where they are not."""
+
+import functools
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsvl2_jax.runtime import stored_programs
+from dsvl2_jax.runtime.stored_programs import StoredPrograms
+from dsvl2_jax.runtime.timing import compile_log
+
+traced = []
+
+
+@functools.partial(jax.jit, static_argnames="power", donate_argnames="state")
+def advance(state, x, power):
+    traced.append(power)
+    return state + jnp.sum(x["x"] ** power), x["x"] * 2
+
+
+@pytest.fixture
+def programs(tmp_path):
+    """Makes what a fresh process would have, with the sources' one file as it is given."""
+    sources = tmp_path / "sources"
+    sources.mkdir()
+
+    def make(text="a = 1"):
+        (sources / "module.py").write_text(text)
+        return StoredPrograms(jax.devices()[:1], [sources], tmp_path / "programs")
+
+    return make
+
+
+def call(programs, power=3, size=4):
+    x = np.arange(size, dtype=np.float32)
+    state, twice = programs.call(advance, {"power": power}, {"state": jnp.float32(1), "x": {"x": x}})
+    assert float(state) == 1 + (x**power).sum()
+    np.testing.assert_array_equal(twice, 2 * x)
+
+
+def made(action):
+    """How many programs an action traced, and compiled."""
+    jax.clear_caches()
+    before, compiled = len(traced), compile_log().count
+    action()
+    return len(traced) - before, compile_log().count - compiled
+
+
+def test_a_second_process_neither_traces_nor_compiles(programs):
+    first = programs()
+    jnp.float32(1)  # makes its own small program
+    assert made(lambda: call(first))[0] == 1
+    assert made(lambda: call(first))[0] == 0
+    assert made(lambda: call(programs())) == (0, 0)
+
+
+def test_other_shapes_arguments_and_sources_are_other_programs(programs):
+    call(programs())
+    assert made(lambda: call(programs(), power=2))[0] == 1
+    assert made(lambda: call(programs(), size=5))[0] == 1
+    assert made(lambda: call(programs("a = 2")))[0] == 1
+    assert made(lambda: call(programs()))[0] == 0
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-9], lambda b: b"", lambda b: b[:200] + b"x" + b[201:]])
+def test_a_damaged_file_is_made_again(programs, tmp_path, damage):
+    call(programs())
+    (file,) = (tmp_path / "programs").iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    assert made(lambda: call(programs()))[0] == 1
+    assert made(lambda: call(programs()))[0] == 0
+
+
+def test_a_folder_that_cannot_be_written_costs_only_time(programs, tmp_path):
+    (tmp_path / "programs").write_text("a file")
+    call(programs())
+
+
+def test_what_nobody_used_for_long_is_removed(programs, tmp_path):
+    call(programs())
+    (old,) = (tmp_path / "programs").iterdir()
+    long_ago = time.time() - 2 * stored_programs._KEPT
+    os.utime(old, (long_ago, long_ago))
+    call(programs())  # used again
+    assert old.exists()
+    os.utime(old, (long_ago, long_ago))
+    call(programs(), power=5)
+    assert not old.exists()
+
+
+def test_jaxs_own_cache_works_afterwards_as_before(programs):
+    before = jax.config.jax_enable_compilation_cache
+    call(programs())
+    assert jax.config.jax_enable_compilation_cache == before
