@@ -13,6 +13,7 @@ from PIL import Image
 
 from dsvl2_jax import configs
 from dsvl2_jax.errors import DataError, SampleError
+from dsvl2_jax.inputs import image_sources
 from dsvl2_jax.inputs.image_sources import FilePool, index_tar, open_images
 from dsvl2_jax.inputs.processor import ModelInputs, Processor
 from dsvl2_jax.inputs.records import parse_record, process
@@ -146,6 +147,18 @@ def test_text_with_images_masks_image_positions_only(processor, folder):
 
 def ask(image: object) -> dict:
     return {"image": image, "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A."}]}
+
+
+def test_base64_is_the_same_decoded_in_pieces(monkeypatch):
+    monkeypatch.setattr(image_sources, "_BASE64_PIECE", 8)
+    for size in range(40):
+        content = bytes(range(size))
+        text = base64.b64encode(content).decode()
+        assert image_sources.decode_base64(text) == content
+        assert image_sources.decode_base64("\n".join([text[:5], f" {text[5:]}\t"])) == content
+    for wrong in ("AAAAAAA=AAAA", "AA==AAAAAAAA", "AAA", "AAAAAAAAA", "AAAA====", "AAA*"):
+        with pytest.raises(SampleError, match="not valid base64"):
+            image_sources.decode_base64(wrong)
 
 
 def test_folder_tar_and_inline_images_give_the_same_tiles(processor, folder):
