@@ -164,9 +164,7 @@ class Executor:
         )
 
     def put_page(self, key: Hashable, page: int) -> None:
-        self._row = self.model.run(
-            _put_page, {}, row=self._row, contents=self._pages[key], page=np.int32(page)
-        )
+        self._row = self.model.run(_put_page, {}, row=self._row, contents=self._pages[key], page=np.int32(page))
 
     def take_page(self, key: Hashable, page: int) -> None:
         self._pages[key] = self.model.run(_take_page, {}, row=self._row, page=np.int32(page))

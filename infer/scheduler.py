@@ -1,8 +1,8 @@
 """Continuous batching: answers join and leave between groups of decode steps (Orca, OSDI 2022).
 
-A turn is at most one picture encoded or one chunk of a prompt prefilled, and one group of decode steps: a short one
-while a prompt that takes no more than two turns is to be prefilled. The next turn's work is given to the device before the last one's results are
-fetched, so that neither waits for the other.
+A turn is at most one picture encoded or one chunk of a prompt prefilled, and one group of decode steps, a short one
+while somebody could begin. The next turn's work is given to the device before the last one's results are fetched, so
+that neither waits for the other.
 
 What is done depends on the requests and their order alone, never on the clock: processes that share a model all make
 the same turns.
@@ -29,7 +29,6 @@ from dsvl2_jax.infer.slots import GROUP, PAGE, Steps
 from dsvl2_jax.infer.stores import Store
 from dsvl2_jax.inputs.processor import ModelInputs
 from dsvl2_jax.runtime.timing import Timing
-
 
 _SHORT_PROMPT = 2  # turns that a prompt may take for which groups are shortened
 
@@ -289,13 +288,17 @@ class Scheduler:
     # Decode
 
     def _group(self) -> int:
-        """Steps of the next group: fewer while a slot is free, and the fewer, the more short prompts could be in one."""
+        """Steps of the next group.
+
+        Half of `GROUP` while a slot is free, for who comes meanwhile waits for it; and less, the more short prompts
+        could be in slots already. A long prompt waits for its own chunks most of all, and shortens nothing.
+        """
         upcoming = [] if self._prefill is None else [self._prefill.ticket]
         upcoming += itertools.islice(self.queue, self.rows.count(None))
+        if not upcoming:
+            return GROUP // 2 if None in self.rows else GROUP
         short = len(list(itertools.takewhile(self._is_short, upcoming)))
-        if short < len(upcoming) and not short or (not upcoming and None not in self.rows):
-            return GROUP
-        return max(1, GROUP // (2 * max(1, short)))
+        return max(1, GROUP // (2 * short)) if short else GROUP
 
     def _is_short(self, ticket: Ticket) -> bool:
         """Whether a prompt takes few turns, though nothing is kept of it."""

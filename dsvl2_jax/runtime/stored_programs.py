@@ -32,7 +32,8 @@ class StoredPrograms:
     """Calls jitted functions by the programs of a folder, which it fills.
 
     A program's file is named after all that it was made of: our sources, the versions and settings of jax, the devices,
-    the function, its static arguments, and its arrays' shapes, dtypes and places. One that cannot be read is made again.
+    the function, its static arguments, and its arrays' shapes, dtypes and places. One that cannot be read is made
+    again.
 
     Args:
       devices: of the model, all of this process.
