@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 OUT ?= out
 SEED ?= 0
 SAMPLES ?= 500
+EXAMPLES ?= 2500
 CKPT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv constraints run test test-fast test-exhaustive test-newest test-pods test-gpu-compile compile-tests lint lint-imports docs \
+.PHONY: help .venv constraints run test test-fast test-exhaustive test-newest test-fuzz test-pods test-gpu-compile compile-tests lint lint-imports docs \
 	train-micro eval-micro clean
 
 help:
@@ -17,6 +18,7 @@ help:
 	@echo "make test-fast    its quick files, two minutes, for work on the code"
 	@echo "make test-exhaustive   the suite with further cases: every model on every mesh"
 	@echo "make test-newest  the same suite in .venv-newest, with the newest release of every package"
+	@echo "make test-fuzz    requests that schemathesis makes of the server's OpenAPI document, EXAMPLES=2500 for each path"
 	@echo "make test-pods    compile for TPU topologies, whole models included (no TPU needed; more than half an hour)"
 	@echo "make test-gpu-compile   the same for H100s (no GPU needed; fetches 4 GB into .venv-gpu; a quarter of an hour)"
 	@echo "make eval-micro   ask the bundled model 500 held-out questions a task (CKPT=DIR asks another)"
@@ -130,6 +132,15 @@ test-gpu-compile:
 compile-tests: $(VENV)/.compile-installed-$(INTERPRETER) $(VENV)/.$(EXTRA)-installed-$(INTERPRETER)
 	$(BIN)/python -m pytest -m "" $(ARGS) $(FILES)
 
+# schemathesis only sends requests: it has an environment of its own, so that it chooses no release of ours.
+FUZZ := .venv-fuzz/bin/schemathesis
+$(FUZZ): $(UV_INSTALLED)
+	$(BIN)/uv venv --quiet --python $(BIN)/python $(dir $(abspath $(FUZZ)))..
+	$(BIN)/uv pip install --quiet --python $(dir $(FUZZ))python schemathesis
+
+test-fuzz: $(TEST_INSTALLED) $(FUZZ)
+	$(BIN)/python tests/fuzz_server.py $(abspath $(FUZZ)) $(EXAMPLES)
+
 lint: $(LINT_INSTALLED) lint-imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -150,4 +161,4 @@ docs: $(DOCS_INSTALLED)
 	@echo "$(OUT)/site/index.html"
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-tpu .venv-gpu $(OUT)
+	rm -rf $(VENV) .venv-newest .venv-fuzz .venv-tpu .venv-gpu $(OUT)
