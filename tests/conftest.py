@@ -95,7 +95,6 @@ SLOW_FILES = (
     "convert/test_to_safetensors",
     "convert/test_doctor",
     "checkpoint/test_load",
-    "apps/bench/test_serve",
     "apps/bench/test_load",
     "apps/bench/test_train",
     "apps/bench/test_convert",

@@ -138,12 +138,39 @@ def test_a_long_prompt_lets_running_answers_take_a_group_after_each_chunk(model)
     while not talker.answer.tokens:
         engine.turn()
     long = engine.submit(Request(words(model, 1400), 4))
-    chunks = -(-long.length // PAGE)
-    for _ in range(chunks + 1):
+    engine.turn()  # the first chunk; what it fetches was given before
+    for _ in range(-(-long.length // PAGE) - 1):
         before = len(talker.answer.tokens)
         engine.turn()
         assert len(talker.answer.tokens) - before == GROUP
+    engine.turn()
     assert long.answer.tokens
+
+
+def test_a_first_token_does_not_wait_for_the_group_after_it(model):
+    engine = scheduler(model)
+    ticket = engine.submit(Request(words(model, 8), 20, SamplingParams(ignore_eos=True)))
+    assert list(engine.advance()) == []
+    first, group = ([delta for _, delta in events] for events in engine.advance())
+    assert [len(delta.token_ids) for delta in first + group] == [1, GROUP // 2]
+    assert ticket.answer.tokens == [token for delta in first + group for token in delta.token_ids]
+
+
+def test_groups_are_short_while_somebody_could_begin(model):
+    engine, endless = scheduler(model, slots=4), SamplingParams(ignore_eos=True)
+
+    def group() -> int:
+        before = talker.position
+        engine.turn()
+        return talker.position - before
+
+    talker = engine.submit(Request(words(model, 8), 200, endless))
+    engine.turn()
+    assert group() == GROUP // 2  # slots are free
+    for _ in range(4):
+        engine.submit(Request(words(model, 8), 200, endless))
+    assert [group() for _ in range(3)] == [GROUP // 4, GROUP // 2, GROUP]  # two, one, and none of them can begin
+    assert len(engine.queue) == 1 and group() == GROUP
 
 
 def test_a_cancelled_request_frees_its_slot_wherever_it_is(model):

@@ -115,9 +115,8 @@ def needs_train_extra() -> contextlib.AbstractContextManager[None]:
 
 def needs_serve_extra() -> contextlib.AbstractContextManager[None]:
     """Names the extra to install when a module that serving needs is missing."""
-    return _needs_extra(
-        "serving", "serve", ("fastapi", "httpcore2", "idna", "llguidance", "prometheus_client", "uvicorn")
-    )
+    modules = "fastapi", "httpcore2", "httpx2", "idna", "llguidance", "prometheus_client", "uvicorn"
+    return _needs_extra("serving", "serve", modules)
 
 
 @contextlib.contextmanager
