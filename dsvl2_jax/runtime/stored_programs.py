@@ -7,6 +7,7 @@ the time that a second start takes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import pickle
@@ -67,7 +68,12 @@ class StoredPrograms:
         if program is None:
             with _no_compilation_cache():
                 program = function.lower(**static, **arrays).compile()
-            self._store(path, program)
+            try:
+                content = pickle.dumps(serialize_executable.serialize(program))
+            except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError):
+                # Not on this platform, or not with these constants: jax's own cache spares the compiler at least.
+                return functools.partial(function, **static)
+            self._store(path, content)
         return program
 
     def _name(self, function: Any, static: Mapping[str, Any], arrays: Mapping[str, Any]) -> str:
@@ -97,9 +103,8 @@ class StoredPrograms:
         except Exception:  # whatever a file says that is not ours, or not of this jax
             return None
 
-    def _store(self, path: Path, program: Any) -> None:
+    def _store(self, path: Path, content: bytes) -> None:
         """Whole or not at all. A disk that takes nothing costs the next start its time, and nothing else."""
-        content = pickle.dumps(serialize_executable.serialize(program))
         with contextlib.suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._forget_old()

@@ -47,3 +47,42 @@ def test_latents_of_a_row_on_several_devices_are_attended_to_where_they_are(monk
     with jax.set_mesh(make_mesh(data=2, tensor=2, expert=2)):
         out = jax.jit(attention.mla_decode_attention, static_argnums=5)(*arrays, last, 0.2).astype(jnp.float32)
     np.testing.assert_allclose(out, expected, rtol=0, atol=2**-7 * np.abs(expected).max())
+
+
+def shared_and_own(rng, rows, length):
+    """Queries, keys and values of latent attention, whose heads share them, and of multi-head attention."""
+
+    def arrays(*shapes):
+        return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+
+    queries = arrays((rows, 1, 4, 32), (rows, 1, 4, 8))
+    latents = arrays((rows, length, 32), (rows, length, 8))
+    keys, values = arrays((rows, length, 4, 32), (rows, length, 4, 16))
+    return (queries, latents, latents[0]), (queries[:1], [keys], values)
+
+
+@pytest.mark.parametrize("way", [attention._decode_by_blocks, attention._decode_in_one])
+@pytest.mark.parametrize("kind", [0, 1])
+@pytest.mark.parametrize("length", [1, 2, 5, 1 / 2 + 3])  # in blocks; the last is no whole number of them
+def test_a_decode_step_by_blocks_equals_attention_in_one(way, kind, length):
+    rng, length = np.random.default_rng(1), int(length * attention.KEY_BLOCK)
+    queries, keys, values = shared_and_own(rng, 6, length)[kind]
+    last = np.array([0, 1, length // 2, length // 2 + 1, length - 2, length - 1], np.int32)
+    out = jax.jit(way, static_argnames="scale")(queries, keys, values, last, scale=0.3)
+    expected = attend(queries, keys, values, (None, last[:, None]), 0.3)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_a_decode_step_has_the_same_bits_whatever_the_cache_has_beyond_and_others_see(kind):
+    rng, step = np.random.default_rng(2), jax.jit(attention.decode_attention, static_argnames="scale")
+    queries, keys, values = shared_and_own(rng, 4, 8 * attention.KEY_BLOCK)[kind]
+    last = np.array([3, attention.KEY_BLOCK - 1, attention.KEY_BLOCK, 2 * attention.KEY_BLOCK - 1], np.int32)
+    outs = []
+    for blocks in (2, 3, 8):
+        *short, of_values = (x[:, : blocks * attention.KEY_BLOCK] for x in (*keys, values))
+        outs.append(step(queries, short, of_values, last, scale=0.3))
+    np.testing.assert_array_equal(outs[0], outs[1])
+    np.testing.assert_array_equal(outs[0], outs[2])
+    beyond = step(queries, keys, values, np.array([*last[:3], values.shape[1] - 1], np.int32), scale=0.3)
+    np.testing.assert_array_equal(outs[0][:3], beyond[:3])

@@ -96,3 +96,12 @@ def test_jaxs_own_cache_works_afterwards_as_before(programs):
     before = jax.config.jax_enable_compilation_cache
     call(programs())
     assert jax.config.jax_enable_compilation_cache == before
+
+
+def test_what_cannot_be_stored_is_called_as_ever(programs, tmp_path, monkeypatch):
+    def refuse(program):
+        raise NotImplementedError
+
+    monkeypatch.setattr(stored_programs.serialize_executable, "serialize", refuse)
+    call(programs())
+    assert not (tmp_path / "programs").exists()
