@@ -382,7 +382,7 @@ def test_an_interrupted_run_keeps_what_was_answered(questions, tmp_path):
         process = subprocess.Popen([sys.executable, "-c", program, *command], stderr=subprocess.PIPE, text=True)
         assert waiting.wait(120), process.communicate()
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate()
+        _, said = process.communicate(timeout=120)
         over.set()
         assert (process.returncode, said) == (130, "dsvl2: interrupted\n")
         assert sorted(results(tmp_path / "out")) == [1, 2, 3, 4]
