@@ -290,15 +290,15 @@ class Scheduler:
     def _group(self) -> int:
         """Steps of the next group.
 
-        Half of `GROUP` while a slot is free, for who comes meanwhile waits for it; and less, the more short prompts
-        could be in slots already. A long prompt waits for its own chunks most of all, and shortens nothing.
+        Half of `GROUP` while a slot is free, for who comes meanwhile waits for it; a quarter or less while short
+        prompts could be in slots already. A long prompt waits for its own chunks most of all, and shortens nothing.
         """
         upcoming = [] if self._prefill is None else [self._prefill.ticket]
         upcoming += itertools.islice(self.queue, self.rows.count(None))
         if not upcoming:
             return GROUP // 2 if None in self.rows else GROUP
         short = len(list(itertools.takewhile(self._is_short, upcoming)))
-        return max(1, GROUP // (2 * short)) if short else GROUP
+        return max(1, GROUP // (4 * short)) if short else GROUP
 
     def _is_short(self, ticket: Ticket) -> bool:
         """Whether a prompt takes few turns, though nothing is kept of it."""

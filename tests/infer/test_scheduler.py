@@ -169,7 +169,7 @@ def test_groups_are_short_while_somebody_could_begin(model):
     assert group() == GROUP // 2  # slots are free
     for _ in range(4):
         engine.submit(Request(words(model, 8), 200, endless))
-    assert [group() for _ in range(3)] == [GROUP // 4, GROUP // 2, GROUP]  # two, one, and none of them can begin
+    assert [group() for _ in range(3)] == [GROUP // 8, GROUP // 4, GROUP]  # two, one, and none of them can begin
     assert len(engine.queue) == 1 and group() == GROUP
 
 
