@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= out
 SEED ?= 0
 SAMPLES ?= 500
-EXAMPLES ?= 2500
+EXAMPLES ?= 1200
 CKPT ?=
 
 .DEFAULT_GOAL := help
@@ -18,7 +18,7 @@ help:
 	@echo "make test-fast    its quick files, two minutes, for work on the code"
 	@echo "make test-exhaustive   the suite with further cases: every model on every mesh"
 	@echo "make test-newest  the same suite in .venv-newest, with the newest release of every package"
-	@echo "make test-fuzz    requests that schemathesis makes of the server's OpenAPI document, EXAMPLES=2500 for each path"
+	@echo "make test-fuzz    requests that schemathesis makes of the server's OpenAPI document, EXAMPLES=1200 of each path"
 	@echo "make test-pods    compile for TPU topologies, whole models included (no TPU needed; more than half an hour)"
 	@echo "make test-gpu-compile   the same for H100s (no GPU needed; fetches 4 GB into .venv-gpu; a quarter of an hour)"
 	@echo "make eval-micro   ask the bundled model 500 held-out questions a task (CKPT=DIR asks another)"
