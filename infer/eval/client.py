@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     import httpx2
 
 _CONNECT = 10.0  # seconds to reach the server
-_CANCELLED_AGAIN = 1.0  # seconds after which what was cancelled and goes on is cancelled again
 _LONGEST_REASON = 500  # characters of a server's message
 
 # HTTP statuses. Others from 400 are the question's own fault below 500, the server's from there.
@@ -103,17 +102,12 @@ class Server:
 
         async with self._httpx.AsyncClient(headers=self._headers, limits=limits, timeout=timeout) as client:
             workers = [asyncio.create_task(work()) for _ in range(self._options.concurrency)]
-            answered = asyncio.gather(*workers)
             try:
-                await asyncio.wait([answered])  # which ends at once with Ctrl-C; the gathering waits for all its parts
-                answered.result()
+                await asyncio.gather(*workers)
             finally:  # after an error or Ctrl-C the others need not finish
-                left = [worker for worker in workers if not worker.done()]
-                while left:  # what they wait for may have lost the first word
-                    for worker in left:
-                        worker.cancel()
-                    _, left = await asyncio.wait(left, timeout=_CANCELLED_AGAIN)
-                await asyncio.gather(answered, *workers, return_exceptions=True)  # further errors are not told
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
 
     def _request(self, sample: Sample, questions: Questions) -> bytes:
         """The body of a sample's request."""

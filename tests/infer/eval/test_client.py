@@ -378,7 +378,10 @@ def test_an_interrupted_run_keeps_what_was_answered(questions, tmp_path):
     with ChatServer(answer).running() as server:
         command = ["eval", str(questions), "--metric", "exact", "--server", server.url, "--concurrency", "1"]
         command += ["--out", str(tmp_path / "out")]
-        program = "import sys; sys.modules['jax'] = None\nfrom dsvl2_jax.apps.cli.main import main; sys.exit(main())"
+        program = "import signal, sys; sys.modules['jax'] = None\n"
+        # A shell's background jobs, and what they start, ignore Ctrl-C otherwise.
+        program += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        program += "from dsvl2_jax.apps.cli.main import main; sys.exit(main())"
         process = subprocess.Popen([sys.executable, "-c", program, *command], stderr=subprocess.PIPE, text=True)
         assert waiting.wait(120), process.communicate()
         process.send_signal(signal.SIGINT)
