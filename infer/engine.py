@@ -86,9 +86,14 @@ class Model:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def store_programs(self, folder: Path | None = None) -> None:
-        """Keeps the engine's programs on disk from now on, unless processes share the model; see `StoredPrograms`."""
+        """Keeps the engine's programs on disk from now on; see `StoredPrograms`.
+
+        Not where processes share the model, nor where jax's own cache is switched off.
+        """
         devices = jax.tree.leaves(self.params)[0].sharding.device_set
-        if all(device.process_index == jax.process_index() for device in devices):
+        if jax.config.jax_enable_compilation_cache and all(
+            device.process_index == jax.process_index() for device in devices
+        ):
             sources = [Path(dsvl2_jax.__file__).parent, Path(__file__).parent]
             self._programs = StoredPrograms(list(devices), sources, folder)
 

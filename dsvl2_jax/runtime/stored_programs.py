@@ -46,7 +46,9 @@ class StoredPrograms:
         self._devices = sorted(devices, key=lambda device: device.id)
         self._folder = user_cache() / "programs" if folder is None else folder
         self._known: dict[tuple, Callable] = {}
-        self._environment = _environment(sources), [(device.id, device.device_kind) for device in self._devices]
+        self._client = self._devices[0].client
+        kinds = [(device.id, device.device_kind) for device in self._devices]
+        self._environment = _environment(sources), self._client.platform_version, kinds
 
     def call(self, function: Any, static: Mapping[str, Any], arrays: Mapping[str, Any]) -> Any:
         """``function(**static, **arrays)``.
@@ -94,13 +96,10 @@ class StoredPrograms:
             digest, content = path.read_bytes().split(b"\n", 1)
             if digest.decode() != hashlib.sha256(content).hexdigest():
                 return None
-            backend = self._devices[0].client
-            program = serialize_executable.deserialize_and_load(*pickle.loads(content), backend, self._devices)
+            program = serialize_executable.deserialize_and_load(*pickle.loads(content), self._client, self._devices)
             os.utime(path)
             return program
-        except FileNotFoundError:
-            return None
-        except Exception:  # whatever a file says that is not ours, or not of this jax
+        except Exception:  # no file, or whatever one says that is not ours, or not of this jax
             return None
 
     def _store(self, path: Path, content: bytes) -> None:
@@ -109,8 +108,13 @@ class StoredPrograms:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._forget_old()
             with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
-                file.write(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
-            os.replace(file.name, path)
+                try:
+                    file.write(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+                    file.flush()
+                    os.replace(file.name, path)
+                except OSError:
+                    os.unlink(file.name)
+                    raise
 
     def _forget_old(self) -> None:
         for path in self._folder.iterdir():

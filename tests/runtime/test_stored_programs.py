@@ -80,6 +80,15 @@ def test_a_folder_that_cannot_be_written_costs_only_time(programs, tmp_path):
     call(programs())
 
 
+def test_a_full_disk_leaves_nothing_half_written(programs, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stored_programs.os, "replace", full)
+    call(programs())
+    assert list((tmp_path / "programs").iterdir()) == []
+
+
 def test_what_nobody_used_for_long_is_removed(programs, tmp_path):
     call(programs())
     (old,) = (tmp_path / "programs").iterdir()
