@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from dsvl2_jax.apps.bench.serve_client import CHAT, COMPLETIONS
@@ -138,6 +139,7 @@ def _bytes(body: Any) -> bytes:
 
 
 def order(requests: Requests, count: int) -> Sequence[str]:
-    """The kinds of so many requests, one after the other, at random."""
-    shares = list(SHARES.values())
-    return requests.rng.choice(list(SHARES), count, p=[share / sum(shares) for share in shares]).tolist()
+    """The kinds of so many requests in random order, each as often as its share says."""
+    ends = np.cumsum(list(SHARES.values())) / sum(SHARES.values())
+    kinds = np.searchsorted(ends, (np.arange(count) + 0.5) / count)
+    return [list(SHARES)[kind] for kind in requests.rng.permutation(kinds)]
