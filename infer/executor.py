@@ -86,14 +86,10 @@ class Executor:
 
     def reset(self) -> None:
         """Makes everything anew, after a failure of the device."""
-        config, dtype = self.model.config, self.model.dtype
         self._features.clear()
         self._pages.clear()
-        shape = {"slots": self.slots, "cache_length": self.cache_length}
-        self._state = self._put(self.model.run(_init_slots, {"config": config, "dtype": dtype, **shape}))
-        self._table = self._put(
-            self.model.run(_init_features, {"config": config, "tiles": self._tiles, "dtype": dtype})
-        )
+        self._state = self._empty(_init_slots, slots=self.slots, cache_length=self.cache_length)
+        self._table = self._empty(_init_features, tiles=self._tiles)
         self.new_row()
 
     def new_row(self) -> None:
@@ -101,12 +97,15 @@ class Executor:
 
         So nothing of an earlier prompt stays in either: zero times a number that is none would be none.
         """
-        shape = {"slots": 1, "cache_length": self.cache_length}
-        static = {"config": self.model.config, "dtype": self.model.dtype, **shape}
-        self._row = self._put(self.model.run(_init_row, static))
+        self._row = self._empty(_init_row, slots=1, cache_length=self.cache_length)
 
-    def _put(self, arrays: Any) -> Any:
-        """Arrays that are bound to the model's device, as all results of programs are: others would be new programs."""
+    def _empty(self, function: Callable, **sizes: int) -> Any:
+        """What ``function`` makes, bound to the model's device as all results of programs are.
+
+        Arrays that are not would be arguments of another kind, and need other programs.
+        """
+        static = {"config": self.model.config, "dtype": self.model.dtype, **sizes}
+        arrays = self.model.run(function, static)
         return arrays if self.model.mesh is not None else jax.device_put(arrays, self._device)
 
     @functools.cached_property

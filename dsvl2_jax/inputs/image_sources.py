@@ -274,7 +274,8 @@ def data_uri_text(uri: str) -> str:
 
 def _without_white_space(text: str) -> str:
     # Searches for one character are so fast that text without any is hardly looked at.
-    return "".join(text.split()) if any(space in text for space in string.whitespace) else text
+    may_have_some = not text.isascii() or any(space in text for space in string.whitespace)
+    return "".join(text.split()) if may_have_some else text
 
 
 def decode_base64(text: Any) -> bytes:

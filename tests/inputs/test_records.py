@@ -156,6 +156,7 @@ def test_base64_is_the_same_decoded_in_pieces(monkeypatch):
         text = base64.b64encode(content).decode()
         assert image_sources.decode_base64(text) == content
         assert image_sources.decode_base64("\n".join([text[:5], f" {text[5:]}\t"])) == content
+        assert image_sources.decode_base64(f"{text[:5]}\u2009{text[5:]}") == content
     for wrong in ("AAAAAAA=AAAA", "AA==AAAAAAAA", "AAA", "AAAAAAAAA", "AAAA====", "AAA*"):
         with pytest.raises(SampleError, match="not valid base64"):
             image_sources.decode_base64(wrong)
