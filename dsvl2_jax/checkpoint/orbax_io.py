@@ -161,7 +161,7 @@ def unfinished(directory: Path) -> list[Path]:
 
 def read_tree(path: Path, name: str, abstract: Any) -> Any:
     """One tree of a checkpoint of several: arrays with the dtypes and shardings of ``abstract``'s structs."""
-    return ocp.load(path.absolute(), abstract, checkpointable_name=name)
+    return _load(path.absolute(), abstract, checkpointable_name=name)
 
 
 def read_documents(path: Path) -> list[Any]:
@@ -193,19 +193,26 @@ def read(path: Path, leaves: Mapping[LeafPath, jax.ShapeDtypeStruct]) -> dict[Le
     context = ocp.Context()
     context.pytree_options.loading.partial_load = True
     with context:
-        try:
-            arrays = flatten_dict(ocp.load(checkpoint, unflatten_dict(leaves), **options))
-        except Exception:
-            _silence_late_reads()
-            raise
+        arrays = flatten_dict(_load(checkpoint, unflatten_dict(leaves), **options))
     _give_memory_back()
     return arrays
 
 
-def _silence_late_reads() -> None:
-    """When a read fails, those beside it end later, in a closed event loop: Python would print a traceback of each."""
+def _load(*args: Any, **options: Any) -> Any:
+    """`ocp.load`, of which a read that fails prints one error: those beside it end later, in a closed event loop.
+
+    Python would print a traceback of each. Some end before `ocp.load` has raised, hence the hook is there before.
+    """
     show = sys.unraisablehook
-    sys.unraisablehook = lambda late: None if str(late.exc_value) == "Event loop is closed" else show(late)
+
+    def hook(late: Any) -> None:
+        if not (isinstance(late.exc_value, RuntimeError) and str(late.exc_value) == "Event loop is closed"):
+            show(late)
+
+    sys.unraisablehook = hook
+    tree = ocp.load(*args, **options)
+    sys.unraisablehook = show
+    return tree
 
 
 def _give_memory_back() -> None:
