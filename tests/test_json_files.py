@@ -1,33 +1,75 @@
-"""A JSON file is an object, or an error of the kind asked for that names the file."""
+import contextlib
+import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dsvl2_jax.errors import CheckpointError, TokenizerError
-from dsvl2_jax.json_files import read_json_object
+from dsvl2_jax import json_files
+from dsvl2_jax.errors import ConfigError
+from dsvl2_jax.json_files import MAX_DEPTH, parse_json, read_json_object, read_text
 
 
-def test_an_object_is_read(tmp_path):
-    (tmp_path / "a.json").write_text('{"b": ["ü"]}', encoding="utf-8")
-    assert read_json_object(tmp_path / "a.json", CheckpointError) == {"b": ["ü"]}
+@given(st.binary(max_size=200) | st.text(max_size=200))
+def test_whatever_is_no_json_is_a_value_error(text):
+    with contextlib.suppress(ValueError):
+        parse_json(text)
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(values, st.booleans())
+def test_what_json_writes_is_read(value, ascii_only):
+    assert parse_json(json.dumps(value, ensure_ascii=ascii_only).encode()) == value
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    "text, said",
     [
-        (None, "not found"),
-        (b"{", "cannot be read as JSON"),
-        (b"{}\xff", "cannot be read as JSON"),
-        (b"[]", "found a JSON list, expected an object"),
+        ("[" * 200_000 + "]" * 200_000, "levels"),
+        ('{"a":' * 150 + "1" + "}" * 150, "levels"),
+        ("[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1), "levels"),
+        ("9" * 5000, "digits"),
+        (r'{"a": "\ud83d"}', r"\\ud83d"),
+        (r'{"\uDE00": 1}', r"\\ude00"),
+        (b"\xff\xfe", "utf-8"),
+        ("", "Expecting value"),
     ],
 )
-def test_anything_else_is_named_with_advice(tmp_path, content, message):
-    file = tmp_path / "a.json"
-    if content is not None:
-        file.write_bytes(content)
-    with pytest.raises(TokenizerError, match=rf"a\.json: {message}.* Fetch it\."):
-        read_json_object(file, TokenizerError, "Fetch it.")
+def test_refused(text, said):
+    with pytest.raises(ValueError, match=said):
+        parse_json(text)
 
 
-def test_a_directory_is_no_file(tmp_path):
-    with pytest.raises(CheckpointError, match=r"cannot be read as JSON.*Download the file again"):
-        read_json_object(tmp_path, CheckpointError)
+def test_allowed():
+    assert parse_json("[" * MAX_DEPTH + "]" * MAX_DEPTH)
+    assert parse_json(r'"\ud83d\ude00"') == "\U0001f600"
+    assert parse_json(b"\xef\xbb\xbf[1]") == [1]
+    assert len(parse_json(json.dumps([[1, 2]] * 1000))) == 1000
+
+
+def test_files_are_named_with_what_was_found(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    with pytest.raises(ConfigError, match=r"config\.json: not found.*Copy it\."):
+        read_json_object(path, ConfigError, "Copy it.")
+    path.write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(ConfigError, match=r"config\.json: not UTF-8 text \(invalid start byte at byte 7\)"):
+        read_json_object(path, ConfigError)
+    path.write_text("[" * 5000)
+    with pytest.raises(ConfigError, match="cannot be read as JSON"):
+        read_json_object(path, ConfigError)
+    path.write_text("[1]")
+    with pytest.raises(ConfigError, match="found a JSON list, expected an object"):
+        read_json_object(path, ConfigError)
+    monkeypatch.setattr(json_files, "MAX_BYTES", 2)
+    with pytest.raises(ConfigError, match="more than 2 bytes"):
+        read_text(path, ConfigError)
+    for name in ("a" * 300, "a\0b"):
+        with pytest.raises(ConfigError, match="cannot be read"):
+            read_text(tmp_path / name, ConfigError)
+    with pytest.raises(ConfigError, match="directory"):
+        read_text(tmp_path, ConfigError)
