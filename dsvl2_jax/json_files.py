@@ -1,6 +1,6 @@
 """Reading JSON and text that a user gives: one guarded reader for every such file.
 
-`json.loads` meets bad input with several kinds of exception and lets some of it through. Here all of it is a ValueError,
+`json.loads` meets bad input with several kinds of exception and lets some through. Here all of it is a ValueError,
 or an error of the caller's kind that names the file. Tested in tests/test_json_files.py.
 """
 
