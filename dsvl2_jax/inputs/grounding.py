@@ -8,7 +8,7 @@ import colorsys
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -20,6 +20,8 @@ MAX_COORDINATE = 999
 _TAG = re.compile("(" + "|".join(map(re.escape, (REF_TOKEN, REF_END_TOKEN, DET_TOKEN, DET_END_TOKEN))) + ")")
 _COORDINATE = r"\s*0*([0-9]{1,3})\s*"  # no value over 999 matches
 _QUAD = re.compile(r"\[" + ",".join([_COORDINATE] * 4) + r"\]")
+
+_LIST = re.compile(r"\[[^\[\]]*\]?")  # without lists in it; an outer one's beginning matches as an empty list
 
 _GOLDEN_RATIO = 0.618034  # hues this far apart stay distinct however many there are
 _LONGEST_LABEL = 60
@@ -48,18 +50,39 @@ def parse_boxes(text: str, image_sizes: Sequence[Sequence[int]]) -> list[Box]:
     if len(image_sizes) == 0:
         return []
     width, height = (int(side) for side in image_sizes[-1])
-    boxes, label = [], ""
+    boxes = []
+    for label, content, closed in _detections(text):
+        for x1, y1, x2, y2 in _QUAD.findall(content) if closed else []:
+            corners = (_pixel(x1, width), _pixel(y1, height), _pixel(x2, width), _pixel(y2, height))
+            boxes.append(Box(label, *corners, image=len(image_sizes) - 1))
+    return boxes
+
+
+def count_malformed_boxes(text: str) -> int:
+    """How many boxes of generated `text` `parse_boxes` leaves out.
+
+    Each list of something else than four whole numbers from 0 to 999 counts, lists in it on their own; in a
+    ``<|det|>`` that is not closed every list does. One that has no list at all counts once. Empty lists say that there
+    is no box, and do not count.
+    """
+    count = 0
+    for _, content, closed in _detections(text):
+        lists = _LIST.findall(content)
+        count += sum(bool(inner.strip("[], \t\r\n")) and not (closed and _QUAD.fullmatch(inner)) for inner in lists)
+        count += not lists
+    return count
+
+
+def _detections(text: str) -> Iterator[tuple[str, str, bool]]:
+    """(label, content, whether it is closed) of each ``<|det|>``."""
+    label = ""
     parts = _TAG.split(text)  # text, tag, text, tag, …, text
     for tag, content, closing in zip(parts[1::2], parts[2::2], [*parts[3::2], ""], strict=False):
         if tag == REF_TOKEN:
             label = content if closing == REF_END_TOKEN else ""
         elif tag == DET_TOKEN:
-            quads = _QUAD.findall(content) if closing == DET_END_TOKEN else []
-            for x1, y1, x2, y2 in quads:
-                corners = (_pixel(x1, width), _pixel(y1, height), _pixel(x2, width), _pixel(y2, height))
-                boxes.append(Box(label, *corners, image=len(image_sizes) - 1))
+            yield label, content, closing == DET_END_TOKEN
             label = ""
-    return boxes
 
 
 def format_boxes(label: str, boxes: Iterable[Box | Sequence[float]], size: Sequence[int]) -> str:

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dsvl2_jax.errors import DataError, SampleError
+from dsvl2_jax.errors import DataError, ImageError, SampleError
 from dsvl2_jax.inputs.images import ImageSource
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
@@ -228,7 +228,7 @@ def resolve_image(reference: Any, store: ImageStore) -> ImageSource:
 
     Args:
       reference: a name; a ``data:`` URI or plain base64 of an image file; an object that has one of these under
-        ``path``, ``url``, ``base64`` or ``bytes``; or a file's bytes already.
+        ``path``, ``url``, ``base64``, ``bytes`` or ``data``; or a file's bytes already.
       store: where names are looked up.
 
     Returns:
@@ -240,10 +240,12 @@ def resolve_image(reference: Any, store: ImageStore) -> ImageSource:
     if isinstance(reference, bytes):
         return reference
     if isinstance(reference, Mapping):
-        for key in ("base64", "bytes", "url", "path"):
-            if reference.get(key):
-                inline = key in ("base64", "bytes")
-                return decode_base64(reference[key]) if inline else resolve_image(reference[key], store)
+        for key in ("base64", "bytes", "data", "url", "path"):
+            value = reference.get(key)
+            if isinstance(value, str) and value and key in ("base64", "bytes", "data"):
+                return decode_base64(value)
+            if isinstance(value, str | bytes) and value:
+                return resolve_image(value, store)
     if not isinstance(reference, str) or not reference:
         found = "an empty one" if reference == "" else type(reference).__name__
         raise SampleError(BAD_REFERENCE, f"an image is a file's name or base64 data; found {found}.")
@@ -256,6 +258,26 @@ def resolve_image(reference: Any, store: ImageStore) -> ImageSource:
     if len(reference) >= _BASE64_LEAST and reference.startswith(_BASE64_STARTS):
         return decode_base64(reference)
     return store.find(reference)
+
+
+class _AnyFile:
+    """The store of what the user himself writes: any path. Data files and requests are read from stores with a root."""
+
+    def find(self, name: str) -> ImageSource:
+        return os.path.expanduser(name)
+
+
+def open_reference(reference: Any) -> ImageSource:
+    """What the user of Python or of a command gives as an image: any that `read_image` takes, or `resolve_image` does.
+
+    A name is a path. Raises ImageError for anything else.
+    """
+    if not isinstance(reference, str | Mapping):
+        return reference
+    try:
+        return resolve_image(reference, _AnyFile())
+    except SampleError as error:
+        raise ImageError(str(error)) from None
 
 
 def data_uri_text(uri: str) -> str:

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from dsvl2_jax.checkpoint.locate import resolve
 from dsvl2_jax.errors import UsageError
+from dsvl2_jax.inputs.images import TRAITS, trait_notes
 from dsvl2_jax.inputs.processor import Processor
 from dsvl2_jax.runtime.progress import progress
 from dsvl2_jax.train.data.samples import SampleSource, SkippedSample
@@ -37,6 +38,7 @@ class Summary:
     tokens: np.ndarray  # i64[usable]
     supervised: np.ndarray  # i64[usable], tokens that are learnt
     tiles: np.ndarray  # i64[usable]
+    traits: dict[str, int]  # of `TRAITS`, pictures of the usable samples that have it
     sequence_length: int
     tiles_per_sequence: int
 
@@ -60,6 +62,7 @@ class Summary:
             "with_images": int((self.tiles > 0).sum()),
             "text_only": int((self.tiles == 0).sum()),
             "too_long": self.too_long,
+            "pictures": self.traits,
             "sequence_length": self.sequence_length,
             "tiles_per_sequence": self.tiles_per_sequence,
             "tokens": _spread(self.tokens),
@@ -94,13 +97,15 @@ def examine(
     broken: Counter[str] = Counter()
     problems: list[str] = []
     sizes: list[tuple[int, int, int]] = []
+    traits = Counter(dict.fromkeys(TRAITS, 0))
     for sample in _measured(source):
         if isinstance(sample, SkippedSample):
             broken[sample.reason] += 1
             if len(problems) < most_problems:
                 problems.append(f"{sample.name}: {sample.message}")
         else:
-            sizes.append(sample)
+            sizes.append(sample[:3])
+            traits.update(sample[3])
     tokens, supervised, tiles = np.array(sizes, np.int64).reshape(-1, 3).T
     return Summary(
         len(source.files),
@@ -110,6 +115,7 @@ def examine(
         tokens,
         supervised,
         tiles,
+        dict(traits),
         sequence_length,
         tiles_per_sequence,
     )
@@ -123,6 +129,7 @@ def check(
     sequence_length: int = 4096,
     tiles_per_sequence: int = 20,
     mask_prompt: bool = False,
+    as_seen: bool = False,
     most_problems: int = 20,
     histogram: Path | None = None,
     as_json: bool = False,
@@ -131,6 +138,7 @@ def check(
 
     Args:
       checkpoint: whose tokenizer and tiling; None: the bundled model's. The others are as in `examine`.
+      as_seen: read pictures as people see them, as with the setting ``data.as_seen``.
       histogram: a PNG to write.
       as_json: prints one JSON object instead of tables.
 
@@ -144,7 +152,7 @@ def check(
         raise UsageError(f"--histogram {histogram}: give a file name that ends in .png.")
     summary = examine(
         path,
-        processor=Processor.from_dir(resolve(checkpoint)),
+        processor=Processor.from_dir(resolve(checkpoint), as_seen=as_seen, warns=False),
         images=images,
         sequence_length=sequence_length,
         tiles_per_sequence=tiles_per_sequence,
@@ -154,7 +162,7 @@ def check(
     if as_json:
         print(json.dumps(summary.as_dict(), indent=2, ensure_ascii=False))
     else:
-        _print(summary, bundled=checkpoint is None)
+        _print(summary, bundled=checkpoint is None, as_seen=as_seen)
     if histogram is not None:
         draw(summary, histogram)
     return 1 if summary.broken_samples else 0
@@ -182,15 +190,16 @@ def draw(summary: Summary, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _measured(source: SampleSource) -> Iterator[tuple[int, int, int] | SkippedSample]:
-    """(tokens, supervised tokens, tiles) of each sample in order, or what is wrong with it."""
+def _measured(source: SampleSource) -> Iterator[tuple[int, int, int, tuple[str, ...]] | SkippedSample]:
+    """(tokens, supervised tokens, tiles, traits of images) of each sample in order, or what is wrong with it."""
 
-    def measure(index: int) -> tuple[int, int, int] | SkippedSample:
+    def measure(index: int) -> tuple[int, int, int, tuple[str, ...]] | SkippedSample:
         item = source[index]
         if isinstance(item, SkippedSample):
             return item
         # A segment's first token is never predicted.
-        return len(item["tokens"]), int((item["tokens"][1:, 1] >= 0).sum()), len(item["tiles"])
+        learnt = int((item["tokens"][1:, 1] >= 0).sum())
+        return len(item["tokens"]), learnt, len(item["tiles"]), item["image_traits"]
 
     with (
         concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads,
@@ -202,7 +211,7 @@ def _measured(source: SampleSource) -> Iterator[tuple[int, int, int] | SkippedSa
                 yield result
 
 
-def _print(summary: Summary, bundled: bool) -> None:
+def _print(summary: Summary, bundled: bool, as_seen: bool) -> None:
     console, counts = Console(highlight=False), summary.as_dict()
     table = Table(box=None, show_header=False)
     rows = [
@@ -215,6 +224,7 @@ def _print(summary: Summary, bundled: bool) -> None:
         ("tokens", int(summary.tokens.sum())),
         ("  learnt", int(summary.supervised.sum())),
         ("tiles", int(summary.tiles.sum())),
+        *((f"  {trait} pictures", count) for trait, count in summary.traits.items() if count),
     ]
     for name, value in rows:
         table.add_row(name, f"{value:,}")
@@ -223,6 +233,9 @@ def _print(summary: Summary, bundled: bool) -> None:
         console.print(
             "Tokens and tiles are counted as the bundled model does; --ckpt gives those of yours.", style="dim"
         )
+    pictures = Counter(summary.traits).elements()
+    for note in () if as_seen else trait_notes(pictures, "data.as_seen = true (here --as-seen)"):
+        console.print(escape(note), style="yellow", soft_wrap=True)
     _print_bars(console, "tokens of a sample", summary.tokens, _doublings(summary.tokens))
     _print_bars(console, "image tiles of a sample", summary.tiles, _tile_edges(summary.tiles))
     if summary.broken:

@@ -20,6 +20,7 @@ def check(
     sequence_length: int = 4096,
     tiles_per_sequence: int = 20,
     mask_prompt: bool = False,
+    as_seen: bool = False,
     problems: int = 20,
     histogram: Path | None = None,
     json: bool = False,
@@ -33,6 +34,7 @@ def check(
         sequence_length: tokens of a training row.
         tiles_per_sequence: image tiles of a training row.
         mask_prompt: count answers alone as learnt, as in fine-tuning.
+        as_seen: read images as with the setting data.as_seen.
         problems: how many broken samples to list; all are counted.
         histogram: PNG to draw token and tile counts to.
         json: print one JSON object.
@@ -47,6 +49,7 @@ def check(
             sequence_length=sequence_length,
             tiles_per_sequence=tiles_per_sequence,
             mask_prompt=mask_prompt,
+            as_seen=as_seen,
             most_problems=problems,
             histogram=histogram,
             as_json=json,

@@ -30,6 +30,7 @@ def evaluate(
     dtype: Dtype | None = None,
     mesh: str | None = None,
     candidates: int | None = None,
+    as_seen: bool = False,
     prompt_template: str | None = None,
     limit: int | None = None,
     report_samples: int = 1000,
@@ -56,6 +57,8 @@ def evaluate(
         dtype: in which the model computes; float32 without it.
         mesh: shard over devices, e.g. data=2,tensor=2,expert=2.
         candidates: cut images into at most this many tiles (InfoVQA: 18) instead of as the checkpoint says (9).
+        as_seen: read images as people see them: turned as EXIF says, transparency over white, 16-bit gray divided.
+            Boxes are then in pixels of the turned image.
         prompt_template: the prompt around {question} and {choices}; \\n is a new line.
         limit: answer only the first questions, this many of them.
         report_samples: show at most this many samples of each task in report.html.
@@ -80,6 +83,7 @@ def evaluate(
         "images": images,
         "out": out,
         "max_new_tokens": max_new_tokens,
+        "as_seen": as_seen,
         "prompt_template": prompt_template,
         "limit": limit,
         "report_samples": report_samples,
