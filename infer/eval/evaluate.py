@@ -40,6 +40,7 @@ class EvalOptions:
 
     metric: str | None = None
     images: str = ""
+    follow_links: bool = False
     out: Path | None = None
     batch_size: int = setting(16, least=1)
     max_new_tokens: int = setting(128, least=1)
@@ -104,7 +105,7 @@ def evaluate(ckpt: str | None, data: Path, options: EvalOptions) -> dict[str, An
 
 
 def _read(data: Path, options: EvalOptions) -> tuple[ImageStore, list[Sample]]:
-    store = open_images(options.images, str(data))
+    store = open_images(options.images, str(data), options.follow_links)
     samples = read_samples(data, store, metric=options.metric, template=options.prompt_template, limit=options.limit)
     return store, samples
 
