@@ -146,14 +146,18 @@ class ImageStore(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class FolderImages:
-    """Images below a folder. Names that lead out of it are refused: a data file must not open any file it likes."""
+    """Images below a folder. Names that lead out of it are refused: a data file must not open any file it likes.
+
+    So are links that lead out of it, unless ``follow_links``: whoever made the folder must not choose what is read.
+    """
 
     root: str
+    follow_links: bool = False
 
     def find(self, name: str) -> ImageSource:
         root = os.path.abspath(self.root)
         path = os.path.normpath(os.path.join(root, name))
-        if os.path.commonpath([root, path]) != root:
+        if not _is_below(path, root):
             raise SampleError(
                 BAD_REFERENCE,
                 f"image {name!r} is outside of the image folder {self.root}. Name images relative to that folder, or "
@@ -161,7 +165,17 @@ class FolderImages:
             )
         if not os.path.isfile(path):
             raise SampleError(MISSING_IMAGE, f"image {name!r}: no such file ({path}).")
-        return path
+        if self.follow_links:
+            return path
+        resolved = os.path.realpath(path)
+        if not _is_below(resolved, os.path.realpath(root)):
+            raise SampleError(
+                BAD_REFERENCE,
+                f"image {name!r} is a link, or lies behind one, that leads out of the image folder {self.root}, to "
+                f"{resolved}. If you trust the links in that folder, set follow_links (--follow-links on a command "
+                "line); otherwise copy the images into it.",
+            )
+        return resolved  # without links: what was checked is what is opened
 
 
 class TarImages:
@@ -193,10 +207,14 @@ class TarImages:
         return self.shards[shard].name(member)
 
 
-def open_images(images: str, data_path: str) -> ImageStore:
+def _is_below(path: str, root: str) -> bool:
+    return os.path.commonpath([root, path]) == root
+
+
+def open_images(images: str, data_path: str, follow_links: bool = False) -> ImageStore:
     """The store of a source: `images` is a folder, a glob of ``.tar`` shards, or empty for the data file's folder.
 
-    Raises DataError when there is no such folder or shard.
+    ``follow_links``: links in the folder may lead out of it. Raises DataError when there is no such folder or shard.
     """
     if images.endswith(".tar"):
         return TarImages(expand_paths(images, "image shards"))
@@ -205,7 +223,7 @@ def open_images(images: str, data_path: str) -> ImageStore:
         raise DataError(
             f"{folder}: no such folder of images. Give a folder, or tar shards as a pattern ending in .tar."
         )
-    return FolderImages(folder)
+    return FolderImages(folder, follow_links)
 
 
 def expand_paths(pattern: str, what: str) -> list[str]:

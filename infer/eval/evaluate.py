@@ -42,6 +42,7 @@ class EvalOptions:
 
     metric: str | None = None
     images: str = ""
+    follow_links: bool = False
     out: Path | None = None
     batch_size: int = setting(16, least=1)
     max_new_tokens: int = setting(128, least=1)
@@ -109,7 +110,7 @@ def evaluate(ckpt: str | None, data: Path, options: EvalOptions) -> dict[str, An
 
 
 def _read(data: Path, options: EvalOptions) -> tuple[ImageStore, list[Sample]]:
-    store = open_images(options.images, str(data))
+    store = open_images(options.images, str(data), options.follow_links)
     samples = read_samples(
         data,
         store,

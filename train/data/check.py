@@ -76,6 +76,7 @@ def examine(
     *,
     processor: Processor,
     images: str = "",
+    follow_links: bool = False,
     sequence_length: int = 4096,
     tiles_per_sequence: int = 20,
     mask_prompt: bool = False,
@@ -84,16 +85,15 @@ def examine(
     """Reads every sample once, on all cores.
 
     Args:
-      path, images: as in `SourceSettings`.
+      path, images, follow_links: as in `SourceSettings`.
       mask_prompt: count answers alone as learnt.
       most_problems: how many are kept in words; all are counted.
 
     Raises:
       DataError: there is no file, no sample or no folder of images.
     """
-    source = SampleSource(
-        path, SourceSettings(path=path, images=images), processor, DataSettings(mask_prompt=mask_prompt)
-    )
+    settings = SourceSettings(path=path, images=images, follow_links=follow_links)
+    source = SampleSource(path, settings, processor, DataSettings(mask_prompt=mask_prompt))
     broken: Counter[str] = Counter()
     problems: list[str] = []
     sizes: list[tuple[int, int, int]] = []
@@ -126,6 +126,7 @@ def check(
     *,
     checkpoint: str | None = None,
     images: str = "",
+    follow_links: bool = False,
     sequence_length: int = 4096,
     tiles_per_sequence: int = 20,
     mask_prompt: bool = False,
@@ -154,6 +155,7 @@ def check(
         path,
         processor=Processor.from_dir(resolve(checkpoint), as_seen=as_seen, warns=False),
         images=images,
+        follow_links=follow_links,
         sequence_length=sequence_length,
         tiles_per_sequence=tiles_per_sequence,
         mask_prompt=mask_prompt,

@@ -114,7 +114,7 @@ class SampleSource:
     def _store(self, file: DataFile) -> ImageStore:
         folder = "" if self._source.images else os.path.dirname(file.path)
         if folder not in self._stores:
-            self._stores[folder] = open_images(self._source.images, file.path)
+            self._stores[folder] = open_images(self._source.images, file.path, self._source.follow_links)
         return self._stores[folder]
 
 

@@ -46,6 +46,9 @@ class SourceSettings:
     images: str = setting(
         "", help="folder or tar shards (a glob) where image names are looked up; empty: the data file's folder"
     )
+    follow_links: bool = setting(
+        False, may_change=True, help="true: links in the folder of images may lead out of it, as to a store of files"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,7 @@ def evaluate(
     *,
     metric: Metric | None = None,
     images: str = "",
+    follow_links: bool = False,
     out: Path | None = None,
     batch_size: int | None = None,
     max_new_tokens: int = 128,
@@ -51,6 +52,7 @@ def evaluate(
         files: checkpoint (without it, the bundled model) and a file with one question a line.
         metric: how answers are scored, where a line does not say so itself.
         images: folder, or tar shards (a glob ending in .tar), of the images; without it, the file's folder.
+        follow_links: links in the folder of images may lead out of it.
         out: directory for results.jsonl, summary.json and report.html; without it, eval/CHECKPOINT/DATA.
         batch_size: questions answered together; 16 without it.
         max_new_tokens: the most tokens of an answer.
@@ -81,6 +83,7 @@ def evaluate(
     shared = {
         "metric": metric,
         "images": images,
+        "follow_links": follow_links,
         "out": out,
         "max_new_tokens": max_new_tokens,
         "as_seen": as_seen,

@@ -77,16 +77,17 @@ OPTIONS = {
     "demo": {"--seed": "0", "--out": "out", **COMPUTING},
     "train": {"--profile": "None", "--tensorboard": "False", **TOGETHER},
     "data check": {
-        "--ckpt": "None", "--images": "''", "--sequence-length": "4096", "--tiles-per-sequence": "20",
-        "--mask-prompt": "False", "--problems": "20", "--histogram": "None", "--json": "False",
+        "--ckpt": "None", "--images": "''", "--follow-links": "False", "--sequence-length": "4096",
+        "--tiles-per-sequence": "20", "--mask-prompt": "False", "--problems": "20", "--histogram": "None",
+        "--json": "False",
     },
     "data import": {},
     "plot": {"--out": "plot.png"},
     "eval": {
-        "--metric": "None", "--images": "''", "--out": "None", "--batch-size": "None", "--max-new-tokens": "128",
-        "--dtype": "None", "--mesh": "None", "--candidates": "None", "--prompt-template": "None", "--limit": "None",
-        "--report-samples": "1000", "--json": "False", "--server": "None", "--server-model": "None",
-        "--api-key-file": "None", "--concurrency": "None", "--timeout": "None", "--extra-body": "None", **TOGETHER,
+        "--metric": "None", "--images": "''", "--follow-links": "False", "--out": "None", "--batch-size": "None",
+        "--max-new-tokens": "128", "--dtype": "None", "--mesh": "None", "--candidates": "None",
+        "--prompt-template": "None", "--limit": "None", "--report-samples": "1000", "--json": "False",
+        "--server": "None", "--server-model": "None", "--api-key-file": "None", "--concurrency": "None", "--timeout": "None", "--extra-body": "None", **TOGETHER,
     },
     "plan": {
         "--topology": "None", "--job": "None", "--batch": "None", "--sequence": "None", "--slots": "None",
