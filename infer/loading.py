@@ -22,6 +22,7 @@ class LoadOptions:
     mesh: str | None = None
     exif: bool = False
     strict_special_tokens: bool = False
+    verify: bool = False
 
 
 def load(ckpt: str | None, options: LoadOptions) -> Model:
@@ -37,7 +38,7 @@ def load(ckpt: str | None, options: LoadOptions) -> Model:
     mesh = None if options.mesh is None else make_mesh(**parse_mesh(options.mesh))
     if processes.joined():
         processes.same_everywhere("the checkpoint", description(resolve(ckpt)))
-    model = engine.load(ckpt, dtype=options.dtype, mesh=mesh)
+    model = engine.load(ckpt, dtype=options.dtype, mesh=mesh, verify=options.verify)
     model.processor.apply_exif_orientation = options.exif
     model.processor.strict_special_tokens = options.strict_special_tokens
     return model
