@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from dsvl2_jax.errors import ConversationError
 from dsvl2_jax.inputs.tokenizer import ASSISTANT_TOKEN, IMAGE_TOKEN, USER_TOKEN
 from dsvl2_jax.messages import did_you_mean
@@ -105,7 +103,8 @@ def read_role(role: Any, label: str) -> str:
     name = role.strip().lower() if isinstance(role, str) else None
     if name not in ROLES:
         near = did_you_mean(name, ROLES) if name else "."
-        raise ConversationError(f"{label}: unknown role {role!r}{near} The roles are {', '.join(map(repr, ROLES))}.")
+        known = ", ".join(map(repr, ROLES))
+        raise ConversationError(f"{label}: unknown role {role!r:.60}{near} The roles are {known}.")
     return ROLES[name]
 
 
@@ -193,7 +192,7 @@ def _unused(values: Mapping[str, Any], known: Iterable[str]) -> tuple[str, ...]:
 
 def _says_nothing(value: Any) -> bool:
     """Whether a value is empty, as chat interfaces fill the fields that they do not use."""
-    return value is None or (isinstance(value, str | bytes | list | tuple | dict | np.ndarray) and len(value) == 0)
+    return value is None or (isinstance(value, str | bytes | list | tuple | dict) and len(value) == 0)
 
 
 def _type(value: Any) -> str:
