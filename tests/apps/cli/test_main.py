@@ -87,7 +87,8 @@ OPTIONS = {
         "--metric": "None", "--images": "''", "--follow-links": "False", "--out": "None", "--batch-size": "None",
         "--max-new-tokens": "128", "--dtype": "None", "--mesh": "None", "--candidates": "None",
         "--prompt-template": "None", "--limit": "None", "--report-samples": "1000", "--json": "False",
-        "--server": "None", "--server-model": "None", "--api-key-file": "None", "--concurrency": "None", "--timeout": "None", "--extra-body": "None", **TOGETHER,
+        "--server": "None", "--server-model": "None", "--api-key-file": "None",
+        "--concurrency": "None", "--timeout": "None", "--extra-body": "None", **TOGETHER,
     },
     "plan": {
         "--topology": "None", "--job": "None", "--batch": "None", "--sequence": "None", "--slots": "None",
