@@ -27,8 +27,8 @@ def main(pip_audit: str, *files: str) -> int:
                 print(f"VULNERABLE: {file}: {one['name']} {one['version']}: {known['id']}, fixed in {fixed}")
         if skipped:
             print(
-                f"NOT AUDITED: {file}: of {len(packages)} packages the database of vulnerabilities gave no answer about "
-                f"{len(skipped)}, as where the network does not reach it."
+                f"NOT AUDITED: {file}: the database of vulnerabilities gave no answer about {len(skipped)} of "
+                f"{len(packages)} packages, as where the network does not reach it."
             )
         else:
             print(f"{file}: {len(packages)} packages, {len(found)} with a known vulnerability")
