@@ -231,7 +231,7 @@ FIELDS = [
     for field in dataclasses.fields(cls)
 ] + [("", "tile_tag"), ("", "global_view_pos"), ("", "candidate_resolutions")]
 SIZES_THAT_ARE_NONE = [
-    0, -1, 1, 2**31, 10**9, 10**300, -(10**18), 1.5, 1e300, float("inf"), float("nan"), True, False, None, "", "384",
+    0, -1, 1, 2**31, 10**9, 10**400, -(10**18), 1.5, 1e300, float("inf"), float("nan"), True, False, None, "", "384",
     [], [1], [[0, 0]], [[1, 2, 3]], [["a", "b"]], [[1e400, 1]], {}, {"a": {}},
 ]  # fmt: skip
 

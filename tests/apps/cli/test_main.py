@@ -85,9 +85,10 @@ OPTIONS = {
     "plot": {"--out": "plot.png"},
     "eval": {
         "--metric": "None", "--images": "''", "--out": "None", "--batch-size": "None", "--max-new-tokens": "128",
-        "--dtype": "None", "--mesh": "None", "--verify": "False", "--candidates": "None",
-        "--prompt-template": "None", "--limit": "None", "--report-samples": "1000", "--json": "False", "--server": "None",
-        "--server-model": "None", "--api-key-file": "None", "--concurrency": "None", "--timeout": "None", "--extra-body": "None", **TOGETHER,
+        "--dtype": "None", "--mesh": "None", "--verify": "False", "--candidates": "None", "--prompt-template": "None",
+        "--limit": "None", "--report-samples": "1000", "--json": "False", "--server": "None",
+        "--server-model": "None", "--api-key-file": "None", "--concurrency": "None", "--timeout": "None",
+        "--extra-body": "None", **TOGETHER,
     },
     "plan": {
         "--topology": "None", "--job": "None", "--batch": "None", "--sequence": "None", "--slots": "None",
