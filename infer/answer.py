@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from dsvl2_jax.infer.sampling import SamplingParams
-from dsvl2_jax.inputs.grounding import Box, parse_boxes
+from dsvl2_jax.inputs.grounding import Box, count_malformed_boxes, parse_boxes
 from dsvl2_jax.inputs.processor import ModelInputs, Processor
 from dsvl2_jax.inputs.tokenizer import StreamDecoder
 
@@ -21,6 +21,7 @@ class Generation:
       text: the answer; special tokens are kept (boxes need them), the ending eos is not.
       finish_reason: "stop" (eos or a stop string) or "length".
       boxes: grounding boxes in pixels of the conversation's last image.
+      malformed_boxes: how many more the model wrote that are none; see `count_malformed_boxes`.
       logprobs: the model's log-probability of each token, or None when not asked for.
       prompt_tokens, image_tokens: length of the prompt, and how many of its tokens are image rows.
     """
@@ -32,6 +33,7 @@ class Generation:
     logprobs: list[float] | None
     prompt_tokens: int
     image_tokens: int
+    malformed_boxes: int = 0
 
 
 class AnswerBuilder:
@@ -91,6 +93,7 @@ class AnswerBuilder:
             logprobs=self.logprobs if with_logprobs else None,
             prompt_tokens=len(prompt.input_ids),
             image_tokens=int(prompt.image_mask.sum()),
+            malformed_boxes=count_malformed_boxes(self.text),
         )
 
 

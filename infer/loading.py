@@ -13,6 +13,8 @@ from dsvl2_jax.infer.engine import Model
 from dsvl2_jax.runtime import processes
 from dsvl2_jax.sharding import make_mesh, parse_mesh
 
+AS_SEEN = "--as-seen"  # what `LoadOptions.as_seen` is called, for notes about pictures
+
 
 @dataclasses.dataclass(frozen=True)
 class LoadOptions:
@@ -20,7 +22,7 @@ class LoadOptions:
 
     dtype: str = "float32"
     mesh: str | None = None
-    exif: bool = False
+    as_seen: bool = False
     strict_special_tokens: bool = False
     verify: bool = False
 
@@ -39,6 +41,7 @@ def load(ckpt: str | None, options: LoadOptions) -> Model:
     if processes.joined():
         processes.same_everywhere("the checkpoint", description(resolve(ckpt)))
     model = engine.load(ckpt, dtype=options.dtype, mesh=mesh, verify=options.verify)
-    model.processor.apply_exif_orientation = options.exif
+    model.processor.as_seen = options.as_seen
+    model.processor.warns = False  # the commands count pictures, and name their own option
     model.processor.strict_special_tokens = options.strict_special_tokens
     return model

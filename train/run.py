@@ -189,6 +189,7 @@ def _open_model(settings: Settings, source: Path) -> tuple[Config, Processor]:
             f"model.size = {wanted}, but model.checkpoint = {settings.model.checkpoint} {what}. Give a checkpoint of "
             f"{wanted}, or the configuration for {size if size != 'other' else 'it, or model.size=any'}."
         )
+    processor.as_seen, processor.warns = settings.data.as_seen, False  # the pipeline counts pictures
     return config, processor
 
 

@@ -12,8 +12,10 @@ from typing import TextIO
 
 from dsvl2_jax.errors import DSVL2Error
 from dsvl2_jax.infer.engine import Model
+from dsvl2_jax.infer.loading import AS_SEEN
 from dsvl2_jax.infer.sampling import SamplingParams
 from dsvl2_jax.inputs.conversation import prepend_image_tags
+from dsvl2_jax.inputs.images import trait_notes
 
 HELP = """\
 /image FILE …   attach images to your next message (<image> in it marks where they go)
@@ -30,6 +32,7 @@ def chat(model: Model, system: str, max_new_tokens: int, sampling: SamplingParam
     """
     opening = [{"role": "system", "content": system}] if system else []
     turns, images = list(opening), []
+    noted: set[str] = set()  # what has been said about pictures
     interactive = lines.isatty()
     if interactive:
         print(HELP)
@@ -52,8 +55,13 @@ def chat(model: Model, system: str, max_new_tokens: int, sampling: SamplingParam
         elif text:
             message = {"role": "user", "content": prepend_image_tags(text, len(images)), "images": images}
             try:
+                inputs = model.processor([*turns, message])
+                if not model.processor.as_seen:
+                    for note in trait_notes((t for t in inputs.image_traits if t not in noted), AS_SEEN):
+                        print(f"(warning: {note})")
+                    noted |= set(inputs.image_traits)
                 answer = model.generate(
-                    model.processor([*turns, message]),
+                    inputs,
                     max_new_tokens,
                     sampling,
                     on_text=lambda _, piece: print(piece, end="", flush=True),
@@ -64,6 +72,8 @@ def chat(model: Model, system: str, max_new_tokens: int, sampling: SamplingParam
             print()
             for box in answer.boxes:
                 print(f"  {box.label or 'box'}: ({box.x1}, {box.y1}) – ({box.x2}, {box.y2})")
+            if answer.malformed_boxes:
+                print(f"  ({answer.malformed_boxes} malformed box(es) left out)")
             turns += [message, {"role": "assistant", "content": answer.text}]
             images = []
 

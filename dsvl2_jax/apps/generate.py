@@ -12,11 +12,11 @@ from pathlib import Path
 
 from dsvl2_jax.errors import DSVL2Error, UsageError
 from dsvl2_jax.infer.answer import Generation
-from dsvl2_jax.infer.loading import LoadOptions, load
+from dsvl2_jax.infer.loading import AS_SEEN, LoadOptions, load
 from dsvl2_jax.infer.sampling import SamplingParams
 from dsvl2_jax.inputs.conversation import prepend_image_tags
 from dsvl2_jax.inputs.grounding import draw_boxes
-from dsvl2_jax.inputs.images import load_image
+from dsvl2_jax.inputs.images import load_image, trait_notes
 from dsvl2_jax.runtime import processes
 from dsvl2_jax.runtime.timing import Timing
 
@@ -46,6 +46,9 @@ def generate(
     if system:
         conversation.insert(0, {"role": "system", "content": system})
     inputs = processes.from_first(lambda: model.processor(conversation))
+    if processes.is_first() and not options.as_seen:
+        for note in trait_notes(inputs.image_traits, AS_SEEN):
+            print(f"dsvl2: warning: {note}", file=sys.stderr)
 
     def show(_: int, text: str) -> None:
         if processes.is_first():
@@ -63,12 +66,13 @@ def generate(
         return
     print(json.dumps(report(answer, timing), ensure_ascii=False) if as_json else "")
     if draw is not None:
-        image = load_image(images[-1], options.exif)
+        image = load_image(images[-1], options.as_seen)
         try:
             draw_boxes(image, answer.boxes).save(draw)
         except (OSError, ValueError) as error:
             raise DSVL2Error(f"--draw {draw}: cannot be written ({error}); name a .png or .jpg file.") from None
-        print(f"{len(answer.boxes)} box(es) drawn into {draw}", file=sys.stderr)
+        left_out = f", {answer.malformed_boxes} malformed left out" if answer.malformed_boxes else ""
+        print(f"{len(answer.boxes)} box(es) drawn into {draw}{left_out}", file=sys.stderr)
 
 
 def report(answer: Generation, timing: Timing) -> dict:
@@ -82,5 +86,6 @@ def report(answer: Generation, timing: Timing) -> dict:
         "prompt_tokens": answer.prompt_tokens,
         "image_tokens": answer.image_tokens,
         "boxes": [dataclasses.asdict(box) for box in answer.boxes],
+        "malformed_boxes": answer.malformed_boxes,
         "timing": seconds | {"decode_tokens_per_second": round(decoded / spent, 2) if spent else None},
     }

@@ -7,19 +7,9 @@ ended by eos, after the text of an optional system turn.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from PIL import Image
-
 from dsvl2_jax.errors import ConversationError, UsageError
-from dsvl2_jax.inputs.images import ImageSource
 from dsvl2_jax.inputs.tokenizer import ASSISTANT_TOKEN, IMAGE_TOKEN, USER_TOKEN
-
-_ROLES = {
-    USER_TOKEN: "user",
-    "user": "user",
-    ASSISTANT_TOKEN: "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
+from dsvl2_jax.inputs.turns import OLD_IMAGE_TOKEN, Turn, old_image_token, read_turn
 
 
 class Piece(NamedTuple):
@@ -31,23 +21,17 @@ class Piece(NamedTuple):
     supervised: bool = False  # trained on even when the prompt is masked
 
 
-class _Turn(NamedTuple):
-    role: str
-    text: str
-    label: str  # "turn 2 (assistant)", for messages
-
-
 def render_conversation(
     conversation: Sequence[Mapping[str, Any]],
-    images: Sequence[ImageSource] | None,
+    images: Sequence[Any] | None,
     eos_token: str,
     inference: bool,
-) -> tuple[list[Piece], list[ImageSource]]:
+) -> tuple[list[Piece], list[Any]]:
     """The pieces of a conversation and its images, as many as ``<image>`` tags; arguments as `Processor.__call__`'s.
 
     Raises ConversationError for turns that are not a conversation, UsageError for images given twice.
     """
-    turns = _check_turns(conversation, inference)
+    turns = _read_turns(conversation, inference)
     pieces: list[Piece] = []
     for turn in turns:
         if turn.role == "user":
@@ -59,17 +43,17 @@ def render_conversation(
             pieces.append(Piece(eos_token, is_token=True, supervised=True))
     if inference:
         pieces.pop()  # the eos of the answer that is yet to be written
-    return pieces, _collect_images(conversation, turns, images)
+    return pieces, _collect_images(turns, images)
 
 
 def render_prompt(
     prompt: str,
-    images: Sequence[ImageSource] | None,
+    images: Sequence[Any] | None,
     eos_token: str,
     inference: bool,
     apply_sft_format: bool,
     system_prompt: str,
-) -> tuple[list[Piece], list[ImageSource]]:
+) -> tuple[list[Piece], list[Any]]:
     """The pieces of a raw prompt and its images, as many as ``<image>`` tags; arguments as `Processor.__call__`'s.
 
     Raises ConversationError for what is no text, or another number of images than of tags.
@@ -82,8 +66,10 @@ def render_prompt(
         pieces = [Piece(system, marks_images=True), *_render_user(prompt)]
     if not inference:
         pieces.append(Piece(eos_token, is_token=True))
-    sources = _image_list(images, "images") or []
+    sources = _image_list(images) or []
     tags = sum(piece.text.count(IMAGE_TOKEN) for piece in pieces if piece.marks_images)
+    if len(sources) > tags and OLD_IMAGE_TOKEN in prompt:
+        raise old_image_token("the prompt")
     _check_image_count(tags, len(sources), "the prompt")
     return pieces, sources
 
@@ -103,56 +89,62 @@ def _render_user(text: str) -> list[Piece]:
     ]
 
 
-def _check_turns(conversation: Sequence[Mapping[str, Any]], inference: bool) -> list[_Turn]:
-    """The turns with plain role names, an empty assistant turn added for inference if the last is the user's."""
+def _read_turns(conversation: Sequence[Mapping[str, Any]], inference: bool) -> list[Turn]:
+    """The turns in plain form, an empty assistant turn added for inference if the last is the user's."""
     if not isinstance(conversation, Sequence) or isinstance(conversation, str | bytes) or not conversation:
         found = "an empty one" if isinstance(conversation, list | tuple) else type(conversation).__name__
         raise ConversationError(f'A conversation is a list of one or more {{"role", "content"}} turns; found {found}.')
-    turns = [_check_turn(item, number) for number, item in enumerate(conversation, 1)]
-    dialogue = turns[1:] if turns[0].role == "system" else turns
-    for number, turn in enumerate(dialogue):
-        expected = "assistant" if number % 2 else "user"
+    turns = [_read_turn(item, number) for number, item in enumerate(conversation, 1)]
+    opening = int(turns[0].role == "system")
+    for number, turn in enumerate(turns[opening:]):
+        label, expected = _label(turn, number + opening), "assistant" if number % 2 else "user"
         if turn.role == "system":
-            raise ConversationError(f"{turn.label}: a system turn can only be the first. Move it there.")
+            raise ConversationError(f"{label}: a system turn can only be the first. Move it there.")
         if turn.role != expected:
             raise ConversationError(
-                f"{turn.label}: expected a turn of the {expected} here. User and assistant alternate, the user "
+                f"{label}: expected a turn of the {expected} here. User and assistant alternate, the user "
                 "first: join consecutive turns of one speaker, or add the missing one."
             )
-    if not dialogue:
-        raise ConversationError(f"{turns[0].label}: the conversation has nothing after it. Add a user turn.")
     last = turns[-1]
+    label = _label(last, len(turns) - 1)
+    if last.role == "system":
+        raise ConversationError(f"{label}: the conversation has nothing after it. Add a user turn.")
     if not inference:
         if last.role != "assistant" or not last.text.strip():
             raise ConversationError(
-                f"{last.label} is the last: a training conversation ends in an assistant turn with text. Add the "
+                f"{label} is the last: a training conversation ends in an assistant turn with text. Add the "
                 "answer, or pass inference=True to have it written."
             )
     elif last.role == "user":
-        turns.append(_Turn("assistant", "", "the answer"))
+        turns.append(Turn("assistant", ""))
     elif last.text.strip():
         raise ConversationError(
-            f"{last.label} is the last and has text: for inference a conversation ends in a user turn or an empty "
+            f"{label} is the last and has text: for inference a conversation ends in a user turn or an empty "
             "assistant turn. Remove the answer, or pass inference=False to train on it."
         )
     return turns
 
 
-def _check_turn(item: Any, number: int) -> _Turn:
-    if not isinstance(item, Mapping) or "role" not in item or "content" not in item:
-        found = sorted(map(str, item)) if isinstance(item, Mapping) else type(item).__name__
-        raise ConversationError(f'turn {number}: expected an object with "role" and "content"; found {found}.')
-    role = item["role"]
-    if not isinstance(role, str) or role not in _ROLES:
-        raise ConversationError(f"turn {number}: unknown role {role!r}. The roles are {', '.join(map(repr, _ROLES))}.")
-    turn = _Turn(_ROLES[role], item["content"], f"turn {number} ({_ROLES[role]})")
-    _check_text(turn.text, f"{turn.label}: content")
+def _read_turn(item: Any, number: int) -> Turn:
+    turn = read_turn(item, f"turn {number}")
+    label = _label(turn, number - 1)
+    if turn.unused:
+        raise ConversationError(
+            f"{label}: has {', '.join(turn.unused)}, which the model does not use. A turn has role, content and "
+            "images; leave the rest out."
+        )
+    _check_text(turn.text, f"{label}: content")
     if turn.role == "assistant" and IMAGE_TOKEN in turn.text:
         raise ConversationError(
-            f"{turn.label}: has {turn.text.count(IMAGE_TOKEN)} {IMAGE_TOKEN}; images can only be in user turns. "
+            f"{label}: has {turn.text.count(IMAGE_TOKEN)} {IMAGE_TOKEN}; images can only be in user turns. "
             "Move the tag and its image to the user turn before it."
         )
     return turn
+
+
+def _label(turn: Turn, index: int) -> str:
+    """As in "turn 2 (assistant)", for messages."""
+    return f"turn {index + 1} ({turn.role})"
 
 
 def _check_text(text: Any, what: str) -> None:
@@ -164,29 +156,27 @@ def _check_text(text: Any, what: str) -> None:
         raise ConversationError(f"{what} is not valid Unicode at character {error.start}: {error.reason}.") from error
 
 
-def _image_list(images: Any, what: str) -> list[ImageSource] | None:
+def _image_list(images: Any) -> list[Any] | None:
     if images is None:
         return None
-    if isinstance(images, str | bytes | Image.Image) or not isinstance(images, Sequence):
-        raise ConversationError(f"{what} is of type {type(images).__name__}, expected a list of paths or PIL images.")
+    if isinstance(images, str | bytes) or not isinstance(images, Sequence):
+        raise ConversationError(f"images is of type {type(images).__name__}, expected a list of images.")
     return list(images)
 
 
-def _collect_images(
-    conversation: Sequence[Mapping[str, Any]], turns: Sequence[_Turn], images: Sequence[ImageSource] | None
-) -> list[ImageSource]:
+def _collect_images(turns: Sequence[Turn], images: Sequence[Any] | None) -> list[Any]:
     """All images of the conversation in order, their number equal to that of the user turns' tags."""
-    per_turn = [
-        _image_list(item.get("images"), f"{turn.label}: images") or []
-        for item, turn in zip(conversation, turns, strict=False)  # turns may have one more, the answer
-    ]
-    listed = _image_list(images, "images")
-    if listed is not None and any(per_turn):
-        raise UsageError('Images are given twice: in the turns\' "images" and as images=. Use one of the two.')
-    sources = [image for turn_images in per_turn for image in turn_images] if listed is None else listed
+    in_turns = [image for turn in turns for image in turn.images]
+    listed = _image_list(images)
+    if listed is not None and in_turns:
+        raise UsageError("Images are given twice: in the turns and as images=. Use one of the two.")
+    sources = in_turns if listed is None else listed
     tags = [turn.text.count(IMAGE_TOKEN) if turn.role == "user" else 0 for turn in turns]
-    counts = zip(turns, tags, map(len, per_turn), strict=False)
-    uneven = [f"{turn.label} has {n} and {m}" for turn, n, m in counts if listed is None and n != m]
+    uneven = [
+        f"{_label(turn, index)} has {n} and {len(turn.images)}"
+        for index, (turn, n) in enumerate(zip(turns, tags, strict=True))
+        if listed is None and n != len(turn.images)
+    ]
     _check_image_count(sum(tags), len(sources), "the conversation", "; ".join(uneven))
     return sources
 

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dsvl2_jax.errors import DataError, SampleError
+from dsvl2_jax.errors import DataError, ImageError, SampleError
 from dsvl2_jax.inputs.images import ImageSource
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
@@ -146,14 +146,18 @@ class ImageStore(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class FolderImages:
-    """Images below a folder. Names that lead out of it are refused: a data file must not open any file it likes."""
+    """Images below a folder. Names that lead out of it are refused: a data file must not open any file it likes.
+
+    So are links that lead out of it, unless ``follow_links``: whoever made the folder must not choose what is read.
+    """
 
     root: str
+    follow_links: bool = False
 
     def find(self, name: str) -> ImageSource:
         root = os.path.abspath(self.root)
         path = os.path.normpath(os.path.join(root, name))
-        if os.path.commonpath([root, path]) != root:
+        if not _is_below(path, root):
             raise SampleError(
                 BAD_REFERENCE,
                 f"image {name!r} is outside of the image folder {self.root}. Name images relative to that folder, or "
@@ -161,7 +165,17 @@ class FolderImages:
             )
         if not os.path.isfile(path):
             raise SampleError(MISSING_IMAGE, f"image {name!r}: no such file ({path}).")
-        return path
+        if self.follow_links:
+            return path
+        resolved = os.path.realpath(path)
+        if not _is_below(resolved, os.path.realpath(root)):
+            raise SampleError(
+                BAD_REFERENCE,
+                f"image {name!r} is a link, or lies behind one, that leads out of the image folder {self.root}, to "
+                f"{resolved}. If you trust the links in that folder, set follow_links (--follow-links on a command "
+                "line); otherwise copy the images into it.",
+            )
+        return resolved  # without links: what was checked is what is opened
 
 
 class TarImages:
@@ -193,10 +207,14 @@ class TarImages:
         return self.shards[shard].name(member)
 
 
-def open_images(images: str, data_path: str) -> ImageStore:
+def _is_below(path: str, root: str) -> bool:
+    return os.path.commonpath([root, path]) == root
+
+
+def open_images(images: str, data_path: str, follow_links: bool = False) -> ImageStore:
     """The store of a source: `images` is a folder, a glob of ``.tar`` shards, or empty for the data file's folder.
 
-    Raises DataError when there is no such folder or shard.
+    ``follow_links``: links in the folder may lead out of it. Raises DataError when there is no such folder or shard.
     """
     if images.endswith(".tar"):
         return TarImages(expand_paths(images, "image shards"))
@@ -205,7 +223,7 @@ def open_images(images: str, data_path: str) -> ImageStore:
         raise DataError(
             f"{folder}: no such folder of images. Give a folder, or tar shards as a pattern ending in .tar."
         )
-    return FolderImages(folder)
+    return FolderImages(folder, follow_links)
 
 
 def expand_paths(pattern: str, what: str) -> list[str]:
@@ -228,7 +246,7 @@ def resolve_image(reference: Any, store: ImageStore) -> ImageSource:
 
     Args:
       reference: a name; a ``data:`` URI or plain base64 of an image file; an object that has one of these under
-        ``path``, ``url``, ``base64`` or ``bytes``; or a file's bytes already.
+        ``path``, ``url``, ``base64``, ``bytes`` or ``data``; or a file's bytes already.
       store: where names are looked up.
 
     Returns:
@@ -240,10 +258,12 @@ def resolve_image(reference: Any, store: ImageStore) -> ImageSource:
     if isinstance(reference, bytes):
         return reference
     if isinstance(reference, Mapping):
-        for key in ("base64", "bytes", "url", "path"):
-            if reference.get(key):
-                inline = key in ("base64", "bytes")
-                return decode_base64(reference[key]) if inline else resolve_image(reference[key], store)
+        for key in ("base64", "bytes", "data", "url", "path"):
+            value = reference.get(key)
+            if isinstance(value, str) and value and key in ("base64", "bytes", "data"):
+                return decode_base64(value)
+            if isinstance(value, str | bytes) and value:
+                return resolve_image(value, store)
     if not isinstance(reference, str) or not reference:
         found = "an empty one" if reference == "" else type(reference).__name__
         raise SampleError(BAD_REFERENCE, f"an image is a file's name or base64 data; found {found}.")
@@ -256,6 +276,26 @@ def resolve_image(reference: Any, store: ImageStore) -> ImageSource:
     if len(reference) >= _BASE64_LEAST and reference.startswith(_BASE64_STARTS):
         return decode_base64(reference)
     return store.find(reference)
+
+
+class _AnyFile:
+    """The store of what the user himself writes: any path. Data files and requests are read from stores with a root."""
+
+    def find(self, name: str) -> ImageSource:
+        return name
+
+
+def open_reference(reference: Any) -> ImageSource:
+    """What the user of Python or of a command gives as an image: any that `read_image` takes, or `resolve_image` does.
+
+    A name is a path. Raises ImageError for anything else.
+    """
+    if not isinstance(reference, str | Mapping):
+        return reference
+    try:
+        return resolve_image(reference, _AnyFile())
+    except SampleError as error:
+        raise ImageError(str(error)) from None
 
 
 def data_uri_text(uri: str) -> str:

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from dsvl2_jax import fields
 from dsvl2_jax.errors import ConfigError, UsageError
 from dsvl2_jax.fields import Problem, setting
 from dsvl2_jax.inputs.conversation import Piece, render_conversation, render_prompt
-from dsvl2_jax.inputs.images import ImageSource, load_image, pad_image, tile_image
+from dsvl2_jax.inputs.image_sources import open_reference
+from dsvl2_jax.inputs.images import ImageSource, pad_image, read_image, tile_image, trait_notes
 from dsvl2_jax.inputs.tokenizer import IMAGE_TOKEN, Tokenizer
 from dsvl2_jax.json_files import read_json_object
 from dsvl2_jax.model.config import NEWLINE_POSITION, SEPARATOR_POSITION, TEXT_POSITION
@@ -104,8 +106,9 @@ class ModelInputs:
     image_index: np.ndarray  # i32[T]
     tiles: np.ndarray  # u8[N, S, S, 3]
     tile_grid: np.ndarray  # i32[images, 2], (cols, rows) of local tiles
-    image_sizes: np.ndarray  # i32[images, 2], (width, height) of the original
+    image_sizes: np.ndarray  # i32[images, 2], (width, height) of the original, in whose pixels boxes are
     prompt: str  # the text that was tokenised (turn by turn): without bos, an image as <image>
+    image_traits: tuple[str, ...] = ()  # of all images together: see `read_image`
 
 
 @dataclasses.dataclass
@@ -113,15 +116,16 @@ class Processor:
     """Conversations and images to `ModelInputs`, as the official processor does it; see `__call__`.
 
     `global_view_pos` is config.json's. `strict_special_tokens` keeps the text of every turn from becoming special
-    tokens (``<image>`` still marks images); `apply_exif_orientation` and `rescale_16bit` are `load_image`'s.
+    tokens (``<image>`` still marks images). `as_seen` is `read_image`'s. Without it `warns` says whether there is a
+    warning about pictures that a viewer shows differently; callers that count `ModelInputs.image_traits` need none.
     """
 
     config: ProcessorConfig
     tokenizer: Tokenizer
     global_view_pos: str = "head"
-    apply_exif_orientation: bool = False
-    rescale_16bit: bool = False
+    as_seen: bool = False
     strict_special_tokens: bool = False
+    warns: bool = True
 
     @classmethod
     def from_dir(cls, path: str | Path, **options: bool) -> "Processor":
@@ -150,7 +154,9 @@ class Processor:
 
         Args:
             conversation: turns ``{"role", "content", "images"?}``, user and assistant in turn after an optional
-                system turn. Each ``<image>`` in a user turn stands for the next image.
+                system turn, in any form of `read_turn`: content is a string, in which each ``<image>`` of a user
+                stands for the next image, or a list of parts. An image is a path, a file's bytes, a ``data:`` URL, a
+                PIL image or an array u8[H, W, 3] (also [H, W] and [H, W, 4]).
             images: all images in order, instead of those in the turns; required with a `prompt` that has some.
             prompt: a string to tokenise as it is; with `apply_sft_format` it becomes a user turn, with
                 `system_prompt` before it. (`system_prompt` is used nowhere else: give a system turn.)
@@ -180,7 +186,10 @@ class Processor:
                 stacklevel=2,
             )
 
-        tiles, grid, sizes = self._tile(sources)
+        tiles, grid, sizes, traits = self._tile(sources)
+        if self.warns and not self.as_seen:
+            for note in trait_notes(traits, "as_seen=True"):
+                warnings.warn(note, stacklevel=2)
         ids, labels, index = self._tokenise(pieces, grid, mask_prompt)
         return ModelInputs(
             input_ids=ids,
@@ -191,23 +200,25 @@ class Processor:
             tile_grid=grid,
             image_sizes=sizes,
             prompt="".join(piece.text for piece in pieces),
+            image_traits=traits,
         )
 
-    def global_view(self, source: ImageSource) -> np.ndarray:
-        """u8[S, S, 3], the whole image in one tile: the first that `__call__` makes of it, without the others.
+    def read_image(self, source: ImageSource) -> tuple[Image.Image, tuple[str, ...]]:
+        """`dsvl2_jax.inputs.images.read_image`, as the processor reads images."""
+        return read_image(open_reference(source), self.as_seen)
 
-        Raises ImageError for an image that cannot be read.
-        """
-        config, side = self.config, self.config.tile_size
-        image = load_image(source, self.apply_exif_orientation, rescale_16bit=self.rescale_16bit)
-        return pad_image(image, (side, side), config.pad_colour)
+    def global_view(self, image: Image.Image) -> np.ndarray:
+        """u8[S, S, 3], the whole of an RGB image in one tile: the first that `__call__` makes of it."""
+        side = self.config.tile_size
+        return pad_image(image, (side, side), self.config.pad_colour)
 
-    def _tile(self, sources: Sequence[ImageSource]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(tiles u8[N,S,S,3], grid i32[images,2], sizes i32[images,2])."""
+    def _tile(self, sources: Sequence[ImageSource]) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
+        """(tiles u8[N,S,S,3], grid i32[images,2], sizes i32[images,2], traits)."""
         config, side = self.config, self.config.tile_size
-        tiles, grid, sizes = [np.zeros((0, side, side, 3), np.uint8)], [], []
+        tiles, grid, sizes, traits = [np.zeros((0, side, side, 3), np.uint8)], [], [], ()
         for source in sources:
-            image = load_image(source, self.apply_exif_orientation, rescale_16bit=self.rescale_16bit)
+            image, image_traits = self.read_image(source)
+            traits += image_traits
             image_tiles, image_grid = tile_image(
                 image, config.candidate_resolutions, side, config.pad_colour, crop=len(sources) <= MAX_TILED_IMAGES
             )
@@ -215,7 +226,7 @@ class Processor:
             grid.append(image_grid)
             sizes.append(image.size)
         pairs = (np.array(values, np.int32).reshape(-1, 2) for values in (grid, sizes))
-        return np.concatenate(tiles), *pairs
+        return np.concatenate(tiles), *pairs, traits
 
     def _tokenise(
         self, pieces: Sequence[Piece], grid: np.ndarray, mask_prompt: bool

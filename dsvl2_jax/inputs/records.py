@@ -11,11 +11,10 @@ from dsvl2_jax.inputs.conversation import prepend_image_tags
 from dsvl2_jax.inputs.image_sources import ImageStore, resolve_image
 from dsvl2_jax.inputs.processor import ModelInputs, Processor
 from dsvl2_jax.inputs.tokenizer import IMAGE_TOKEN
+from dsvl2_jax.inputs.turns import read_turn
 
 # The reasons that samples are counted under when their text fails them.
 BAD_RECORD, BAD_CONVERSATION, UNREADABLE_IMAGE = "record", "conversation", "image unreadable"
-
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +81,10 @@ def _parse_turns(turns: Any, key: str, listed: list[Any], ignore_own: bool) -> R
         raise SampleError(BAD_RECORD, f'"{key}" is {type_name(turns)}, expected a list of one or more turns.')
     parsed, in_turns = [], []
     for number, turn in enumerate(turns, 1):
-        role, content, images = _parse_turn(turn, f"{key}: turn {number}")
+        try:
+            role, content, images, _ = read_turn(turn, f"{key}: turn {number}")
+        except ConversationError as error:
+            raise SampleError(BAD_RECORD, str(error)) from error
         if images and not ignore_own:
             # Tags of one turn count for its own images only; the processor checks the sum.
             content = prepend_image_tags(content, len(images)) if role == "user" else content
@@ -102,48 +104,6 @@ def _parse_turns(turns: Any, key: str, listed: list[Any], ignore_own: bool) -> R
         if first is not None:
             first["content"] = prepend_image_tags(first["content"], len(images))
     return Record(tuple(images), conversation=tuple(parsed))
-
-
-def _parse_turn(turn: Any, label: str) -> tuple[str, str, list[Any]]:
-    """(role, text, the turn's own images)."""
-    if not isinstance(turn, Mapping):
-        raise SampleError(BAD_RECORD, f"{label} is {type_name(turn)}, expected an object.")
-    for role_key, text_key in (("role", "content"), ("from", "value")):
-        if role_key in turn and text_key in turn:
-            role, content = turn[role_key], turn[text_key]
-            break
-    else:
-        found = ", ".join(sorted(map(str, turn)))
-        raise SampleError(BAD_RECORD, f'{label}: expected "role" and "content", or "from" and "value"; found {found}.')
-    if not isinstance(role, str) or role not in _ROLES:
-        raise SampleError(BAD_RECORD, f"{label}: unknown role {role!r}. Known are {', '.join(_ROLES)}.")
-    images = image_references(turn)
-    if isinstance(content, list):
-        content, part_images = _join_parts(content, label)
-        images = images or part_images
-    if not isinstance(content, str):
-        raise SampleError(
-            BAD_RECORD, f"{label}: the text is {type_name(content)}, expected a string or a list of parts."
-        )
-    return _ROLES[role], content, images
-
-
-def _join_parts(parts: list[Any], label: str) -> tuple[str, list[Any]]:
-    """A content list's text, with a tag line for each image part, and the images that the parts carry."""
-    text, images = "", []
-    for part in parts:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            text += part["text"]
-        elif kind in ("image", "image_url"):
-            reference = part.get("image_url") or part.get("image") or part.get("url") or part.get("path")
-            text += f"{IMAGE_TOKEN}\n"
-            images += [reference] if reference else []  # without one it stands for the next of the listed images
-        else:
-            raise SampleError(
-                BAD_RECORD, f'{label}: a part of "content" is neither text nor an image: {str(part)[:60]}'
-            )
-    return text, images
 
 
 def image_references(record: Mapping[str, Any]) -> list[Any]:

@@ -1,8 +1,10 @@
-"""jax's persistent compilation cache, in the user's cache directory."""
+"""jax's persistent compilation cache, in the user's cache directory, and the rule for folders of programs."""
 
 from __future__ import annotations
 
 import os
+import stat
+import warnings
 from pathlib import Path
 
 import jax
@@ -10,11 +12,42 @@ import jax
 
 def user_cache() -> Path:
     """The user's directory for what we can make again."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dsvl2_jax"
+    # The XDG base directory specification: a relative path, such as an empty one, does not count.
+    chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (chosen if chosen.is_absolute() else Path.home() / ".cache") / "dsvl2_jax"
 
 
 def enable_compilation_cache() -> None:
     """Turns on jax's persistent compilation cache unless the user has set one (JAX_COMPILATION_CACHE_DIR)."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(user_cache() / "xla"))
+    if jax.config.jax_compilation_cache_dir is None and (folder := private_folder(user_cache() / "xla")) is not None:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def private_folder(folder: Path) -> Path | None:
+    """A folder for programs that are executed when they are read back, made if it is missing (mode 0700).
+
+    None: it cannot be made; or, with a warning, another user owns it or may write into it, and so could have his
+    programs run.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = folder.stat()
+    except OSError:
+        return None
+    if not others_may_write(status):
+        return folder
+    warnings.warn(
+        f"{folder}: compiled programs are neither read from this folder nor kept in it, since others could put theirs "
+        f"there: it belongs to user {status.st_uid} and has mode {stat.S_IMODE(status.st_mode):o}. Remove it, or set "
+        "XDG_CACHE_HOME to a folder of your own.",
+        stacklevel=2,
+    )
+    return None
+
+
+def others_may_write(status: os.stat_result) -> bool:
+    """Whether any user but this one and root can write what has this status. Windows has no such modes: False."""
+    if not hasattr(os, "geteuid"):
+        return False
+    return status.st_uid not in (0, os.geteuid()) or bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))

@@ -23,6 +23,7 @@ import numpy as np
 
 from dsvl2_jax.errors import DSVL2Error, UsageError
 from dsvl2_jax.messages import first_line
+from dsvl2_jax.runtime.ports import Ports
 
 T = TypeVar("T")
 
@@ -290,6 +291,7 @@ def _connect(options: Processes, count: int | None) -> None:
     import jax
     from jax._src import distributed
 
+    ports = Ports.of(options.coordinator)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # signals are ours
     problem: list[Exception] = []
@@ -302,7 +304,9 @@ def _connect(options: Processes, count: int | None) -> None:
                 options.process,
                 initialization_timeout=options.connect_timeout + 60,
                 heartbeat_timeout_seconds=_ABORT,
+                coordinator_bind_address=ports.bind,
             )
+            ports.place_collectives()
         except Exception as error:
             problem.append(error)
 
@@ -317,6 +321,8 @@ def _connect(options: Processes, count: int | None) -> None:
             "See that all of them are started, that process 0 runs on this host, and that its port can be reached."
         )
     _connecting = False
+    if not ports.is_local and not problem and distributed.global_state.process_id == 0:
+        print(f"dsvl2: warning: {ports.warning(address)}", file=sys.stderr, flush=True)
     if problem:
         meeting = (
             f"at {address} "

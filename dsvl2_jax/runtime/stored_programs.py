@@ -23,7 +23,7 @@ import jaxlib
 from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 
-from dsvl2_jax.runtime.compile_cache import user_cache
+from dsvl2_jax.runtime.compile_cache import others_may_write, private_folder, user_cache
 
 _KEPT = 30 * 86400  # seconds that a program stays which nobody uses
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS")
@@ -39,12 +39,13 @@ class StoredPrograms:
     Args:
       devices: of the model, all of this process.
       sources: folders of all modules that the programs are written in.
-      folder: None: in the user's cache directory. Its files are executed: nobody else may write there.
+      folder: None: in the user's cache directory. Its files are executed: it is not used where others could write to it
+        (see `private_folder`).
     """
 
     def __init__(self, devices: Sequence[jax.Device], sources: Sequence[Path], folder: Path | None = None):
         self._devices = sorted(devices, key=lambda device: device.id)
-        self._folder = user_cache() / "programs" if folder is None else folder
+        self._folder = private_folder(user_cache() / "programs" if folder is None else folder)
         self._known: dict[tuple, Callable] = {}
         self._client = self._devices[0].client
         kinds = [(device.id, device.device_kind) for device in self._devices]
@@ -65,6 +66,8 @@ class StoredPrograms:
         return program(**arrays)
 
     def _program(self, function: Any, static: Mapping[str, Any], arrays: Mapping[str, Any]) -> Callable:
+        if self._folder is None:  # jax's own cache spares the compiler, if it has a folder
+            return functools.partial(function, **static)
         path = self._folder / self._name(function, static, arrays)
         program = self._load(path)
         if program is None:
@@ -91,9 +94,12 @@ class StoredPrograms:
         return f"{function.__name__}-{hashlib.sha256(repr(parts).encode()).hexdigest()}"
 
     def _load(self, path: Path) -> Callable | None:
-        """None: there is none, or none that is whole."""
+        """None: there is none, or none that is whole, or others could have written it."""
         try:
-            digest, content = path.read_bytes().split(b"\n", 1)
+            with path.open("rb") as file:
+                if others_may_write(os.fstat(file.fileno())):
+                    return None
+                digest, content = file.read().split(b"\n", 1)
             if digest.decode() != hashlib.sha256(content).hexdigest():
                 return None
             program = serialize_executable.deserialize_and_load(*pickle.loads(content), self._client, self._devices)
@@ -105,7 +111,6 @@ class StoredPrograms:
     def _store(self, path: Path, content: bytes) -> None:
         """Whole or not at all. A disk that takes nothing costs the next start its time, and nothing else."""
         with contextlib.suppress(OSError):
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._forget_old()
             with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
                 try:

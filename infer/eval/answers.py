@@ -8,18 +8,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
 from dsvl2_jax.errors import DataError, DSVL2Error
 from dsvl2_jax.infer.eval.report import Thumbnails
 from dsvl2_jax.infer.eval.samples import Sample, score
-from dsvl2_jax.inputs.grounding import Box
+from dsvl2_jax.inputs.grounding import Box, count_malformed_boxes
 from dsvl2_jax.inputs.image_sources import ImageStore, resolve_image
-from dsvl2_jax.inputs.images import ImageSource, load_image
+from dsvl2_jax.inputs.images import ImageSource, read_image
 
 Result = dict[str, Any]  # a line of results.jsonl
+
+
+class Asked(NamedTuple):
+    """An image as it is stored, in RGB, and its `TRAITS`."""
+
+    source: ImageSource
+    image: Image.Image
+    traits: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,19 +39,22 @@ class Questions:
     store: ImageStore
     thumbnails: Thumbnails
     keep: Callable[[Sequence[Result]], None]  # writes results to the disk; for the main thread alone
+    as_seen: bool = False  # how images are read: see `read_image`
+    traits: list[str] = dataclasses.field(default_factory=list)  # of the images read so far
 
-    def images(self, sample: Sample) -> list[tuple[ImageSource, Image.Image]]:
-        """A sample's images, each as it is stored and in RGB; makes their thumbnails. Safe between threads.
+    def images(self, sample: Sample) -> list[Asked]:
+        """A sample's images; makes their thumbnails. Safe between threads.
 
         Raises DataError, naming the file and line, when one cannot be read.
         """
         try:
             sources = [resolve_image(reference, self.store) for reference in sample.images]
-            images = [load_image(source) for source in sources]
-            self.thumbnails.make(sample, images)
+            images = [Asked(source, *read_image(source, self.as_seen)) for source in sources]
+            self.thumbnails.make(sample, [image.image for image in images])
         except (DSVL2Error, OSError) as error:
             raise self.unusable(sample, error) from error
-        return list(zip(sources, images, strict=True))
+        self.traits.extend(trait for image in images for trait in image.traits)
+        return images
 
     def unusable(self, sample: Sample, error: Exception) -> DataError:
         """An error about a sample, with its file and line in front."""
@@ -84,6 +95,8 @@ def answered(sample: Sample, text: str, boxes: Iterable[Box], details: Mapping[s
         result["iou"] = round(scored.iou, 6)
     if corners or sample.metric == "iou":
         result["boxes"] = corners
+    if malformed := count_malformed_boxes(answer):
+        result["malformed_boxes"] = malformed
     return result | details
 
 

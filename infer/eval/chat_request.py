@@ -11,7 +11,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -141,15 +141,16 @@ def messages(conversation: tuple[Mapping[str, str], ...], urls: list[str]) -> li
     return turns
 
 
-def data_url(source: ImageSource, image: Image.Image) -> str:
+def data_url(source: ImageSource, image: Image.Image, traits: Sequence[str] = ()) -> str:
     """An image as a data: address, of the file's own bytes where its format is a usual one.
 
     Args:
       source: a path, or a file's bytes.
       image: the same in RGB, sent as PNG otherwise.
+      traits: with any of them readers differ about the file, so that the image is sent as it was read here.
     """
     content = source if isinstance(source, bytes) else Path(source).read_bytes()
-    kind = next((name for start, name in _FORMATS if start.match(content)), None)
+    kind = None if traits else next((name for start, name in _FORMATS if start.match(content)), None)
     if kind is None:
         buffer = io.BytesIO()
         image.save(buffer, "PNG")

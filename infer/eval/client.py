@@ -111,7 +111,7 @@ class Server:
 
     def _request(self, sample: Sample, questions: Questions) -> bytes:
         """The body of a sample's request."""
-        urls = [data_url(source, image) for source, image in questions.images(sample)]
+        urls = [data_url(*image) for image in questions.images(sample)]
         body = {"messages": messages(sample.conversation, urls)} | self._body
         return json.dumps({name: value for name, value in body.items() if value is not None}).encode()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from dsvl2_jax.infer.eval.report import Thumbnails, write_report
 from dsvl2_jax.infer.eval.results import file_digest, open_run
 from dsvl2_jax.infer.eval.samples import Sample, read_samples
 from dsvl2_jax.inputs.image_sources import ImageStore, open_images
+from dsvl2_jax.inputs.images import trait_notes
 from dsvl2_jax.runtime import processes
 from dsvl2_jax.runtime.progress import progress
 
@@ -40,6 +42,7 @@ class EvalOptions:
 
     metric: str | None = None
     images: str = ""
+    follow_links: bool = False
     out: Path | None = None
     batch_size: int = setting(16, least=1)
     max_new_tokens: int = setting(128, least=1)
@@ -47,6 +50,7 @@ class EvalOptions:
     mesh: str | None = None
     verify: bool = False
     candidates: int | None = setting(None, least=1)
+    as_seen: bool = False
     prompt_template: str | None = None
     limit: int | None = setting(None, least=1)
     report_samples: int = setting(1000, least=0)
@@ -61,6 +65,8 @@ class EvalOptions:
         names = ("metric", "images", "max_new_tokens", "prompt_template")
         if self.server is None:
             names += ("dtype", "candidates")
+        # Runs from before there was this option go on without it.
+        names += ("as_seen",) if self.as_seen else ()
         return {name: getattr(self, name) for name in names}
 
 
@@ -105,8 +111,15 @@ def evaluate(ckpt: str | None, data: Path, options: EvalOptions) -> dict[str, An
 
 
 def _read(data: Path, options: EvalOptions) -> tuple[ImageStore, list[Sample]]:
-    store = open_images(options.images, str(data))
-    samples = read_samples(data, store, metric=options.metric, template=options.prompt_template, limit=options.limit)
+    store = open_images(options.images, str(data), options.follow_links)
+    samples = read_samples(
+        data,
+        store,
+        metric=options.metric,
+        template=options.prompt_template,
+        limit=options.limit,
+        as_seen=options.as_seen,
+    )
     return store, samples
 
 
@@ -121,7 +134,7 @@ def _run(
         "options": options.identity(),
     }
     with open_run(out, identity) as run:
-        thumbnails = Thumbnails(out, samples, options.report_samples)
+        thumbnails = Thumbnails(out, samples, options.report_samples, options.as_seen)
         missing = [sample for sample in samples if not is_final(run.results.get(sample.line))]
         seconds = 0.0
         source.start(needed=bool(missing))
@@ -133,8 +146,11 @@ def _run(
                     run.append(results)
                     advance(len(results))
 
-                source.answer(Questions(missing, data, store, thumbnails, keep))
+                questions = Questions(missing, data, store, thumbnails, keep, options.as_seen)
+                source.answer(questions)
             seconds = time.perf_counter() - started
+            for note in trait_notes(() if options.as_seen else questions.traits, "--as-seen"):
+                print(f"dsvl2: warning: {note}", file=sys.stderr)
         results = [run.results[sample.line] for sample in samples]
         summary = summarise(results) | {
             "samples": len(results),
@@ -176,6 +192,8 @@ def summarise(results: Iterable[Result]) -> dict[str, Any]:
             entry["mean_iou"] = _mean(result["iou"] for result in group)
         if unanswered := sum("error" in result for result in group):
             entry["unanswered"] = unanswered
+        if malformed := sum(result.get("malformed_boxes", 0) for result in group):
+            entry["malformed_boxes"] = malformed
         tasks[task if times[task] == 1 else f"{task} ({metric})"] = entry
     return {"tasks": tasks}
 
@@ -188,18 +206,17 @@ def _mean(values: Iterable[float]) -> float:
 def _print_table(summary: dict[str, Any], report: Path) -> None:
     tasks = summary["tasks"]
     with_iou = any("mean_iou" in entry for entry in tasks.values())
-    unanswered = any("unanswered" in entry for entry in tasks.values())
+    further = [key for key in ("unanswered", "malformed_boxes") if any(key in entry for entry in tasks.values())]
     table = Table()
     table.add_column("task")
     table.add_column("metric")
-    for name in ("samples", "score", *["mean IoU"] * with_iou, *["unanswered"] * unanswered):
+    for name in ("samples", "score", *["mean IoU"] * with_iou, *(key.replace("_", " ") for key in further)):
         table.add_column(name, justify="right")
     for task, entry in tasks.items():
         cells = [rich.markup.escape(task), entry["metric"], f"{entry['samples']:,}", f"{100 * entry['score']:.1f} %"]
         if with_iou:
             cells.append(f"{entry['mean_iou']:.3f}" if "mean_iou" in entry else "")
-        if unanswered:
-            cells.append(str(entry.get("unanswered", "")))
+        cells += [str(entry.get(key, "")) for key in further]
         table.add_row(*cells)
     console = Console()
     console.print(table)

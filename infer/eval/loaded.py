@@ -75,7 +75,7 @@ class LoadedModel:
         ordered = sorted(questions.samples, key=lambda sample: sizes[sample.line], reverse=True)
 
         def prepare(sample: Sample) -> _Prepared:
-            images = [image for _, image in questions.images(sample)]
+            images = [asked.image for asked in questions.images(sample)]
             try:
                 inputs = model.processor(list(sample.conversation), images)
             except DSVL2Error as error:

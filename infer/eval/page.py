@@ -65,7 +65,7 @@ dd { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; min-width: 0; ma
 <div class="scroll"><table>
 <thead><tr><th scope="col">task</th><th scope="col">metric</th><th scope="col" class="number">samples</th>
 <th scope="col" class="number">score</th><th scope="col" class="number">mean IoU</th>
-<th scope="col" class="number">unanswered</th></tr></thead>
+<th scope="col" class="number">unanswered</th><th scope="col" class="number">malformed boxes</th></tr></thead>
 <tbody>
 @@ROWS@@
 </tbody>

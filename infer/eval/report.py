@@ -37,9 +37,10 @@ class Thumbnails:
     An image that several questions ask about has one. Safe between threads.
     """
 
-    def __init__(self, out: Path, samples: Sequence[Sample], per_task: int):
+    def __init__(self, out: Path, samples: Sequence[Sample], per_task: int, as_seen: bool = False):
         self.directory = out / THUMBNAILS_NAME
         self.shown: list[Sample] = []
+        self._as_seen = as_seen
         seen: Counter[str] = Counter()
         for sample in samples:
             seen[sample.task] += 1
@@ -70,7 +71,8 @@ class Thumbnails:
             if all((self.directory / _file_name(reference)).exists() for reference in sample.images):
                 continue
             try:
-                self.make(sample, [load_image(resolve_image(reference, store)) for reference in sample.images])
+                sources = [resolve_image(reference, store) for reference in sample.images]
+                self.make(sample, [load_image(source, self._as_seen) for source in sources])
             except OSError as error:
                 raise DataError(f"sample {sample.id}: {error}") from error
 
@@ -113,7 +115,12 @@ def write_report(
 
 def _row(task: str, entry: Mapping[str, Any]) -> str:
     iou = f"{entry['mean_iou']:.3f}" if "mean_iou" in entry else ""
-    cells = (f"{entry['samples']:,}", f"{100 * entry['score']:.1f} %", iou, str(entry.get("unanswered", "")))
+    cells = (
+        f"{entry['samples']:,}",
+        f"{100 * entry['score']:.1f} %",
+        iou,
+        *(str(entry.get(key, "")) for key in ("unanswered", "malformed_boxes")),
+    )
     return (
         f'<tr><th scope="row">{html.escape(task)}</th><td>{html.escape(entry["metric"])}</td>'
         + "".join(f'<td class="number">{cell}</td>' for cell in cells)

@@ -79,7 +79,13 @@ def score(sample: Sample, answer: str, boxes: Sequence[Sequence[float]]) -> Scor
 
 
 def read_samples(
-    path: Path, store: ImageStore, *, metric: str | None, template: str | None, limit: int | None
+    path: Path,
+    store: ImageStore,
+    *,
+    metric: str | None,
+    template: str | None,
+    limit: int | None,
+    as_seen: bool = False,
 ) -> list[Sample]:
     """Reads a data file and the headers of its images.
 
@@ -90,6 +96,7 @@ def read_samples(
       template: the prompt, with ``{question}`` and ``{choices}`` (and ``\\n`` for a new line); None: `TEMPLATE`, with
         choices `CHOICE_TEMPLATE`.
       limit: read at most this many samples.
+      as_seen: sizes, and so boxes, are those of images as `read_image` turns them.
 
     Raises:
       UsageError: the metric or template is no such thing.
@@ -100,7 +107,7 @@ def read_samples(
     if template is not None and "{question}" not in template:
         raise UsageError(f"--prompt-template: found {template!r}, expected a text with {{question}} in it.")
     samples: list[Sample] = []
-    reader = _Reader(store, metric, template, path.stem)
+    reader = _Reader(store, metric, template, path.stem, as_seen)
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
@@ -124,8 +131,8 @@ def read_samples(
 class _Reader:
     """From lines to samples. Errors do not name the file and line yet."""
 
-    def __init__(self, store: ImageStore, metric: str | None, template: str | None, task: str):
-        self.store, self.metric, self.task = store, metric, task
+    def __init__(self, store: ImageStore, metric: str | None, template: str | None, task: str, as_seen: bool):
+        self.store, self.metric, self.task, self.as_seen = store, metric, task, as_seen
         self.template = None if template is None else template.replace("\\n", "\n")
         self._sizes: dict[str, tuple[int, int]] = {}
 
@@ -196,7 +203,7 @@ class _Reader:
     def _size(self, reference: Any) -> tuple[int, int]:
         name = reference if isinstance(reference, str) else None
         if name not in self._sizes:
-            size = image_size(resolve_image(reference, self.store))
+            size = image_size(resolve_image(reference, self.store), self.as_seen)
             if name is None:
                 return size
             self._sizes[name] = size

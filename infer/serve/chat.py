@@ -15,10 +15,11 @@ from dsvl2_jax.infer.serve.bodies import STREAMED, described, read_body
 from dsvl2_jax.infer.serve.errors import ApiError, SafeRoute
 from dsvl2_jax.infer.serve.events import DONE, event, respond, stream_error
 from dsvl2_jax.infer.serve.grammars import Constraint, constraint
-from dsvl2_jax.infer.serve.prompts import Picture, Text, Turn, chat_prompt, message_parts
+from dsvl2_jax.infer.serve.prompts import Picture, Text, Turn, chat_prompt
 from dsvl2_jax.infer.serve.schemas import Streamed
 from dsvl2_jax.infer.serve.schemas_chat import ChatRequest, Message, TextPart
 from dsvl2_jax.infer.serve.state import Serving, serving_of
+from dsvl2_jax.inputs.turns import ROLES
 
 router = APIRouter(route_class=SafeRoute)
 
@@ -74,7 +75,7 @@ def turns(messages: list[Message], field: str = "messages") -> list[Turn]:
             else:
                 where = f"{here}[{place}].image_url.url"
                 parts.append(Picture(part.image_url.url, where, part.image_url.detail))
-        out.append(Turn("system" if message.role == "developer" else message.role, message_parts(parts)))
+        out.append(Turn(ROLES[message.role], [parts]))
     return out
 
 

@@ -132,9 +132,8 @@ class Media:
     def decode(self, data: bytes, field: str) -> Image.Image:
         """The RGB picture in a file's bytes, read as `MediaOptions.official` says. Runs for a while: in a thread."""
         self._size(data, field)
-        as_seen = not self.options.official
         try:
-            return load_image(data, as_seen, over_white=as_seen, rescale_16bit=as_seen)
+            return load_image(data, as_seen=not self.options.official)
         except ImageError as error:
             raise MediaError(field, 400, str(error)) from None
 

@@ -17,9 +17,9 @@ from dsvl2_jax.infer.serve.errors import ApiError
 from dsvl2_jax.infer.serve.state import Serving
 from dsvl2_jax.inputs.processor import ModelInputs
 from dsvl2_jax.inputs.tokenizer import IMAGE_TOKEN
+from dsvl2_jax.inputs.turns import OLD_IMAGE_TOKEN, parts_text
 from dsvl2_jax.model.config import TEXT_POSITION
 
-_BETWEEN_PARTS = "\n"  # two texts of one message
 _BETWEEN_MESSAGES = "\n\n"  # as between the turns of the chat template
 
 
@@ -39,10 +39,15 @@ class Picture(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """A message: "system", "user" or "assistant", and its texts and pictures in order."""
+    """Messages of one role, "system", "user" or "assistant": of each its texts and pictures in order."""
 
     role: str
-    parts: list[Text | Picture]
+    messages: list[list[Text | Picture]]
+
+    @property
+    def parts(self) -> list[Text | Picture]:
+        """Of all messages."""
+        return [part for message in self.messages for part in message]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,37 +129,29 @@ def join(turns: Iterable[Turn]) -> list[Turn]:
                 raise ApiError(400, message + "messages alone. Move it to a user message.", param=part.field)
             if isinstance(part, Text) and IMAGE_TOKEN in part.text:
                 raise _marks_image(part.field)
+            if isinstance(part, Text) and turn.role == "user" and OLD_IMAGE_TOKEN in part.text:
+                raise _marks_image(part.field, OLD_IMAGE_TOKEN)
         if joined and joined[-1].role == turn.role:
-            apart = [Text(_BETWEEN_MESSAGES, "")] if _ends_in_text(joined[-1]) and turn.parts else []
-            joined[-1] = Turn(turn.role, joined[-1].parts + apart + turn.parts)
+            joined[-1] = Turn(turn.role, joined[-1].messages + turn.messages)
         else:
             joined.append(turn)
     return joined
 
 
-def message_parts(texts_and_pictures: Iterable[Text | Picture]) -> list[Text | Picture]:
-    """The parts of one message, texts that follow each other with a line end between them."""
-    parts: list[Text | Picture] = []
-    for part in texts_and_pictures:
-        if parts and isinstance(part, Text) and isinstance(parts[-1], Text):
-            parts.append(Text(_BETWEEN_PARTS, ""))
-        parts.append(part)
-    return parts
-
-
 def render(turn: Turn) -> str:
-    """A turn's text. A picture is ``<image>`` and a line end where it stands, as the model was trained."""
-    return "".join(part.text if isinstance(part, Text) else f"{IMAGE_TOKEN}\n" for part in turn.parts)
+    """A turn's text, with ``<image>`` where a picture stands."""
+    text, after_text = "", False
+    for message in filter(None, turn.messages):
+        text += _BETWEEN_MESSAGES if after_text else ""
+        text += parts_text(part.text if isinstance(part, Text) else None for part in message)
+        after_text = isinstance(message[-1], Text)
+    return text
 
 
 def _shrink(images: Iterable[Image.Image], side: int) -> None:
     """Makes pictures so small that each gets a single local tile."""
     for image in images:
         image.thumbnail((side, side), Image.Resampling.BICUBIC)
-
-
-def _ends_in_text(turn: Turn) -> bool:
-    return bool(turn.parts) and isinstance(turn.parts[-1], Text)
 
 
 def _prompt(serving: Serving, inputs: ModelInputs, field: str, sizes: tuple[tuple[int, int], ...] = ()) -> Prompt:
@@ -165,10 +162,10 @@ def _prompt(serving: Serving, inputs: ModelInputs, field: str, sizes: tuple[tupl
     return Prompt(inputs, sizes)
 
 
-def _marks_image(field: str) -> ApiError:
+def _marks_image(field: str, tag: str = IMAGE_TOKEN) -> ApiError:
     return ApiError(
         400,
-        f"{field}: found {IMAGE_TOKEN}, which stands for a picture. Send the picture itself as a part of a chat "
+        f"{field}: found {tag}, which stands for a picture. Send the picture itself as a part of a chat "
         "message, where it belongs, and leave the tag out of the text.",
         param=field,
     )

@@ -14,9 +14,10 @@ from dsvl2_jax.infer.serve.bodies import STREAMED, described, read_body
 from dsvl2_jax.infer.serve.errors import ApiError, SafeRoute
 from dsvl2_jax.infer.serve.events import event, respond, stream_error
 from dsvl2_jax.infer.serve.grammars import constraint
-from dsvl2_jax.infer.serve.prompts import Picture, Text, Turn, chat_prompt, message_parts
+from dsvl2_jax.infer.serve.prompts import Picture, Text, Turn, chat_prompt
 from dsvl2_jax.infer.serve.schemas_responses import InputText, ResponsesRequest
 from dsvl2_jax.infer.serve.state import Serving, serving_of
+from dsvl2_jax.inputs.turns import ROLES
 
 router = APIRouter(route_class=SafeRoute)
 
@@ -66,7 +67,7 @@ def turns(body: ResponsesRequest) -> list[Turn]:
                     parts.append(Text(part.text, f"{field}.text"))
                 else:
                     parts.append(Picture(part.image_url, f"{field}.image_url", part.detail))
-        out.append(Turn("system" if message.role == "developer" else message.role, message_parts(parts)))
+        out.append(Turn(ROLES[message.role], [parts]))
     return out
 
 

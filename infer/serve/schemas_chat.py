@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from dsvl2_jax.infer.sampling import MAX_TOP_LOGPROBS
 from dsvl2_jax.infer.serve.schemas import Body, Streamed, TopLogprobs, by_type, one_of, only
@@ -12,6 +12,10 @@ from dsvl2_jax.infer.serve.schemas import Body, Streamed, TopLogprobs, by_type, 
 MAX_PROMPTS = 64  # of one request to /v1/completions
 
 Detail = Literal["auto", "low", "high", "original"]
+Role = Annotated[
+    Literal["system", "developer", "user", "assistant"],
+    BeforeValidator(lambda role: role.lower() if isinstance(role, str) else role),
+]
 _CALLS = "the model calls no tools"
 NoCalls = only(None, [], but=_CALLS)
 NoCall = only(None, but=_CALLS)
@@ -72,7 +76,7 @@ Content = one_of(
 class Message(Body):
     """One turn of a conversation. An answer of this server, boxes included, can be sent back as it came."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Role
     content: Content | None = None
     name: NoName = None
     refusal: NoCall = None

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from dsvl2_jax.infer.serve.schemas import Body, Sampling, TopLogprobs, Unobfuscated, by_type, one_of, only
-from dsvl2_jax.infer.serve.schemas_chat import Detail, NoCalls, NoEffort, NoModeration, NoVerbosity, ToolChoice
+from dsvl2_jax.infer.serve.schemas_chat import Detail, NoCalls, NoEffort, NoModeration, NoVerbosity, Role, ToolChoice
 
 _STORED = "answers are not stored; send the whole conversation as input"
 NoEarlier = only(None, but=_STORED)
@@ -67,7 +67,7 @@ class InputMessage(Body):
     """One turn of a conversation; an output message of this server can be sent back as it came."""
 
     type: Literal["message"] | None = None
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Role
     content: InputContent
     id: str | None = None
     status: str | None = None

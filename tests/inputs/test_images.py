@@ -3,7 +3,6 @@
 import io
 import json
 import struct
-import warnings
 import zlib
 
 import numpy as np
@@ -14,7 +13,15 @@ from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image, features
 
 from dsvl2_jax.errors import ImageError
-from dsvl2_jax.inputs.images import FORMATS, image_size, load_image, select_best_resolution, tile_image
+from dsvl2_jax.inputs.images import (
+    FORMATS,
+    image_size,
+    load_image,
+    read_image,
+    select_best_resolution,
+    tile_image,
+    trait_notes,
+)
 
 S, GRAY = 384, (127, 127, 127)
 RELEASED = [
@@ -88,16 +95,16 @@ def test_every_mode_becomes_rgb_as_pil_converts_it():
     assert load_image(rgba).getpixel((0, 0)) == (10, 20, 30)  # alpha is dropped, not blended
 
 
-def test_sixteen_bits_are_clipped_with_a_warning_or_rescaled_when_asked():
+def test_sixteen_bits_are_clipped_or_as_seen_divided():
     values = np.array([[0, 255, 256, 65535]], np.uint16)
     source = png_bytes(Image.fromarray(values))
-    with pytest.warns(UserWarning, match="16-bit"):
-        assert np.asarray(load_image(source))[0, :, 0].tolist() == [0, 255, 255, 255]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert np.asarray(load_image(source, rescale_16bit=True))[0, :, 0].tolist() == [0, 0, 1, 255]
-        dim = png_bytes(Image.fromarray(values[:, :2]))
-        assert np.asarray(load_image(dim, rescale_16bit=True))[0, :, 0].tolist() == [0, 255]
+    assert np.asarray(load_image(source))[0, :, 0].tolist() == [0, 255, 255, 255]
+    assert np.asarray(load_image(source, as_seen=True))[0, :, 0].tolist() == [0, 0, 1, 255]
+    assert read_image(source)[1] == read_image(source, as_seen=True)[1] == ("16-bit",)
+    dim = png_bytes(Image.fromarray(values[:, :2]))
+    for as_seen in (False, True):
+        assert np.asarray(load_image(dim, as_seen))[0, :, 0].tolist() == [0, 255]
+    assert read_image(dim)[1] == ()
 
 
 def test_exif_orientation_is_applied_only_when_asked():
@@ -105,7 +112,102 @@ def test_exif_orientation_is_applied_only_when_asked():
     exif[0x0112] = 6  # turn by 90 degrees
     source = png_bytes(Image.new("RGB", (4, 2)), exif=exif)
     assert load_image(source).size == (4, 2)
-    assert load_image(source, apply_exif_orientation=True).size == (2, 4)
+    assert load_image(source, as_seen=True).size == (2, 4)
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@settings(deadline=None, max_examples=10)
+@given(orientation=st.integers(0, 9), width=st.integers(1, 20), height=st.integers(1, 20))
+def test_as_seen_an_image_is_the_one_that_was_turned_before(file_format, orientation, width, height):
+    pixels = np.random.default_rng(width * 100 + height).integers(0, 255, (height, width, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"WEBP": {"lossless": True}}.get(file_format, {})
+    stored = image_bytes(Image.fromarray(pixels), file_format, exif=exif, **options)
+    plain = Image.open(io.BytesIO(image_bytes(Image.fromarray(pixels), file_format, **options))).convert("RGB")
+    turns = [lambda a: a, np.fliplr, lambda a: a[::-1, ::-1], np.flipud]
+    turns += [lambda a: a.swapaxes(0, 1), lambda a: np.rot90(a, -1), lambda a: np.rot90(a, 2).swapaxes(0, 1), np.rot90]
+    turned = turns[orientation - 1](np.asarray(plain)) if 1 <= orientation <= 8 else np.asarray(plain)
+    seen, traits = read_image(stored, as_seen=True)
+    np.testing.assert_array_equal(np.asarray(seen), turned)
+    assert image_size(stored, as_seen=True) == seen.size
+    if file_format == "TIFF":  # PIL turns these itself, so that the official reading does
+        assert traits == () and np.array_equal(np.asarray(load_image(stored)), turned)
+        assert image_size(stored) == seen.size
+    else:
+        assert traits == (("turned",) if 2 <= orientation <= 8 else ())
+        np.testing.assert_array_equal(np.asarray(load_image(stored)), np.asarray(plain))
+        assert image_size(stored) == plain.size
+
+
+@pytest.mark.parametrize("as_seen", [False, True])
+def test_reading_an_image_again_changes_nothing(as_seen):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    once, traits = read_image(png_bytes(Image.new("LA", (3, 2), (9, 50)), exif=exif), as_seen)
+    again, none = read_image(once, True)
+    assert traits == ("turned", "transparent") and none == ()
+    np.testing.assert_array_equal(np.asarray(once), np.asarray(again))
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    mode=st.sampled_from(["RGBA", "LA", "PA", "RGBa"]),
+    size=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    data=st.data(),
+)
+def test_as_seen_alpha_is_laid_over_white(mode, size, data):
+    channels = {"RGBA": 4, "LA": 2, "PA": 4, "RGBa": 4}[mode]
+    raw = data.draw(st.binary(min_size=size[0] * size[1] * channels, max_size=size[0] * size[1] * channels))
+    image = Image.frombytes("LA" if mode == "LA" else "RGBA", size, raw)
+    image = image.convert(mode)
+    straight = np.asarray(image.convert("RGBA"), np.float64)
+    alpha = straight[..., 3:] / 255
+    seen, traits = read_image(image, as_seen=True)
+    expected = straight[..., :3] * alpha + 255 * (1 - alpha)
+    assert np.abs(np.asarray(seen) - expected).max() <= 1
+    assert traits == (("transparent",) if alpha.min() < 1 else ())
+    np.testing.assert_array_equal(np.asarray(load_image(image)), np.asarray(image.convert("RGB")))
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    channels=st.sampled_from([None, 1, 3, 4]), size=st.tuples(st.integers(1, 9), st.integers(1, 9)), flip=st.booleans()
+)
+def test_an_array_is_read_as_the_image_of_its_pixels(channels, size, flip):
+    shape = size if channels is None else (*size, channels)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    pixels = pixels[:, ::-1] if flip else pixels  # a view that is not contiguous
+    image = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if channels == 1 else pixels))
+    for as_seen in (False, True):
+        one, traits = read_image(pixels, as_seen)
+        other, same_traits = read_image(png_bytes(image), as_seen)
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+        assert traits == same_traits
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((2, 2, 3), np.float32), r"array of float32 \[2, 2, 3\]: .*uint8.*255 \* x"),
+        (np.zeros((2, 2, 3), np.int64), "array of int64.*Scale its values"),
+        (np.zeros((2, 2), bool), "array of bool"),
+        (np.zeros((3, 8, 9), np.uint8), r"expected \[height, width\].*x\.transpose\(1, 2, 0\)"),
+        (np.zeros((5, 8, 9, 3), np.uint8), "one by one"),
+        (np.zeros(5, np.uint8), r"expected \[height"),
+        (np.zeros((0, 8, 3), np.uint8), "no pixels"),
+    ],
+)
+def test_an_array_that_is_no_image_says_what_to_do(array, message):
+    with pytest.raises(ImageError, match=message):
+        load_image(array)
+
+
+def test_notes_count_the_pictures_of_each_kind():
+    assert trait_notes([], "x") == []
+    turned, deep = trait_notes(["16-bit", "turned", "turned"], "--as-seen")
+    assert turned.startswith("2 pictures with an EXIF orientation") and "--as-seen turns them" in turned
+    assert deep.startswith("1 picture with 16-bit")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -117,7 +219,7 @@ def test_broken_exif_data_never_cost_the_image(data):
     for place in data.draw(st.lists(st.integers(6, len(block) - 1), max_size=8)):  # after PIL's own "Exif" mark
         block[place] = data.draw(st.integers(0, 255))
     source = image_bytes(Image.new("RGB", (4, 2), "red"), "JPEG", exif=bytes(block))
-    assert load_image(source, apply_exif_orientation=True).size in ((4, 2), (2, 4))
+    assert load_image(source, as_seen=True).size in ((4, 2), (2, 4))
     np.testing.assert_array_equal(np.asarray(load_image(source)), np.full((2, 4, 3), (254, 0, 0)))
 
 
@@ -126,7 +228,7 @@ def test_transparency_is_laid_over_white_only_when_asked():
     for alpha, over_white in colours.items():
         source = image_bytes(Image.new("RGBA", (2, 2), (10, 20, 30, alpha)), "PNG")
         assert load_image(source).getpixel((0, 0)) == (10, 20, 30)
-        assert load_image(source, over_white=True).getpixel((0, 0)) == over_white
+        assert load_image(source, as_seen=True).getpixel((0, 0)) == over_white
 
 
 def test_every_way_to_be_transparent_is_laid_over_white():
@@ -144,9 +246,10 @@ def test_every_way_to_be_transparent_is_laid_over_white():
     }
     for kind, source in images.items():
         assert load_image(source).getpixel((0, 0)) != (255, 255, 255), kind
-        assert load_image(source, over_white=True).getpixel((0, 0)) == (255, 255, 255), kind
+        assert load_image(source, as_seen=True).getpixel((0, 0)) == (255, 255, 255), kind
+        assert read_image(source)[1] == ("transparent",), kind
     opaque = image_bytes(gray16, "PNG")
-    assert load_image(opaque, over_white=True, rescale_16bit=True).getpixel((0, 0)) == (1, 1, 1)
+    assert load_image(opaque, as_seen=True).getpixel((0, 0)) == (1, 1, 1)
 
 
 def test_animation_gives_its_first_frame():

@@ -242,10 +242,11 @@ def test_options_reach_the_image_loader(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (768, 384)).save(tmp_path / "turned.png", exif=exif)
-    processor = Processor.from_dir(CHECKPOINTS / "mini-tiny", apply_exif_orientation=True)
+    processor = Processor.from_dir(CHECKPOINTS / "mini-tiny", as_seen=True)
     inputs = processor(prompt="<image>", images=[tmp_path / "turned.png"])
     assert inputs.tile_grid.tolist() == [[1, 2]]
     assert inputs.image_sizes.tolist() == [[384, 768]]
+    assert inputs.image_traits == ("turned",)
 
 
 def test_candidates_extended_to_eighteen_tiles(mini):

@@ -27,3 +27,21 @@ def test_without_one_it_is_in_the_users_cache_directory(restored, monkeypatch, t
     enable_compilation_cache()
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "dsvl2_jax" / "xla")
     assert user_cache() == tmp_path / "dsvl2_jax"
+    assert (tmp_path / "dsvl2_jax" / "xla").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("relative", ["", "here", "../there"])
+def test_a_relative_cache_directory_does_not_count(monkeypatch, tmp_path, relative):
+    monkeypatch.setenv("XDG_CACHE_HOME", relative)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_cache() == tmp_path / ".cache" / "dsvl2_jax"
+
+
+def test_a_cache_that_others_can_write_to_is_not_turned_on(restored, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "dsvl2_jax" / "xla").mkdir(parents=True)
+    (tmp_path / "dsvl2_jax" / "xla").chmod(0o777)
+    jax.config.update("jax_compilation_cache_dir", None)
+    with pytest.warns(UserWarning, match="xla: compiled programs are neither read"):
+        enable_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir is None

@@ -113,4 +113,35 @@ def test_what_cannot_be_stored_is_called_as_ever(programs, tmp_path, monkeypatch
 
     monkeypatch.setattr(stored_programs.serialize_executable, "serialize", refuse)
     call(programs())
-    assert not (tmp_path / "programs").exists()
+    assert list((tmp_path / "programs").iterdir()) == []
+
+
+def test_a_folder_is_made_for_its_user_alone(programs, tmp_path):
+    call(programs())
+    (file,) = (tmp_path / "programs").iterdir()
+    assert (tmp_path / "programs").stat().st_mode & 0o777 == 0o700
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o720])
+def test_a_folder_that_others_can_write_to_is_neither_read_nor_filled(programs, tmp_path, mode):
+    call(programs())
+    (tmp_path / "programs").chmod(mode)
+    with pytest.warns(UserWarning, match=rf"programs: .* has mode {mode:o}. Remove it, or set XDG_CACHE_HOME"):
+        refused = programs()
+    assert made(lambda: call(refused))[0] == 1
+    assert made(lambda: call(refused, power=2))[0] == 1
+    assert len(list((tmp_path / "programs").iterdir())) == 1
+
+
+def test_a_folder_and_a_file_of_somebody_else_are_not_read(programs, tmp_path, monkeypatch):
+    call(programs())
+    (file,) = (tmp_path / "programs").iterdir()
+    file.chmod(0o620)
+    assert made(lambda: call(programs()))[0] == 1
+    owner = file.stat().st_uid or 1
+    if os.geteuid() == 0:
+        os.chown(tmp_path / "programs", owner, -1)
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    with pytest.warns(UserWarning, match=f"it belongs to user {owner} "):
+        programs()

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from dsvl2_jax.checkpoint.locate import resolve
 from dsvl2_jax.errors import UsageError
+from dsvl2_jax.inputs.images import TRAITS, trait_notes
 from dsvl2_jax.inputs.processor import Processor
 from dsvl2_jax.runtime.progress import progress
 from dsvl2_jax.train.data.samples import SampleSource, SkippedSample
@@ -39,6 +40,7 @@ class Summary:
     tiles: np.ndarray  # i64[usable]
     sequence_length: int
     tiles_per_sequence: int
+    traits: dict[str, int] = dataclasses.field(default_factory=dict)  # of `TRAITS`: pictures of the usable samples
 
     @property
     def broken_samples(self) -> int:
@@ -60,6 +62,7 @@ class Summary:
             "with_images": int((self.tiles > 0).sum()),
             "text_only": int((self.tiles == 0).sum()),
             "too_long": self.too_long,
+            "pictures": self.traits,
             "sequence_length": self.sequence_length,
             "tiles_per_sequence": self.tiles_per_sequence,
             "tokens": _spread(self.tokens),
@@ -73,6 +76,7 @@ def examine(
     *,
     processor: Processor,
     images: str = "",
+    follow_links: bool = False,
     sequence_length: int = 4096,
     tiles_per_sequence: int = 20,
     mask_prompt: bool = False,
@@ -81,26 +85,27 @@ def examine(
     """Reads every sample once, on all cores.
 
     Args:
-      path, images: as in `SourceSettings`.
+      path, images, follow_links: as in `SourceSettings`.
       mask_prompt: count answers alone as learnt.
       most_problems: how many are kept in words; all are counted.
 
     Raises:
       DataError: there is no file, no sample or no folder of images.
     """
-    source = SampleSource(
-        path, SourceSettings(path=path, images=images), processor, DataSettings(mask_prompt=mask_prompt)
-    )
+    settings = SourceSettings(path=path, images=images, follow_links=follow_links)
+    source = SampleSource(path, settings, processor, DataSettings(mask_prompt=mask_prompt))
     broken: Counter[str] = Counter()
     problems: list[str] = []
     sizes: list[tuple[int, int, int]] = []
+    traits = Counter(dict.fromkeys(TRAITS, 0))
     for sample in _measured(source):
         if isinstance(sample, SkippedSample):
             broken[sample.reason] += 1
             if len(problems) < most_problems:
                 problems.append(f"{sample.name}: {sample.message}")
         else:
-            sizes.append(sample)
+            sizes.append(sample[:3])
+            traits.update(sample[3])
     tokens, supervised, tiles = np.array(sizes, np.int64).reshape(-1, 3).T
     return Summary(
         len(source.files),
@@ -112,6 +117,7 @@ def examine(
         tiles,
         sequence_length,
         tiles_per_sequence,
+        dict(traits),
     )
 
 
@@ -120,9 +126,11 @@ def check(
     *,
     checkpoint: str | None = None,
     images: str = "",
+    follow_links: bool = False,
     sequence_length: int = 4096,
     tiles_per_sequence: int = 20,
     mask_prompt: bool = False,
+    as_seen: bool = False,
     most_problems: int = 20,
     histogram: Path | None = None,
     as_json: bool = False,
@@ -131,6 +139,7 @@ def check(
 
     Args:
       checkpoint: whose tokenizer and tiling; None: the bundled model's. The others are as in `examine`.
+      as_seen: read pictures as people see them, as with the setting ``data.as_seen``.
       histogram: a PNG to write.
       as_json: prints one JSON object instead of tables.
 
@@ -144,8 +153,9 @@ def check(
         raise UsageError(f"--histogram {histogram}: give a file name that ends in .png.")
     summary = examine(
         path,
-        processor=Processor.from_dir(resolve(checkpoint)),
+        processor=Processor.from_dir(resolve(checkpoint), as_seen=as_seen, warns=False),
         images=images,
+        follow_links=follow_links,
         sequence_length=sequence_length,
         tiles_per_sequence=tiles_per_sequence,
         mask_prompt=mask_prompt,
@@ -154,7 +164,7 @@ def check(
     if as_json:
         print(json.dumps(summary.as_dict(), indent=2, ensure_ascii=False))
     else:
-        _print(summary, bundled=checkpoint is None)
+        _print(summary, bundled=checkpoint is None, as_seen=as_seen)
     if histogram is not None:
         draw(summary, histogram)
     return 1 if summary.broken_samples else 0
@@ -182,15 +192,16 @@ def draw(summary: Summary, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _measured(source: SampleSource) -> Iterator[tuple[int, int, int] | SkippedSample]:
-    """(tokens, supervised tokens, tiles) of each sample in order, or what is wrong with it."""
+def _measured(source: SampleSource) -> Iterator[tuple[int, int, int, tuple[str, ...]] | SkippedSample]:
+    """(tokens, supervised tokens, tiles, traits of images) of each sample in order, or what is wrong with it."""
 
-    def measure(index: int) -> tuple[int, int, int] | SkippedSample:
+    def measure(index: int) -> tuple[int, int, int, tuple[str, ...]] | SkippedSample:
         item = source[index]
         if isinstance(item, SkippedSample):
             return item
         # A segment's first token is never predicted.
-        return len(item["tokens"]), int((item["tokens"][1:, 1] >= 0).sum()), len(item["tiles"])
+        learnt = int((item["tokens"][1:, 1] >= 0).sum())
+        return len(item["tokens"]), learnt, len(item["tiles"]), item["image_traits"]
 
     with (
         concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads,
@@ -202,7 +213,7 @@ def _measured(source: SampleSource) -> Iterator[tuple[int, int, int] | SkippedSa
                 yield result
 
 
-def _print(summary: Summary, bundled: bool) -> None:
+def _print(summary: Summary, bundled: bool, as_seen: bool) -> None:
     console, counts = Console(highlight=False), summary.as_dict()
     table = Table(box=None, show_header=False)
     rows = [
@@ -215,6 +226,7 @@ def _print(summary: Summary, bundled: bool) -> None:
         ("tokens", int(summary.tokens.sum())),
         ("  learnt", int(summary.supervised.sum())),
         ("tiles", int(summary.tiles.sum())),
+        *((f"  {trait} pictures", count) for trait, count in summary.traits.items() if count),
     ]
     for name, value in rows:
         table.add_row(name, f"{value:,}")
@@ -223,6 +235,9 @@ def _print(summary: Summary, bundled: bool) -> None:
         console.print(
             "Tokens and tiles are counted as the bundled model does; --ckpt gives those of yours.", style="dim"
         )
+    pictures = Counter(summary.traits).elements()
+    for note in () if as_seen else trait_notes(pictures, "data.as_seen = true (here --as-seen)"):
+        console.print(escape(note), style="yellow", soft_wrap=True)
     _print_bars(console, "tokens of a sample", summary.tokens, _doublings(summary.tokens))
     _print_bars(console, "image tiles of a sample", summary.tiles, _tile_edges(summary.tiles))
     if summary.broken:

@@ -16,7 +16,6 @@ import numpy as np
 
 from dsvl2_jax.errors import DataError, ImageError, SampleError
 from dsvl2_jax.inputs.image_sources import ImageStore, resolve_image
-from dsvl2_jax.inputs.images import load_image
 from dsvl2_jax.inputs.processor import ModelInputs, Processor
 from dsvl2_jax.inputs.records import BAD_CONVERSATION, BAD_RECORD, Record, image_references, type_name, unreadable_image
 from dsvl2_jax.inputs.tokenizer import IMAGE_TOKEN, Tokenizer
@@ -52,10 +51,10 @@ def process_pair(record: Record, processor: Processor, store: ImageStore, text_l
     truncated = len(ids) >= text_length
     tokens = np.array([*ids[: text_length - 1], tokenizer.eos_id], np.int32)
     try:
-        tile = processor.global_view(resolve_image(record.images[0], store))
+        image, traits = processor.read_image(resolve_image(record.images[0], store))
     except ImageError as error:
         raise unreadable_image(error, record.images[:1]) from error
-    return _one_tile(tokens, tile, caption), truncated
+    return _one_tile(tokens, processor.global_view(image), traits, caption), truncated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,12 +157,10 @@ def process_regions(regions: Regions, processor: Processor, store: ImageStore, p
     Raises SampleError with the reason; OSError when a file cannot be read.
     """
     try:
-        image = load_image(
-            resolve_image(regions.image, store), processor.apply_exif_orientation, rescale_16bit=processor.rescale_16bit
-        )
-        tile = processor.global_view(image)
+        image, traits = processor.read_image(resolve_image(regions.image, store))
     except ImageError as error:
         raise unreadable_image(error, [regions.image]) from error
+    tile = processor.global_view(image)
     ids, phrases, attributes, truncated = [], [], {}, False
     for box, said in regions.boxes:
         rectangle = _patches(box, image.size, tile.shape[0], processor.config.patch_size)
@@ -180,11 +177,11 @@ def process_regions(regions: Regions, processor: Processor, store: ImageStore, p
             phrases.append((*rectangle, attribute, len(tokens)))
     if not phrases:
         raise SampleError(NO_ATTRIBUTE, "none of its regions has an attribute that is asked for and fits.")
-    inputs = _one_tile(np.array(ids, np.int32), tile)
+    inputs = _one_tile(np.array(ids, np.int32), tile, traits)
     return RegionInputs(inputs, np.array(phrases, np.int32), attributes, truncated)
 
 
-def _one_tile(ids: np.ndarray, tile: np.ndarray, prompt: str = "") -> ModelInputs:
+def _one_tile(ids: np.ndarray, tile: np.ndarray, traits: tuple[str, ...], prompt: str = "") -> ModelInputs:
     """Text of tokens i32[T], and an image of one tile u8[S, S, 3] that no position stands for."""
     return ModelInputs(
         input_ids=ids,
@@ -195,6 +192,7 @@ def _one_tile(ids: np.ndarray, tile: np.ndarray, prompt: str = "") -> ModelInput
         tile_grid=np.zeros((1, 2), np.int32),
         image_sizes=np.array([tile.shape[:2]], np.int32),
         prompt=prompt,
+        image_traits=traits,
     )
 
 

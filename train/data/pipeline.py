@@ -28,6 +28,7 @@ import numpy as np
 from grain.experimental import DatasetOptions, ThreadPrefetchDatasetIterator, WithOptionsIterDataset
 
 from dsvl2_jax.errors import DataError
+from dsvl2_jax.inputs.images import trait_notes
 from dsvl2_jax.inputs.processor import Processor
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.train.data import packing
@@ -57,6 +58,7 @@ _MOST_USELESS = 10_000
 # Reasons for which samples are left out that are not broken.
 _WHOLE = TOO_LONG | {NO_IMAGE, NO_ATTRIBUTE}
 _LAST_PROBLEMS = 5  # shown when the run stops
+AS_SEEN = "data.as_seen = true"  # what a note about pictures names
 _BUFFER = 4  # samples that a worker or thread holds ready
 _SHARED_MEMORY_FROM = 1 << 16  # bytes; smaller arrays are cheaper to copy through the pipe
 
@@ -274,6 +276,7 @@ class _UsableSamplesIterator(grain.DatasetIterator):
         self._state = {"read": 0, "broken": 0, "useless": 0}  # useless: since the last usable one
         self._problems: list[str] = []
         self._attributes = AttributeIds()
+        self._traits: Counter[str] = Counter()  # of pictures
 
     def __next__(self) -> dict[str, Any]:
         if self._inner is None:
@@ -293,11 +296,19 @@ class _UsableSamplesIterator(grain.DatasetIterator):
             if not isinstance(item, SkippedSample):
                 self._state["useless"] = 0
                 self._attributes.add(item.pop("attributes", {}))
+                self._note(item["name"], item.pop("image_traits", ()))
                 if type(item["tiles"]) is not np.ndarray:
                     # Shared memory is given back at once: a packer's worth of tiles would fill a container's.
                     item["tiles"] = np.array(item["tiles"], subok=False)
                 return item | {"skipped": skipped}
         raise StopIteration
+
+    def _note(self, name: str, traits: Sequence[str]) -> None:
+        """Warns of the first pictures that the official reading shows otherwise than a viewer, and counts all."""
+        if not self._dataset.data.as_seen:
+            for note in trait_notes((trait for trait in traits if trait not in self._traits), AS_SEEN):
+                _LOG.warning("%s, and perhaps later samples: %s", name, note)
+            self._traits.update(traits)
 
     def _leave_out(self, item: SkippedSample) -> None:
         _LOG.warning("%s: left out (%s): %s", item.name, item.reason, item.message)
@@ -338,6 +349,9 @@ class _UsableSamplesIterator(grain.DatasetIterator):
         if self._inner is not None:
             self._inner.close()
             self._inner = None
+        for note in trait_notes(self._traits.elements(), AS_SEEN):
+            _LOG.warning("in all: %s", note)
+        self._traits.clear()
 
 
 def _set_up_grain() -> None:

@@ -74,7 +74,8 @@ class SampleSource:
         return any(file.may_have_images for file in self.files)
 
     def __getitem__(self, index: int) -> dict[str, Any] | SkippedSample:
-        """`packing.element`, or why there is none; of regions with ``attributes``, the names by their ids.
+        """`packing.element` with ``image_traits``, or why there is none; of regions with ``attributes``, the names by
+        their ids.
 
         Raises nothing: a bad sample must not end a worker.
         """
@@ -86,11 +87,13 @@ class SampleSource:
             if self._pairs is not None and self._pairs.phrases:
                 regions = parse_regions(record, own_images)
                 inputs, phrases, attributes, truncated = process_regions(regions, self._processor, store, self._pairs)
-                return packing.element(inputs, name, truncated=truncated, phrases=phrases) | {"attributes": attributes}
+                traits = {"image_traits": inputs.image_traits}
+                element = packing.element(inputs, name, truncated=truncated, phrases=phrases)
+                return element | traits | {"attributes": attributes}
             record = parse_record(record, own_images)
             if self._pairs is not None:
                 inputs, truncated = process_pair(record, self._processor, store, self._pairs.tokens)
-                return packing.element(inputs, name, truncated=truncated)
+                return packing.element(inputs, name, truncated=truncated) | {"image_traits": inputs.image_traits}
             inputs = process(record, self._processor, store, self._data.mask_prompt)
             truncated = False
             if self.shape is not None:
@@ -102,7 +105,7 @@ class SampleSource:
             return SkippedSample(name, UNREADABLE, str(error))
         except Exception as error:  # whatever unknown data make the libraries that read it raise
             return SkippedSample(name, UNEXPECTED, f"{type(error).__name__}: {error}")
-        return packing.element(inputs, name, truncated=truncated)
+        return packing.element(inputs, name, truncated=truncated) | {"image_traits": inputs.image_traits}
 
     def _locate(self, index: int) -> tuple[DataFile, int]:
         number = int(np.searchsorted(self._ends, index, side="right"))
@@ -111,7 +114,7 @@ class SampleSource:
     def _store(self, file: DataFile) -> ImageStore:
         folder = "" if self._source.images else os.path.dirname(file.path)
         if folder not in self._stores:
-            self._stores[folder] = open_images(self._source.images, file.path)
+            self._stores[folder] = open_images(self._source.images, file.path, self._source.follow_links)
         return self._stores[folder]
 
 

@@ -46,6 +46,9 @@ class SourceSettings:
     images: str = setting(
         "", help="folder or tar shards (a glob) where image names are looked up; empty: the data file's folder"
     )
+    follow_links: bool = setting(
+        False, may_change=True, help="true: links in the folder of images may lead out of it, as to a store of files"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +65,11 @@ class DataSettings:
         64, least=1, help="rows that are filled at the same time; more of them waste less and hold more tiles in memory"
     )
     too_long: str = setting("skip", choices=("skip", "truncate"), help="what is done with samples longer than a row")
+    as_seen: bool = setting(
+        False,
+        help="true: read pictures as people see them: turned as EXIF says, transparent ones over white, 16-bit gray "
+        "divided; false: as the official code does",
+    )
     mask_prompt: bool = setting(False, help="true: loss on answers alone (stage 3); false: on all text")
     shuffle: bool = setting(True, help="read the samples of each epoch in a random order")
     workers: int = setting(

@@ -17,9 +17,11 @@ def check(
     *,
     ckpt: str | None = None,
     images: str = "",
+    follow_links: bool = False,
     sequence_length: int = 4096,
     tiles_per_sequence: int = 20,
     mask_prompt: bool = False,
+    as_seen: bool = False,
     problems: int = 20,
     histogram: Path | None = None,
     json: bool = False,
@@ -30,9 +32,11 @@ def check(
         file: JSON Lines, a JSON array, .txt or .tar; a glob pattern may name several.
         ckpt: checkpoint whose tokenizer and tiling count; without it, the bundled model's.
         images: folder, or tar shards (a glob ending in .tar), of the images; without it, the file's folder.
+        follow_links: links in the folder of images may lead out of it.
         sequence_length: tokens of a training row.
         tiles_per_sequence: image tiles of a training row.
         mask_prompt: count answers alone as learnt, as in fine-tuning.
+        as_seen: read images as with the setting data.as_seen.
         problems: how many broken samples to list; all are counted.
         histogram: PNG to draw token and tile counts to.
         json: print one JSON object.
@@ -44,9 +48,11 @@ def check(
             file,
             checkpoint=ckpt,
             images=images,
+            follow_links=follow_links,
             sequence_length=sequence_length,
             tiles_per_sequence=tiles_per_sequence,
             mask_prompt=mask_prompt,
+            as_seen=as_seen,
             most_problems=problems,
             histogram=histogram,
             as_json=json,

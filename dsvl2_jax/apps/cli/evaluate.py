@@ -24,6 +24,7 @@ def evaluate(
     *,
     metric: Metric | None = None,
     images: str = "",
+    follow_links: bool = False,
     out: Path | None = None,
     batch_size: int | None = None,
     max_new_tokens: int = 128,
@@ -31,6 +32,7 @@ def evaluate(
     mesh: str | None = None,
     verify: bool = False,
     candidates: int | None = None,
+    as_seen: bool = False,
     prompt_template: str | None = None,
     limit: int | None = None,
     report_samples: int = 1000,
@@ -51,6 +53,7 @@ def evaluate(
         files: checkpoint (without it, the bundled model) and a file with one question a line.
         metric: how answers are scored, where a line does not say so itself.
         images: folder, or tar shards (a glob ending in .tar), of the images; without it, the file's folder.
+        follow_links: links in the folder of images may lead out of it.
         out: directory for results.jsonl, summary.json and report.html; without it, eval/CHECKPOINT/DATA.
         batch_size: questions answered together; 16 without it.
         max_new_tokens: the most tokens of an answer.
@@ -58,6 +61,8 @@ def evaluate(
         mesh: shard over devices, e.g. data=2,tensor=2,expert=2.
         verify: read every file of the checkpoint first and compare it with its digest.
         candidates: cut images into at most this many tiles (InfoVQA: 18) instead of as the checkpoint says (9).
+        as_seen: read images as people see them: turned as EXIF says, transparency over white, 16-bit gray divided.
+            Boxes are then in pixels of the turned image.
         prompt_template: the prompt around {question} and {choices}; \\n is a new line.
         limit: answer only the first questions, this many of them.
         report_samples: show at most this many samples of each task in report.html.
@@ -81,8 +86,10 @@ def evaluate(
     shared = {
         "metric": metric,
         "images": images,
+        "follow_links": follow_links,
         "out": out,
         "max_new_tokens": max_new_tokens,
+        "as_seen": as_seen,
         "prompt_template": prompt_template,
         "limit": limit,
         "report_samples": report_samples,

@@ -37,6 +37,10 @@ COMMANDS = {
 }
 
 
+# Options by their old names, which are errors that give the new ones.
+_RENAMED = {"--exif": "--as-seen"}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, 1 for a failure, 2 for a wrong call."""
     args = list(sys.argv[1:] if argv is None else argv)
@@ -44,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     if debug:
         args.remove("--debug")
     try:
+        for option in args:
+            if new := _RENAMED.get(option.partition("=")[0]):
+                raise UsageError(f"{option}: this option is now called {new}, which also covers transparency.")
         status = tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
             prog="dsvl2",

@@ -51,8 +51,9 @@ class Computing:
 class Loading(Computing):
     """Options of the commands that load a model for the user's own prompts and images."""
 
-    exif: bool = False
-    """turn images as their EXIF orientation says (the official code does not)."""
+    as_seen: bool = False
+    """read images as people see them, which the official code does not: turned as EXIF says, transparency over white,
+    16-bit gray divided."""
     strict_special_tokens: bool = False
     """treat special tokens written in the prompt as plain text."""
 

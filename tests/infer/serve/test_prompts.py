@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dsvl2_jax.infer.serve.chat import turns
 from dsvl2_jax.infer.serve.errors import ApiError
-from dsvl2_jax.infer.serve.prompts import Picture, Text, Turn, join, message_parts, render
+from dsvl2_jax.infer.serve.prompts import Picture, Text, Turn, join, render
 from dsvl2_jax.infer.serve.schemas_chat import Message
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:,x"}}
@@ -71,6 +71,18 @@ def test_the_tag_in_a_text_is_refused(role):
     assert caught.value.param == "messages[1].content"
 
 
+def test_roles_may_be_in_any_case():
+    messages = [{"role": "System", "content": "Be brief."}, {"role": "USER", "content": "Hello"}]
+    assert rendered(*messages) == [("system", "Be brief."), ("user", "Hello")]
+
+
+def test_the_tag_of_another_model_is_refused_where_it_would_stand_for_a_picture():
+    with pytest.raises(ApiError, match="found <image_placeholder>, which stands for a picture"):
+        rendered({"role": "user", "content": "<image_placeholder> What?"})
+    answer = {"role": "assistant", "content": "It is <image_placeholder>."}
+    assert rendered({"role": "user", "content": "x"}, answer)[1] == ("assistant", "It is <image_placeholder>.")
+
+
 @pytest.mark.parametrize("role", ["system", "user"])
 def test_content_is_missing(role):
     with pytest.raises(ApiError, match="is missing"):
@@ -78,22 +90,24 @@ def test_content_is_missing(role):
 
 
 parts = st.lists(
-    st.builds(Text, st.text().filter(lambda words: "<image>" not in words), st.just("f"))
+    st.builds(Text, st.text().filter(lambda words: "<image" not in words), st.just("f"))
     | st.just(Picture("data:,x", "f", None)),
     max_size=4,
 )
-conversations = st.lists(st.builds(Turn, st.sampled_from(["user", "assistant", "system"]), parts), max_size=6)
+conversations = st.lists(
+    st.builds(Turn, st.sampled_from(["user", "assistant", "system"]), st.tuples(parts).map(list)), max_size=6
+)
 
 
 @given(conversations)
 def test_joining_keeps_every_text_and_picture_in_order(conversation):
     kept = [
-        Turn(turn.role, [part for part in turn.parts if turn.role == "user" or isinstance(part, Text)])
+        Turn(turn.role, [[part for part in turn.parts if turn.role == "user" or isinstance(part, Text)]])
         for turn in conversation
     ]
-    joined = join([Turn(turn.role, message_parts(turn.parts)) for turn in kept])
+    joined = join(kept)
     assert all(before.role != after.role for before, after in itertools.pairwise(joined))
     before = [part for turn in kept for part in turn.parts]
-    assert [part for turn in joined for part in turn.parts if part.field == "f"] == before
+    assert [part for turn in joined for part in turn.parts] == before
     pictures = sum(isinstance(part, Picture) for part in before)
     assert sum(render(turn).count("<image>\n") for turn in joined) == pictures
