@@ -18,18 +18,20 @@ from rich.table import Table
 
 from dsvl2_jax.checkpoint import rules
 from dsvl2_jax.checkpoint.leaves import leaf_bytes
-from dsvl2_jax.checkpoint.load import open_orbax, read_leaves
+from dsvl2_jax.checkpoint.load import absent_leaves, open_orbax, read_leaves
 from dsvl2_jax.checkpoint.locate import PARAMS_NAME, kind, model_files, resolve
 from dsvl2_jax.checkpoint.safetensors_source import Source
+from dsvl2_jax.checkpoint.verify import verify as verify_files
 from dsvl2_jax.errors import CheckpointError, ConfigError, TokenizerError
 from dsvl2_jax.inputs.processor import ProcessorConfig
 from dsvl2_jax.inputs.tokenizer import Tokenizer
 from dsvl2_jax.messages import listed
-from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.config import Config, keys_without_meaning
 from dsvl2_jax.model.parameter_paths import LeafPath, path_name, stays_float32
 from dsvl2_jax.model.released import variant
 from dsvl2_jax.runtime.progress import progress
 
+_UNUSED = "vision.attn_pool (present, unused)"
 _LAYOUTS = {"orbax": "converted (Orbax)", "released": "released (safetensors)", "run": "of a training run (Orbax)"}
 
 
@@ -44,6 +46,7 @@ class Report:
     dtypes: dict[str, int] = dataclasses.field(default_factory=dict)  # stored dtype → bytes
     bfloat16_bytes: int | None = None  # memory of the parameters in bfloat16, the router's in float32
     special_tokens: dict[str, int] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)  # what was tolerated, and what means nothing
     non_finite: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)  # tensor → {"nan", "inf"}
     problems: list[str] = dataclasses.field(default_factory=list)
 
@@ -52,12 +55,13 @@ class Report:
         return not self.problems
 
 
-def doctor(ckpt: str | Path | None = None, *, as_json: bool = False) -> int:
+def doctor(ckpt: str | Path | None = None, *, verify: bool = False, as_json: bool = False) -> int:
     """Examines a checkpoint in either layout and prints the report.
 
     Args:
       ckpt: a converted directory, a directory in the released layout, a training run (its newest checkpoint) or one
         of its checkpoints, or a hub id; None: the built-in model.
+      verify: reads every file and compares it with its digest as well.
       as_json: prints one JSON object instead of tables.
 
     Returns:
@@ -66,7 +70,7 @@ def doctor(ckpt: str | Path | None = None, *, as_json: bool = False) -> int:
     Raises:
       CheckpointError: there is no such checkpoint.
     """
-    report = examine(ckpt)
+    report = examine(ckpt, verify=verify)
     if as_json:
         print(json.dumps(dataclasses.asdict(report) | {"ok": report.ok}, indent=2, ensure_ascii=False))
     else:
@@ -74,8 +78,11 @@ def doctor(ckpt: str | Path | None = None, *, as_json: bool = False) -> int:
     return 0 if report.ok else 1
 
 
-def examine(ckpt: str | Path | None) -> Report:
+def examine(ckpt: str | Path | None, *, verify: bool = False) -> Report:
     """Everything about a checkpoint that can be known without running it; every tensor is read once.
+
+    Args:
+      verify: compare every file with its digest, too.
 
     Raises:
       CheckpointError: there is no such checkpoint. Whatever is wrong inside it becomes a problem of the report.
@@ -83,8 +90,14 @@ def examine(ckpt: str | Path | None) -> Report:
     directory = resolve(ckpt)
     report = Report(str(directory), kind(directory))
     files = model_files(directory)
+    if verify:
+        try:
+            report.notes += verify_files(directory)
+        except CheckpointError as error:
+            report.problems.append(str(error))
     try:
         config = Config.from_file(files)
+        report.notes += keys_without_meaning(files)
     except ConfigError as error:
         report.problems.append(str(error))
         return report
@@ -129,7 +142,7 @@ def count_parameters(config: Config) -> dict[str, int]:
         (
             "image_newline+view_seperator",
             "vision (used)",
-            "vision.attn_pool (present, unused)",
+            _UNUSED,
             "projector",
             "language.embed_tokens",
             "language.attention",
@@ -149,7 +162,7 @@ def count_parameters(config: Config) -> dict[str, int]:
 
 def _component(path: LeafPath) -> str:
     if path[0] == "vision":
-        return "vision.attn_pool (present, unused)" if path[1] == "attn_pool" else "vision (used)"
+        return _UNUSED if path[1] == "attn_pool" else "vision (used)"
     if path[0] != "language":
         return "projector" if path[0] == "projector" else "image_newline+view_seperator"
     if path[1] in ("embed_tokens", "lm_head"):
@@ -175,6 +188,10 @@ def count_non_finite(values: np.ndarray) -> tuple[int, int]:
 
 def _examine_released(directory: Path, config: Config, report: Report) -> None:
     with Source(directory) as source:
+        source.fit(config)
+        report.notes += source.notes
+        if rules.lacks_unused(source.tensors):
+            _leave_out_unused(report)
         _add_dtypes(report, ((rules.FLOAT_DTYPES.get(t.dtype, t.dtype), t.size) for t in source.tensors.values()))
         for problem, tensors in rules.compare(source.shapes_and_dtypes, config).items():
             report.problems.append(f"{len(tensors)} {problem}:\n{listed(tensors)}")
@@ -187,13 +204,21 @@ def _examine_released(directory: Path, config: Config, report: Report) -> None:
 
 
 def _examine_orbax(directory: Path, config: Config, report: Report) -> None:
-    _, stored = open_orbax(directory, config)
+    manifest, stored = open_orbax(directory, config)
+    report.notes += manifest.get("notes", [])
+    if absent_leaves(directory / PARAMS_NAME, stored):
+        _leave_out_unused(report)
     _add_dtypes(report, ((dtype.name, leaf_bytes(shape, dtype)) for shape, dtype in stored.values()))
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     with progress("reading parameters", sum(leaf_bytes(*entry) for entry in stored.values())) as advance:
         for path, parameter in read_leaves(directory / PARAMS_NAME, stored, dict.fromkeys(stored, host)):
             _add_non_finite(report, path_name(path), np.asarray(parameter))
             advance(parameter.nbytes)
+
+
+def _leave_out_unused(report: Report) -> None:
+    report.parameters["TOTAL"] -= report.parameters[_UNUSED]
+    report.parameters[_UNUSED] = 0
 
 
 def _add_dtypes(report: Report, sizes: Iterator[tuple[str, int]]) -> None:
@@ -235,6 +260,8 @@ def _print(report: Report) -> None:
         for token, index in report.special_tokens.items():
             table.add_row(escape(token), str(index))
         console.print(table)
+    for note in report.notes:
+        console.print(f"note: {escape(note)}")
     for problem in report.problems:
         console.print(f"[red]problem:[/red] {escape(problem)}")
     console.print("[green]ok: usable[/green]" if report.ok else "[red]not usable[/red]")

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from rich import filesize
 
-from dsvl2_jax.checkpoint import orbax_io, rules
+from dsvl2_jax.checkpoint import digests, orbax_io, rules
 from dsvl2_jax.checkpoint.leaves import Leaves, batches, leaf_bytes
 from dsvl2_jax.checkpoint.load import DTYPES
 from dsvl2_jax.checkpoint.locate import (
@@ -33,6 +33,7 @@ from dsvl2_jax.checkpoint.locate import (
 )
 from dsvl2_jax.checkpoint.safetensors_source import Source, aligned_empty, numpy_dtype
 from dsvl2_jax.checkpoint.staging import refuse_existing, staged
+from dsvl2_jax.checkpoint.verify import tell
 from dsvl2_jax.convert.sizes import parse_bytes
 from dsvl2_jax.errors import CheckpointError, UsageError
 from dsvl2_jax.model.config import Config
@@ -95,7 +96,8 @@ def convert(
             "back, use dsvl2 export."
         )
     config, _ = open_model(directory)
-    with Source(directory) as source:
+    with Source(directory) as source, ThreadPoolExecutor(1, thread_name_prefix="dsvl2-digest") as pool:
+        source.fit(config)
         rules.check(source.shapes_and_dtypes, config, str(directory))
         leaves = {leaf.path: leaf for leaf in rules.expand(config)}
         plan = {
@@ -104,22 +106,32 @@ def convert(
         }
         mixed = {} if dtype else _mixed_dtypes(source, leaves, plan)
         total = sum(leaf_bytes(*entry) for entry in plan.values())
+        notes = [*source.notes]
+        if mixed:
+            notes.append(
+                f"{len(mixed)} tensors are of another dtype than others of the same stacked parameter: kept as float32"
+            )
         with staged(dst, total) as partial:
+            # Beside the conversion: reading a file in order also brings it into the system's cache.
+            names = [file.name for file in source.files]
+            source_digests = pool.submit(_source_digests, directory, names, source.digests)
             carry_files(directory, partial)
             with _writing(partial / PARAMS_NAME, config) as writer, progress("convert", total) as advance:
                 _write_parameters(source, leaves, plan, writer, limit, advance)
                 writer.finalize()
-            write_manifest(partial, plan, source=str(src), mixed=mixed)
-    notes = (
-        (f"{len(mixed)} tensors are of another dtype than others of the same stacked parameter: kept as float32",)
-        if mixed
-        else ()
-    )
+            write_manifest(
+                partial, plan, source=str(src), mixed=mixed, notes=notes, source_digests=source_digests.result()
+            )
     parameters = sum(math.prod(shape) for shape, _ in plan.values())
     seconds = time.monotonic() - started
-    for line in (*notes, f"wrote {dst}: {parameters:,} parameters, {filesize.decimal(total)} in {seconds:.1f} s"):
-        print(line, file=sys.stderr)
-    return Converted(dst, parameters, total, seconds, notes)
+    tell(directory, notes)
+    print(f"wrote {dst}: {parameters:,} parameters, {filesize.decimal(total)} in {seconds:.1f} s", file=sys.stderr)
+    return Converted(dst, parameters, total, seconds, tuple(notes))
+
+
+def _source_digests(directory: Path, names: Sequence[str], known: Mapping[str, str]) -> dict[str, str]:
+    """File name → SHA-256 of the files that tensors are read from; those that ``known`` has were read and compared."""
+    return {name: known[name] if name in known else digests.digest(directory / name) for name in names}
 
 
 def _mixed_dtypes(source: Source, leaves: Mapping[LeafPath, rules.Leaf], plan: Leaves) -> dict[str, str]:
@@ -129,7 +141,7 @@ def _mixed_dtypes(source: Source, leaves: Mapping[LeafPath, rules.Leaf], plan: L
         name: stored_as[name]
         for path, leaf in leaves.items()
         for name in leaf.sources
-        if stored_as[name] != plan[path][1].name
+        if name in stored_as and stored_as[name] != plan[path][1].name
     }
 
 
@@ -208,24 +220,35 @@ def _writing(path: Path, config: Config) -> Iterator[orbax_io.ParamWriter]:
         raise
 
 
-def write_manifest(directory: Path, plan: Leaves, *, source: str, mixed: dict[str, str]) -> None:
+def write_manifest(
+    directory: Path,
+    plan: Leaves,
+    *,
+    source: str,
+    mixed: Mapping[str, str],
+    notes: Sequence[str] = (),
+    source_digests: Mapping[str, str] | None = None,
+) -> None:
     """Writes the file that makes a converted directory complete.
 
-    ``mixed``: tensors of a stacked parameter whose dtype is not the parameter's, with their own dtype, so
-    that export can give it back.
+    Args:
+      mixed: tensors of a stacked parameter whose dtype is not the parameter's, with their own dtype, so that export
+        can give it back.
+      notes: what was tolerated in the source.
+      source_digests: file → SHA-256 of the source.
     """
-    params = directory / PARAMS_NAME
+    files = digests.files_below(directory)
     manifest: dict[str, Any] = {
         "version": MANIFEST_VERSION,
         "source": source,
         "parameters": {
             path_name(path): {"shape": list(shape), "dtype": dtype.name} for path, (shape, dtype) in plan.items()
         },
-        "mixed_dtypes": mixed,
-        "files": {
-            str(file.relative_to(directory)): file.stat().st_size
-            for file in sorted(params.rglob("*"))
-            if file.is_file()
-        },
+        "mixed_dtypes": dict(mixed),
+        "notes": list(notes),
+        # A configuration may be edited on purpose, so that its size is not checked each time, as its digest can be.
+        "files": {name: size for name, size in files.items() if name.startswith(f"{PARAMS_NAME}/")},
+        "sha256": digests.of_files(directory, files),
+        "source_sha256": dict(source_digests or {}),
     }
-    (directory / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    (directory / MANIFEST_NAME).write_text(digests.sealed(manifest), encoding="utf-8")

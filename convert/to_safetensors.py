@@ -22,10 +22,13 @@ from rich import filesize
 
 from dsvl2_jax.checkpoint import rules
 from dsvl2_jax.checkpoint.leaves import leaf_bytes
-from dsvl2_jax.checkpoint.load import DTYPES, open_orbax, read_leaves
+from dsvl2_jax.checkpoint.load import DTYPES, absent_leaves, open_orbax, read_leaves
 from dsvl2_jax.checkpoint.locate import PARAMS_NAME, carry_files, kind, model_files, open_model, resolve
-from dsvl2_jax.checkpoint.safetensors_source import INDEX_NAME, READ_BYTES, WORKERS, copy_rows, numpy_dtype
+from dsvl2_jax.checkpoint.safetensors_source import READ_BYTES, WORKERS, copy_rows, numpy_dtype
+from dsvl2_jax.checkpoint.shards import INDEX_NAME
 from dsvl2_jax.checkpoint.staging import refuse_existing, staged
+from dsvl2_jax.checkpoint.verify import tell
+from dsvl2_jax.checkpoint.verify import verify as verify_files
 from dsvl2_jax.convert.sizes import parse_bytes
 from dsvl2_jax.errors import CheckpointError, UsageError
 from dsvl2_jax.model.parameter_paths import stays_float32
@@ -119,6 +122,7 @@ def export(
     *,
     dtype: Literal["float32", "bfloat16"] | None = None,
     max_shard_bytes: int | str = DEFAULT_SHARD_BYTES,
+    verify: bool = False,
 ) -> Path:
     """Writes a converted or trained checkpoint to the released layout.
 
@@ -129,6 +133,7 @@ def export(
       dtype: casts every tensor but the router's, which compute in float32; by default each is as stored. What a
         run has trained is stored in float32.
       max_shard_bytes: most bytes of tensors in one shard, such as "5GB"; a single larger tensor may pass.
+      verify: read every file before and compare it with its digest.
 
     Returns:
       The directory.
@@ -148,9 +153,16 @@ def export(
         raise CheckpointError(
             f"{directory}: is in the released layout already; export takes a converted directory or a training run."
         )
+    if verify:
+        tell(directory, verify_files(directory))
     config, _ = open_model(directory)
     leaves = {leaf.path: leaf for leaf in rules.expand(config)}
     manifest, stored = open_orbax(directory, config)
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    if absent := absent_leaves(directory / PARAMS_NAME, stored):
+        stored = {path: entry for path, entry in stored.items() if path not in absent}
+        leaves = {path: leaf for path, leaf in leaves.items() if path not in absent}
+        print(f"left out: {rules.UNUSED}*, which the checkpoint was made without", file=sys.stderr)
     mixed = {name: numpy_dtype(dtype_name) for name, dtype_name in manifest.get("mixed_dtypes", {}).items()}
     tensors = {
         name: (
@@ -161,7 +173,6 @@ def export(
         for name in leaf.sources
     }
     total = sum(leaf_bytes(*entry) for entry in tensors.values())
-    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     with staged(dst, total) as partial:
         carry_files(model_files(directory), partial)
         with ShardWriter(partial, tensors, shard_bytes) as writer, progress("export", total) as advance:

@@ -21,6 +21,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import dsvl2_jax
 from dsvl2_jax.checkpoint.load import load_params
 from dsvl2_jax.checkpoint.locate import open_model, resolve
+from dsvl2_jax.checkpoint.verify import tell
+from dsvl2_jax.checkpoint.verify import verify as verify_files
 from dsvl2_jax.errors import ConversationError, DSVL2Error, UsageError
 from dsvl2_jax.infer.answer import Generation
 from dsvl2_jax.infer.buckets import batch_bucket, cache_bucket, length_bucket, tile_bucket
@@ -43,7 +45,9 @@ FEATURE_BYTES = 256 << 20  # of pictures' features that are kept while prompts a
 _AHEAD = 2  # requests that wait for a slot while others are answered
 
 
-def load(path: str | Path | None = None, dtype: str | None = "float32", mesh: Mesh | None = None) -> Model:
+def load(
+    path: str | Path | None = None, dtype: str | None = "float32", mesh: Mesh | None = None, *, verify: bool = False
+) -> Model:
     """Loads a model for inference.
 
     Args:
@@ -53,6 +57,7 @@ def load(path: str | Path | None = None, dtype: str | None = "float32", mesh: Me
         stays float32); None keeps the stored dtypes and computes in that of the embeddings.
       mesh: of `dsvl2_jax.sharding.make_mesh`; None: one device. With devices of several processes, all of them make
         the same calls with the same inputs.
+      verify: read every file of the checkpoint before, and compare it with its digest.
 
     Raises:
       CheckpointError, ConfigError, TokenizerError: the checkpoint cannot be used; the message says why.
@@ -60,6 +65,8 @@ def load(path: str | Path | None = None, dtype: str | None = "float32", mesh: Me
     compile_log()
     enable_compilation_cache()
     directory = resolve(path)
+    if verify:
+        tell(directory, verify_files(directory))
     config, processor = open_model(directory)
     params = load_params(directory, config, dtype=dtype, mesh=mesh)
     return Model(config, params, processor, mesh)

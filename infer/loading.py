@@ -24,6 +24,7 @@ class LoadOptions:
     mesh: str | None = None
     as_seen: bool = False
     strict_special_tokens: bool = False
+    verify: bool = False
 
 
 def load(ckpt: str | None, options: LoadOptions) -> Model:
@@ -39,7 +40,7 @@ def load(ckpt: str | None, options: LoadOptions) -> Model:
     mesh = None if options.mesh is None else make_mesh(**parse_mesh(options.mesh))
     if processes.joined():
         processes.same_everywhere("the checkpoint", description(resolve(ckpt)))
-    model = engine.load(ckpt, dtype=options.dtype, mesh=mesh)
+    model = engine.load(ckpt, dtype=options.dtype, mesh=mesh, verify=options.verify)
     model.processor.as_seen = options.as_seen
     model.processor.warns = False  # the commands count pictures, and name their own option
     model.processor.strict_special_tokens = options.strict_special_tokens

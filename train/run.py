@@ -27,6 +27,8 @@ from jax.sharding import Mesh
 
 from dsvl2_jax.checkpoint.load import load_params
 from dsvl2_jax.checkpoint.locate import model_files, open_model, resolve
+from dsvl2_jax.checkpoint.verify import tell
+from dsvl2_jax.checkpoint.verify import verify as verify_files
 from dsvl2_jax.errors import DSVL2Error, RunError, SettingsError
 from dsvl2_jax.inputs.processor import Processor
 from dsvl2_jax.messages import first_line, listed
@@ -69,7 +71,7 @@ class _Pending:
     data: StepData
 
 
-def train(config: str | Path, overrides: Sequence[str] = ()) -> None:
+def train(config: str | Path, overrides: Sequence[str] = (), *, verify: bool = False) -> None:
     """Trains as a CONFIG.toml says; resumes the run when its directory holds one.
 
     SIGTERM or Ctrl-C finish the step, write a checkpoint and return; a second Ctrl-C interrupts at once.
@@ -77,6 +79,7 @@ def train(config: str | Path, overrides: Sequence[str] = ()) -> None:
     Args:
       config: path, or the name of a preset.
       overrides: ``table.key=value``.
+      verify: read every file of the checkpoint that is started or resumed from, and compare it with its digest.
 
     Raises:
       SettingsError: the settings make no sense, or do not fit the model or the devices.
@@ -93,6 +96,9 @@ def train(config: str | Path, overrides: Sequence[str] = ()) -> None:
         started, steps = processes.from_first(lambda: (run.started, run.steps()))
         # A run that has a checkpoint of its own no longer needs the one that it started from.
         source = run.model if steps else resolve(settings.model.checkpoint)
+        if verify:
+            checkpoint = run.checkpoint(steps[-1]) if steps else source
+            tell(checkpoint, verify_files(checkpoint))
         model, processor = _open_model(settings, source)
         identity = _identity(settings, source)
         if processes.is_first() and started:

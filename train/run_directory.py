@@ -14,6 +14,7 @@ import json
 import math
 import shutil
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from rich import filesize
 from dsvl2_jax.checkpoint import orbax_io
 from dsvl2_jax.checkpoint.locate import CHECKPOINTS_NAME, MODEL_NAME, PARAMS_NAME, RUN_NAME, carry_files, run_steps
 from dsvl2_jax.checkpoint.staging import is_disk_full, locked, write_text
+from dsvl2_jax.checkpoint.verify import write_run_digests
 from dsvl2_jax.errors import RunError
 from dsvl2_jax.json_files import read_json_object
 from dsvl2_jax.messages import changes, first_line, listed
@@ -95,6 +97,7 @@ def opened(directory: str | Path) -> Iterator[RunDirectory]:
                 run.wait()
             raise
         run.wait()
+        run.wait_for_digests()
 
 
 class RunDirectory:
@@ -104,6 +107,7 @@ class RunDirectory:
         self.path = path
         self._saving: tuple[int, int, orbax_io.Saving] | None = None  # step, bytes, writing
         self._losses: dict[int, float] = {}
+        self._digests: threading.Thread | None = None
 
     @property
     def started(self) -> bool:
@@ -248,7 +252,27 @@ class RunDirectory:
             self._saving = None
             raise self._failed(step, size, error) from error
         self._saving = None
+        self._keep_digests(step)
         return Saved(step, writing.seconds)
+
+    def _keep_digests(self, step: int) -> None:
+        """Begins to read what has been written, each process its share, for the digests; steps do not wait for it."""
+        self.wait_for_digests()
+        share = self.checkpoint(step), jax.process_index(), jax.process_count()
+
+        def write() -> None:
+            with contextlib.suppress(OSError):  # pruned meanwhile, or a full disk: the checkpoint is complete without
+                write_run_digests(*share)
+
+        # A daemon, as a process that is told to stop need not wait: the checkpoint counts without digests.
+        self._digests = threading.Thread(target=write, name="dsvl2-digest", daemon=True)
+        self._digests.start()
+
+    def wait_for_digests(self) -> None:
+        """Returns when the newest complete checkpoint has its digests."""
+        if self._digests is not None:
+            self._digests.join()
+            self._digests = None
 
     def prune(self, keep_last: int) -> None:
         """Deletes all checkpoints but the newest ``keep_last`` and the one of least validation loss."""
@@ -259,7 +283,9 @@ class RunDirectory:
             if processes.is_first() and (step != best or math.isinf(losses[step])):
                 doomed = self.checkpoint(step).with_name(f"{step}{_REMOVING}")
                 self.checkpoint(step).rename(doomed)
-                shutil.rmtree(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)  # a digest may be written into it at this moment
+                if doomed.exists():
+                    shutil.rmtree(doomed)
 
     def _validation_loss(self, step: int) -> float:
         """Infinite for a checkpoint that has none; one that cannot be read is not worth keeping either."""

@@ -15,6 +15,8 @@ from dsvl2_jax.checkpoint import orbax_io, rules
 from dsvl2_jax.checkpoint.leaves import Leaves, batches
 from dsvl2_jax.checkpoint.locate import PARAMS_NAME, kind, read_manifest, run_of
 from dsvl2_jax.checkpoint.safetensors_source import Source, numpy_dtype
+from dsvl2_jax.checkpoint.verify import check_run_sizes, tell
+from dsvl2_jax.checkpoint.verify import verify as verify_files
 from dsvl2_jax.errors import CheckpointError, UsageError
 from dsvl2_jax.messages import first_line, listed
 from dsvl2_jax.model.config import Config
@@ -27,7 +29,13 @@ Shardings = Mapping[LeafPath, Sharding]
 
 
 def load_params(
-    directory: Path, config: Config, dtype: str | None = None, mesh: Mesh | None = None, *, fsdp: bool = False
+    directory: Path,
+    config: Config,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    *,
+    fsdp: bool = False,
+    verify: bool = False,
 ) -> Params:
     """Loads every parameter, one large leaf at a time.
 
@@ -39,6 +47,9 @@ def load_params(
       mesh: places each parameter by `param_shardings`; None: all on the first device. A process reads only what
         its devices hold (in the released layout, whole rows of the tensors).
       fsdp: split large parameters over ``data`` too, as training does.
+      verify: read every file before and compare it with its digest; without it, sizes and headers are checked.
+
+    What was tolerated in a released directory is noted on standard error.
 
     Returns:
       A nested dict of `jax.Array`. Peak memory is that of the parameters and about one leaf.
@@ -50,6 +61,8 @@ def load_params(
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}.")
     directory = Path(directory)
+    if verify:
+        tell(directory, verify_files(directory))
     if mesh is None:
         first = SingleDeviceSharding(jax.devices()[0])
         shardings: Shardings = {leaf.path: first for leaf in rules.expand(config)}
@@ -67,6 +80,8 @@ def _read_released(
     directory: Path, config: Config, shardings: Shardings, dtype: str | None
 ) -> Iterator[tuple[LeafPath, jax.Array]]:
     with Source(directory) as source:
+        source.fit(config)
+        tell(directory, source.notes)
         rules.check(source.shapes_and_dtypes, config, str(directory))
         for leaf in rules.expand(config):
             array = _read_placed(source, leaf, shardings[leaf.path], dtype)
@@ -101,7 +116,11 @@ def open_orbax(directory: Path, config: Config) -> tuple[dict[str, Any], Leaves]
     Raises:
       CheckpointError: incomplete, damaged, or of another model.
     """
-    manifest = read_manifest(directory) if kind(directory) == "orbax" else {}
+    manifest: dict[str, Any] = {}
+    if kind(directory) == "orbax":
+        manifest = read_manifest(directory)
+    else:
+        check_run_sizes(directory)
     return manifest, _stored(directory / PARAMS_NAME, config)
 
 
@@ -135,6 +154,19 @@ def read_leaves(
         for path in batch:
             array = arrays.pop(path)
             yield path, array if dtypes is None else array.astype(dtypes[path]).block_until_ready()
+
+
+def absent_leaves(params: Path, stored: Leaves) -> set[LeafPath]:
+    """The parameters of the unused part where the checkpoint was made without it: all of them are zeros.
+
+    So they stay through training, and no pooling head has them: its norm would give nothing.
+    """
+    unused = {path: entry for path, entry in stored.items() if path[:2] == rules.UNUSED_PATH}
+    host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    for _, array in read_leaves(params, unused, dict.fromkeys(unused, host)):
+        if np.any(np.asarray(array)):
+            return set()
+    return set(unused)
 
 
 def _stored(params: Path, config: Config) -> Leaves:

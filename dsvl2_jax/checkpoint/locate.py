@@ -12,15 +12,17 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dsvl2_jax.checkpoint import orbax_io
-from dsvl2_jax.checkpoint.safetensors_source import INDEX_NAME
+from dsvl2_jax.checkpoint import digests, orbax_io
+from dsvl2_jax.checkpoint.rules import FLOAT_DTYPES
+from dsvl2_jax.checkpoint.shards import INDEX_NAMES, has_weights, no_weights
 from dsvl2_jax.checkpoint.staging import PARTIAL_SUFFIX
 from dsvl2_jax.errors import CheckpointError, UsageError
 from dsvl2_jax.inputs.processor import Processor
-from dsvl2_jax.json_files import read_json_object
+from dsvl2_jax.json_files import read_json_object, read_text
 from dsvl2_jax.messages import first_line, listed
 from dsvl2_jax.model.config import Config
 
@@ -31,6 +33,7 @@ RUN_NAME = "run.json"  # what makes a directory a run
 CHECKPOINTS_NAME = "checkpoints"  # of a run: a directory per step
 MODEL_NAME = "model"  # of a run: configuration, processor and tokenizer files
 
+_CONVERT_AGAIN = "Convert the checkpoint again."
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CARRIED_SUFFIXES = (".json", ".jinja", ".md", ".model", ".txt")
 _CARRIED_NAMES = ("LICENSE", "LICENCE", "NOTICE")
@@ -138,7 +141,11 @@ def _download(hub_id: str) -> Path:
 
     try:
         patterns = ["*.json", "*.safetensors", "*.model", "*.md", "*.txt", "LICENSE*"]
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
+        directory = Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
+        if not any(directory.glob("*.safetensors")):
+            patterns.append("pytorch_model*.bin")
+            directory = Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
+        return directory
     except Exception as error:  # the client raises its own, requests' and the operating system's errors
         raise CheckpointError(
             f"{hub_id}: no directory has this name, and it cannot be downloaded from the Hugging Face hub "
@@ -172,54 +179,73 @@ def kind(directory: Path) -> str:
             f"{directory}: has {PARAMS_NAME}/ but no {MANIFEST_NAME}, so its conversion did not finish or it was "
             "copied in part. Convert the released checkpoint again, or copy the whole directory."
         )
-    if (directory / INDEX_NAME).is_file() or any(directory.glob("*.safetensors")):
+    if has_weights(directory):
         return "released"
     raise CheckpointError(
-        f"{directory}: not a checkpoint: found neither {MANIFEST_NAME} (a converted directory) nor safetensors files "
-        "(the released layout). Download or convert the checkpoint into it."
+        f"{directory}: not a checkpoint: it has no {MANIFEST_NAME}, so is no converted directory, and "
+        f"{no_weights(directory)}"
     )
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of a converted directory, after checking that every file it lists has its size.
 
+    Besides "parameters", "files" (name → bytes) and "mixed_dtypes" it has "notes" (what was tolerated in the source),
+    "sha256" (file → digest) and "source_sha256", which a manifest of an earlier version of this program lacks.
+
     Raises:
-      CheckpointError: the manifest cannot be read, is of another version, or files are missing or cut off.
+      CheckpointError: the manifest cannot be read, has changed, is of another version, or files are missing or cut off.
     """
     path = directory / MANIFEST_NAME
-    manifest = read_json_object(path, CheckpointError, "Convert the checkpoint again.")
-    try:
-        version, files, parameters = (manifest[key] for key in ("version", "files", "parameters"))
-        sizes = {name: int(size) for name, size in files.items()}
-        parameters.items()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({type(error).__name__}: {error}). Convert the checkpoint again."
-        ) from None
+    manifest = read_json_object(path, CheckpointError, _CONVERT_AGAIN)
+    version = manifest.get("version")
     if version != MANIFEST_VERSION:
         raise CheckpointError(
             f"{path}: written in version {version!r} of the layout, this program reads version {MANIFEST_VERSION}. "
             "Convert the released checkpoint again."
         )
+    if digests.is_sealed(manifest) or "sha256" in manifest:
+        digests.check_seal(path, read_text(path, CheckpointError, _CONVERT_AGAIN), _CONVERT_AGAIN)
+    manifest = {"mixed_dtypes": {}, "notes": [], "sha256": {}, "source_sha256": {}} | manifest
+    for key, kind_of_value, kind_of_items in (
+        ("files", dict, int),
+        ("parameters", dict, dict),
+        ("mixed_dtypes", dict, str),
+        ("notes", list, str),
+        ("sha256", dict, str),
+        ("source_sha256", dict, str),
+    ):
+        value = manifest.get(key)
+        items = value.values() if isinstance(value, dict) else value
+        if not isinstance(value, kind_of_value) or not all(isinstance(item, kind_of_items) for item in items):
+            raise CheckpointError(f"{path}: cannot be read ({key} is missing or of another kind). {_CONVERT_AGAIN}")
+    if unknown := set(manifest["mixed_dtypes"].values()) - set(FLOAT_DTYPES.values()):
+        raise CheckpointError(f"{path}: cannot be read (mixed_dtypes names {unknown.pop()!r}). {_CONVERT_AGAIN}")
+    check_sizes(directory, manifest["files"], "the converted checkpoint is damaged; copy or convert it again")
+    return manifest
+
+
+def check_sizes(directory: Path, sizes: Mapping[str, int], problem: str) -> None:
+    """Raises CheckpointError, which says ``problem``, when files (name → bytes) are missing or of another size."""
     damaged = []
     for name, size in sizes.items():
         file = directory / name
-        stored_size = file.stat().st_size if file.is_file() else None
+        try:
+            stored_size = file.stat().st_size if file.is_file() else None
+        except (OSError, ValueError):  # a name that no file can have
+            stored_size = None
         if stored_size != size:
             damaged.append(
                 f"{name}: {'missing' if stored_size is None else f'{stored_size} bytes'}, expected {size} bytes"
             )
     if damaged:
-        raise CheckpointError(
-            f"{directory}: the converted checkpoint is damaged; copy or convert it again:\n{listed(damaged)}"
-        )
-    return manifest
+        raise CheckpointError(f"{directory}: {problem}:\n{listed(damaged)}")
 
 
 def carry_files(source: Path, target: Path) -> None:
     """Copies configuration, tokenizer, licence and documentation files, so that ``target`` is complete by itself."""
     for file in sorted(source.iterdir()):
         carried = file.suffix in _CARRIED_SUFFIXES or file.name.startswith(_CARRIED_NAMES)
-        generated = file.name in (INDEX_NAME, MANIFEST_NAME)
+        generated = file.name in (*INDEX_NAMES, MANIFEST_NAME)
         if file.is_file() and carried and not generated and file.stat().st_size <= _CARRIED_BYTES:
             shutil.copyfile(file, target / file.name)

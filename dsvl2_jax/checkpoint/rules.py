@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -29,6 +29,10 @@ Shape = tuple[int, ...]
 
 # The dtypes that a checkpoint's tensors may have: safetensors name → numpy name.
 FLOAT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+# The tensors of the pooling head. Tools that save what the language model computes with leave out all of them.
+UNUSED = "vision.attn_pool."
+UNUSED_PATH = ("vision", "attn_pool")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,6 +289,11 @@ def expected_shapes(config: Config) -> dict[str, Shape]:
     return {source: leaf.layout.source_shape for leaf in expand(config) for source in leaf.sources}
 
 
+def lacks_unused(names: Iterable[str]) -> bool:
+    """True for a checkpoint without any tensor of the unused part."""
+    return not any(name.startswith(UNUSED) for name in names)
+
+
 def compare(stored: Mapping[str, tuple[Shape, str]], config: Config) -> dict[str, list[str]]:
     """Kind of problem → the tensors that have it; empty when the checkpoint fits the configuration.
 
@@ -292,6 +301,8 @@ def compare(stored: Mapping[str, tuple[Shape, str]], config: Config) -> dict[str
       stored: tensor name → (shape, safetensors dtype name).
     """
     expected = expected_shapes(config)
+    if lacks_unused(stored):
+        expected = {name: shape for name, shape in expected.items() if not name.startswith(UNUSED)}
     problems = {
         "missing tensors": [f"{name} {list(shape)}" for name, shape in expected.items() if name not in stored],
         "unknown tensors": [f"{name} {list(stored[name][0])}" for name in stored if name not in expected],

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dsvl2_jax.errors import ConversationError
@@ -25,6 +26,8 @@ _LIST = re.compile(r"\[[^\[\]]*\]?")  # without lists in it; an outer one's begi
 
 _GOLDEN_RATIO = 0.618034  # hues this far apart stay distinct however many there are
 _LONGEST_LABEL = 60
+# Pixels of the shorter side up to which an image is enlarged to be drawn on, and of the longer one that stay the most.
+_LEAST_DRAWN, _MOST_DRAWN = 300, 2000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,28 +111,84 @@ def format_boxes(label: str, boxes: Iterable[Box | Sequence[float]], size: Seque
 
 
 def draw_boxes(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
-    """A copy of `image` in RGB with every box outlined in its own colour and named; sizes follow the image's."""
+    """A copy of `image` in RGB with every box outlined in its own colour and named; sizes follow the image's.
+
+    A small image is enlarged, by a whole factor, so that there is room for names. They stand beside their boxes where
+    they cover neither another name nor a box, as far as there is such a place.
+    """
+    factor = max(1, min(-(-_LEAST_DRAWN // min(image.size)), _MOST_DRAWN // max(image.size)))
     image = image.convert("RGB")  # a copy always: convert copies even if the mode is the same
+    if factor > 1:
+        image = image.resize((factor * image.width, factor * image.height), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(image)
     line = max(1, round(min(image.size) / 200))
     font = ImageFont.load_default(size=max(10, round(min(image.size) / 30)))
+    colours, edges = [], []
     for number, box in enumerate(boxes):
-        red, green, blue = (round(255 * c) for c in colorsys.hsv_to_rgb(number * _GOLDEN_RATIO % 1, 0.9, 0.95))
-        left, right = sorted(min(max(x, 0), image.width - 1) for x in (box.x1, box.x2))
-        top, bottom = sorted(min(max(y, 0), image.height - 1) for y in (box.y1, box.y2))
-        draw.rectangle((left, top, right, bottom), outline=(red, green, blue), width=line)
+        colours.append(tuple(round(255 * c) for c in colorsys.hsv_to_rgb(number * _GOLDEN_RATIO % 1, 0.9, 0.95)))
+        left, right = sorted(min(max(factor * x, 0), image.width - 1) for x in (box.x1, box.x2))
+        top, bottom = sorted(min(max(factor * y, 0), image.height - 1) for y in (box.y1, box.y2))
+        edges.append((left, top, right, bottom))
+        draw.rectangle(edges[-1], outline=colours[-1], width=line)
+    places: list[tuple[int, int, int, int]] = []  # of names
+    for box, colour, edge in zip(boxes, colours, edges, strict=True):
         label = " ".join(box.label.split())[:_LONGEST_LABEL]
+        while len(label) > 1 and draw.textlength(label, font=font) + 2 * line > image.width:
+            label = label[:-2] + "…"
         if not label:
             continue
-        # Measured at the origin, then moved: above the box if there is room, else inside, never over the edge.
+        # Measured at the origin, then moved.
         x0, y0, x1, y1 = draw.textbbox((0, 0), label, font=font)
-        width, height = x1 - x0 + 2 * line, y1 - y0 + 2 * line
-        x = max(0, min(left, image.width - width))
-        y = top - height if top >= height else max(0, min(top, image.height - height))
-        draw.rectangle((x, y, x + width, y + height), fill=(red, green, blue))
-        luminance = 0.299 * red + 0.587 * green + 0.114 * blue
+        size = math.ceil(x1 - x0) + 2 * line, math.ceil(y1 - y0) + 2 * line
+        x, y = _place_name(size, edge, edges, places, image.size)
+        places.append((x, y, x + size[0], y + size[1]))
+        draw.rectangle(places[-1], fill=colour)
+        luminance = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
         draw.text((x + line - x0, y + line - y0), label, font=font, fill="black" if luminance > 128 else "white")
     return image
+
+
+def _place_name(
+    size: tuple[int, int],
+    box: tuple[int, int, int, int],
+    boxes: Sequence[tuple[int, int, int, int]],
+    names: Sequence[tuple[int, int, int, int]],
+    image_size: tuple[int, int],
+) -> tuple[int, int]:
+    """Where a box's name stands, (left, top).
+
+    Of the places around the box, and last those inside it, the one that covers least of other names, and then of boxes;
+    where all cover a name, the nearest place of the image that covers none.
+    """
+    width, height = size
+    left, top, right, bottom = box
+    most_x, most_y = max(0, image_size[0] - width), max(0, image_size[1] - height)
+    above, below, before, behind = top - height - 1, bottom + 1, left - width - 1, right + 1
+    x_inside, y_inside = right - width, bottom - height  # along the right and the lower edge
+    around = [(left, above), (left, below), (x_inside, above), (x_inside, below)]
+    beside = [(behind, top), (before, top), (behind, y_inside), (before, y_inside)]
+    inside = [(left, top), (left, y_inside), (x_inside, top), (x_inside, y_inside)]
+    corners = np.clip(np.array([*around, *beside, *inside]), 0, (most_x, most_y))
+    over_names, over_boxes = _covered(corners, size, names), _covered(corners, size, boxes)
+    best = min(range(len(corners)), key=lambda place: (over_names[place], over_boxes[place]))
+    if over_names[best]:
+        grid = np.stack(
+            np.meshgrid(np.arange(0, most_x + 1, width // 2 + 1), np.arange(0, most_y + 1, height // 2 + 1))
+        )
+        anywhere = grid.reshape(2, -1).T
+        anywhere = anywhere[_covered(anywhere, size, names) == 0]
+        if len(anywhere):
+            nearest = int(np.abs(anywhere - np.array([left, top])).sum(axis=1).argmin())
+            return int(anywhere[nearest, 0]), int(anywhere[nearest, 1])
+    return int(corners[best, 0]), int(corners[best, 1])
+
+
+def _covered(corners: np.ndarray, size: tuple[int, int], others: Sequence[tuple[int, int, int, int]]) -> np.ndarray:
+    """How many pixels of other rectangles ones of `size` at corners i64[n, 2] cover: i64[n]."""
+    low = corners[:, None]
+    other = np.array(others, np.int64).reshape(1, -1, 4)
+    shared = np.minimum(low + np.array(size), other[..., 2:]) - np.maximum(low, other[..., :2]) + 1
+    return np.maximum(shared, 0).prod(axis=-1).sum(axis=-1)
 
 
 def _pixel(coordinate: str | int, size: int) -> int:

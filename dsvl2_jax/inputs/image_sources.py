@@ -282,7 +282,7 @@ class _AnyFile:
     """The store of what the user himself writes: any path. Data files and requests are read from stores with a root."""
 
     def find(self, name: str) -> ImageSource:
-        return os.path.expanduser(name)
+        return name
 
 
 def open_reference(reference: Any) -> ImageSource:

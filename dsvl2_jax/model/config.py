@@ -7,6 +7,8 @@ honour is refused with the field's name. Nothing here imports jax.
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,18 @@ SCORING_FUNCTIONS = ("softmax", "sigmoid")
 TEXT_POSITION, NEWLINE_POSITION, SEPARATOR_POSITION = -1, -2, -3
 
 
-def _count(default: int | None) -> Any:
-    return setting(default, least=0)
+# The most that a size may be: far beyond any model, and small enough that a wrong file is refused at once, rather than
+# after hours of making names and shapes.
+_MOST_WIDTH, _MOST_LAYERS, _MOST_EXPERTS, _MOST_TOKENS = 1 << 20, 1 << 10, 1 << 14, 1 << 28
+_MOST_EXPERT_LAYERS = 1 << 18  # experts of all layers together
 
 
-def _positive(default: int | None) -> Any:
-    return setting(default, least=1)
+def _count(default: int | None, most: int = _MOST_WIDTH) -> Any:
+    return setting(default, least=0, most=most)
+
+
+def _positive(default: int | None, most: int = _MOST_WIDTH) -> Any:
+    return setting(default, least=1, most=most)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +44,12 @@ class VisionConfig:
     """SigLIP encoder. ``width`` and ``image_size`` are in channels and pixels; no class token."""
 
     model_name: str = "siglip_large_patch16_384"
-    image_size: int = _count(384)
+    image_size: int = _positive(384, 1 << 15)
     patch_size: int = _positive(16)
     width: int = _positive(1024)
-    layers: int = _positive(24)
+    layers: int = _positive(24, _MOST_LAYERS)
     heads: int = _positive(16)
-    mlp_ratio: float = 4.0
+    mlp_ratio: float = setting(4.0, above=0, most=1000)
     global_pool: str = "map"
     ignore_head: bool = True
     class_token: bool = False
@@ -70,10 +78,10 @@ class ProjectorConfig:
     """Pixel-shuffle adaptor from vision width ``input_dim`` to language width ``n_embed``."""
 
     projector_type: str = "downsample_mlp_gelu"
-    input_dim: int = _count(1152)
-    n_embed: int = _count(2048)
-    depth: int = setting(2, least=2)
-    mlp_ratio: int = _count(1)
+    input_dim: int = _positive(1152)
+    n_embed: int = _positive(2048)
+    depth: int = setting(2, least=2, most=_MOST_LAYERS)
+    mlp_ratio: int = _positive(1, 1000)
     downsample_ratio: int = _positive(2)
     token_pooling: bool = False
 
@@ -82,15 +90,15 @@ class ProjectorConfig:
 class LanguageConfig:
     """DeepSeekMoE decoder; field names are those of the released ``language_config``."""
 
-    vocab_size: int = _positive(102400)
+    vocab_size: int = _positive(102400, _MOST_TOKENS)
     hidden_size: int = _positive(4096)
     intermediate_size: int = _positive(11008)
     moe_intermediate_size: int = _count(1407)
-    num_hidden_layers: int = _positive(30)
+    num_hidden_layers: int = _positive(30, _MOST_LAYERS)
     num_attention_heads: int = _positive(32)
     num_key_value_heads: int | None = _count(32)
-    n_shared_experts: int | None = _count(None)
-    n_routed_experts: int | None = _count(None)
+    n_shared_experts: int | None = _count(None, _MOST_EXPERTS)
+    n_routed_experts: int | None = _count(None, _MOST_EXPERTS)
     routed_scaling_factor: float = 1.0
     kv_lora_rank: int | None = _count(512)
     q_lora_rank: int | None = _count(1536)
@@ -98,9 +106,9 @@ class LanguageConfig:
     v_head_dim: int = _count(128)
     qk_nope_head_dim: int = _count(128)
     topk_method: str | None = None  # the official default is misspelt and does not run: it must be named
-    n_group: int | None = _count(None)
-    topk_group: int | None = _count(None)
-    num_experts_per_tok: int | None = _count(None)
+    n_group: int | None = _count(None, _MOST_EXPERTS)
+    topk_group: int | None = _count(None, _MOST_EXPERTS)
+    num_experts_per_tok: int | None = _count(None, _MOST_EXPERTS)
     moe_layer_freq: int = _positive(1)
     first_k_dense_replace: int = _count(0)
     norm_topk_prob: bool = False
@@ -108,13 +116,13 @@ class LanguageConfig:
     aux_loss_alpha: float = 0.001
     seq_aux: bool = True
     hidden_act: str = "silu"
-    max_position_embeddings: int = _positive(2048)
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-6
-    bos_token_id: int = _count(100000)
-    eos_token_id: int = _count(100001)
+    max_position_embeddings: int = _positive(2048, _MOST_TOKENS)
+    initializer_range: float = setting(0.02, least=0)
+    rms_norm_eps: float = setting(1e-6, least=0)
+    bos_token_id: int = _count(100000, _MOST_TOKENS)
+    eos_token_id: int = _count(100001, _MOST_TOKENS)
     tie_word_embeddings: bool = False
-    rope_theta: float = 10000.0
+    rope_theta: float = setting(10000.0, above=0)
     rope_scaling: dict | None = None
     attention_bias: bool = False
     use_mla: bool = True
@@ -186,6 +194,103 @@ class Config:
         return cls.from_dict(read_json_object(path, ConfigError), source=str(path))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Top:
+    """The file's own keys, beside the three objects."""
+
+    tile_tag: str = "2D"
+    global_view_pos: str = "head"
+    candidate_resolutions: tuple[tuple[int, int], ...] = setting(
+        ((384, 384),), least=1, most=1 << 15, expected="a list of [width, height] pairs of positive whole numbers"
+    )
+
+
+_PARTS = {"vision_config": VisionConfig, "projector_config": ProjectorConfig, "language_config": LanguageConfig}
+
+# Keys that are no fields of ours, and would change what is computed if they had another value than one of _NEUTRAL.
+# Whole kinds of keys rather than a list of those that are known: other tools, and later ones, have their own.
+_CHANGES = re.compile(
+    r"rope|rotary|position_embedding_type|alibi|quanti[sz]|quant_|_quant|_bias$|^bias$|hidden_act|activation|act_layer"
+    r"|act_func|softcap|sliding|window|multiplier|logit_scale|tie_|tied|qk_norm|qk_layernorm|norm_type|no_embed_class"
+    r"|register_tokens|reg_tokens|parallel_residual|num_nextn|nextn_predict"
+)
+_NEUTRAL: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
+# Of some of them a further value that is what is computed here. A factor of 1 changes nothing.
+_COMPUTED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "rope_theta": (10000.0,),
+    "rope_interleave": (True,),
+    "rope_type": ("default",),
+    "position_embedding_type": ("rope", "rotary"),
+    "partial_rotary_factor": (1,),
+    "norm_type": ("rmsnorm", "rms_norm", "layernorm", "layer_norm"),
+    "qkv_bias": (True,),  # of the encoder, whose projections have biases
+    "act_layer": ("gelu_tanh", "gelu_pytorch_tanh"),
+}
+# Keys that every file may have and that say nothing about the computation.
+_HARMLESS = re.compile(
+    r"_name_or_path|architectures|auto_map|model_type|(torch_)?dtype|transformers_version|use_cache|lm_head|rm_head|ep_size"
+    r"|pretraining_tp|pad_token_id|attention_dropout|_attn_implementation\w*|is_encoder_decoder|is_decoder|return_dict"
+    r"|output_(attentions|hidden_states|scores)|(id2label|label2id)|_commit_hash|torchscript|chunk_size_feed_forward"
+)
+
+
+def _other_keys(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """(object or "", key, value) of all keys that are no fields of ours."""
+    tops = {*_PARTS, *(field.name for field in dataclasses.fields(_Top))}
+    yield from (("", key, value) for key, value in raw.items() if key not in tops)
+    for part, cls in _PARTS.items():
+        inner = raw.get(part)
+        known = {field.name for field in dataclasses.fields(cls)}
+        yield from (
+            (part, key, value) for key, value in (inner if isinstance(inner, dict) else {}).items() if key not in known
+        )
+
+
+def _changes(key: str, value: Any) -> bool:
+    """Whether a key that is no field of ours says that something else is computed than here."""
+    if not _CHANGES.search(key.lower()):
+        return False
+    neutral = (*_NEUTRAL, *_COMPUTED.get(key, ()), *((1,) if "multiplier" in key or "scale" in key else ()))
+    if any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral):
+        return False
+    # transformers 5 keeps the base of the rotary positions in an object.
+    if key == "rope_parameters" and isinstance(value, dict):
+        return value.keys() - {"rope_type", "rope_theta"} != set() or any(_changes(k, v) for k, v in value.items())
+    return True
+
+
+def keys_that_change(raw: Mapping[str, Any]) -> list[str]:
+    """A problem for each key of a parsed config.json that is not known here and changes what a model computes."""
+    return [
+        f"{part}{'.' if part else ''}{key}: found {_short(value)}; this changes what the model computes and is not "
+        "supported, nor do the released models have it. If it means nothing here, take it out"
+        for part, key, value in _other_keys(raw)
+        if _changes(key, value)
+    ]
+
+
+def keys_without_meaning(path: str | Path) -> list[str]:
+    """A note of the keys of a ``config.json`` that mean nothing here, the usual ones apart; [] if there are none.
+
+    Raises:
+      ConfigError: the file cannot be read.
+    """
+    path = Path(path)
+    path = path / "config.json" if path.is_dir() else path
+    names = [
+        f"{part}{'.' if part else ''}{key}"
+        for part, key, value in _other_keys(read_json_object(path, ConfigError))
+        if not _HARMLESS.fullmatch(key) and not (_CHANGES.search(key.lower()) and not _changes(key, value))
+    ]
+    return [f"config.json has keys that mean nothing here: {', '.join(names)}"] if names else []
+
+
+def _short(value: Any) -> str:
+    text = fields.literal(value) if value is not None else "null"
+    return text if len(text) <= 100 else f"{text[:100]} …"
+
+
 class _Reader:
     """Collects every problem of one file, so that they are reported together."""
 
@@ -209,20 +314,18 @@ class _Reader:
                 f"language_config.rope_scaling: found {language.rope_scaling!r}, but only null (no scaling) is "
                 "supported; no released DeepSeek-VL2 scales its positions"
             )
-        resolutions = raw.get("candidate_resolutions", [[384, 384]])
-        try:
-            resolutions = tuple((int(w), int(h)) for w, h in resolutions)
-        except (TypeError, ValueError):
-            self.problems.append("candidate_resolutions: expected a list of [width, height] pairs")
+        top, problems = fields.build(_Top, raw, strict=False)
+        self.problems += map(str, problems)
+        self.problems += keys_that_change(raw)
         self.stop_if_wrong()
-        config = Config(vision, projector, language, raw["tile_tag"], raw.get("global_view_pos", "head"), resolutions)
+        config = Config(vision, projector, language, top.tile_tag, top.global_view_pos, top.candidate_resolutions)
         self.check_vision(config)
         self.check_language(language)
         self.stop_if_wrong()
         return config
 
     def part(self, cls: type, raw: dict[str, Any], key: str) -> Any:
-        """An object of the file; keys that are no fields (auto_map, lm_head, ep_size …) mean nothing here."""
+        """An object of the file; `keys_that_change` and `keys_without_meaning` are about keys that are no fields."""
         value, problems = fields.build(cls, raw[key], (key,), strict=False)
         self.problems += map(str, problems)
         return value
@@ -242,6 +345,9 @@ class _Reader:
         self.expect(
             vision.width % vision.heads == 0,
             f"vision_config: width {vision.width} is not a multiple of heads {vision.heads}",
+        )
+        self.expect(
+            vision.mlp_dim > 0, f"vision_config: mlp_ratio {vision.mlp_ratio} of width {vision.width} leaves nothing"
         )
         self.expect(
             vision.grid > 0,
@@ -302,6 +408,13 @@ class _Reader:
         )
         expect(top_k is not None, "num_experts_per_tok: missing, and needed with routed experts")
         expect(experts > 0, "n_routed_experts: must be positive")
+        expect(language.moe_intermediate_size > 0, "moe_intermediate_size: must be positive, with routed experts")
+        everywhere = experts * language.num_hidden_layers
+        expect(
+            everywhere <= _MOST_EXPERT_LAYERS,
+            f"n_routed_experts: {experts} times num_hidden_layers {language.num_hidden_layers} is more than "
+            f"{_MOST_EXPERT_LAYERS}",
+        )
         expect(
             top_k is None or 0 < top_k <= experts, f"num_experts_per_tok: {top_k} of {experts} experts is impossible"
         )

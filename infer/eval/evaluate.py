@@ -48,13 +48,14 @@ class EvalOptions:
     max_new_tokens: int = setting(128, least=1)
     dtype: str = "float32"
     mesh: str | None = None
+    verify: bool = False
     candidates: int | None = setting(None, least=1)
     as_seen: bool = False
     prompt_template: str | None = None
     limit: int | None = setting(None, least=1)
     report_samples: int = setting(1000, least=0)
     as_json: bool = False
-    server: ServerOptions | None = None  # it answers; batch_size, dtype, mesh and candidates are not used then
+    server: ServerOptions | None = None  # it answers; batch_size, dtype, mesh, verify and candidates are not used then
 
     def __post_init__(self) -> None:
         problems = fields.check(self)
@@ -94,7 +95,7 @@ def evaluate(ckpt: str | None, data: Path, options: EvalOptions) -> dict[str, An
     from dsvl2_jax.infer.eval.loaded import LoadedModel, follow  # imports jax
     from dsvl2_jax.infer.loading import LoadOptions
 
-    loading = LoadOptions(options.dtype, options.mesh)
+    loading = LoadOptions(options.dtype, options.mesh, verify=options.verify)
     if not processes.is_first():
         follow(ckpt, loading, options.batch_size)
         return {}

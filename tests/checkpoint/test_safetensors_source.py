@@ -12,7 +12,8 @@ import pytest
 import released_checkpoint
 
 import dsvl2_jax
-from dsvl2_jax.checkpoint.safetensors_source import DIGESTS_NAME, Source, check_digests, digests
+from dsvl2_jax.checkpoint.digests import SUMS_NAME, check_sums, sums
+from dsvl2_jax.checkpoint.safetensors_source import Source
 from dsvl2_jax.convert.to_orbax import convert
 from dsvl2_jax.errors import CheckpointError
 
@@ -28,14 +29,14 @@ def listed(checkpoints, tmp_path):
     """A checkpoint with the digests of all its files."""
     directory = released_checkpoint.copy(checkpoints / "mini-tiny", tmp_path / "mini")
     names = sorted(file.name for file in directory.iterdir())
-    (directory / DIGESTS_NAME).write_text(digests(directory, names))
+    (directory / SUMS_NAME).write_text(sums(directory, names))
     return directory
 
 
 def test_lines_are_those_of_sha256sum(tmp_path):
     (tmp_path / "a.json").write_bytes(b"{}\n")
     (tmp_path / "b c.txt").write_bytes("Grüße".encode())
-    text = digests(tmp_path, ["a.json", "b c.txt"])
+    text = sums(tmp_path, ["a.json", "b c.txt"])
     assert text.splitlines()[0] == hashlib.sha256(b"{}\n").hexdigest() + "  a.json"
     if shutil.which("sha256sum"):
         ran = subprocess.run(["sha256sum", "a.json", "b c.txt"], cwd=tmp_path, capture_output=True, check=True)
@@ -43,14 +44,14 @@ def test_lines_are_those_of_sha256sum(tmp_path):
 
 
 def test_files_that_agree_are_read_and_so_are_files_without_digests(listed):
-    check_digests(listed)
+    check_sums(listed)
     with Source(listed) as source:
         assert source.tensors
     (listed / "more.txt").write_text("not listed, so it may change")
-    check_digests(listed)
-    (listed / DIGESTS_NAME).unlink()
+    check_sums(listed)
+    (listed / SUMS_NAME).unlink()
     (listed / "config.json").write_text("{}")
-    check_digests(listed)
+    check_sums(listed)
 
 
 def test_every_changed_and_missing_file_is_named(listed):
@@ -62,9 +63,9 @@ def test_every_changed_and_missing_file_is_named(listed):
     with (listed / "config.json").open("a") as file:
         file.write("\n")
     with pytest.raises(CheckpointError) as caught:
-        check_digests(listed)
+        check_sums(listed)
     message = str(caught.value)
-    assert message.startswith(f"{listed}: its files are not those that {DIGESTS_NAME} lists; get them again")
+    assert message.startswith(f"{listed}: its files are not those that {SUMS_NAME} lists; get them again")
     for line in ("tokenizer.json: missing", f"{shard.name}: changed", "config.json: changed"):
         assert line in message
     assert "processor_config.json" not in message

@@ -1,5 +1,7 @@
 """Boxes: the grammar, both round trips, hostile text, and drawing."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dsvl2_jax.errors import ConversationError
-from dsvl2_jax.inputs.grounding import Box, draw_boxes, format_boxes, parse_boxes
+from dsvl2_jax.inputs.grounding import Box, count_malformed_boxes, draw_boxes, format_boxes, parse_boxes
 
 SIZE = (999, 999)  # coordinates are pixels
 
@@ -48,6 +50,38 @@ def test_boxes_are_scaled_to_the_last_image():
 )
 def test_grammar_and_malformed_parts(text, expected):
     assert parse_boxes(text, [SIZE]) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "malformed"),
+    [
+        ("<|det|>[[1,2,3,4],[5,6,7,8]]<|/det|>", 0),
+        ("<|det|>[1,2,3,4]<|/det|>", 0),
+        ("<|det|>[]<|/det|> <|det|>[[]]<|/det|>", 0),
+        ("<|det|>[[1,2,3]]<|/det|>", 1),
+        ("<|det|>[[1,2,3],[1,2,3,4,5],[1,2,3,1000],[-1,2,3,4],[1.5,2,3,4],[x],[5,6,7,8]]<|/det|>", 6),
+        ("<|det|>[[[1,2],[3,4]]]<|/det|>", 2),
+        ("<|det|>[[[1,2,3,4]]]<|/det|>", 0),
+        ("<|det|>[[1,2,3,4],[5,6,7", 2),
+        ("<|det|>[[1,2,3,4]]<|det|>[[5,6,7,8]]<|/det|>", 1),
+        ("<|det|>[[1,2,3,4],[5,6,7<|/det|>", 1),
+        ("<|det|>1,2,3,4<|/det|><|det|>", 2),
+        ("<|det|><|/det|>", 1),
+        ("[[1,2,3]] <|/det|> <|ref|>a", 0),
+        ("", 0),
+    ],
+)
+def test_boxes_that_are_left_out_are_counted(text, malformed):
+    assert count_malformed_boxes(text) == malformed
+
+
+@given(st.lists(st.lists(st.integers(-5, 1200), max_size=6), max_size=6))
+def test_every_list_is_a_box_or_counted(lists):
+    written = sum(map(bool, lists))
+    closed, cut = f"<|det|>{lists}<|/det|>", f"<|det|>{lists}"
+    right = sum(len(one) == 4 and all(0 <= x <= 999 for x in one) for one in lists)
+    assert (len(parse_boxes(closed, [SIZE])), count_malformed_boxes(closed)) == (right, written - right)
+    assert (parse_boxes(cut, [SIZE]), count_malformed_boxes(cut)) == ([], written)
 
 
 pieces = st.sampled_from(
@@ -115,7 +149,37 @@ def test_label_is_drawn_even_where_the_box_leaves_no_room():
     label=st.text(), size=st.tuples(st.integers(1, 60), st.integers(1, 60)), quad=st.tuples(*[st.integers(-5, 70)] * 4)
 )
 def test_drawing_accepts_any_box_and_label(label, size, quad):
-    assert draw_boxes(Image.new("L", size), [Box(label, *quad)]).size == size
+    drawn = draw_boxes(Image.new("L", size), [Box(label, *quad)])
+    factor = drawn.width // size[0]
+    assert drawn.size == (factor * size[0], factor * size[1])
+    assert min(drawn.size) >= 300 or max(drawn.size) * 2 > 2000
+
+
+def test_a_small_image_is_enlarged_so_that_names_cover_neither_boxes_nor_each_other():
+    boxes = [Box("red star", 10, 30, 40, 60), Box("blue disk", 44, 28, 80, 64), Box("a green square", 12, 64, 30, 90)]
+    plain = [dataclasses.replace(box, label="") for box in boxes]
+    image = Image.new("RGB", (96, 96), "gray")
+    drawn, unnamed = np.asarray(draw_boxes(image, boxes)), np.asarray(draw_boxes(image, plain))
+    assert drawn.shape == (384, 384, 3)
+    named = (drawn != unnamed).any(-1)
+    for box in boxes:
+        assert not named[4 * box.y1 : 4 * box.y2, 4 * box.x1 : 4 * box.x2].any()
+    alone = [
+        (np.asarray(draw_boxes(image, [box])) != np.asarray(draw_boxes(image, [bare]))).any(-1).sum()
+        for box, bare in zip(boxes, plain, strict=True)
+    ]
+    assert named.sum() == sum(alone)  # nothing of a name is under another
+
+
+def test_names_of_boxes_at_one_place_stand_apart():
+    image = Image.new("RGB", (600, 600), "gray")
+
+    def written(boxes: list[Box]) -> int:
+        bare = [dataclasses.replace(box, label="") for box in boxes]
+        return int((np.asarray(draw_boxes(image, boxes)) != np.asarray(draw_boxes(image, bare))).any(-1).sum())
+
+    boxes = [Box(f"thing {number}", 100, 100, 200, 200) for number in range(10, 40)]
+    assert written(boxes) > 0.97 * sum(written([box]) for box in boxes)  # some stand on the boxes' lines
 
 
 def test_drawing_scales_with_the_image():

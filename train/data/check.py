@@ -38,9 +38,9 @@ class Summary:
     tokens: np.ndarray  # i64[usable]
     supervised: np.ndarray  # i64[usable], tokens that are learnt
     tiles: np.ndarray  # i64[usable]
-    traits: dict[str, int]  # of `TRAITS`, pictures of the usable samples that have it
     sequence_length: int
     tiles_per_sequence: int
+    traits: dict[str, int] = dataclasses.field(default_factory=dict)  # of `TRAITS`: pictures of the usable samples
 
     @property
     def broken_samples(self) -> int:
@@ -115,9 +115,9 @@ def examine(
         tokens,
         supervised,
         tiles,
-        dict(traits),
         sequence_length,
         tiles_per_sequence,
+        dict(traits),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from dsvl2_jax.model.config import Config, VisionConfig
 from dsvl2_jax.model.deepseek_vl2 import Params
 from dsvl2_jax.model.layers import Linear, declare
 from dsvl2_jax.model.vision import INIT_STD, VisionBlock, layer_norm
+from dsvl2_jax.runtime import processes
 from dsvl2_jax.sharding import ambient_mesh_shape, batch_parts
 from dsvl2_jax.train.data.batch import TrainBatch
 from dsvl2_jax.train.flops import StepFlops, contrastive_flops
@@ -257,14 +259,21 @@ class ContrastiveTrainer(BaseTrainer):
         return contrastive_flops(self.config, self.parameter_rules, self.settings.contrastive)
 
     def begin(self, params: Params) -> Params:
-        """Initialises the encoder anew if ``contrastive.fresh_encoder`` says so; the rest stays."""
-        if not self.settings.contrastive.fresh_encoder:
-            return params
+        """Initialises the encoder anew if ``contrastive.fresh_encoder`` says so; the rest stays.
+
+        The pooling head is drawn also where the checkpoint was made without one: from zeros, no gradient comes back.
+        """
         old = flatten_dict(params["vision"], sep="/")
+        if not self.settings.contrastive.fresh_encoder:
+            if bool(jnp.any(old["attn_pool/norm_scale"])):
+                return params
+            old = {path: leaf for path, leaf in old.items() if path.startswith("attn_pool/")}
+            if processes.is_first():
+                print("the checkpoint has no pooling head (vision.attn_pool): it begins at random", file=sys.stderr)
         shapes = {path: leaf.shape for path, leaf in old.items()}
         shardings = {path: leaf.sharding for path, leaf in old.items()}
         fresh = jax.jit(functools.partial(draw, shapes, self.config.vision.grid), out_shardings=shardings)(self._key(2))
-        return params | {"vision": unflatten_dict(fresh, sep="/")}
+        return params | {"vision": params["vision"] | unflatten_dict(fresh, sep="/")}
 
     def _key(self, number: int) -> jax.Array:
         """Not the key of the model's own parameters, if these are random."""

@@ -28,26 +28,28 @@ def convert(
     run(src, dst, dtype=dtype, max_memory=max_memory)
 
 
-def export(ckpt: Positional[str], dst: Positional[Path], *, dtype: Dtype | None = None) -> None:
+def export(ckpt: Positional[str], dst: Positional[Path], *, dtype: Dtype | None = None, verify: bool = False) -> None:
     """Write a converted or trained checkpoint back to the released layout (safetensors with index).
 
     Args:
         ckpt: converted directory, training run (its newest checkpoint) or one of its checkpoints.
         dst: directory to make; it must not exist.
         dtype: cast all tensors but the router's; without it each is as stored, which is float32 for trained ones.
+        verify: read every file of the checkpoint first and compare it with its digest.
     """
     from dsvl2_jax.convert.to_safetensors import export as run
 
-    run(ckpt, dst, dtype=dtype)
+    run(ckpt, dst, dtype=dtype, verify=verify)
 
 
-def doctor(ckpt: Checkpoint = None, *, json: bool = False) -> int:
+def doctor(ckpt: Checkpoint = None, *, verify: bool = False, json: bool = False) -> int:
     """Check a checkpoint in either layout; exit status 1 when it is unusable.
 
     Args:
         ckpt: checkpoint or training run; without it, the bundled one.
+        verify: read every file and compare it with its digest.
         json: print the report as JSON.
     """
     from dsvl2_jax.convert.doctor import doctor as run
 
-    return run(ckpt, as_json=json)
+    return run(ckpt, verify=verify, as_json=json)

@@ -30,6 +30,7 @@ def evaluate(
     max_new_tokens: int = 128,
     dtype: Dtype | None = None,
     mesh: str | None = None,
+    verify: bool = False,
     candidates: int | None = None,
     as_seen: bool = False,
     prompt_template: str | None = None,
@@ -58,6 +59,7 @@ def evaluate(
         max_new_tokens: the most tokens of an answer.
         dtype: in which the model computes; float32 without it.
         mesh: shard over devices, e.g. data=2,tensor=2,expert=2.
+        verify: read every file of the checkpoint first and compare it with its digest.
         candidates: cut images into at most this many tiles (InfoVQA: 18) instead of as the checkpoint says (9).
         as_seen: read images as people see them: turned as EXIF says, transparency over white, 16-bit gray divided.
             Boxes are then in pixels of the turned image.
@@ -73,6 +75,7 @@ def evaluate(
         extra_body: further fields of every request, as in '{"skip_special_tokens": false}'.
     """
     loaded_only = {"batch_size": batch_size, "dtype": dtype, "mesh": mesh, "candidates": candidates}
+    loaded_only["verify"] = verify or None
     server_only = {
         "server_model": server_model,
         "api_key_file": api_key_file,

@@ -37,6 +37,8 @@ class Computing:
     """in which the model computes."""
     mesh: str | None = None
     """shard over devices, e.g. data=2,tensor=2,expert=2."""
+    verify: bool = False
+    """read every file of the checkpoint first and compare it with its digest."""
 
     def load_options(self) -> LoadOptions:
         """What `dsvl2_jax.infer.loading.load` takes."""

@@ -23,6 +23,7 @@ def train(
     *,
     profile: str | None = None,
     tensorboard: bool = False,
+    verify: bool = False,
     together: Together = Processes(),  # noqa: B008 (frozen)
 ) -> None:
     """Train as a CONFIG.toml says, or resume the run in its directory after it was stopped or killed.
@@ -35,6 +36,7 @@ def train(
         settings: single settings instead of the file's, e.g. run.steps=100 optimizer.learning_rate=1e-5.
         profile: FIRST:LAST, the steps to trace into the run's directory (sets run.profile).
         tensorboard: write TensorBoard files as well (sets run.tensorboard).
+        verify: read every file of the checkpoint that is started or resumed from, and compare it with its digest.
     """
     together.join(flattened(locals()))
     with needs_train_extra():
@@ -45,7 +47,7 @@ def train(
             overrides.append(f"run.profile={profile}")
         if tensorboard:
             overrides.append("run.tensorboard=true")
-        run(config, overrides)
+        run(config, overrides, verify=verify)
 
 
 def plot(runs: Positional[tuple[Path, ...]], *, out: Path = Path("plot.png")) -> None:

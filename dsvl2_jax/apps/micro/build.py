@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from dsvl2_jax.apps.micro import pictures, synthetic
-from dsvl2_jax.checkpoint.safetensors_source import DIGESTS_NAME, digests
+from dsvl2_jax.checkpoint.digests import SUMS_NAME, sums
 from dsvl2_jax.checkpoint.staging import write_text
 from dsvl2_jax.convert.to_safetensors import export
 from dsvl2_jax.errors import CheckpointError, UsageError
@@ -205,13 +205,13 @@ def ship(runs: Path, out: Path) -> None:
     with tempfile.TemporaryDirectory(dir=runs) as scratch:
         made = Path(scratch, "model")
         export(str(runs / STAGES[-1]), made, dtype="bfloat16")
-        for old in [*out.glob("*.safetensors*"), out / DIGESTS_NAME]:
+        for old in [*out.glob("*.safetensors*"), out / SUMS_NAME]:
             old.unlink(missing_ok=True)
         for file in sorted(made.iterdir()):
             shutil.copyfile(file, out / file.name)
         names = sorted(file.name for file in made.iterdir())
     write_text(out / LOG_NAME, "".join(_log(runs)))
-    write_text(out / DIGESTS_NAME, digests(out, names))
+    write_text(out / SUMS_NAME, sums(out, names))
 
 
 def _log(runs: Path, every: int = 20) -> Iterator[str]:

@@ -50,7 +50,7 @@ def test_every_command_explains_itself(run, command):
 
 TOGETHER = {"--processes": "None", "--coordinator": "None", "--process": "None", "--connect-timeout": "300"}
 COMPUTING = {"--dtype": "float32", "--mesh": "None"}
-LOADING = COMPUTING | {"--exif": "False", "--strict-special-tokens": "False"}
+LOADING = COMPUTING | {"--as-seen": "False", "--strict-special-tokens": "False"}
 ANSWERING = {
     "--system": "''", "--max-new-tokens": "512", "--temperature": "0.0", "--top-p": "1.0", "--top-k": "50",
     "--repetition-penalty": "1.0", "--seed": "0",
@@ -79,7 +79,7 @@ OPTIONS = {
     "data check": {
         "--ckpt": "None", "--images": "''", "--follow-links": "False", "--sequence-length": "4096",
         "--tiles-per-sequence": "20", "--mask-prompt": "False", "--problems": "20", "--histogram": "None",
-        "--json": "False",
+        "--json": "False", "--as-seen": "False",
     },
     "data import": {},
     "plot": {"--out": "plot.png"},
@@ -88,7 +88,7 @@ OPTIONS = {
         "--max-new-tokens": "128", "--dtype": "None", "--mesh": "None", "--candidates": "None",
         "--prompt-template": "None", "--limit": "None", "--report-samples": "1000", "--json": "False",
         "--server": "None", "--server-model": "None", "--api-key-file": "None", "--concurrency": "None",
-        "--timeout": "None", "--extra-body": "None", **TOGETHER,
+        "--timeout": "None", "--extra-body": "None", "--as-seen": "False", **TOGETHER,
     },
     "plan": {
         "--topology": "None", "--job": "None", "--batch": "None", "--sequence": "None", "--slots": "None",
@@ -168,7 +168,7 @@ def test_generate_json_holds_everything(run, mini):
     assert report["image_tokens"] == 421
     assert report["prompt_tokens"] == 438
     assert report["finish_reason"] in ("stop", "length")
-    assert report["boxes"] == []
+    assert (report["boxes"], report["malformed_boxes"]) == ([], 0)
     assert set(report["timing"]) == {"load", "compile", "encode", "prefill", "decode", "decode_tokens_per_second"}
 
 
@@ -191,9 +191,24 @@ def test_draw_writes_the_image_at_its_own_size(run, mini, tmp_path):
     assert Image.open(tmp_path / "out.png").size == (384, 384)
 
 
+def test_a_picture_that_is_not_read_as_seen_is_warned_of_and_as_seen_reads_and_draws_it(run, mini, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (400, 300)).save(tmp_path / "turned.jpg", exif=exif)
+    ask = ("generate", mini, "--prompt", "x", "--image", tmp_path / "turned.jpg", "--max-new-tokens", 2,
+           "--draw", tmp_path / "out.png")  # fmt: skip
+    status, _, err = run(*ask)
+    assert (status, Image.open(tmp_path / "out.png").size) == (0, (400, 300))
+    assert err.count("dsvl2: warning: 1 picture with an EXIF orientation") == 1 and "--as-seen turns them" in err
+    status, _, err = run(*ask, "--as-seen")
+    assert (status, Image.open(tmp_path / "out.png").size) == (0, (300, 400))
+    assert "warning" not in err
+
+
 @pytest.mark.parametrize(
     ("args", "status", "message"),
     [
+        (["generate", "--prompt", "x", "--exif"], 2, "--exif: this option is now called --as-seen"),
         (
             ["generate", "--prompt", "x", "--temperature", "-1"],
             2,
@@ -263,6 +278,16 @@ def test_chat_remembers_attaches_and_recovers(mini, capsys, monkeypatch):
     assert second[2]["content"] in out
     assert broken[:3] == second[:3]
     assert [t["role"] for t in fresh] == ["system", "user"]
+
+
+def test_chat_says_once_that_pictures_are_read_otherwise_than_seen(mini, capsys, tmp_path):
+    Image.new("RGBA", (20, 20)).save(tmp_path / "clear.png")
+    model = dsvl2_jax.load(mini)
+    model.processor.warns = False
+    script = [f"/image {tmp_path / 'clear.png'}", "What?", f"/image {tmp_path / 'clear.png'}", "And now?", "/quit"]
+    chat(model, "", 2, SamplingParams(), io.StringIO("\n".join(script)))
+    out = capsys.readouterr().out
+    assert out.count("(warning: 1 picture with transparent pixels") == 1 and "--as-seen" in out
 
 
 def test_bench_generate_prints_its_figures(run, mini):

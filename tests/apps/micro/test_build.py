@@ -21,9 +21,10 @@ from dsvl2_jax.apps.cli.main import main
 from dsvl2_jax.apps.micro import build, synthetic
 from dsvl2_jax.apps.micro.demo import ASKED, LOCATED, _judge, demo
 from dsvl2_jax.checkpoint import rules
+from dsvl2_jax.checkpoint.digests import SUMS_NAME, check_sums
 from dsvl2_jax.checkpoint.load import load_params
 from dsvl2_jax.checkpoint.locate import resolve
-from dsvl2_jax.checkpoint.safetensors_source import DIGESTS_NAME, Source, check_digests
+from dsvl2_jax.checkpoint.safetensors_source import Source
 from dsvl2_jax.convert.doctor import doctor
 from dsvl2_jax.errors import CheckpointError, UsageError
 from dsvl2_jax.infer.loading import LoadOptions
@@ -52,14 +53,14 @@ MODEL_FILES = {
 
 def listed(directory: Path) -> set[str]:
     """The files that a directory's SHA256SUMS has."""
-    return {line.split("  ", 1)[1] for line in (directory / DIGESTS_NAME).read_text().splitlines()}
+    return {line.split("  ", 1)[1] for line in (directory / SUMS_NAME).read_text().splitlines()}
 
 
 def test_files_are_complete_small_and_as_their_digests_say():
-    assert {file.name for file in MICRO.iterdir()} == MODEL_FILES | {"README.md", DIGESTS_NAME, build.LOG_NAME, "train"}
+    assert {file.name for file in MICRO.iterdir()} == MODEL_FILES | {"README.md", SUMS_NAME, build.LOG_NAME, "train"}
     assert sum(file.stat().st_size for file in MICRO.glob("*.safetensors")) <= LIMIT
     assert listed(MICRO) == MODEL_FILES
-    check_digests(MICRO)
+    check_sums(MICRO)
 
 
 def test_every_part_of_base_is_there():
@@ -204,7 +205,7 @@ def test_ship_writes_weights_log_and_digests_and_leaves_the_readme(runs, tmp_pat
     (out / "model-00001-of-00002.safetensors").write_text("an older one")
     build.ship(runs, out)
     names = {file.name for file in out.iterdir()}
-    assert names == MODEL_FILES | {"README.md", DIGESTS_NAME, build.LOG_NAME}
+    assert names == MODEL_FILES | {"README.md", SUMS_NAME, build.LOG_NAME}
     assert (out / "README.md").read_text() == "mine"
     assert listed(out) == MODEL_FILES
     config = Config.from_file(out)

@@ -14,7 +14,7 @@ from PIL import Image
 from dsvl2_jax.apps.cli.main import main
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.infer.eval.chat_request import KEY_VARIABLE, base_url, data_url, messages, read_key
-from dsvl2_jax.inputs.images import load_image
+from dsvl2_jax.inputs.images import load_image, read_image
 
 KEY = "sk-0123456789abcdef"
 
@@ -135,6 +135,14 @@ def test_images_stand_where_their_tags_stood(contents):
         assert read == re.sub("<image>\n?", "<image>\n", before["content"])
         assert all(part.get("text") != "" for part in parts)
     assert seen == urls
+
+
+def test_an_image_that_servers_read_differently_is_sent_as_it_was_read(tmp_path):
+    Image.new("RGBA", (8, 4), (200, 0, 0, 0)).save(tmp_path / "clear.png")
+    for as_seen, colour in ((False, (200, 0, 0)), (True, (255, 255, 255))):
+        image, traits = read_image(tmp_path / "clear.png", as_seen)
+        sent = Image.open(io.BytesIO(chat_server.content_of(data_url(tmp_path / "clear.png", image, traits))))
+        assert (sent.format, sent.mode, sent.getpixel((0, 0))) == ("PNG", "RGB", colour)
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "webp", "bmp", "tiff"])

@@ -126,6 +126,47 @@ def test_scores_are_kept_one_by_one_and_summed_by_task(questions, tmp_path, parr
         assert cell in out
 
 
+def test_malformed_boxes_are_counted_in_results_summary_table_and_report(questions, tmp_path, parrot, capsys):
+    parrot_answers = {"left half?": f"{BOX} <|det|>[[1,2,3],[0,0,1,2000]]<|/det|>", "right half?": "<|det|>[[1,2,3,4"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "ANSWERS", parrot_answers)
+        summary = evaluate.evaluate(None, questions, options(tmp_path))
+    assert summary["tasks"]["boxes"]["malformed_boxes"] == 3
+    assert "malformed_boxes" not in summary["tasks"]["colour"]
+    assert (results(tmp_path)[4]["malformed_boxes"], results(tmp_path)[5]["malformed_boxes"]) == (2, 1)
+    assert "malformed" in capsys.readouterr().out
+    page = (tmp_path / "out" / "report.html").read_text()
+    row = re.search(r'<tr><th scope="row">boxes</th>.*', page)[0]
+    assert row.endswith('<td class="number"></td><td class="number">3</td></tr>')
+
+
+def test_as_seen_pictures_are_turned_their_boxes_too_and_otherwise_there_is_one_warning(tmp_path, parrot, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("a.jpg", "b.jpg"):
+        Image.new("RGB", (400, 200), name.replace("a.jpg", "red").replace("b.jpg", "blue")).save(
+            tmp_path / name, exif=exif
+        )
+    boxes = {"a.jpg": [0, 0, 100, 400], "b.jpg": [100, 0, 200, 400]}  # of pictures 200 wide and 400 high
+    asked = [{"metric": "iou", "question": "left half?", "image": name, "boxes": [box]} for name, box in boxes.items()]
+    data = write(tmp_path / "data.jsonl", asked)
+    with pytest.raises(DataError, match="which is 400×200"):
+        evaluate.evaluate(None, data, options(tmp_path))
+    evaluate.evaluate(None, data, options(tmp_path, as_seen=True))
+    assert [results(tmp_path)[line]["boxes"] for line in (1, 2)] == [[[0, 0, 99, 400]]] * 2
+    assert [inputs.image_sizes.tolist() for inputs in parrot.asked] == [[[200, 400]]] * 2
+    assert "warning" not in capsys.readouterr().err
+    thumbnails = list((tmp_path / "out" / "thumbnails").iterdir())
+    assert [Image.open(file).size for file in thumbnails] == [(200, 400)] * 2
+    with pytest.raises(RunError, match="as_seen"):
+        evaluate.evaluate(
+            None, write(data, [record | {"boxes": [[0, 0, 1, 1]]} for record in asked]), options(tmp_path)
+        )
+    evaluate.evaluate(None, data, options(tmp_path, out=tmp_path / "stored"))
+    err = capsys.readouterr().err
+    assert err.count("warning: 2 pictures with an EXIF orientation") == 1 and "--as-seen turns them" in err
+
+
 def test_a_group_is_as_right_as_its_worst_sample(questions, tmp_path, parrot):
     choice = RECORDS[2]
     turned = choice | {"choices": ["two", "one"]}  # the parrot says B still

@@ -67,6 +67,25 @@ def test_the_report_lists_problems_and_draws_histograms(data_set, capsys, tmp_pa
         assert image.format == "PNG" and np.asarray(image.convert("L")).std() > 5
 
 
+def test_pictures_that_are_read_otherwise_than_seen_are_counted(capsys, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    Image.new("RGB", (200, 100)).save(tmp_path / "turned.jpg", exif=exif)
+    Image.new("RGBA", (100, 100)).save(tmp_path / "clear.png", exif=exif)
+    Image.new("RGBA", (100, 100), "red").save(tmp_path / "opaque.png")
+    lines = [ask("A.", name) for name in ("turned.jpg", "clear.png", "opaque.png")]
+    (tmp_path / "all.jsonl").write_text("\n".join(lines))
+    command = ["data", "check", str(tmp_path / "all.jsonl")]
+    for option in ([], ["--as-seen"]):
+        assert main([*command, "--json", *option]) == 0
+        assert json.loads(capsys.readouterr().out)["pictures"] == {"turned": 2, "transparent": 1, "16-bit": 0}
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert out.count("2 pictures with an EXIF orientation") == 1 and "data.as_seen = true" in out
+    assert main([*command, "--as-seen"]) == 0
+    assert "data.as_seen" not in capsys.readouterr().out
+
+
 def test_bad_calls_are_refused(data_set, capsys, tmp_path):
     assert main(["data", "check", str(tmp_path / "none.jsonl")]) == 1
     assert "no such file" in capsys.readouterr().err

@@ -309,6 +309,26 @@ def test_broken_samples_are_logged_with_file_line_and_image(reference, root, pro
     assert f"{root / 'mixed.jsonl'}:8: left out (image missing): image 'nope.jpg'" in caplog.text
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pictures_that_are_not_read_as_seen_are_warned_of_once_and_counted(
+    tmp_path, processor, config, caplog, workers
+):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (80, 40), "red").save(tmp_path / "turned.jpg", exif=exif)
+    path = write_lines(tmp_path / "a.jsonl", [ask("turned.jpg", f"word {number}") for number in range(3)])
+    processor = dataclasses.replace(processor, warns=False)
+    for as_seen, said in ((False, 1), (True, 0)):
+        caplog.clear()
+        reader = dataclasses.replace(processor, as_seen=as_seen)
+        steps = pipeline(make_settings(path, shuffle=False, workers=workers, as_seen=as_seen), reader, config)
+        take(steps, 1)
+        steps.close()
+        assert caplog.text.count(f"{path}:1, and perhaps later samples: 1 picture with an EXIF orientation") == said
+        assert caplog.text.count("in all: ") == said
+        assert caplog.text.count("data.as_seen = true") == 2 * said
+
+
 def test_too_many_broken_samples_stop_the_run(root, processor, config):
     steps = pipeline(make_settings(root / "mixed.jsonl", max_broken_share=0.05), processor, config)
     with pytest.raises(DataError, match=r"2 of the first \d+ samples are broken.*0\.05 of every 30(.|\n)*nope\.jpg"):
