@@ -1,7 +1,7 @@
 """Broken inputs made from good ones: of bytes, of JSON documents, and of texts.
 
-`changed` makes one from a seed of random numbers, so that an input is known by its number alone; `broken` is the same as a
-hypothesis strategy, for property tests.
+`changed` makes one from a seed of random numbers, so that an input is known by its number alone; `broken` is
+the same as a hypothesis strategy, for property tests.
 """
 
 from __future__ import annotations
@@ -66,7 +66,19 @@ VALUES: tuple[Any, ...] = (
     {"role": "user", "content": "x"},
 )
 # Pieces of JSON text that no value gives.
-JSON_PIECES = ("[" * 100_000, '{"a":' * 2000, "9" * 5000, "NaN", "-Infinity", '"\\ud800"', "1e400", "\ufeff", "//", "'", ",,")
+JSON_PIECES = (
+    "[" * 100_000,
+    '{"a":' * 2000,
+    "9" * 5000,
+    "NaN",
+    "-Infinity",
+    '"\\ud800"',
+    "1e400",
+    "\ufeff",
+    "//",
+    "'",
+    ",,",
+)
 
 
 def changed(seed: Any, rng: random.Random, kind: str, dictionary: Sequence[str] = ()) -> bytes:

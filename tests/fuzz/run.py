@@ -23,9 +23,10 @@ import warnings
 from pathlib import Path
 
 from dsvl2_jax.errors import DSVL2Error
-from tests.fuzz.inputs import changed
-from tests.fuzz.targets import TARGETS, Target
+from fuzz.inputs import changed
+from fuzz.targets import TARGETS, Target
 
+PROJECT = str(Path(__file__).parents[2])
 CORPUS = Path(__file__).with_name("corpus")
 SECONDS, WALL_SECONDS, MEGABYTES = 5, 60, 500
 BATCH = 250  # inputs of one child process
@@ -46,7 +47,9 @@ def attempt(target: Target, content: bytes, folder: Path) -> str | None:
     except DSVL2Error:
         pass
     except BaseException as error:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if "dsvl2" in f.filename or "/guard/" in f.filename]
+        frames = [
+            f for f in traceback.extract_tb(error.__traceback__) if "dsvl2" in f.filename or "/guard/" in f.filename
+        ]
         place = next((f for f in reversed(frames) if "tests/fuzz" not in f.filename), None)
         where = f"{Path(place.filename).name}:{place.name}" if place else "?"
         return f"{type(error).__name__} in {where}: {str(error)[:100]!a}"
