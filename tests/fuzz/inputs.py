@@ -161,18 +161,28 @@ def _value(value: Any, rng: random.Random) -> Any:
         if not places:
             return copy.deepcopy(rng.choice(VALUES))
         owner, key = rng.choice(places)
-        kind = rng.randrange(10)
-        if kind < 6:
+        kind = rng.randrange(11)
+        if kind == 10 and isinstance(owner[key], int | str):  # everywhere, where values have to agree
+            value = _replaced(value, owner[key], copy.deepcopy(rng.choice(VALUES)))
+        elif kind < 6:
             owner[key] = copy.deepcopy(rng.choice(VALUES))
         elif kind == 6:
             del owner[key]
         elif kind == 7:
             owner[key] = [owner[key]] if rng.random() < 0.5 else {"a": owner[key]}
-        elif isinstance(owner, dict):
+        elif isinstance(owner, dict):  # also a key that a field of another place has
             owner[rng.choice((*TEXTS, *owner))] = copy.deepcopy(owner[key])
         else:
             owner.insert(key, copy.deepcopy(owner[rng.randrange(len(owner))]))
     return value
+
+
+def _replaced(value: Any, old: Any, new: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _replaced(inner, old, new) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_replaced(inner, old, new) for inner in value]
+    return new if type(value) is type(old) and value == old else value
 
 
 def _places(value: Any, rng: random.Random) -> Iterator[tuple[Any, Any]]:

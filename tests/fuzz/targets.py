@@ -47,7 +47,7 @@ TEXT = "The 3 cats <image> wrote: naïve 世界 😀\n\n <|ref|>"
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A reader, which returns or raises a `DSVL2Error`. ``kind`` and ``dictionary`` are as `inputs.changed` has them."""
+    """A reader, which returns or raises a `DSVL2Error`. ``kind`` and ``dictionary`` are `inputs.changed`'s."""
 
     name: str
     kind: str
@@ -487,7 +487,24 @@ def tables() -> list[str]:
     ]
 
 
-@target("text", tables, ("\t", "\n", '"', "[", "['a', 'b']", "index", "1e9", "()", "{" * 200, "[" * 200))
+@target(
+    "text",
+    tables,
+    (
+        "\t",
+        "\n",
+        '"',
+        "[",
+        "['a', 'b']",
+        "index",
+        "1e9",
+        "()",
+        "{" * 200,
+        "[" * 200,
+        "[" + "-" * 30_000 + "1]",
+        "[" + "1+" * 9000 + "1]",
+    ),
+)
 def table(content: bytes, folder: Path) -> None:
     list(table_records(written(content, folder, "MMBench.tsv"), lambda name, data: None))
 
