@@ -9,7 +9,7 @@ EXAMPLES ?= 1200
 CKPT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv constraints run test test-fast test-exhaustive test-newest test-fuzz test-pods test-gpu-compile compile-tests lint lint-imports docs \
+.PHONY: help .venv constraints run test test-fast test-exhaustive test-newest test-fuzz fuzz test-pods test-gpu-compile compile-tests lint lint-imports docs \
 	audit sbom licences train-micro eval-micro clean
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make test-exhaustive   the suite with further cases: every model on every mesh"
 	@echo "make test-newest  the same suite in .venv-newest, with the newest release of every package"
 	@echo "make test-fuzz    requests that schemathesis makes of the server's OpenAPI document, EXAMPLES=1200 of each path"
+	@echo "make fuzz    broken files of every kind that is read, MINUTES=10 of them"
 	@echo "make test-pods    compile for TPU topologies, whole models included (no TPU needed; more than half an hour)"
 	@echo "make test-gpu-compile   the same for H100s (no GPU needed; fetches 4 GB into .venv-gpu; a quarter of an hour)"
 	@echo "make eval-micro   ask the bundled model 500 held-out questions a task (CKPT=DIR asks another)"
@@ -160,6 +161,11 @@ sbom: $(AUDIT)/.installed $(INSTALLED)
 
 licences: $(AUDIT)/.installed $(INSTALLED)
 	@$(AUDIT)/bin/pip-licenses --python $(BIN)/python --with-urls --format=markdown
+
+# Everything that reads a user's files, with broken ones; findings go to tests/fuzz/corpus. TARGETS="tokenizer toml" for some.
+MINUTES ?= 10
+fuzz: $(TEST_INSTALLED)
+	PYTHONPATH=tests $(BIN)/python -m fuzz.run --minutes $(MINUTES) --keep $(TARGETS)
 
 lint: $(LINT_INSTALLED) lint-imports
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ import binascii
 import csv
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -99,7 +100,7 @@ class _Row:
             return [text]
         try:
             return [str(item) for item in ast.literal_eval(text)]
-        except (ValueError, SyntaxError, TypeError):
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # the last two: brackets, signs, sums
             raise DataError(
                 f"{self.where}: column {column!r} begins with a bracket and is no list of texts: {text[:60]!r}."
             ) from None
@@ -137,7 +138,7 @@ def _table_record(row: _Row, name: str, metric: str, images: list[str]) -> dict[
     if name.startswith("ChartQA"):
         record["task"] = row.get("split") or "ChartQA"
     if name.startswith("MMBench"):
-        if not row["index"].isdecimal():
+        if not re.fullmatch("[0-9]{1,18}", row["index"]):
             raise DataError(f"{row.where}: index {row['index']!r}, expected a whole number.")
         record["group"] = int(row["index"]) % _ROTATION
     if name.startswith("MathVista"):
