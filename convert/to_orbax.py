@@ -31,6 +31,7 @@ from dsvl2_jax.checkpoint.locate import (
     open_model,
     resolve,
 )
+from dsvl2_jax.checkpoint.remote import absolute, path_of
 from dsvl2_jax.checkpoint.safetensors_source import Source, aligned_empty, numpy_dtype
 from dsvl2_jax.checkpoint.staging import refuse_existing, staged
 from dsvl2_jax.checkpoint.verify import tell
@@ -87,7 +88,7 @@ def convert(
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}.")
     limit = parse_bytes(max_memory)
-    dst = Path(dst).absolute()
+    dst = absolute(path_of(dst))
     refuse_existing(dst)
     directory = resolve(src)
     if kind(directory) != "released":
@@ -111,7 +112,7 @@ def convert(
             notes.append(
                 f"{len(mixed)} tensors are of another dtype than others of the same stacked parameter: kept as float32"
             )
-        with staged(dst, total) as partial:
+        with staged(dst, total, last=MANIFEST_NAME) as partial:
             # Beside the conversion: reading a file in order also brings it into the system's cache.
             names = [file.name for file in source.files]
             source_digests = pool.submit(_source_digests, directory, names, source.digests)

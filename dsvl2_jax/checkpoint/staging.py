@@ -12,12 +12,14 @@ import errno
 import fcntl
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from rich import filesize
 
+from dsvl2_jax.checkpoint import remote
 from dsvl2_jax.errors import CheckpointError
 
 PARTIAL_SUFFIX = ".dsvl2-partial"  # of the name under which a directory is written before it is complete
@@ -28,21 +30,34 @@ _MARGIN = 16 << 20  # bytes beyond the tensors: metadata, indices, file-system b
 
 
 @contextlib.contextmanager
-def staged(destination: str | Path, need_bytes: int) -> Iterator[Path]:
+def staged(destination: str | Path, need_bytes: int, last: str | None = None) -> Iterator[Path]:
     """Yields an empty directory that becomes ``destination`` when the block ends without an exception.
 
-    On an exception the directory is removed; on a kill it stays, and the next run removes it.
+    On an exception the directory is removed; on a kill it stays, and the next run removes it. What goes to a store is
+    made in the directory for temporary files first.
 
     Args:
       destination: must not exist; its parent must.
       need_bytes: how much will be written, to refuse early when the disk has less.
+      last: in a store, the file by which the directory is known to be complete; None: it cannot be in a store.
 
     Raises:
       CheckpointError: the destination exists, its parent does not, another run is writing to it, or the
         disk is full (before or while writing).
     """
-    destination = Path(destination).absolute()
+    destination = remote.absolute(remote.path_of(destination))
     refuse_existing(destination)
+    if remote.is_remote(destination):
+        if last is None:
+            raise CheckpointError(
+                f"{destination}: this is written to a disk alone. Give a directory, and copy it to the store."
+            )
+        remote.check_writable(destination)
+        with tempfile.TemporaryDirectory(prefix="dsvl2-upload-") as work:
+            _check_space(Path(work), need_bytes)
+            yield Path(work)
+            remote.upload(Path(work), destination, last)
+        return
     partial = destination.with_name(f".{destination.name}{PARTIAL_SUFFIX}")
     with locked(partial, f"{destination}: another run is writing it (into {partial}). Wait for it to finish."):
         try:
@@ -65,6 +80,13 @@ def staged(destination: str | Path, need_bytes: int) -> Iterator[Path]:
 
 def refuse_existing(destination: Path) -> None:
     """Raises CheckpointError when ``destination`` exists or cannot be made because its parent is missing."""
+    if remote.is_remote(destination):
+        if remote.names(destination):
+            raise CheckpointError(
+                f"{destination}: exists already and was not touched; it may be what is left of an upload "
+                "that was killed. Choose another name, or remove it first."
+            )
+        return
     if os.path.lexists(destination):
         raise CheckpointError(
             f"{destination}: exists already and was not touched. Choose another name, or remove it first."
@@ -111,6 +133,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file that is there either whole, and on disk, or not at all. Raises OSError."""
+    if remote.is_remote(path):
+        path.write_text(text)
+        return
     with replacing(path) as new, new.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
