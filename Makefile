@@ -9,7 +9,7 @@ EXAMPLES ?= 1200
 CKPT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv constraints run test test-fast test-exhaustive test-newest test-fuzz fuzz test-pods test-gpu-compile compile-tests lint lint-imports docs \
+.PHONY: help .venv constraints run test chaos soak test-fast test-exhaustive test-newest test-fuzz fuzz test-pods test-gpu-compile compile-tests lint lint-imports docs \
 	audit sbom licences train-micro eval-micro clean
 
 help:

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dsvl2_jax.checkpoint.locate import resolve
+from dsvl2_jax.checkpoint.staging import replacing
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.inputs.images import TRAITS, trait_notes
 from dsvl2_jax.inputs.processor import Processor
@@ -189,7 +190,8 @@ def draw(summary: Summary, path: Path) -> None:
     counts = np.bincount(summary.tiles)
     tiles.bar(np.arange(len(counts)), counts)
     tiles.set(xlabel="image tiles of a sample", ylabel="samples")
-    figure.savefig(path, dpi=120)
+    with replacing(path) as new:
+        figure.savefig(new, dpi=120, format=path.suffix.removeprefix(".") or "png")
 
 
 def _measured(source: SampleSource) -> Iterator[tuple[int, int, int, tuple[str, ...]] | SkippedSample]:
