@@ -20,6 +20,7 @@ from dsvl2_jax.checkpoint.staging import replacing
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.inputs.images import TRAITS, trait_notes
 from dsvl2_jax.inputs.processor import Processor
+from dsvl2_jax.runtime.console import PrintableConsole
 from dsvl2_jax.runtime.progress import progress
 from dsvl2_jax.train.data.samples import SampleSource, SkippedSample
 from dsvl2_jax.train.settings.schema import DataSettings, SourceSettings
@@ -216,7 +217,7 @@ def _measured(source: SampleSource) -> Iterator[tuple[int, int, int, tuple[str, 
 
 
 def _print(summary: Summary, bundled: bool, as_seen: bool) -> None:
-    console, counts = Console(highlight=False), summary.as_dict()
+    console, counts = PrintableConsole(highlight=False), summary.as_dict()
     table = Table(box=None, show_header=False)
     rows = [
         ("files", summary.files),
