@@ -314,6 +314,7 @@ class RunDirectory:
         self._saving = None
         if not remote.is_remote(self.path):  # a store has checksums of its own, and reading all again takes as long
             self._keep_digests(step)
+        self.send_logs()
         return Saved(step, writing.seconds)
 
     def _keep_digests(self, step: int) -> None:
