@@ -39,10 +39,10 @@ CHART = {"images": ["chart.png"]}
 FORMS = [
     ({"conversations": LLAVA, "system": "Answer briefly."}, messages("What?", "A", system="Answer briefly.")),
     (messages("What?", "A") | {"system_prompt": "Be brief."}, messages("What?", "A", system="Be brief.")),
-    (messages("What?", "A", system="Be brief.", **{"system": "Be brief."}), messages("What?", "A", system="Be brief.")),
+    (messages("What?", "A", system="Be brief.") | {"system": "Be brief."}, messages("What?", "A", system="Be brief.")),
     (
         {"conversation": [{"human": "What?", "assistant": "A"}, {"human": "B", "assistant": "C"}]},
-        messages(*"What? A B C".split()),
+        messages("What?", "A", "B", "C"),
     ),
     ({"instruction": "<image>What?", "input": "", "output": "A", **CHART}, messages("<image>What?", "A", **CHART)),
     ({"instruction": "Add.", "input": "1 2", "output": "3", "system": "S"}, messages("Add.\n1 2", "3", system="S")),
@@ -137,13 +137,6 @@ def test_a_record_whose_switch_is_off_is_left_out(processor, mask_prompt):
     assert (read(processor, messages("What?", "A.", loss=True, weight=1)).labels >= 0).any()
 
 
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["user", "gpt"]),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=4), inner, max_size=3)
-    ),
-    max_leaves=8,
-)
 USED = (
     *TURNS,
     "instruction",
@@ -159,6 +152,13 @@ USED = (
 )
 BESIDE = ("system", "system_prompt", "history", "images", "image", "objects", *SWITCHES)
 KEYS = [*USED, *BESIDE, "role", "content", "from", "value", "ref", "bbox", "id", "label", "type", "strange"]
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["user", "gpt"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
 TURN = st.fixed_dictionaries(
     {"role": st.sampled_from(["user", "Assistant", "system"]), "content": st.text(max_size=5)},
     optional={"loss": VALUES, "strange": VALUES, "id": VALUES, "tool_calls": VALUES},

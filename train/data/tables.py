@@ -44,7 +44,7 @@ class TableFile:
     def read(self, index: int, pool: FilePool) -> tuple[Mapping[str, Any], list[bytes]]:
         batch = int(np.searchsorted(self.ends, index, side="right"))
         row = index - (int(self.ends[batch - 1]) if batch else 0)
-        return _batches(self.table)[batch].slice(row, 1).to_pylist()[0], []
+        return _batches(self.table, self.digest)[batch].slice(row, 1).to_pylist()[0], []
 
 
 def open_table(path: str, suffix: str, digest: str) -> TableFile:
@@ -55,7 +55,7 @@ def open_table(path: str, suffix: str, digest: str) -> TableFile:
     arrow = import_pyarrow(path)
     table = unpacked(path, f"{digest}.arrow", _write_parquet) if suffix == ".parquet" else path
     try:
-        batches = _batches(table)
+        batches = _batches(table, digest)
     except (OSError, arrow.ArrowException) as error:
         raise _damaged(path, error) from None
     images = bool(batches) and "image" in str(batches[0].schema)
@@ -64,8 +64,8 @@ def open_table(path: str, suffix: str, digest: str) -> TableFile:
 
 
 @functools.cache
-def _batches(table: str) -> list[pyarrow.RecordBatch]:
-    """The batches of a file, in memory that is mapped to it; once in each process."""
+def _batches(table: str, digest: str) -> list[pyarrow.RecordBatch]:
+    """The batches of a file, in memory that is mapped to it; once in each process for each state of the file."""
     import pyarrow
 
     file = pyarrow.memory_map(table)
