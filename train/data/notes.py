@@ -28,7 +28,7 @@ class UnusedKey:
 
     def __str__(self) -> str:
         line = self.first.rpartition(":")[2]
-        return f"{self.file}: {self.key!r} is not used ({self.samples:,} samples, the first in line {line})"
+        return f"{self.file}: {self.key!r} is not used (samples: {self.samples:,}, the first in line {line})"
 
 
 class Notes:
@@ -74,7 +74,7 @@ class Notes:
         if not (pixels and thousandths):
             return ""
         return (
-            f"boxes that do not say what they are were taken for pixels in {pixels:,} samples, and for thousandths in "
-            f"{thousandths:,} whose numbers go beyond their images. If all are thousandths, set the source's "
+            f"boxes that do not say what they are were taken for pixels (samples: {pixels:,}), and for thousandths "
+            f"where they go beyond their images (samples: {thousandths:,}). If all are thousandths, set the source's "
             f'boxes = "{THOUSANDTHS}" (--boxes {THOUSANDTHS} in `dsvl2 data check`)'
         )
