@@ -26,6 +26,7 @@ NETWORK = {
     "httpx2",
     "httpcore2",
     "uvicorn",
+    "fsspec",
 }
 WATCHED = UNPICKLING | PROGRAMS | EVALUATION | UNPACKING | NETWORK | {"numpy.load", "huggingface_hub"}
 # Methods and keywords, whatever they belong to.
@@ -39,6 +40,9 @@ ALLOWED = {
     ("dsvl2_jax/__init__.py", "importlib.import_module"): "the package's own modules, by a table of constants",
     ("dsvl2_jax/apps/plan/saved_plans.py", "importlib.import_module"): "the package's own folders, for their sources",
     ("dsvl2_jax/checkpoint/locate.py", "huggingface_hub"): "downloads a hub id: data files by an allow-list",
+    ("dsvl2_jax/checkpoint/pytorch_file.py", "pickle"): "an unpickler that finds nothing but functions of its own",
+    ("dsvl2_jax/checkpoint/pytorch_file.py", "zipfile"): "entries are read by name, and nothing is unpacked",
+    ("dsvl2_jax/checkpoint/remote.py", "fsspec"): "the buckets that a gs:// or s3:// path names",
     ("dsvl2_jax/checkpoint/orbax_io.py", "ctypes"): "gives freed memory back (malloc_trim)",
     ("infer/eval/client.py", "httpx2"): "asks the server that --server names",
     ("infer/serve/run.py", "socket"): "the port of dsvl2 serve, at --host",
