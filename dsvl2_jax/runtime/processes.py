@@ -332,7 +332,7 @@ def _standard_output_is_ours() -> None:
     """Sends what libraries print on standard output, as gloo does, to standard error: it is no part of an answer."""
     sys.stdout.flush()
     with contextlib.suppress(OSError, ValueError):
-        sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding)
+        sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
         os.dup2(2, 1)
 
 
