@@ -22,6 +22,8 @@ help:
 	@echo "make fuzz    broken files of every kind that is read, MINUTES=10 of them"
 	@echo "make test-pods    compile for TPU topologies, whole models included (no TPU needed; more than half an hour)"
 	@echo "make test-gpu-compile   the same for H100s (no GPU needed; fetches 4 GB into .venv-gpu; a quarter of an hour)"
+	@echo "make chaos   200 kills at random moments over every command that writes, full and failing disks; KILLS=20 FAULTS=0"
+	@echo "make soak    10,000 generate calls and 5,000 training steps, whose memory must stay flat; CALLS=500 STEPS=500"
 	@echo "make eval-micro   ask the bundled model 500 held-out questions a task (CKPT=DIR asks another)"
 	@echo "make train-micro  train the bundled model from scratch, about three and a half hours; resumes where it was stopped"
 	@echo "make .venv   only set up $(VENV); PYTHON=python3.12 picks another interpreter"
@@ -166,6 +168,18 @@ licences: $(AUDIT)/.installed $(INSTALLED)
 MINUTES ?= 10
 fuzz: $(TEST_INSTALLED)
 	PYTHONPATH=tests $(BIN)/python -m fuzz.run --minutes $(MINUTES) --keep $(TARGETS)
+
+# Of the same SEED come the same kills and faults; ONLY="train convert" disturbs these commands alone.
+KILLS ?= 200
+FAULTS ?= 1
+chaos: $(TEST_INSTALLED)
+	PYTHONPATH=tests $(BIN)/python -m chaos --kills $(KILLS) --faults $(FAULTS) --seed $(SEED) --only $(ONLY)
+
+CALLS ?= 10000
+STEPS ?= 5000
+soak: $(TEST_INSTALLED)
+	JAX_PLATFORMS=cpu $(BIN)/python tests/soak.py generate $(CALLS)
+	JAX_PLATFORMS=cpu $(BIN)/python tests/soak.py train $(STEPS)
 
 lint: $(LINT_INSTALLED) lint-imports
 	$(BIN)/ruff check .

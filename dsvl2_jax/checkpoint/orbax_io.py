@@ -15,7 +15,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class ParamWriter:
         """``entries``: leaf → its axis of experts or heads, of which large leaves store each entry by itself."""
         self._path = remote.absolute(path)
         self._pending: Any = None
+        self._show_late_errors = _hide_late_errors()
         self._context = _saving_context(entries)
         self._context.memory_options.deepcopy_host_arrays = False
 
@@ -68,6 +69,7 @@ class ParamWriter:
         self.wait()
         with self._context:
             ocp.partial.finalize(self._path)
+        self._show_late_errors()
 
 
 class Saving:
@@ -88,7 +90,7 @@ class Saving:
           document: anything JSON can hold; each process keeps its own.
           entries: as for `ParamWriter`, of the leaves of every tree.
         """
-        logging.getLogger("absl").addFilter(_is_not_raised_too)
+        self._show_late_errors = _hide_late_errors()
         self._started = time.monotonic()
         self.seconds: float | None = None  # from the call to the end of writing, when `done` has seen it
         with _saving_context(entries or {}):
@@ -113,6 +115,7 @@ class Saving:
                     raise
                 return False
             self.seconds = time.monotonic() - self._started
+            self._show_late_errors()
         return True
 
 
@@ -221,21 +224,32 @@ def read(path: Path, leaves: Mapping[LeafPath, jax.ShapeDtypeStruct]) -> dict[Le
 
 
 def _load(*args: Any, **options: Any) -> Any:
-    """`ocp.load`, of which a read that fails prints one error: those beside it end later, in a closed event loop.
+    """`ocp.load`, of which a read that fails prints one error."""
+    show_late_errors = _hide_late_errors()
+    tree = ocp.load(*args, **options)
+    show_late_errors()
+    return tree
 
-    Python would print a traceback of each. Some end before `ocp.load` has raised, hence the hook is there before.
+
+def _hide_late_errors() -> Callable[[], None]:
+    """After a read or write that fails, those beside it end later, in a closed event loop, with a traceback of each.
+
+    Called before reading or writing; what it returns undoes it, for when that has succeeded.
     """
     logging.getLogger("asyncio").addFilter(_is_no_second_failure)
+    logging.getLogger("absl").addFilter(_is_not_raised_too)
     show = sys.unraisablehook
 
     def hook(late: Any) -> None:
         if not (isinstance(late.exc_value, RuntimeError) and str(late.exc_value) == "Event loop is closed"):
             show(late)
 
+    def undo() -> None:
+        if sys.unraisablehook is hook:
+            sys.unraisablehook = show
+
     sys.unraisablehook = hook
-    tree = ocp.load(*args, **options)
-    sys.unraisablehook = show
-    return tree
+    return undo
 
 
 def _give_memory_back() -> None:

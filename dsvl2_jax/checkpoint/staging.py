@@ -20,11 +20,13 @@ from rich import filesize
 
 from dsvl2_jax.checkpoint import remote
 from dsvl2_jax.errors import CheckpointError
+from dsvl2_jax.messages import first_line
 
 PARTIAL_SUFFIX = ".dsvl2-partial"  # of the name under which a directory is written before it is complete
 NEW_SUFFIX = ".new"  # of the name under which a file is
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_SYSTEM_ERROR = "[os_error_code="  # in the errors of Orbax that the operating system has caused
 _MARGIN = 16 << 20  # bytes beyond the tensors: metadata, indices, file-system blocks
 
 
@@ -70,6 +72,11 @@ def staged(destination: str | Path, need_bytes: int, last: str | None = None) ->
                 raise CheckpointError(
                     f"{destination}: the disk filled up while writing; {filesize.decimal(need_bytes)} are needed. "
                     "Nothing was left behind. Free some space or choose another disk, and run it again."
+                ) from error
+            if isinstance(error, OSError) or _SYSTEM_ERROR in str(error):
+                raise CheckpointError(
+                    f"{destination}: was not made, as a file cannot be read or written ({first_line(error)}). See to "
+                    "the disk, and run it again: it starts over."
                 ) from error
             raise
 

@@ -339,7 +339,8 @@ def _standard_output_is_ours() -> None:
     """Sends what libraries print on standard output, as gloo does, to standard error: it is no part of an answer."""
     sys.stdout.flush()
     with contextlib.suppress(OSError, ValueError):
-        sys.stdout = escaped(os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding))
+        same = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+        sys.stdout = escaped(same)
         os.dup2(2, 1)
 
 

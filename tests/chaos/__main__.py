@@ -35,7 +35,7 @@ def main() -> int:
     operations = [operation for operation in OPERATIONS if not options.only or operation.name in options.only]
     warm.warm_up()
     running = campaign.Campaign(folder, options.seed, layer)
-    running.prepare()
+    running.prepare(operations)
     for operation in operations:
         usual = running.undisturbed(operation)
         print(f"{operation.name}: {usual.seconds:.1f} s, {usual.calls} calls on files", flush=True)
@@ -49,6 +49,8 @@ def main() -> int:
     for round_ in range(options.faults):
         for name in kinds:
             for operation in operations:
+                if not operation.share and name not in campaign.SURROUNDINGS:
+                    continue
                 running.fault(operation, name, round_)
         print(f"{sum(running.faults.values())} faults, {time.monotonic() - began:.0f} s", flush=True)
     _print(running, time.monotonic() - began)

@@ -13,7 +13,10 @@ import errno
 import os
 import random
 import shutil
+import signal
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -54,11 +57,11 @@ class Campaign:
         self._undisturbed: dict[str, Undisturbed] = {}
         self._number = 0
 
-    def prepare(self) -> None:
-        """Makes the inputs."""
+    def prepare(self, operations: Sequence[Operation]) -> None:
+        """Makes the inputs of the operations."""
         self.inputs.mkdir()
         self.outputs.mkdir()
-        make_inputs(self.inputs, lambda words: self._must(warm.command(words, self._output())))
+        make_inputs(self.inputs, operations, lambda words: self._must(warm.command(words, self._output())))
 
     def undisturbed(self, operation: Operation) -> Undisturbed:
         """The second of two runs: the first one compiles."""
@@ -143,9 +146,16 @@ class Campaign:
         if found != (expected := self.undisturbed(operation).result):
             raise Broken(f"{story}; then the result differs:\n{_difference(expected, found)}")
 
-    def _start(self, operation: Operation, work: Path, fault: Fault, counts: Path) -> warm.Process:
+    def _start(
+        self, operation: Operation, work: Path, fault: Fault, counts: Path, before: Callable[[], None] | None = None
+    ) -> warm.Process:
         words = operation.words(self.inputs, work)
-        return warm.command(words, self._output(), fault.environment(work, counts) if self.layer else None)
+        environment = fault.environment(work, counts) if self.layer else None
+        return warm.command(words, self._output(), environment, self.inputs / operation.stdin, before)
+
+    def in_surroundings(self, operation: Operation, work: Path, before: Callable[[], None]) -> warm.Process:
+        """Runs after ``before`` in the command's process."""
+        return self._start(operation, work, Fault(), faults.new_counts(self.folder / "counts"), before)
 
     def _result(self, operation: Operation, work: Path) -> Any:
         return warm.value(lambda: operation.result(work), self._output())
@@ -273,6 +283,81 @@ def _two_at_once(campaign: Campaign, operation: Operation, work: Path, usual: Un
     return "two at once", " and ".join(came_to)
 
 
+def _interrupted(campaign: Campaign, operation: Operation, work: Path, usual: Undisturbed, draw: Any) -> _Outcome:
+    """Ctrl-C: status 130 and a line; training finishes its step and writes a checkpoint."""
+    moment = draw.uniform(0.1, usual.seconds)
+    process = campaign.in_surroundings(operation, work, lambda: None)
+    while process.poll() is None and time.monotonic() < process.started + moment:
+        time.sleep(0.001)
+    if process.poll() is None:
+        os.kill(process.pid, signal.SIGINT)
+    status, text = process.wait(), process.text
+    if status not in (0, 130) or "Traceback" in text or (status == 130) != ("dsvl2: interrupted" in text):
+        raise Broken(f"Ctrl-C after {moment:.3f} s: status {status}:\n{text}")
+    return f"after {moment:.3f} s", "finished" if status == 0 else "interrupted"
+
+
+def _closed_pipe(campaign: Campaign, operation: Operation, work: Path, usual: Undisturbed, draw: Any) -> _Outcome:
+    """Whoever reads standard output has gone: no word about it."""
+
+    def close() -> None:
+        reading, writing = os.pipe()
+        os.dup2(writing, 1)
+        os.close(reading)
+
+    process = campaign.in_surroundings(operation, work, close)
+    status, text = process.wait(), process.text
+    if status not in (0, 1, 141) or "Traceback" in text or "Exception" in text or "BrokenPipe" in text:
+        raise Broken(f"standard output is closed: status {status}:\n{text}")
+    return "closed pipe", f"status {status}"
+
+
+def _no_home(campaign: Campaign, operation: Operation, work: Path, usual: Undisturbed, draw: Any) -> _Outcome:
+    """A home that cannot be written, and no other folder for caches: at most one warning."""
+
+    def leave() -> None:
+        import jax
+
+        for name in ("XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"):
+            os.environ.pop(name, None)
+        os.environ["HOME"] = "/proc/1/home"
+        jax.config.update("jax_compilation_cache_dir", None)
+
+    process = campaign.in_surroundings(operation, work, leave)
+    came_to = campaign.ended(operation, process, "no home", must=operation.name != "plan")
+    if process.text.lower().count("warning") + process.text.count("cannot be written") > 1:
+        raise Broken(f"more than one warning without a home:\n{process.text}")
+    return "no home", came_to
+
+
+def _ascii(campaign: Campaign, operation: Operation, work: Path, usual: Undisturbed, draw: Any) -> _Outcome:
+    """The streams of LC_ALL=C without Python's UTF-8 mode."""
+
+    def narrow() -> None:
+        sys.stdout.reconfigure(encoding="ascii", errors="strict")
+        sys.stderr.reconfigure(encoding="ascii", errors="backslashreplace")
+
+    return "ascii", campaign.ended(operation, campaign.in_surroundings(operation, work, narrow), "ascii", must=True)
+
+
+def _full_tmp(campaign: Campaign, operation: Operation, work: Path, usual: Undisturbed, draw: Any) -> _Outcome:
+    """A temporary folder that takes nothing."""
+    folder = campaign.folder / "tmp"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k,nr_inodes=1", "tmpfs", folder], check=True)
+
+    def point() -> None:
+        os.environ["TMPDIR"] = str(folder)
+        tempfile.tempdir = None
+
+    try:
+        process = campaign.in_surroundings(operation, work, point)
+        return "full /tmp", campaign.ended(operation, process, "full /tmp", must=True)
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+        folder.rmdir()
+
+
 FAULTS: dict[str, Callable[..., _Outcome]] = {
     "disk full": _failing(errno.ENOSPC),
     "I/O error": _failing(errno.EIO),
@@ -284,8 +369,14 @@ FAULTS: dict[str, Callable[..., _Outcome]] = {
     "read-only folder": _read_only,
     "folder vanishes": _vanishing,
     "two at once": _two_at_once,
+    "Ctrl-C": _interrupted,
+    "closed pipe": _closed_pipe,
+    "no home": _no_home,
+    "ascii": _ascii,
+    "full /tmp": _full_tmp,
 }
-MOUNTING = ("small disk", "read-only folder")
+MOUNTING = ("small disk", "read-only folder", "full /tmp")
+SURROUNDINGS = ("Ctrl-C", "closed pipe", "no home", "ascii", "full /tmp")  # also of commands that write nothing
 LAYERED = ("disk full", "I/O error", "turns read-only", "partial writes", "slow writes", "clock jumps")
 
 

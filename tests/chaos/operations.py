@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,8 @@ class Operation:
     result: Callable[[Path], Any]
     again: bool = True
     given: tuple[str, ...] = ()
-    share: int = 1  # of the kills
+    share: int = 1  # of the kills; 0: it writes nothing
+    stdin: str = os.devnull  # a name of the inputs
     phases: tuple[tuple[str, str], ...] = ()
 
     def words(self, inputs: Path, work: Path) -> list[str]:
@@ -123,24 +126,29 @@ def _without_timing(value: Any) -> Any:
     return value
 
 
-def make_inputs(inputs: Path, run: Run) -> None:
-    """A toy model in every layout, training and evaluation data, and a benchmark's table."""
-    toy_run.make_model(inputs / "model")
-    toy_run.make_data(inputs)
-    toy_run.make_data(inputs, "held.jsonl", samples=4, seed=1)
-    held = {"data.validation.held": {"path": str(inputs / "held.jsonl")}}
-    cadence = {"steps": STEPS, "checkpoint_every": 2, "validate_every": 4, "keep_last": 2}
-    data = inputs / "train.jsonl"
-    # The command itself says where the run is.
-    toy_run.write_config(inputs / "train.toml", inputs / "model", data, Path("run"), held | {"run": cadence})
-    run(["train", str(inputs / "train.toml"), f"run.directory={inputs / 'run'}", "run.steps=4"])
-    run(["export", str(inputs / "run"), str(inputs / "released")])
-    run(["convert", str(inputs / "released"), str(inputs / "converted")])
-    run(["micro", "questions", str(inputs / "questions"), "--samples", "3"])
-    (file,) = (inputs / "questions").glob("*.jsonl")
-    file.rename(inputs / "questions" / "questions.jsonl")
+def make_inputs(inputs: Path, operations: Sequence[Operation], run: Run) -> None:
+    """What the operations read: the bundled model, a toy to train, questions, a benchmark's table."""
+    needed = {name for operation in operations for name in re.findall(r"{inputs}/(\w+)", operation.command)}
+    (inputs / "talk.txt").write_text("Hello <｜end▁of▁sentence｜>\n/nonsense\nAnd now?\n")
     rows = [f"{index}\tWhat is in picture {index}?\tanswer {index}\t{_PIXEL}" for index in range(12)]
     (inputs / "TextVQA_VAL.tsv").write_text("\n".join(["index\tquestion\tanswer\timage", *rows]) + "\n")
+    if needed & {"released", "converted"}:
+        shutil.copytree(toy_run.MICRO, inputs / "released", ignore=shutil.ignore_patterns("train*", "*.py"))
+    if "converted" in needed:
+        run(["convert", str(inputs / "released"), str(inputs / "converted")])
+    if "questions" in needed:
+        run(["micro", "questions", str(inputs / "questions"), "--samples", "3"])
+        (file,) = (inputs / "questions").glob("*.jsonl")
+        file.rename(inputs / "questions" / "questions.jsonl")
+    if needed & {"train", "run", "held"}:
+        toy_run.make_model(inputs / "model")
+        data = toy_run.make_data(inputs)
+        held = {"data.validation.held": {"path": str(toy_run.make_data(inputs, "held.jsonl", samples=4, seed=1))}}
+        cadence = {"steps": STEPS, "checkpoint_every": 2, "validate_every": 4, "keep_last": 2}
+        # The command itself says where the run is.
+        toy_run.write_config(inputs / "train.toml", inputs / "model", data, Path("run"), held | {"run": cadence})
+    if "run" in needed:
+        run(["train", str(inputs / "train.toml"), f"run.directory={inputs / 'run'}", "run.steps=4"])
 
 
 # A PNG of one pixel, as the tables of VLMEvalKit hold pictures.
@@ -190,6 +198,13 @@ OPERATIONS = (
         "demo", "demo {inputs}/released --out {work}/demo", "demo", tree,
         phases=(("demo/boxes.png*", "drawing boxes"), ("demo/*.png*", "answering"), ("demo", "loading the model")),
     ),
+    Operation("doctor", "doctor {inputs}/converted", "", tree, share=0),
+    Operation("data check, as text", "data check {inputs}/held.jsonl --ckpt {inputs}/released", "", tree, share=0),
+    Operation(
+        "generate", "generate {inputs}/released --prompt <｜end▁of▁sentence｜>？ --max-new-tokens 4", "", tree, share=0
+    ),
+    Operation("chat", "chat {inputs}/released --max-new-tokens 4", "", tree, share=0, stdin="talk.txt"),
+    Operation("plan", "plan micro --topology h100-1 --no-cache", "", tree, share=0),
     Operation("plot", "plot {inputs}/run --out {work}/plot.png", "plot.png", tree, phases=(("plot*", "writing"),)),
     Operation(
         "data check", "data check {inputs}/train.jsonl --ckpt {inputs}/released --histogram {work}/lengths.png",

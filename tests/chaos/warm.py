@@ -93,7 +93,12 @@ class Process:
         return self.output.read_text(errors="replace")
 
 
-def start(work: Callable[[], int | None], output: Path, environment: Mapping[str, str] | None = None) -> Process:
+def start(
+    work: Callable[[], int | None],
+    output: Path,
+    environment: Mapping[str, str] | None = None,
+    stdin: Path = Path(os.devnull),
+) -> Process:
     """Runs ``work`` in a forked process, whose status it returns."""
     sys.stdout.flush()
     pid = os.fork()
@@ -104,6 +109,7 @@ def start(work: Callable[[], int | None], output: Path, environment: Mapping[str
         os.setpgid(0, 0)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background job
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(os.open(stdin, os.O_RDONLY), 0)
         os.dup2(file, 1)
         os.dup2(file, 2)
         os.environ.update(environment or {})
@@ -131,15 +137,23 @@ def _end(status: int) -> None:
     os._exit(status)
 
 
-def command(words: Sequence[str], output: Path, environment: Mapping[str, str] | None = None) -> Process:
-    """Runs ``dsvl2`` with these words."""
+def command(
+    words: Sequence[str],
+    output: Path,
+    environment: Mapping[str, str] | None = None,
+    stdin: Path = Path(os.devnull),
+    before: Callable[[], None] | None = None,
+) -> Process:
+    """Runs ``dsvl2`` with these words, after ``before`` in its process."""
 
     def run() -> int:
+        if before is not None:
+            before()
         from dsvl2_jax.apps.cli.main import main
 
         return main(list(words))
 
-    return start(run, output, environment)
+    return start(run, output, environment, stdin)
 
 
 def value(function: Callable[[], Any], output: Path) -> Any:

@@ -96,6 +96,32 @@ def test_a_file_is_replaced_whole_and_stays_when_the_writer_fails(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_what_a_kill_left_of_a_new_file_does_not_stay(tmp_path):
+    file = tmp_path / "a.json"
+    (tmp_path / f"a.json{staging.NEW_SUFFIX}").write_text("half of a longer text")
+    write_text(file, "whole")
+    assert file.read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_disk_that_fails_is_one_message(checkpoints, tmp_path, monkeypatch):
+    def fail(*args):
+        raise ValueError("UNKNOWN: Failed to fsync file: Input/output error [os_error_code='5']")
+
+    monkeypatch.setattr(orbax_io.ParamWriter, "finalize", fail)
+    with pytest.raises(CheckpointError, match="was not made, as a file cannot be read or written"):
+        convert(checkpoints / "mini-small", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_scratch_of_a_run_that_has_renamed_it_does_not_remove_the_next_runs(tmp_path):
+    with staging.scratch(tmp_path / "out") as partial:
+        partial.rename(tmp_path / "out")
+        partial.mkdir()
+        (partial / "theirs").touch()
+    assert (partial / "theirs").exists()
+
+
 def test_writers_at_the_same_time_leave_one_whole_file(tmp_path):
     file, texts = tmp_path / "a.txt", [letter * 100_000 for letter in "abcd"]
     writers = [threading.Thread(target=write_text, args=(file, text)) for text in texts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import traceback
 
@@ -45,6 +46,7 @@ _RENAMED = {"--exif": "--as-seen"}
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, 1 for a failure, 2 for a wrong call."""
     args = list(sys.argv[1:] if argv is None else argv)
+    _print_everything()
     debug = "--debug" in args
     if debug:
         args.remove("--debug")
@@ -72,6 +74,15 @@ def main(argv: list[str] | None = None) -> int:
                 raise
             traceback.print_exc()
         return processes.end(*_status_and_message(error))
+
+
+def _print_everything() -> None:
+    """Escapes what the encoding of standard output cannot say, such as the special tokens where it is ASCII.
+
+    Standard error does so already.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _status_and_message(error: BaseException) -> tuple[int, str | None]:
