@@ -9,8 +9,10 @@ and tokenizer files in ``model/``; its checkpoints appear under their names when
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from dsvl2_jax.inputs.processor import Processor
 from dsvl2_jax.json_files import read_json_object, read_text
 from dsvl2_jax.messages import first_line, listed
 from dsvl2_jax.model.config import Config
+from dsvl2_jax.runtime.terminal import unescaped
 
 MANIFEST_NAME = "dsvl2_checkpoint.json"
 MANIFEST_VERSION = 1
@@ -149,10 +152,11 @@ def _download(hub_id: str) -> Path:
 
     try:
         patterns = ["*.json", "*.safetensors", "*.model", "*.md", "*.txt", "LICENSE*"]
-        directory = Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
-        if not any(directory.glob("*.safetensors")):
-            patterns.append("pytorch_model*.bin")
+        with contextlib.redirect_stderr(unescaped(sys.stderr)):  # where the client draws its own progress bars
             directory = Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
+            if not any(directory.glob("*.safetensors")):
+                patterns.append("pytorch_model*.bin")
+                directory = Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
         return directory
     except Exception as error:  # the client raises its own, requests' and the operating system's errors
         raise CheckpointError(

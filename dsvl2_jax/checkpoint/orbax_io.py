@@ -121,6 +121,11 @@ def _is_not_raised_too(record: logging.LogRecord) -> bool:
     return record.levelno != logging.ERROR or "orbax" not in record.pathname
 
 
+def _is_no_second_failure(record: logging.LogRecord) -> bool:
+    """False for what asyncio logs of reads that failed beside the one whose error is raised."""
+    return not ("exception was never retrieved" in (text := record.getMessage()) and "orbax" in text)
+
+
 class _Document:
     """A JSON document of each process, in Orbax's protocol for objects that save themselves.
 
@@ -220,6 +225,7 @@ def _load(*args: Any, **options: Any) -> Any:
 
     Python would print a traceback of each. Some end before `ocp.load` has raised, hence the hook is there before.
     """
+    logging.getLogger("asyncio").addFilter(_is_no_second_failure)
     show = sys.unraisablehook
 
     def hook(late: Any) -> None:

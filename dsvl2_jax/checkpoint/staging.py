@@ -13,7 +13,6 @@ import fcntl
 import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,24 +57,43 @@ def staged(destination: str | Path, need_bytes: int, last: str | None = None) ->
             yield Path(work)
             remote.upload(Path(work), destination, last)
         return
-    partial = destination.with_name(f".{destination.name}{PARTIAL_SUFFIX}")
-    with locked(partial, f"{destination}: another run is writing it (into {partial}). Wait for it to finish."):
+    with scratch(destination) as partial:
         try:
-            _clear(partial)
             _check_space(destination.parent, need_bytes)
             yield partial
             sync_tree(partial)
             refuse_existing(destination)
             partial.rename(destination)
             _sync(destination.parent)
-        except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
+        except Exception as error:
             if is_disk_full(error):
                 raise CheckpointError(
                     f"{destination}: the disk filled up while writing; {filesize.decimal(need_bytes)} are needed. "
                     "Nothing was left behind. Free some space or choose another disk, and run it again."
                 ) from error
             raise
+
+
+@contextlib.contextmanager
+def scratch(destination: Path) -> Iterator[Path]:
+    """Yields an empty directory beside ``destination`` for what is not complete yet, which no other run uses.
+
+    It is removed when the block ends; on a kill it stays, and the next run for this destination removes it.
+
+    Raises:
+      CheckpointError: another run uses it, or it cannot be made.
+    """
+    partial = destination.with_name(f".{destination.name}{PARTIAL_SUFFIX}")
+    with locked(partial, f"{destination}: another run is writing it (into {partial}). Wait for it to finish."):
+        ours = partial.stat()
+        try:
+            _clear(partial)
+            yield partial
+        finally:
+            # Once we have renamed it, another run may have made its own of the same name.
+            with contextlib.suppress(OSError):
+                if os.path.samestat(ours, partial.stat()):
+                    shutil.rmtree(partial)
 
 
 def refuse_existing(destination: Path) -> None:
@@ -120,15 +138,37 @@ def sync_tree(directory: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Yields the name of a new file beside ``path``, which takes its place when the block ends without an exception.
 
-    Several threads and processes may do so at once: the last one's file stays.
+    Several threads and processes may do so at once: they take turns, and the last one's file stays. What a kill leaves
+    of the new file is overwritten by the next one for the same path. Raises OSError.
     """
-    new = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}{NEW_SUFFIX}")
+    new = path.with_name(f"{path.name}{NEW_SUFFIX}")
+    descriptor = _locked_file(new)
     try:
         yield new
         new.replace(path)
     except BaseException:
-        new.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the first error is the one to report
+            new.unlink()
         raise
+    finally:
+        os.close(descriptor)
+
+
+def _locked_file(path: Path) -> int:
+    """The descriptor of a file that is made when needed, locked, after waiting for whoever holds it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            # While we waited, its owner has renamed it, or removed it.
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

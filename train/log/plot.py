@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dsvl2_jax.checkpoint.remote import is_remote, local_file, path_of
+from dsvl2_jax.checkpoint.staging import replacing
 from dsvl2_jax.errors import RunError, UsageError
 from dsvl2_jax.train.log.run_log import LOG_NAME, Line, read
 
@@ -58,7 +59,8 @@ def plot(runs: Sequence[str | Path], out: str | Path) -> None:
     unique = len(set(names)) == len(names)
     figure = draw([curves(path, name if unique else str(path)) for path, name in zip(paths, names, strict=True)])
     try:
-        figure.savefig(out, dpi=130, format="png")
+        with replacing(out) as new:
+            figure.savefig(new, dpi=130, format="png")
     except OSError as error:
         raise RunError(f"{out}: cannot be written: {error.strerror or error}.") from error
 
