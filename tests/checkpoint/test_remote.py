@@ -22,7 +22,6 @@ from dsvl2_jax.errors import CheckpointError, RunError, UsageError
 from dsvl2_jax.train import run as run_module
 from dsvl2_jax.train.run import train
 
-
 BOTH = pytest.mark.parametrize("store", ["gs", "s3"], indirect=True, scope="module")
 EITHER = pytest.mark.parametrize(
     "store", ["gs", pytest.param("s3", marks=pytest.mark.exhaustive)], indirect=True, scope="module"
