@@ -99,6 +99,7 @@ SLOW_FILES = (
     "convert/test_to_safetensors",
     "convert/test_doctor",
     "checkpoint/test_load",
+    "checkpoint/test_remote",
     "apps/bench/test_load",
     "apps/bench/test_train",
     "apps/bench/test_convert",

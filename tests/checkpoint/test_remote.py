@@ -22,8 +22,13 @@ from dsvl2_jax.errors import CheckpointError, RunError, UsageError
 from dsvl2_jax.train import run as run_module
 from dsvl2_jax.train.run import train
 
+BOTH = pytest.mark.parametrize("store", ["gs", "s3"], indirect=True, scope="module")
+EITHER = pytest.mark.parametrize(
+    "store", ["gs", pytest.param("s3", marks=pytest.mark.exhaustive)], indirect=True, scope="module"
+)
 
-@pytest.fixture(scope="module", params=["gs", "s3"])
+
+@pytest.fixture(scope="module")
 def store(request):
     """The address of a bucket."""
     environment = {}
@@ -62,6 +67,7 @@ def copy(address, new, without):
     return new
 
 
+@BOTH
 def test_loads_bit_for_bit_what_a_disk_holds(converted, checkpoints, tmp_path, capsys):
     convert(checkpoints / "mini-small", tmp_path / "ckpt")
     expected, found = params(tmp_path / "ckpt"), params(resolve(converted))
@@ -74,6 +80,7 @@ def test_loads_bit_for_bit_what_a_disk_holds(converted, checkpoints, tmp_path, c
     assert remote.path_of(Path(converted)) == remote.path_of(converted)  # one slash of the two is left in a Path
 
 
+@EITHER
 def test_exports_to_a_disk_alone(converted, checkpoints, tmp_path):
     export(converted, tmp_path / "out")
     assert (tmp_path / "out" / "config.json").read_bytes() == (checkpoints / "mini-small/config.json").read_bytes()
@@ -81,6 +88,7 @@ def test_exports_to_a_disk_alone(converted, checkpoints, tmp_path):
         export(converted, f"{converted}-exported")
 
 
+@EITHER
 def test_what_is_half_written_is_refused(converted, store):
     with pytest.raises(CheckpointError, match="did not finish"):
         kind(resolve(copy(converted, f"{store}/half", MANIFEST_NAME)))
@@ -90,6 +98,7 @@ def test_what_is_half_written_is_refused(converted, store):
         params(damaged)
 
 
+@EITHER
 def test_an_address_is_not_written_twice(converted, checkpoints):
     before = remote.file_sizes(remote.path_of(converted))
     with pytest.raises(CheckpointError, match="exists already and was not touched"):
@@ -97,16 +106,18 @@ def test_an_address_is_not_written_twice(converted, checkpoints):
     assert remote.file_sizes(remote.path_of(converted)) == before
 
 
+@EITHER
 def test_an_upload_that_fails_leaves_nothing(store, checkpoints, monkeypatch):
     def broken(*args, **kwargs):
         raise OSError("the network is gone")
 
-    monkeypatch.setattr(type(remote._client(remote.path_of(store))), "put_file", broken)
+    monkeypatch.setattr(remote._client(remote.path_of(store)), "put_file", broken)
     with pytest.raises(CheckpointError, match=f"^{store}/broken: .*the network is gone"):
         convert(checkpoints / "mini-small", f"{store}/broken")
     assert remote.names(remote.path_of(f"{store}/broken")) == set()
 
 
+@BOTH
 def test_errors_name_the_address_in_one_line(store, checkpoints, monkeypatch, capsys):
     elsewhere = store.replace(object_stores.BUCKET, "no-such-bucket")
     for arguments in (["doctor", f"{elsewhere}/x"], ["convert", str(checkpoints / "mini-small"), f"{elsewhere}/x"]):
@@ -121,7 +132,7 @@ def test_errors_name_the_address_in_one_line(store, checkpoints, monkeypatch, ca
     def forbidden(*args, **kwargs):
         raise PermissionError("Forbidden")
 
-    monkeypatch.setattr(type(remote._client(remote.path_of(store))), "ls", forbidden)
+    monkeypatch.setattr(remote._client(remote.path_of(store)), "ls", forbidden)
     assert main(["doctor", f"{store}/ckpt"]) == 1
     assert "PermissionError: Forbidden). Check the bucket's name, the credentials" in capsys.readouterr().err
 
@@ -133,6 +144,7 @@ def test_a_missing_client_names_the_extra(monkeypatch, address, extra):
         resolve(address)
 
 
+@EITHER
 def test_the_released_layout_is_not_read_from_a_store(store, checkpoints):
     for file in (checkpoints / "mini-small").iterdir():
         client(store).put_file(str(file), f"{store}/released/{file.name}")
@@ -149,7 +161,9 @@ def losses(text):
     return [(line["step"], line["loss"]) for line in lines if line["kind"] == "step"]
 
 
+@EITHER
 def test_a_run_that_is_killed_goes_on_with_the_same_losses(store, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_module, "training_mesh", lambda settings: None)  # one device
     toy_run.make_model(tmp_path / "model")
     data, run = toy_run.make_data(tmp_path), f"{store}/run"
     tables = {"run": {"directory": run, "steps": 6, "checkpoint_every": 2, "keep_last": 1}}
