@@ -9,8 +9,8 @@ EXAMPLES ?= 1200
 CKPT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv constraints run test test-fast test-exhaustive test-newest test-fuzz fuzz test-pods test-gpu-compile compile-tests lint lint-imports docs \
-	train-micro eval-micro clean
+.PHONY: help .venv constraints run test chaos soak test-fast test-exhaustive test-newest test-fuzz fuzz test-pods test-gpu-compile compile-tests lint lint-imports docs \
+	audit sbom licences train-micro eval-micro clean
 
 help:
 	@echo "make run     draw fresh pictures and ask the bundled model about them; SEED=7 draws others"
@@ -28,6 +28,9 @@ help:
 	@echo "make lint    ruff (lint and format check) and the rule of the layers (import-linter)"
 	@echo "make docs    build the documentation site into $(OUT)/site; a warning is an error"
 	@echo "make constraints   choose the newest releases and write them, with their hashes, to constraints/"
+	@echo "make audit   ask a database of vulnerabilities about every release in constraints/; fails where one is known"
+	@echo "make sbom    list what is installed in $(VENV) in $(OUT)/sbom.json (CycloneDX)"
+	@echo "make licences    print the licence of every package in $(VENV)"
 	@echo "make clean   remove $(VENV) and $(OUT)"
 
 # Stamps say what is installed; a change of setup.cfg, pyproject.toml, the constraints or the interpreter installs again.
@@ -142,6 +145,23 @@ $(FUZZ): $(UV_INSTALLED)
 test-fuzz: $(TEST_INSTALLED) $(FUZZ)
 	$(BIN)/python tests/fuzz_server.py $(abspath $(FUZZ)) $(EXAMPLES)
 
+# What asks about packages has an environment of its own too.
+AUDIT := .venv-audit
+$(AUDIT)/.installed: $(UV_INSTALLED)
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(AUDIT)
+	$(BIN)/uv pip install --quiet --python $(AUDIT)/bin/python cyclonedx-bom pip-audit pip-licenses
+	@touch $@
+
+audit: $(AUDIT)/.installed
+	@$(BIN)/python .ci/audit.py $(AUDIT)/bin/pip-audit $(wildcard constraints/*.txt)
+
+sbom: $(AUDIT)/.installed $(INSTALLED)
+	@mkdir -p $(OUT)
+	$(AUDIT)/bin/cyclonedx-py environment --output-reproducible --output-file $(OUT)/sbom.json $(BIN)/python
+
+licences: $(AUDIT)/.installed $(INSTALLED)
+	@$(AUDIT)/bin/pip-licenses --python $(BIN)/python --with-urls --format=markdown
+
 # Everything that reads a user's files, with broken ones; findings go to tests/fuzz/corpus. TARGETS="tokenizer toml" for some.
 MINUTES ?= 10
 fuzz: $(TEST_INSTALLED)
@@ -167,4 +187,4 @@ docs: $(DOCS_INSTALLED)
 	@echo "$(OUT)/site/index.html"
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-fuzz .venv-tpu .venv-gpu $(OUT)
+	rm -rf $(VENV) .venv-newest .venv-fuzz .venv-audit .venv-tpu .venv-gpu $(OUT)

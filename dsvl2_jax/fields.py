@@ -252,7 +252,7 @@ class _Reader:
         accepted = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
         if not isinstance(raw, accepted) or (isinstance(raw, bool) and kind is not bool):
             return self._wrong(path, _KINDS.get(kind, f"a {kind.__name__}"), raw)
-        if kind is float and not _finite(raw):
+        if kind is float and not _is_finite(raw):
             return self._wrong(path, "finite", raw)
         value = kind(raw) if kind in (int, float) else raw
         if rule.choices and value not in rule.choices:
@@ -278,10 +278,10 @@ class _Reader:
         return _MISSING
 
 
-def _finite(value: Any) -> bool:
+def _is_finite(value: Any) -> bool:
     try:
         return math.isfinite(value)
-    except OverflowError:  # a whole number beyond every float
+    except OverflowError:  # a whole number of more than 308 digits
         return False
 
 

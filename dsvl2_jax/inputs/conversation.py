@@ -19,6 +19,7 @@ class Piece(NamedTuple):
     is_token: bool = False  # exactly one special token, put there by the template
     marks_images: bool = False  # each <image> in it stands for the next image
     supervised: bool = False  # trained on even when the prompt is masked
+    masked: bool = False  # never trained on: its turn says so
 
 
 def render_conversation(
@@ -35,12 +36,15 @@ def render_conversation(
     pieces: list[Piece] = []
     for turn in turns:
         if turn.role == "user":
-            pieces += _render_user(turn.text)
+            rendered = _render_user(turn.text)
         elif turn.role == "system":
-            pieces.append(Piece(turn.text.strip()))
+            rendered = [Piece(turn.text.strip())]
         else:
-            pieces.append(Piece(turn.text.strip(), supervised=True))
-            pieces.append(Piece(eos_token, is_token=True, supervised=True))
+            rendered = [
+                Piece(turn.text.strip(), supervised=True),
+                Piece(eos_token, is_token=True, supervised=True),
+            ]
+        pieces += rendered if turn.learnt else [piece._replace(masked=True) for piece in rendered]
     if inference:
         pieces.pop()  # the eos of the answer that is yet to be written
     return pieces, _collect_images(turns, images)

@@ -22,6 +22,7 @@ _TAG = re.compile("(" + "|".join(map(re.escape, (REF_TOKEN, REF_END_TOKEN, DET_T
 _COORDINATE = r"\s*0*([0-9]{1,3})\s*"  # no value over 999 matches
 _QUAD = re.compile(r"\[" + ",".join([_COORDINATE] * 4) + r"\]")
 
+_ENTRY = re.compile(r"[^\s\[\],]+")
 _LIST = re.compile(r"\[[^\[\]]*\]?")  # without lists in it; an outer one's beginning matches as an empty list
 
 _GOLDEN_RATIO = 0.618034  # hues this far apart stay distinct however many there are
@@ -106,8 +107,19 @@ def format_boxes(label: str, boxes: Iterable[Box | Sequence[float]], size: Seque
             raise ConversationError(
                 f"box {corners} labelled {label!r}: expected x1, y1, x2, y2 inside the image of {size[0]}×{size[1]}."
             )
-        quads.append([_coordinate(c, limit) for c, limit in zip(corners, limits, strict=True)])
+        quads.append(coordinates(corners, size))
     return f"{REF_TOKEN}{label}{REF_END_TOKEN}{DET_TOKEN}{quads}{DET_END_TOKEN}"
+
+
+def coordinates(corners: Sequence[float], size: Sequence[int]) -> list[int]:
+    """The model's coordinates, 0 to 999, of corners x, y, … in pixels of an image of `size` (width, height)."""
+    return [_coordinate(c, size[place % 2]) for place, c in enumerate(corners)]
+
+
+def bad_coordinates(text: str) -> list[str]:
+    """What stands in closed ``<|det|>`` lists of `text` and is no whole number from 0 to 999."""
+    found = [entry for _, content, closed in _detections(text) if closed for entry in _ENTRY.findall(content)]
+    return [entry for entry in found if not (entry.isascii() and entry.isdigit() and len(entry.lstrip("0")) <= 3)]
 
 
 def draw_boxes(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:

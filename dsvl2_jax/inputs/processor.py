@@ -174,7 +174,7 @@ class Processor:
                 `system_prompt` before it. (`system_prompt` is used nowhere else: give a system turn.)
             inference: leave the answer open: an assistant turn to be written, no final eos. False for training.
             mask_prompt: labels only for the assistant's text and eos (and bos); None takes the config's. A raw
-                prompt masks image positions only.
+                prompt masks image positions only. Either way a turn with ``"loss": false`` has none.
 
         Raises ConversationError for a conversation that cannot be processed, ImageError for an image that cannot
         be read, UsageError for arguments that exclude each other.
@@ -257,7 +257,8 @@ class Processor:
                     index += positions.tolist()
                 new = tokenizer.encode(text, special=piece.is_token or not self.strict_special_tokens)
                 ids += new
-                labels += new if piece.supervised or not mask_prompt else [ignore] * len(new)
+                learnt = not piece.masked and (piece.supervised or not mask_prompt)
+                labels += new if learnt else [ignore] * len(new)
                 index += [TEXT_POSITION] * len(new)
         return np.array(ids, np.int32), np.array(labels, np.int32), np.array(index, np.int32)
 

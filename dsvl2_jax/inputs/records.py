@@ -3,72 +3,154 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from dsvl2_jax.errors import ConversationError, ImageError, SampleError
 from dsvl2_jax.inputs.conversation import prepend_image_tags
+from dsvl2_jax.inputs.grounding import MAX_COORDINATE, Box, bad_coordinates, parse_boxes
 from dsvl2_jax.inputs.image_sources import ImageStore, resolve_image
+from dsvl2_jax.inputs.images import ImageSource, image_size
 from dsvl2_jax.inputs.processor import ModelInputs, Processor
-from dsvl2_jax.inputs.tokenizer import IMAGE_TOKEN
-from dsvl2_jax.inputs.turns import read_turn
+from dsvl2_jax.inputs.record_boxes import Objects, boxes_of, check_places, place_objects, read_objects
+from dsvl2_jax.inputs.record_forms import read_form, refuse, type_name, unused_keys
+from dsvl2_jax.inputs.tokenizer import DET_TOKEN, IMAGE_TOKEN
+from dsvl2_jax.inputs.turns import read_switch, read_turn, says_nothing
 
 # The reasons that samples are counted under when their text fails them.
 BAD_RECORD, BAD_CONVERSATION, UNREADABLE_IMAGE = "record", "conversation", "image unreadable"
+NO_LOSS = "no loss"  # not broken: the record says itself that nothing of it is learnt
+
+_PLACE = re.compile(r"\[\d+\]")
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A conversation, or a text to learn as it is; one of the two. Images are references, in order."""
+    """A conversation, or a text to learn as it is; one of the two. Images are references, in order.
+
+    Attributes:
+      conversation: turns {"role", "content", "loss"}, tags in place; ``loss`` is false where there must be none.
+      objects: labels and boxes whose places are in the texts; `place` puts them there.
+      learnt: false: the record says that there is no loss on any of it.
+      unused: keys that say something which is not used, as "speaker" or "messages[].speaker".
+    """
 
     images: tuple[Any, ...]
-    conversation: tuple[Mapping[str, str], ...] | None = None  # {"role", "content"}, tags in place
+    conversation: tuple[Mapping[str, Any], ...] | None = None
     text: str | None = None
+    objects: Objects | None = None
+    learnt: bool = True
+    unused: tuple[str, ...] = ()
 
 
 def parse_record(record: Any, own_images: Sequence[Any] = ()) -> Record:
     """Reads one record.
 
     Args:
-      record: an object with ``messages`` or ``conversations`` (a list of turns, each ``{"role", "content"}`` or
-        ``{"from", "value"}``; content may be a list of text and image parts), or with ``text``; and with ``images``
-        or ``image``, unless its turns have their own.
+      record: an object with turns (``messages``, ``conversations`` or ``conversation``, a list of which each is
+        ``{"role", "content"}`` or ``{"from", "value"}``; content may be a list of text and image parts), with a
+        question and its answer (``instruction``, ``input`` and ``output``; ``query`` and ``response``; …), or with
+        ``text``; and with ``images`` or ``image``, unless its turns have their own. ``system``, ``history``,
+        ``objects`` and a switch of the loss may stand beside.
       own_images: images that came with the record (tar shards); they stand for those that it names.
 
     Raises SampleError, saying what was found and expected.
     """
     if not isinstance(record, Mapping):
         raise SampleError(BAD_RECORD, f"expected a JSON object, found {type_name(record)}.")
+    try:
+        form = read_form(record)
+        unused = unused_keys(record, form)
+        objects = read_objects(record.get("objects"))
+        learnt = read_switch(record, "the record")
+    except ConversationError as error:
+        raise SampleError(BAD_RECORD, str(error)) from None
     listed = list(own_images) or image_references(record)
-    for key in ("messages", "conversations"):
-        if record.get(key) is not None:
-            return _parse_turns(record[key], key, listed, bool(own_images))
-    text = record.get("text")
-    if not isinstance(text, str):
-        raise SampleError(
-            BAD_RECORD,
-            'expected "messages", "conversations" or "text"; found '
-            + (f'"text" of type {type_name(text)}.' if text is not None else f"{', '.join(sorted(map(str, record)))}."),
-        )
-    if not text.strip() and not listed:
-        raise SampleError(BAD_RECORD, '"text" is empty.')
-    return Record(tuple(listed), text=prepend_image_tags(text, len(listed)))
+    if form.text is not None:
+        if not form.text.strip() and not listed:
+            raise SampleError(BAD_RECORD, '"text" is empty.')
+        parsed = Record(tuple(listed), text=prepend_image_tags(form.text, len(listed)))
+    else:
+        parsed = _parse_turns(form.turns, form.key, listed, bool(own_images))
+    parsed = dataclasses.replace(
+        parsed, objects=objects, learnt=learnt, unused=tuple(dict.fromkeys([*unused, *parsed.unused]))
+    )
+    _check_boxes(parsed)
+    return parsed
 
 
-def process(record: Record, processor: Processor, store: ImageStore, mask_prompt: bool) -> ModelInputs:
-    """Tokenises a record for training and cuts its images into tiles.
+def place(record: Record, sizes: Sequence[Sequence[int]], kind: str | None = None) -> tuple[Record, str | None]:
+    """The record with its objects in its texts, and the kind that their boxes were taken for, if there are any.
+
+    Args:
+      sizes: (width, height) of its images.
+      kind: of `BOX_KINDS`, for records that do not say it.
+
+    Raises SampleError when the boxes cannot be of this kind, or of any.
+    """
+    if record.objects is None:
+        return record, None
+    try:
+        texts, kind = place_objects(record.objects, _texts(record), sizes, kind)
+    except ConversationError as error:
+        raise SampleError(BAD_RECORD, str(error)) from None
+    if record.text is not None:
+        return dataclasses.replace(record, text=texts[0], objects=None), kind
+    turns = [{**turn, "content": text} for turn, text in zip(record.conversation, texts, strict=True)]
+    return dataclasses.replace(record, conversation=tuple(turns), objects=None), kind
+
+
+def resolve(record: Record, processor: Processor, store: ImageStore, kind: str | None = None) -> Resolved:
+    """Finds a record's images, and places its objects in its texts by the images' sizes; arguments as `place`'s.
 
     Raises SampleError with the reason; OSError when a file cannot be read.
     """
     images = [resolve_image(reference, store) for reference in record.images]
+    if record.objects is None:
+        return Resolved(record, images, None)
+    try:
+        sizes = [image_size(image, processor.as_seen) for image in images]
+    except ImageError as error:
+        raise unreadable_image(error, record.images) from error
+    placed, kind = place(record, sizes, kind)
+    return Resolved(placed, images, kind)
+
+
+class Resolved(NamedTuple):
+    """A record whose texts are whole, its images (paths or files' bytes), and the kind of its boxes, if it has any."""
+
+    record: Record
+    images: list[ImageSource]
+    kind: str | None
+
+
+def learnt_boxes(record: Record, sizes: Sequence[Sequence[int]], kind: str | None = None) -> list[Box]:
+    """All boxes of a record in pixels of their images, as training sees them; arguments as `place`'s."""
+    written = [box for text in _texts(record) for box in parse_boxes(text, sizes)]
+    _, kind = place(record, sizes, kind)
+    return written + (boxes_of(record.objects, sizes, kind) if kind is not None else [])
+
+
+def process(resolved: Resolved, processor: Processor, mask_prompt: bool) -> ModelInputs:
+    """Tokenises a record for training and cuts its images into tiles.
+
+    Raises SampleError with the reason; OSError when a file cannot be read.
+    """
+    record = resolved.record
+    if not record.learnt:
+        raise SampleError(NO_LOSS, "says that there is no loss on any of it.")
     try:
         if record.text is not None:
-            return processor(prompt=record.text, images=images, inference=False)
-        return processor(record.conversation, images, inference=False, mask_prompt=mask_prompt)
+            return processor(prompt=record.text, images=resolved.images, inference=False)
+        inputs = processor(record.conversation, resolved.images, inference=False, mask_prompt=mask_prompt)
     except ImageError as error:
         raise unreadable_image(error, record.images) from error
     except ConversationError as error:
         raise SampleError(BAD_CONVERSATION, str(error)) from error
+    if not (inputs.labels[1:] >= 0).any():
+        raise SampleError(NO_LOSS, "says that there is no loss on any of its answers.")
+    return inputs
 
 
 def unreadable_image(error: ImageError, images: Sequence[Any]) -> SampleError:
@@ -76,15 +158,15 @@ def unreadable_image(error: ImageError, images: Sequence[Any]) -> SampleError:
     return SampleError(UNREADABLE_IMAGE, f"{error} (image: {', '.join(map(_short, images))})")
 
 
-def _parse_turns(turns: Any, key: str, listed: list[Any], ignore_own: bool) -> Record:
-    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
-        raise SampleError(BAD_RECORD, f'"{key}" is {type_name(turns)}, expected a list of one or more turns.')
-    parsed, in_turns = [], []
+def _parse_turns(turns: Sequence[Any], key: str, listed: list[Any], ignore_own: bool) -> Record:
+    parsed, in_turns, left = [], [], []
     for number, turn in enumerate(turns, 1):
         try:
-            role, content, images, _ = read_turn(turn, f"{key}: turn {number}")
+            role, content, images, unused, learnt = read_turn(turn, f"{key}: turn {number}")
+            refuse(unused, f"{key}: turn {number} ({role}): ")
         except ConversationError as error:
             raise SampleError(BAD_RECORD, str(error)) from error
+        left += [f"{key}[].{_PLACE.sub('[]', name)}" for name in unused]
         if images and not ignore_own:
             # Tags of one turn count for its own images only; the processor checks the sum.
             content = prepend_image_tags(content, len(images)) if role == "user" else content
@@ -95,7 +177,7 @@ def _parse_turns(turns: Any, key: str, listed: list[Any], ignore_own: bool) -> R
                     f"{len(images)} image(s). Put one tag where each image belongs.",
                 )
             in_turns += images
-        parsed.append({"role": role, "content": content})
+        parsed.append({"role": role, "content": content} | ({} if learnt else {"loss": False}))
     if in_turns and listed:
         raise SampleError(BAD_RECORD, "images are given twice: in the turns and beside them. Use one of the two.")
     images = in_turns or listed
@@ -103,22 +185,36 @@ def _parse_turns(turns: Any, key: str, listed: list[Any], ignore_own: bool) -> R
         first = next((turn for turn in parsed if turn["role"] == "user"), None)
         if first is not None:
             first["content"] = prepend_image_tags(first["content"], len(images))
-    return Record(tuple(images), conversation=tuple(parsed))
+    return Record(tuple(images), conversation=tuple(parsed), unused=tuple(left))
+
+
+def _check_boxes(record: Record) -> None:
+    """Raises SampleError where the places of objects, or boxes in the model's own syntax, cannot be learnt as meant."""
+    texts = _texts(record)
+    if record.objects is not None or record.images:
+        try:
+            check_places(record.objects, texts)
+        except ConversationError as error:
+            raise SampleError(BAD_RECORD, str(error)) from None
+    wrong = [entry for text in texts for entry in bad_coordinates(text)]
+    if wrong:
+        raise SampleError(
+            BAD_RECORD,
+            f"a box in {DET_TOKEN} has {wrong[0][:20]!r}, expected whole numbers from 0 to {MAX_COORDINATE}, which "
+            'are thousandths of the image. Scale the box, or give it in pixels under "objects".',
+        )
+
+
+def _texts(record: Record) -> list[str]:
+    return [record.text] if record.text is not None else [turn["content"] for turn in record.conversation]
 
 
 def image_references(record: Mapping[str, Any]) -> list[Any]:
     """``images`` or ``image``: one reference or a list of them."""
-    value = record.get("images") or record.get("image")
-    if not value:
-        return []
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def type_name(value: Any) -> str:
-    """What a JSON value is, for messages: "an object", "a list", …"""
-    return {dict: "an object", list: "a list", str: "a string", type(None): "nothing"}.get(
-        type(value), type(value).__name__
-    )
+    given = [record[key] for key in ("images", "image") if not says_nothing(record.get(key))]
+    if len(given) > 1 and given[0] not in (given[1], [given[1]]):
+        raise SampleError(BAD_RECORD, '"images" and "image" are both given. Use one of the two.')
+    return [] if not given else list(given[0]) if isinstance(given[0], list | tuple) else [given[0]]
 
 
 def _short(reference: Any) -> str:

@@ -36,6 +36,9 @@ _IMAGES = ("images", "image")
 # Keys that say nothing about what the model reads. Boxes are what the server adds to its answers, whose text has them.
 _HARMLESS = frozenset({"id", "name", "uuid", "message_id", "created", "created_at", "timestamp", "date", "boxes"})
 
+# Keys of a turn or of a whole record that say whether there is a loss on it, in the names of several training tools.
+SWITCHES = ("loss", "weight", "train", "training", "loss_weight", "loss_scale")
+
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 _IMAGE_PARTS = frozenset({"image", "image_url", "input_image"})
 _REFERENCES = ("image_url", "image", "url", "path", "base64", "bytes", "data", "source")
@@ -49,13 +52,15 @@ class Turn(NamedTuple):
       role: "user", "assistant" or "system".
       text: with ``<image>`` where each picture belongs.
       images: the turn's own, as they were given: names, addresses, objects or pictures.
-      unused: keys that would say something, but not to this model, as "weight" or "content[1].max_pixels".
+      unused: keys that would say something, but not to this model, as "speaker" or "content[1].max_pixels".
+      learnt: whether training may have a loss on it.
     """
 
     role: str
     text: str
     images: tuple[Any, ...] = ()
     unused: tuple[str, ...] = ()
+    learnt: bool = True
 
 
 def read_turn(turn: Any, label: str) -> Turn:
@@ -65,7 +70,8 @@ def read_turn(turn: Any, label: str) -> Turn:
       turn: an object ``{"role", "content"}`` or ``{"from", "value"}``. The role is one of `ROLES` in any case. The
         content is a string or a list of parts: strings, ``{"type": "text", "text"}`` and ``{"type": "image", …}`` or
         ``{"type": "image_url", …}``. A part of an image has it under one of its keys, or stands for the next of those
-        given elsewhere. ``images`` or ``image`` beside the content are the turn's own.
+        given elsewhere. ``images`` or ``image`` beside the content are the turn's own. One of `SWITCHES` that is false
+        or 0 takes the loss from the turn.
       label: names the turn in errors, as in "turn 2".
 
     Raises:
@@ -81,7 +87,8 @@ def read_turn(turn: Any, label: str) -> Turn:
     content = turn[names[1]]
     if content is None and role == "assistant":
         content = ""  # as chat interfaces write an answer that is yet to come
-    unused = _unused(turn, {*names, *_IMAGES, *_HARMLESS})
+    unused = unused_keys(turn, {*names, *_IMAGES, *_HARMLESS, *SWITCHES})
+    learnt = read_switch(turn, f"{label} ({role})")
     in_parts: list[Any] = []
     if isinstance(content, list | tuple):
         content, in_parts, unused_of_parts = _read_parts(content, f"{label} ({role})")
@@ -97,7 +104,24 @@ def read_turn(turn: Any, label: str) -> Turn:
         )
     if role == "user" and OLD_IMAGE_TOKEN in content:
         raise old_image_token(f"{label} ({role})")
-    return Turn(role, content, tuple(in_parts or beside), unused)
+    return Turn(role, content, tuple(in_parts or beside), unused, learnt)
+
+
+def read_switch(values: Mapping[str, Any], label: str) -> bool:
+    """Whether a turn or a record may have a loss, by those of `SWITCHES` that it has.
+
+    Raises ConversationError for a value that is neither true, false, 0 nor 1, and for switches that disagree.
+    """
+    found = {key: values[key] for key in SWITCHES if values.get(key) is not None}
+    for key, value in found.items():
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise ConversationError(
+                f'{label}: "{key}" is {str(value)[:40]}, expected true or false (or 1 or 0): there is a loss or there '
+                "is none, without weights between. Remove it, or leave the sample out."
+            )
+    if len(set(map(bool, found.values()))) > 1:
+        raise ConversationError(f"{label}: {' and '.join(found)} contradict each other. Leave one of them.")
+    return all(found.values())
 
 
 def read_role(role: Any, label: str) -> str:
@@ -105,7 +129,8 @@ def read_role(role: Any, label: str) -> str:
     name = role.strip().lower() if isinstance(role, str) else None
     if name not in ROLES:
         near = did_you_mean(name, ROLES) if name else "."
-        raise ConversationError(f"{label}: unknown role {role!r}{near} The roles are {', '.join(map(repr, ROLES))}.")
+        known = ", ".join(map(repr, ROLES))
+        raise ConversationError(f"{label}: unknown role {role!r:.60}{near} The roles are {known}.")
     return ROLES[name]
 
 
@@ -155,7 +180,7 @@ def _read_parts(parts: Iterable[Any], label: str) -> tuple[str, list[Any], tuple
             texts.append(part["text"])
             known = {"text"}
         else:
-            given = [key for key in _REFERENCES if not _says_nothing(part.get(key))]
+            given = [key for key in _REFERENCES if not says_nothing(part.get(key))]
             if len(given) > 1:
                 raise ConversationError(
                     f"{label}: {where} has its image twice, under {given[0]} and {given[1]}. Leave one of them out."
@@ -163,13 +188,13 @@ def _read_parts(parts: Iterable[Any], label: str) -> tuple[str, list[Any], tuple
             texts.append(None)
             images += [part[key] for key in given]
             known = set(_REFERENCES)
-        unused += tuple(f"{where}.{key}" for key in _unused(part, {*known, *_HARMLESS_OF_PARTS}))
+        unused += tuple(f"{where}.{key}" for key in unused_keys(part, {*known, *_HARMLESS_OF_PARTS}))
     return parts_text(texts), images, unused
 
 
 def _images_beside(turn: Mapping[str, Any], label: str) -> list[Any]:
     """What ``images`` or ``image`` of a turn has: one image, or a list of them."""
-    given = [turn[key] for key in _IMAGES if not _says_nothing(turn.get(key))]
+    given = [turn[key] for key in _IMAGES if not says_nothing(turn.get(key))]
     if len(given) > 1:
         raise ConversationError(f'{label}: "images" and "image" are both given. Use one of the two.')
     if given and isinstance(given[0], list | tuple):
@@ -187,12 +212,13 @@ def _kind(part: Any) -> str | None:
     return "text" if kind in _TEXT_PARTS else "image" if kind in _IMAGE_PARTS else None
 
 
-def _unused(values: Mapping[str, Any], known: Iterable[str]) -> tuple[str, ...]:
-    return tuple(str(key) for key, value in values.items() if key not in known and not _says_nothing(value))
+def unused_keys(values: Mapping[str, Any], known: Iterable[str]) -> tuple[str, ...]:
+    """The keys that are not among the known ones and say something."""
+    return tuple(str(key) for key, value in values.items() if key not in known and not says_nothing(value))
 
 
-def _says_nothing(value: Any) -> bool:
-    """Whether a value is empty, as chat interfaces fill the fields that they do not use."""
+def says_nothing(value: Any) -> bool:
+    """Whether a value is empty, as chat interfaces and tables fill the fields that they do not use."""
     return value is None or (isinstance(value, str | bytes | list | tuple | dict | np.ndarray) and len(value) == 0)
 
 

@@ -15,11 +15,11 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dsvl2_jax.checkpoint.staging import scratch
 from dsvl2_jax.errors import DataError, UsageError
 
 # Beginning of a table's name → metric; tables of other names are multiple choice.
@@ -198,8 +198,8 @@ def _write(file: Path, folder: Path, records: Callable[[Save], Iterator[dict[str
     """Writes records and their images, and gives both their names when all of them are there."""
     images: set[str] = set()
     questions = 0
-    with tempfile.TemporaryDirectory(prefix=f".{file.stem}-", dir=file.parent) as work:
-        new_file, new_folder = Path(work, "records"), Path(work, "images")
+    with scratch(file) as work:
+        new_file, new_folder = work / "records", work / "images"
         new_folder.mkdir()
 
         def save(name: str, content: bytes) -> None:
@@ -213,7 +213,7 @@ def _write(file: Path, folder: Path, records: Callable[[Save], Iterator[dict[str
         if not questions:
             raise DataError(f"{file}: would have no question; the source is empty.")
         if folder.exists():
-            shutil.move(folder, Path(work, "before"))
+            shutil.move(folder, work / "before")
         os.replace(new_folder, folder)
         os.replace(new_file, file)
     print(f"{questions} questions, {len(images)} images", file=sys.stderr)

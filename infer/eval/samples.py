@@ -17,7 +17,7 @@ from dsvl2_jax.infer.eval import metrics
 from dsvl2_jax.inputs.grounding import parse_boxes
 from dsvl2_jax.inputs.image_sources import ImageStore, resolve_image
 from dsvl2_jax.inputs.images import image_size
-from dsvl2_jax.inputs.records import parse_record
+from dsvl2_jax.inputs.records import parse_record, place
 from dsvl2_jax.inputs.tokenizer import IMAGE_TOKEN
 from dsvl2_jax.json_files import parse_json, read_lines
 
@@ -174,6 +174,8 @@ class _Reader:
         elif "messages" not in record and "conversations" not in record:
             raise DataError(f'expected "question" or "messages"; found {", ".join(sorted(map(str, record)))}.')
         parsed = parse_record(record)
+        if parsed.objects is not None:
+            parsed, _ = place(parsed, list(map(self._size, parsed.images)))
         turns = [dict(turn) for turn in parsed.conversation]
         answer = turns.pop()["content"].strip() if turns[-1]["role"] == "assistant" else ""
         if not turns or turns[-1]["role"] != "user":

@@ -51,7 +51,7 @@ PICTURE = [Image.new("RGB", (8, 8))]
         ([user("<image><image>"), assistant("b"), user("c", images=PICTURE)], {}, r"2 <image> tag.* 1 image.*turn 3"),
         ([user("<image>", images=PICTURE), assistant("<image>")], {}, r"turn 2 \(assistant\): has 1 <image>"),
         ([user("<image>", image=PICTURE, images=PICTURE)], {}, r'turn 1 \(user\): "images" and "image" are both given'),
-        ([user("Hi.", weight=0)], {}, r"turn 1 \(user\): has weight, which the model does not use"),
+        ([user("Hi.", speaker=1)], {}, r"turn 1 \(user\): has speaker, which the model does not use"),
         ([user("<image_placeholder>\nWhat?", images=PICTURE)], {}, "<image_placeholder>.* Write <image> where"),
         ([{"role": "User", "content": "<image_placeholder>"}], {}, "<image_placeholder>.* Write <image> where"),
         ([user("<image>")], {"images": PICTURE * 2}, "1 <image> tag.* 2 image"),

@@ -16,7 +16,7 @@ from dsvl2_jax.errors import DataError, SampleError
 from dsvl2_jax.inputs import image_sources
 from dsvl2_jax.inputs.image_sources import FilePool, index_tar, open_images
 from dsvl2_jax.inputs.processor import ModelInputs, Processor
-from dsvl2_jax.inputs.records import parse_record, process
+from dsvl2_jax.inputs.records import parse_record, process, resolve
 
 MICRO = Path(configs.__file__).parent / "micro"
 
@@ -50,7 +50,7 @@ def folder(tmp_path_factory) -> Path:
 
 def read(processor: Processor, record: dict, images: Path | str, mask_prompt: bool = True) -> ModelInputs:
     store = open_images(str(images), "unused.jsonl")
-    return process(parse_record(record), processor, store, mask_prompt)
+    return process(resolve(parse_record(record), processor, store), processor, mask_prompt)
 
 
 def same(one: ModelInputs, other: ModelInputs) -> bool:
@@ -222,7 +222,7 @@ TURNS = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "H
     ("record", "reason", "message"),
     [
         ([1], "record", "expected a JSON object, found a list"),
-        ({"prompt": "x"}, "record", 'expected "messages", "conversations" or "text"; found prompt'),
+        ({"prompt": "x"}, "record", 'expected "messages", "conversations" or "text", or.*; found prompt'),
         ({"text": 5}, "record", '"text" of type int'),
         ({"text": "  "}, "record", "empty"),
         ({"messages": []}, "record", "one or more turns"),

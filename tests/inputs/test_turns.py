@@ -69,8 +69,8 @@ def test_a_part_without_a_picture_stands_for_the_next_of_those_beside_it():
 
 
 def test_keys_that_are_not_used_are_named_and_harmless_ones_are_not():
-    turn = {"role": "user", "content": [{**TEXT, "weight": 2}], "id": 3, "name": "Ann", "tool_calls": [], "loss": False}
-    assert read_turn(turn, "turn 1").unused == ("loss", "content[0].weight")
+    turn = {"role": "user", "content": [{**TEXT, "weight": 2}], "id": 3, "name": "Ann", "tool_calls": [], "speaker": 1}
+    assert read_turn(turn, "turn 1").unused == ("speaker", "content[0].weight")
 
 
 def test_an_answer_that_is_yet_to_come_may_be_null():

@@ -6,9 +6,11 @@ import concurrent.futures
 import dataclasses
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -16,16 +18,23 @@ from rich.markup import escape
 from rich.table import Table
 
 from dsvl2_jax.checkpoint.locate import resolve
-from dsvl2_jax.errors import UsageError
+from dsvl2_jax.checkpoint.staging import replacing
+from dsvl2_jax.errors import DataError, UsageError
+from dsvl2_jax.inputs.grounding import draw_boxes
 from dsvl2_jax.inputs.images import TRAITS, trait_notes
 from dsvl2_jax.inputs.processor import Processor
+from dsvl2_jax.inputs.record_boxes import BOX_KINDS
+from dsvl2_jax.inputs.records import NO_LOSS
+from dsvl2_jax.inputs.tokenizer import DET_TOKEN
 from dsvl2_jax.runtime.console import PrintableConsole
 from dsvl2_jax.runtime.progress import progress
+from dsvl2_jax.train.data.notes import BOXES, GUESSED, UNUSED, Notes, UnusedKey
 from dsvl2_jax.train.data.samples import SampleSource, SkippedSample
 from dsvl2_jax.train.settings.schema import DataSettings, SourceSettings
 
 _AT_A_TIME = 512  # samples handed to the threads; bounds what waits
 _BAR = 40  # characters
+_MOST_DRAWN = 20  # samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +51,11 @@ class Summary:
     sequence_length: int
     tiles_per_sequence: int
     traits: dict[str, int] = dataclasses.field(default_factory=dict)  # of `TRAITS`: pictures of the usable samples
+    without_loss: int = 0  # samples that say themselves that nothing of them is learnt
+    boxes: dict[str, int] = dataclasses.field(default_factory=dict)  # of `BOX_KINDS`: samples with objects
+    unused: list[UnusedKey] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)  # what is to be said about the two
+    with_boxes: list[int] = dataclasses.field(default_factory=list)  # samples whose text has boxes, the first ones
 
     @property
     def broken_samples(self) -> int:
@@ -63,7 +77,10 @@ class Summary:
             "with_images": int((self.tiles > 0).sum()),
             "text_only": int((self.tiles == 0).sum()),
             "too_long": self.too_long,
+            "without_loss": self.without_loss,
             "pictures": self.traits,
+            "boxes": self.boxes,
+            "unused_keys": [dataclasses.asdict(key) for key in self.unused],
             "sequence_length": self.sequence_length,
             "tiles_per_sequence": self.tiles_per_sequence,
             "tokens": _spread(self.tokens),
@@ -78,6 +95,7 @@ def examine(
     processor: Processor,
     images: str = "",
     follow_links: bool = False,
+    boxes: str = "",
     sequence_length: int = 4096,
     tiles_per_sequence: int = 20,
     mask_prompt: bool = False,
@@ -86,27 +104,34 @@ def examine(
     """Reads every sample once, on all cores.
 
     Args:
-      path, images, follow_links: as in `SourceSettings`.
+      path, images, follow_links, boxes: as in `SourceSettings`.
       mask_prompt: count answers alone as learnt.
       most_problems: how many are kept in words; all are counted.
 
     Raises:
       DataError: there is no file, no sample or no folder of images.
     """
-    settings = SourceSettings(path=path, images=images, follow_links=follow_links)
-    source = SampleSource(path, settings, processor, DataSettings(mask_prompt=mask_prompt))
+    source = _open(path, processor, images, follow_links, boxes, mask_prompt)
+    det = processor.tokenizer.encode(DET_TOKEN)[0]
+    notes, without_loss, with_boxes = Notes(), 0, []
     broken: Counter[str] = Counter()
     problems: list[str] = []
     sizes: list[tuple[int, int, int]] = []
     traits = Counter(dict.fromkeys(TRAITS, 0))
-    for sample in _measured(source):
-        if isinstance(sample, SkippedSample):
+    for index, sample in enumerate(_measured(source, det)):
+        if isinstance(sample, SkippedSample) and sample.reason == NO_LOSS:
+            without_loss += 1
+        elif isinstance(sample, SkippedSample):
             broken[sample.reason] += 1
             if len(problems) < most_problems:
                 problems.append(f"{sample.name}: {sample.message}")
         else:
-            sizes.append(sample[:3])
-            traits.update(sample[3])
+            sizes.append((sample.tokens, sample.learnt, sample.tiles))
+            traits.update(sample.traits)
+            for _ in notes.take(sample.notes):
+                pass  # all is said at the end
+            if sample.boxes and len(with_boxes) < _MOST_DRAWN:
+                with_boxes.append(index)
     tokens, supervised, tiles = np.array(sizes, np.int64).reshape(-1, 3).T
     return Summary(
         len(source.files),
@@ -119,6 +144,11 @@ def examine(
         sequence_length,
         tiles_per_sequence,
         dict(traits),
+        without_loss,
+        {kind: notes.boxes[kind] for kind in BOX_KINDS},
+        notes.unused,
+        notes.totals(),
+        with_boxes,
     )
 
 
@@ -128,12 +158,14 @@ def check(
     checkpoint: str | None = None,
     images: str = "",
     follow_links: bool = False,
+    boxes: str = "",
     sequence_length: int = 4096,
     tiles_per_sequence: int = 20,
     mask_prompt: bool = False,
     as_seen: bool = False,
     most_problems: int = 20,
     histogram: Path | None = None,
+    draw: Path | None = None,
     as_json: bool = False,
 ) -> int:
     """Examines a data set and prints the summary.
@@ -142,6 +174,7 @@ def check(
       checkpoint: whose tokenizer and tiling; None: the bundled model's. The others are as in `examine`.
       as_seen: read pictures as people see them, as with the setting ``data.as_seen``.
       histogram: a PNG to write.
+      draw: a folder to write the pictures of some samples to, with their boxes.
       as_json: prints one JSON object instead of tables.
 
     Returns:
@@ -152,11 +185,17 @@ def check(
     """
     if histogram is not None and histogram.suffix.lower() != ".png":
         raise UsageError(f"--histogram {histogram}: give a file name that ends in .png.")
+    if boxes not in ("", *BOX_KINDS):
+        raise UsageError(f"--boxes {boxes}: is none of {', '.join(BOX_KINDS)}.")
+    processor = Processor.from_dir(resolve(checkpoint), as_seen=as_seen, warns=False)
+    if draw is not None:
+        _make(draw)
     summary = examine(
         path,
-        processor=Processor.from_dir(resolve(checkpoint), as_seen=as_seen, warns=False),
+        processor=processor,
         images=images,
         follow_links=follow_links,
+        boxes=boxes,
         sequence_length=sequence_length,
         tiles_per_sequence=tiles_per_sequence,
         mask_prompt=mask_prompt,
@@ -167,11 +206,16 @@ def check(
     else:
         _print(summary, bundled=checkpoint is None, as_seen=as_seen)
     if histogram is not None:
-        draw(summary, histogram)
+        draw_histogram(summary, histogram)
+    if draw is not None:
+        drawn = _draw_samples(
+            _open(path, processor, images, follow_links, boxes, mask_prompt), summary.with_boxes, draw
+        )
+        print(f"pictures with boxes in {draw}: {drawn}", file=sys.stderr if as_json else sys.stdout)
     return 1 if summary.broken_samples else 0
 
 
-def draw(summary: Summary, path: Path) -> None:
+def draw_histogram(summary: Summary, path: Path) -> None:
     """Writes the token and tile histograms to a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -190,19 +234,64 @@ def draw(summary: Summary, path: Path) -> None:
     counts = np.bincount(summary.tiles)
     tiles.bar(np.arange(len(counts)), counts)
     tiles.set(xlabel="image tiles of a sample", ylabel="samples")
-    figure.savefig(path, dpi=120)
+    with replacing(path) as new:
+        figure.savefig(new, dpi=120, format=path.suffix.removeprefix(".") or "png")
 
 
-def _measured(source: SampleSource) -> Iterator[tuple[int, int, int, tuple[str, ...]] | SkippedSample]:
-    """(tokens, supervised tokens, tiles, traits of images) of each sample in order, or what is wrong with it."""
+def _open(
+    path: str, processor: Processor, images: str, follow_links: bool, boxes: str, mask_prompt: bool
+) -> SampleSource:
+    settings = SourceSettings(path=path, images=images, follow_links=follow_links, boxes=boxes)
+    return SampleSource(path, settings, processor, DataSettings(mask_prompt=mask_prompt))
 
-    def measure(index: int) -> tuple[int, int, int, tuple[str, ...]] | SkippedSample:
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--draw {folder}: cannot be made ({error.strerror}). Give a folder to write to.") from None
+
+
+def _draw_samples(source: SampleSource, indices: Sequence[int], folder: Path) -> int:
+    """Writes the images of samples with their boxes as FILE-LINE-IMAGE.png, and returns how many."""
+    drawn = 0
+    for index in indices:
+        file, _, line = source.name(index).rpartition(":")
+        for number, (image, boxes) in enumerate(source.with_boxes(index)):
+            if not boxes:
+                continue
+            target = folder / f"{Path(file).name}-{line.replace('/', '-')}-{number}.png"
+            try:
+                draw_boxes(image, boxes).save(target)
+            except OSError as error:
+                raise DataError(f"{target}: cannot be written ({error.strerror or error}).") from None
+            drawn += 1
+    return drawn
+
+
+class _Measured(NamedTuple):
+    """What is counted of a usable sample."""
+
+    tokens: int
+    learnt: int  # tokens
+    tiles: int
+    traits: tuple[str, ...]  # of images
+    boxes: bool  # whether its text has some
+    notes: dict[str, object]  # for `Notes`
+
+
+def _measured(source: SampleSource, det: int) -> Iterator[_Measured | SkippedSample]:
+    """The counts of each sample in order, or what is wrong with it; ``det`` is the token that begins boxes."""
+
+    def measure(index: int) -> _Measured | SkippedSample:
         item = source[index]
         if isinstance(item, SkippedSample):
             return item
         # A segment's first token is never predicted.
         learnt = int((item["tokens"][1:, 1] >= 0).sum())
-        return len(item["tokens"]), learnt, len(item["tiles"]), item["image_traits"]
+        boxes = bool((item["tokens"][:, 0] == det).any())
+        told = {key: item[key] for key in ("name", UNUSED, BOXES, GUESSED)}
+        return _Measured(len(item["tokens"]), learnt, len(item["tiles"]), item["image_traits"], boxes, told)
 
     with (
         concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads,
@@ -223,11 +312,13 @@ def _print(summary: Summary, bundled: bool, as_seen: bool) -> None:
         ("  with images", counts["with_images"]),
         ("  text only", counts["text_only"]),
         ("  broken", summary.broken_samples),
+        *([("  without a loss, as they say", summary.without_loss)] if summary.without_loss else []),
         (f"  over {summary.sequence_length} tokens or {summary.tiles_per_sequence} tiles", summary.too_long),
         ("tokens", int(summary.tokens.sum())),
         ("  learnt", int(summary.supervised.sum())),
         ("tiles", int(summary.tiles.sum())),
         *((f"  {trait} pictures", count) for trait, count in summary.traits.items() if count),
+        *((f"samples with boxes in {kind}", count) for kind, count in summary.boxes.items() if count),
     ]
     for name, value in rows:
         table.add_row(name, f"{value:,}")
@@ -238,6 +329,8 @@ def _print(summary: Summary, bundled: bool, as_seen: bool) -> None:
         )
     pictures = Counter(summary.traits).elements()
     for note in () if as_seen else trait_notes(pictures, "data.as_seen = true (here --as-seen)"):
+        console.print(escape(note), style="yellow", soft_wrap=True)
+    for note in summary.notes:
         console.print(escape(note), style="yellow", soft_wrap=True)
     _print_bars(console, "tokens of a sample", summary.tokens, _doublings(summary.tokens))
     _print_bars(console, "image tiles of a sample", summary.tiles, _tile_edges(summary.tiles))

@@ -17,7 +17,15 @@ import numpy as np
 from dsvl2_jax.errors import DataError, ImageError, SampleError
 from dsvl2_jax.inputs.image_sources import ImageStore, resolve_image
 from dsvl2_jax.inputs.processor import ModelInputs, Processor
-from dsvl2_jax.inputs.records import BAD_CONVERSATION, BAD_RECORD, Record, image_references, type_name, unreadable_image
+from dsvl2_jax.inputs.record_forms import type_name
+from dsvl2_jax.inputs.records import (
+    BAD_CONVERSATION,
+    BAD_RECORD,
+    NO_LOSS,
+    Resolved,
+    image_references,
+    unreadable_image,
+)
 from dsvl2_jax.inputs.tokenizer import IMAGE_TOKEN, Tokenizer
 from dsvl2_jax.model.config import TEXT_POSITION
 
@@ -25,24 +33,29 @@ from dsvl2_jax.model.config import TEXT_POSITION
 NO_IMAGE, NO_ATTRIBUTE = "no image", "no such attribute"
 
 
-def process_pair(record: Record, processor: Processor, store: ImageStore, text_length: int) -> tuple[ModelInputs, bool]:
+def process_pair(resolved: Resolved, processor: Processor, text_length: int) -> tuple[ModelInputs, bool]:
     """The record's first image, in its global view alone, and the caption that goes with it.
 
-    The caption is the first assistant turn; of a text to learn as it is, all of it but the image tags. Its tokens end
-    in eos, and there is nothing else among ``input_ids``.
+    The caption is the first assistant turn that has a loss; of a text to learn as it is, all of it but the image tags.
+    Its tokens end in eos, and there is nothing else among ``input_ids``.
 
     Returns:
       The pair, and whether the caption was cut to ``text_length`` tokens.
 
     Raises SampleError with the reason; OSError when a file cannot be read.
     """
+    record = resolved.record
     if not record.images:
         raise SampleError(NO_IMAGE, "has no image, which contrastive training needs.")
+    if not record.learnt:
+        raise SampleError(NO_LOSS, "says that there is no loss on any of it.")
     if record.text is not None:
         caption = record.text.replace(IMAGE_TOKEN, " ")
     else:
-        answers = (turn["content"] for turn in record.conversation if turn["role"] == "assistant")
-        caption = next(answers, "")
+        answers = [turn for turn in record.conversation if turn["role"] == "assistant"]
+        if answers and not any(turn.get("loss", True) for turn in answers):
+            raise SampleError(NO_LOSS, "says that there is no loss on any of its answers.")
+        caption = next((turn["content"] for turn in answers if turn.get("loss", True)), "")
     tokenizer = processor.tokenizer
     ids = tokenizer.encode(caption.strip(), special=not processor.strict_special_tokens)
     if not ids:
@@ -51,7 +64,7 @@ def process_pair(record: Record, processor: Processor, store: ImageStore, text_l
     truncated = len(ids) >= text_length
     tokens = np.array([*ids[: text_length - 1], tokenizer.eos_id], np.int32)
     try:
-        image, traits = processor.read_image(resolve_image(record.images[0], store))
+        image, traits = processor.read_image(resolved.images[0])
     except ImageError as error:
         raise unreadable_image(error, record.images[:1]) from error
     return _one_tile(tokens, processor.global_view(image), traits, caption), truncated

@@ -1,6 +1,6 @@
 """Data files with random access: where each sample lies is found once, by reading the file through, hashing it as well.
 
-JSON Lines (or a JSON array of the same records), plain text (a file is one document) and tar shards of samples
+JSON Lines (or a JSON array of the same records), tables, plain text (a file is one document) and tar shards of samples
 look alike from here on: a length, a name for each sample, and `read`.
 
 Tested in tests/train/data/test_pipeline.py.
@@ -13,17 +13,26 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from dsvl2_jax.errors import DataError, SampleError
-from dsvl2_jax.inputs.image_sources import IMAGE_SUFFIXES, FilePool, TarIndex, index_tar
+from dsvl2_jax.inputs.image_sources import IMAGE_SUFFIXES, FilePool, TarIndex, expand_paths, index_tar
 from dsvl2_jax.inputs.records import BAD_RECORD
+from dsvl2_jax.json_files import parse_json, read_json_object
+from dsvl2_jax.train.data.tables import open_table
+from dsvl2_jax.train.data.unpacked import COMPRESSED, decompress, unpacked
 
 _IMAGE_KEY = b'"image'  # "image", "images", "image_url": without it no line of a file has images
 
+
+# Of the files of a folder that is given as a data set, and how the parts of a split are named there.
+_SET_SUFFIXES = (".parquet", ".arrow", ".jsonl", ".jsonl.gz", ".jsonl.zst")
+_PART = re.compile(r"(.+)-\d{5}-of-\d{5}\.")
 
 _BLOCK = 1 << 24  # bytes read at a time
 _SPACES = np.frombuffer(b" \t\r\n\v\f", np.uint8)
@@ -55,6 +64,7 @@ class JsonFile:
     starts: np.ndarray  # i64[samples], bytes
     sizes: np.ndarray  # i64[samples], bytes
     lines: np.ndarray | None  # i64[samples], from 1; None: every line is a sample
+    plain: str = ""  # the copy that is read, of a compressed file
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -63,10 +73,10 @@ class JsonFile:
         return f"{self.path}:{index + 1 if self.lines is None else self.lines[index]}"
 
     def read(self, index: int, pool: FilePool) -> tuple[Mapping[str, Any], list[bytes]]:
-        text = pool.read(self.path, int(self.starts[index]), int(self.sizes[index]))
+        text = pool.read(self.plain or self.path, int(self.starts[index]), int(self.sizes[index]))
         try:
-            return json.loads(text.decode("utf-8-sig")), []
-        except (ValueError, RecursionError) as error:
+            return parse_json(text), []
+        except ValueError as error:
             raise SampleError(BAD_RECORD, f"not valid JSON in UTF-8 ({error}).") from None
 
 
@@ -77,6 +87,7 @@ class TextFile:
     path: str
     digest: str
     size: int
+    plain: str = ""  # the copy that is read, of a compressed file
     may_have_images = False
 
     def __len__(self) -> int:
@@ -87,7 +98,7 @@ class TextFile:
 
     def read(self, index: int, pool: FilePool) -> tuple[Mapping[str, Any], list[bytes]]:
         try:
-            return {"text": pool.read(self.path, 0, self.size).decode("utf-8-sig").strip()}, []
+            return {"text": pool.read(self.plain or self.path, 0, self.size).decode("utf-8-sig").strip()}, []
         except UnicodeDecodeError as error:
             raise SampleError(BAD_RECORD, f"not UTF-8 text ({error.reason} at byte {error.start}).") from None
 
@@ -135,8 +146,8 @@ class TarFile:
         text = self._contents(texts[0], pool)
         images = [self._contents(member, pool) for member in of_kind[_IMAGE]]
         try:
-            record = json.loads(text.decode("utf-8-sig")) if of_kind[_JSON] else {"text": text.decode("utf-8").strip()}
-        except (ValueError, RecursionError) as error:
+            record = parse_json(text) if of_kind[_JSON] else {"text": text.decode("utf-8").strip()}
+        except ValueError as error:
             raise SampleError(BAD_RECORD, f"{self.index.name(texts[0])}: not valid ({error}).") from None
         return record, images
 
@@ -148,13 +159,50 @@ class TarFile:
         return pool.read(self.path, int(self.index.offsets[member]), int(self.index.sizes[member]))
 
 
-def open_data_file(path: str) -> DataFile:
-    """Indexes a data file by its suffix: ``.txt``, ``.tar``, and everything else as JSON.
+def data_paths(pattern: str, what: str) -> list[str]:
+    """The data files that a source's path names: a file, a glob pattern, or a folder of Hugging Face's `datasets`.
 
-    Raises DataError when it cannot be read, is compressed, or is a broken JSON array or tar.
+    Such a folder is what ``save_to_disk`` wrote, or holds files of tables or JSON Lines, itself or under ``data``, as a
+    download does. Raises DataError when there is no file, or when a folder has several splits.
     """
-    suffix = os.path.splitext(path)[1].lower()
-    if suffix in (".gz", ".zst", ".xz", ".bz2", ".tgz", ".parquet", ".arrow"):
+    if not os.path.isdir(pattern):
+        return expand_paths(pattern, what)
+    folder = Path(pattern)
+    if (folder / "dataset_dict.json").is_file():
+        splits = read_json_object(folder / "dataset_dict.json", DataError, "Save the data set again.").get("splits")
+        raise _has_splits(folder, [str(folder / str(split)) for split in splits or ["SPLIT"]], what)
+    if (folder / "state.json").is_file():
+        state = read_json_object(folder / "state.json", DataError, "Save the data set again.")
+        if state.get("_indices_data_files") or state.get("_indices_files"):
+            raise DataError(f"{folder}: its rows are chosen by an index. Save it again: dataset.flatten_indices().")
+        named = [file.get("filename") for file in state.get("_data_files") or [] if isinstance(file, Mapping)]
+        paths = [folder / os.path.basename(name) for name in named if isinstance(name, str)]
+        if missing := [path for path in paths if not path.is_file()]:
+            raise DataError(f"{missing[0]}: no such file, though {folder}/state.json names it. Copy the folder again.")
+    else:
+        inside = [path for place in (folder, folder / "data") if place.is_dir() for path in place.iterdir()]
+        paths = sorted(path for path in inside if path.name.lower().endswith(_SET_SUFFIXES) and path.is_file())
+    splits = {match[1]: path for path in paths if (match := _PART.match(path.name))}
+    if len(splits) > 1:
+        raise _has_splits(folder, [str(path.with_name(f"{name}-*")) for name, path in splits.items()], what)
+    if not paths:
+        expected = ", ".join(f"*{suffix}" for suffix in _SET_SUFFIXES)
+        raise DataError(f"{folder}: a folder without data files ({what}). Expected {expected} in it or in its data/.")
+    return list(map(str, paths))
+
+
+def _has_splits(folder: Path, paths: list[str], what: str) -> DataError:
+    return DataError(f"{folder}: has several splits ({what}). Give one of them: {', '.join(sorted(paths))}.")
+
+
+def open_data_file(path: str) -> DataFile:
+    """Indexes a data file by its suffix: ``.txt``, ``.tar``, ``.parquet``, ``.arrow``, and everything else as JSON.
+
+    Of ``.gz`` and ``.zst`` files an unpacked copy is read. Raises DataError when it cannot be read, is compressed in
+    another way, or is a broken JSON array, table or tar.
+    """
+    stem, suffix = os.path.splitext(path.lower())
+    if suffix in (".xz", ".bz2", ".tgz", ".zip", ".7z") or (suffix in COMPRESSED and stem.endswith(".tar")):
         raise DataError(f"{path}: {suffix} is not read at random. Unpack or convert it to JSON Lines, .txt or .tar.")
     try:
         status = os.stat(path)
@@ -168,12 +216,27 @@ def _open(path: str, suffix: str, size: int, mtime: int) -> DataFile:
     """One pass for every state of a file: the fingerprint, training and validation share it."""
     if suffix == ".tar":
         return _group(index_tar(path))
-    if suffix == ".txt":
-        with open(path, "rb") as file:
-            return TextFile(path, hashlib.file_digest(file, "sha256").hexdigest(), size)
+    if suffix in (".parquet", ".arrow"):
+        return open_table(path, suffix, _digest(path))
+    if suffix in COMPRESSED:
+        inner = os.path.splitext(path[: -len(suffix)])[1].lower()
+        plain = unpacked(path, f"{_digest(path)}.{'txt' if inner == '.txt' else 'jsonl'}", decompress)
+        file = _open_json_or_text(plain, os.path.getsize(plain))
+        return dataclasses.replace(file, path=path, plain=plain)
+    return _open_json_or_text(path, size)
+
+
+def _open_json_or_text(path: str, size: int) -> JsonFile | TextFile:
+    if path.lower().endswith(".txt"):
+        return TextFile(path, _digest(path), size)
     with open(path, "rb") as file:
         start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
     return _index_array(path) if start.startswith(b"[") else _index_lines(path, size)
+
+
+def _digest(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _index_lines(path: str, size: int) -> JsonFile:

@@ -30,10 +30,12 @@ from grain.experimental import DatasetOptions, ThreadPrefetchDatasetIterator, Wi
 from dsvl2_jax.errors import DataError
 from dsvl2_jax.inputs.images import trait_notes
 from dsvl2_jax.inputs.processor import Processor
+from dsvl2_jax.inputs.records import NO_LOSS
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.train.data import packing
 from dsvl2_jax.train.data.batch import TrainBatch
 from dsvl2_jax.train.data.encoder_samples import NO_ATTRIBUTE, NO_IMAGE, AttributeIds, Pairs
+from dsvl2_jax.train.data.notes import Notes
 from dsvl2_jax.train.data.packing import TOO_LONG, RowShape
 from dsvl2_jax.train.data.samples import SkippedSample, fingerprint, open_sources
 from dsvl2_jax.train.settings.schema import DataSettings, Settings
@@ -56,7 +58,7 @@ _SPAN = 1000
 # A run of this many samples (or twice the set) without a usable one will not get better.
 _MOST_USELESS = 10_000
 # Reasons for which samples are left out that are not broken.
-_WHOLE = TOO_LONG | {NO_IMAGE, NO_ATTRIBUTE}
+_WHOLE = TOO_LONG | {NO_IMAGE, NO_ATTRIBUTE, NO_LOSS}
 _LAST_PROBLEMS = 5  # shown when the run stops
 AS_SEEN = "data.as_seen = true"  # what a note about pictures names
 _BUFFER = 4  # samples that a worker or thread holds ready
@@ -277,6 +279,7 @@ class _UsableSamplesIterator(grain.DatasetIterator):
         self._problems: list[str] = []
         self._attributes = AttributeIds()
         self._traits: Counter[str] = Counter()  # of pictures
+        self._notes = Notes()
 
     def __next__(self) -> dict[str, Any]:
         if self._inner is None:
@@ -297,6 +300,8 @@ class _UsableSamplesIterator(grain.DatasetIterator):
                 self._state["useless"] = 0
                 self._attributes.add(item.pop("attributes", {}))
                 self._note(item["name"], item.pop("image_traits", ()))
+                for note in self._notes.take(item):
+                    _LOG.warning("%s: %s", item["name"], note)
                 if type(item["tiles"]) is not np.ndarray:
                     # Shared memory is given back at once: a packer's worth of tiles would fill a container's.
                     item["tiles"] = np.array(item["tiles"], subok=False)
@@ -351,7 +356,10 @@ class _UsableSamplesIterator(grain.DatasetIterator):
             self._inner = None
         for note in trait_notes(self._traits.elements(), AS_SEEN):
             _LOG.warning("in all: %s", note)
+        for note in self._notes.totals():
+            _LOG.warning("in all: %s", note)
         self._traits.clear()
+        self._notes = Notes()
 
 
 def _set_up_grain() -> None:

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from dsvl2_jax.errors import DataError, SampleError
+from dsvl2_jax.inputs.grounding import Box
 from dsvl2_jax.inputs.image_sources import FilePool, ImageStore, expand_paths, index_tar, open_images
 from dsvl2_jax.inputs.processor import Processor
-from dsvl2_jax.inputs.records import parse_record, process
-from dsvl2_jax.train.data import packing
+from dsvl2_jax.inputs.records import Record, learnt_boxes, parse_record, process, resolve
+from dsvl2_jax.train.data import notes, packing
 from dsvl2_jax.train.data.encoder_samples import Pairs, parse_regions, process_pair, process_regions
-from dsvl2_jax.train.data.files import DataFile, open_data_file
+from dsvl2_jax.train.data.files import DataFile, data_paths, open_data_file
 from dsvl2_jax.train.data.packing import RowShape
 from dsvl2_jax.train.settings.schema import DataSettings, Settings, SourceSettings
 
@@ -52,7 +54,7 @@ class SampleSource:
         one image and its text.
         """
         self.label = label
-        self.files: list[DataFile] = [open_data_file(path) for path in expand_paths(source.path, label)]
+        self.files: list[DataFile] = [open_data_file(path) for path in data_paths(source.path, label)]
         self._ends = np.cumsum([len(file) for file in self.files])
         if not len(self):
             raise DataError(f"{source.path}: no samples ({label}). The file is empty, or the archive has no texts.")
@@ -74,8 +76,8 @@ class SampleSource:
         return any(file.may_have_images for file in self.files)
 
     def __getitem__(self, index: int) -> dict[str, Any] | SkippedSample:
-        """`packing.element` with ``image_traits``, or why there is none; of regions with ``attributes``, the names by
-        their ids.
+        """`packing.element` with ``image_traits`` and what `Notes` counts, or why there is none; of regions with
+        ``attributes``, the names by their ids.
 
         Raises nothing: a bad sample must not end a worker.
         """
@@ -83,29 +85,55 @@ class SampleSource:
         name = file.name(number)
         try:
             record, own_images = file.read(number, self._pool)
-            store = self._store(file)
             if self._pairs is not None and self._pairs.phrases:
-                regions = parse_regions(record, own_images)
-                inputs, phrases, attributes, truncated = process_regions(regions, self._processor, store, self._pairs)
-                traits = {"image_traits": inputs.image_traits}
-                element = packing.element(inputs, name, truncated=truncated, phrases=phrases)
-                return element | traits | {"attributes": attributes}
-            record = parse_record(record, own_images)
-            if self._pairs is not None:
-                inputs, truncated = process_pair(record, self._processor, store, self._pairs.tokens)
-                return packing.element(inputs, name, truncated=truncated) | {"image_traits": inputs.image_traits}
-            inputs = process(record, self._processor, store, self._data.mask_prompt)
-            truncated = False
-            if self.shape is not None:
-                side = self._processor.config.tokens_per_side
-                inputs, truncated = packing.fit(inputs, self.shape, self._data.too_long, side)
+                return self._read_regions(name, record, own_images, self._store(file))
+            return self._read_text(name, parse_record(record, own_images), self._store(file))
         except SampleError as error:
             return SkippedSample(name, error.reason, str(error))
         except OSError as error:
             return SkippedSample(name, UNREADABLE, str(error))
         except Exception as error:  # whatever unknown data make the libraries that read it raise
             return SkippedSample(name, UNEXPECTED, f"{type(error).__name__}: {error}")
-        return packing.element(inputs, name, truncated=truncated) | {"image_traits": inputs.image_traits}
+
+    def _read_text(self, name: str, record: Record, store: ImageStore) -> dict[str, Any]:
+        """A sample for the language model, or an image and its caption."""
+        if self._pairs is not None and record.objects is None:
+            record = dataclasses.replace(record, images=record.images[:1])  # the others are not looked for
+        resolved = resolve(record, self._processor, store, self._source.boxes or None)
+        if self._pairs is not None:
+            inputs, truncated = process_pair(resolved, self._processor, self._pairs.tokens)
+        else:
+            inputs, truncated = process(resolved, self._processor, self._data.mask_prompt), False
+            if self.shape is not None:
+                side = self._processor.config.tokens_per_side
+                inputs, truncated = packing.fit(inputs, self.shape, self._data.too_long, side)
+        said = record.objects is not None and (record.objects.kind or self._source.boxes)
+        return packing.element(inputs, name, truncated=truncated) | {
+            "image_traits": inputs.image_traits,
+            notes.UNUSED: record.unused,
+            notes.BOXES: resolved.kind or "",
+            notes.GUESSED: resolved.kind is not None and not said,
+        }
+
+    def _read_regions(self, name: str, record: Any, own_images: Sequence[Any], store: ImageStore) -> dict[str, Any]:
+        regions = parse_regions(record, own_images)
+        inputs, phrases, attributes, truncated = process_regions(regions, self._processor, store, self._pairs)
+        element = packing.element(inputs, name, truncated=truncated, phrases=phrases)
+        return element | {"image_traits": inputs.image_traits, "attributes": attributes}
+
+    def name(self, index: int) -> str:
+        """A sample's, as "file:line"."""
+        file, number = self._locate(index)
+        return file.name(number)
+
+    def with_boxes(self, index: int) -> list[tuple[Image.Image, list[Box]]]:
+        """The images of a usable sample, each with the boxes that training sees in it."""
+        file, number = self._locate(index)
+        record = parse_record(*file.read(number, self._pool))
+        resolved = resolve(record, self._processor, self._store(file), self._source.boxes or None)
+        images = [self._processor.read_image(image)[0] for image in resolved.images]
+        boxes = learnt_boxes(record, [image.size for image in images], resolved.kind)
+        return [(image, [box for box in boxes if box.image == place]) for place, image in enumerate(images)]
 
     def _locate(self, index: int) -> tuple[DataFile, int]:
         number = int(np.searchsorted(self._ends, index, side="right"))
@@ -151,7 +179,7 @@ def fingerprint(settings: Settings) -> dict[str, str]:
         for name, source in sources.items():
             if label == "data.train" and source.weight <= 0:
                 continue
-            for path in expand_paths(source.path, f"{label}.{name}"):
+            for path in data_paths(source.path, f"{label}.{name}"):
                 digests[path] = open_data_file(path).digest
             if source.images.endswith(".tar"):
                 digests |= {path: index_tar(path).digest for path in expand_paths(source.images, "image shards")}

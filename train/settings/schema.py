@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from dsvl2_jax.fields import setting
+from dsvl2_jax.inputs.record_boxes import BOX_KINDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +39,21 @@ class SourceSettings:
     """One data set."""
 
     path: str = setting(
-        "", help="JSON Lines of conversations, or plain text; a glob pattern may name several files; must be given"
+        "",
+        help="JSON Lines (.gz, .zst), a JSON array, Parquet, .arrow, plain text or tar; a glob pattern may name "
+        "several files, or a folder a Hugging Face data set; must be given",
     )
     weight: float = setting(
         1.0, least=0, help="share of the samples drawn from it, relative to the others (training only); 0: left out"
     )
     images: str = setting(
         "", help="folder or tar shards (a glob) where image names are looked up; empty: the data file's folder"
+    )
+    boxes: str = setting(
+        "",
+        choices=("", *BOX_KINDS),
+        help='what the numbers of boxes under "objects" are, in records that do not say it: pixels, 0-1 or 0-1000; '
+        "empty: decided for each record",
     )
     follow_links: bool = setting(
         False, may_change=True, help="true: links in the folder of images may lead out of it, as to a store of files"

@@ -18,27 +18,32 @@ def check(
     ckpt: str | None = None,
     images: str = "",
     follow_links: bool = False,
+    boxes: str = "",
     sequence_length: int = 4096,
     tiles_per_sequence: int = 20,
     mask_prompt: bool = False,
     as_seen: bool = False,
     problems: int = 20,
     histogram: Path | None = None,
+    draw: Path | None = None,
     json: bool = False,
 ) -> int:
     """Check a training data set: what is in it, and what is wrong with it; exit status 1 when a sample is broken.
 
     Args:
-        file: JSON Lines, a JSON array, .txt or .tar; a glob pattern may name several.
+        file: JSON Lines (also .gz, .zst), a JSON array, .parquet, .arrow, .txt or .tar; a glob pattern may name
+            several, or a folder a Hugging Face data set.
         ckpt: checkpoint whose tokenizer and tiling count; without it, the bundled model's.
         images: folder, or tar shards (a glob ending in .tar), of the images; without it, the file's folder.
         follow_links: links in the folder of images may lead out of it.
+        boxes: what boxes under "objects" are that do not say it: pixels, 0-1 or 0-1000; without it, decided for each.
         sequence_length: tokens of a training row.
         tiles_per_sequence: image tiles of a training row.
         mask_prompt: count answers alone as learnt, as in fine-tuning.
         as_seen: read images as with the setting data.as_seen.
         problems: how many broken samples to list; all are counted.
         histogram: PNG to draw token and tile counts to.
+        draw: folder to write pictures of up to 20 samples to, with their boxes.
         json: print one JSON object.
     """
     with needs_train_extra():
@@ -49,12 +54,14 @@ def check(
             checkpoint=ckpt,
             images=images,
             follow_links=follow_links,
+            boxes=boxes,
             sequence_length=sequence_length,
             tiles_per_sequence=tiles_per_sequence,
             mask_prompt=mask_prompt,
             as_seen=as_seen,
             most_problems=problems,
             histogram=histogram,
+            draw=draw,
             as_json=json,
         )
 

@@ -87,6 +87,10 @@ def _status_and_message(error: BaseException) -> tuple[int, str | None]:
             return 1, "dsvl2: error: standard output is closed."
         sys.stderr.close()  # python would complain once more when it flushes at exit
         return 1, None
+    if isinstance(error, OSError) and error.strerror:
+        where = error.filename2 or error.filename
+        what = f"{where}: {error.strerror}" if where else f"a file cannot be read or written: {error.strerror}"
+        return 1, f"dsvl2: error: {what}. Check the path, its permissions and the space on its disk."
     return 1, f"dsvl2: error: {type(error).__name__}: {str(error) or 'no message'} (--debug shows where)"
 
 
