@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dsvl2_jax import json_files
 from dsvl2_jax.errors import ConfigError
-from dsvl2_jax.json_files import MAX_DEPTH, parse_json, read_json_object, read_text
+from dsvl2_jax.json_files import MAX_DEPTH, parse_json, parse_toml, read_json_object, read_lines, read_text, read_toml
 
 
 @given(st.binary(max_size=200) | st.text(max_size=200))
@@ -73,3 +73,29 @@ def test_files_are_named_with_what_was_found(tmp_path, monkeypatch):
             read_text(tmp_path / name, ConfigError)
     with pytest.raises(ConfigError, match="directory"):
         read_text(tmp_path, ConfigError)
+
+
+@pytest.mark.parametrize(
+    "text", ["a = " + "[" * 5000, "a = " + "[" * 150 + "]" * 150, "a = " + "9" * 5000, "a", "a = 1\na = 2"]
+)
+def test_toml_that_cannot_be_read_is_a_value_error(text, tmp_path):
+    with pytest.raises(ValueError):
+        parse_toml(text)
+    (tmp_path / "c.toml").write_text(text)
+    with pytest.raises(ConfigError, match=r"c\.toml: not readable as TOML"):
+        read_toml(tmp_path / "c.toml", ConfigError)
+
+
+def test_lines_are_numbered_and_what_is_wrong_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbfone\n\xe2\x80\xa8two\n\nlast")
+    assert list(read_lines(path, ConfigError, "")) == [(1, "one\n"), (2, "\u2028two\n"), (3, "\n"), (4, "last")]
+    path.write_bytes(b"one\n\xff\n")
+    with pytest.raises(ConfigError, match=r"a\.jsonl:2: not UTF-8"):
+        list(read_lines(path, ConfigError, ""))
+    monkeypatch.setattr(json_files, "MAX_BYTES", 3)
+    with pytest.raises(ConfigError, match=r"a\.jsonl:1: a line of more than 3 bytes"):
+        list(read_lines(path, ConfigError, ""))
+    for name in ("missing", "a" * 300, "a\0"):
+        with pytest.raises(ConfigError):
+            list(read_lines(tmp_path / name, ConfigError, ""))

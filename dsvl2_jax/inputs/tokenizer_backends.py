@@ -58,8 +58,8 @@ class JsonBackend:
 
         self._library, self._path = tokenizers, path
         document = read_json_object(path, TokenizerError)
+        document |= {"truncation": None, "padding": None}  # never used here
         _check_document(document, path)
-        document |= {"truncation": None, "padding": None}  # never used here, and their numbers are not checked
         with self._guarded(), _silent():
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(document, ensure_ascii=False))
             self._tokenizer.decode(self._tokenizer.encode(_PROBE, add_special_tokens=False).ids)

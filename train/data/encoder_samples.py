@@ -135,7 +135,7 @@ def parse_regions(record: Any, own_images: Sequence[Any] = ()) -> Regions:
         if not (
             isinstance(box, list)
             and len(box) == 4
-            and all(isinstance(x, int | float) and math.isfinite(x) for x in box)
+            and all(isinstance(x, int | float) and -1e9 < x < 1e9 for x in box)
             and box[0] < box[2]
             and box[1] < box[3]
         ):

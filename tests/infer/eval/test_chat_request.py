@@ -39,7 +39,7 @@ def no_key(monkeypatch):
         (["--extra-body", "{"], "--extra-body: found '{', which is not JSON"),
         (["--extra-body", "[]"], "--extra-body: found '[]', expected a JSON object"),
         (["--extra-body", '{"stream": true, "n": 2}'], "--extra-body: n, stream cannot be set here"),
-        (["--api-key-file", "no-such"], "--api-key-file no-such: cannot be read (No such file or directory)"),
+        (["--api-key-file", "no-such"], "no-such: not found, and it is needed. Give --api-key-file"),
     ],
 )
 def test_options_that_do_not_go_together_are_usage_errors(arguments, message, capsys, tmp_path, monkeypatch):
@@ -102,7 +102,7 @@ def test_the_key_of_a_file_comes_before_that_of_the_environment(tmp_path, monkey
         (f"{KEY}\nb {KEY}\n", "has 2 keys, expected one"),
         (f"the key is {KEY}", "expected KEY or NAME KEY"),
         (f"{KEY}é", "expected KEY or NAME KEY, the key of ASCII characters"),
-        (b"\xff" + KEY.encode(), "cannot be read (not text)"),
+        (b"\xff" + KEY.encode(), "not UTF-8 text"),
     ],
 )
 def test_a_file_without_one_key_is_refused_and_not_shown(tmp_path, content, message):

@@ -218,7 +218,7 @@ def test_unreadable_files_are_named(tmp_path):
     (tmp_path / "bad.toml").write_text("[run\n")
     assert "bad.toml: not readable as TOML" in problems(tmp_path / "bad.toml")
     (tmp_path / "bytes.toml").write_bytes(b"\xff")
-    assert "bytes.toml: not readable as TOML" in problems(tmp_path / "bytes.toml")
+    assert "bytes.toml: not UTF-8 text" in problems(tmp_path / "bytes.toml")
     assert "no such file, and no such preset" in problems(tmp_path / "none.toml")
 
 
