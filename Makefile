@@ -9,8 +9,8 @@ EXAMPLES ?= 1200
 CKPT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv constraints run test test-fast test-exhaustive test-newest test-fuzz test-pods test-gpu-compile compile-tests lint lint-imports docs \
-	train-micro eval-micro clean
+.PHONY: help .venv constraints run test chaos soak test-fast test-exhaustive test-newest test-fuzz fuzz test-pods test-gpu-compile compile-tests lint lint-imports docs \
+	audit sbom licences train-micro eval-micro clean
 
 help:
 	@echo "make run     draw fresh pictures and ask the bundled model about them; SEED=7 draws others"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-exhaustive   the suite with further cases: every model on every mesh"
 	@echo "make test-newest  the same suite in .venv-newest, with the newest release of every package"
 	@echo "make test-fuzz    requests that schemathesis makes of the server's OpenAPI document, EXAMPLES=1200 of each path"
+	@echo "make fuzz    broken files of every kind that is read, MINUTES=10 of them"
 	@echo "make test-pods    compile for TPU topologies, whole models included (no TPU needed; more than half an hour)"
 	@echo "make test-gpu-compile   the same for H100s (no GPU needed; fetches 4 GB into .venv-gpu; a quarter of an hour)"
 	@echo "make eval-micro   ask the bundled model 500 held-out questions a task (CKPT=DIR asks another)"
@@ -27,6 +28,9 @@ help:
 	@echo "make lint    ruff (lint and format check) and the rule of the layers (import-linter)"
 	@echo "make docs    build the documentation site into $(OUT)/site; a warning is an error"
 	@echo "make constraints   choose the newest releases and write them, with their hashes, to constraints/"
+	@echo "make audit   ask a database of vulnerabilities about every release in constraints/; fails where one is known"
+	@echo "make sbom    list what is installed in $(VENV) in $(OUT)/sbom.json (CycloneDX)"
+	@echo "make licences    print the licence of every package in $(VENV)"
 	@echo "make clean   remove $(VENV) and $(OUT)"
 
 # Stamps say what is installed; a change of setup.cfg, pyproject.toml, the constraints or the interpreter installs again.
@@ -141,6 +145,28 @@ $(FUZZ): $(UV_INSTALLED)
 test-fuzz: $(TEST_INSTALLED) $(FUZZ)
 	$(BIN)/python tests/fuzz_server.py $(abspath $(FUZZ)) $(EXAMPLES)
 
+# What asks about packages has an environment of its own too.
+AUDIT := .venv-audit
+$(AUDIT)/.installed: $(UV_INSTALLED)
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(AUDIT)
+	$(BIN)/uv pip install --quiet --python $(AUDIT)/bin/python cyclonedx-bom pip-audit pip-licenses
+	@touch $@
+
+audit: $(AUDIT)/.installed
+	@$(BIN)/python .ci/audit.py $(AUDIT)/bin/pip-audit $(wildcard constraints/*.txt)
+
+sbom: $(AUDIT)/.installed $(INSTALLED)
+	@mkdir -p $(OUT)
+	$(AUDIT)/bin/cyclonedx-py environment --output-reproducible --output-file $(OUT)/sbom.json $(BIN)/python
+
+licences: $(AUDIT)/.installed $(INSTALLED)
+	@$(AUDIT)/bin/pip-licenses --python $(BIN)/python --with-urls --format=markdown
+
+# Everything that reads a user's files, with broken ones; findings go to tests/fuzz/corpus. TARGETS="tokenizer toml" for some.
+MINUTES ?= 10
+fuzz: $(TEST_INSTALLED)
+	PYTHONPATH=tests $(BIN)/python -m fuzz.run --minutes $(MINUTES) --keep $(TARGETS)
+
 lint: $(LINT_INSTALLED) lint-imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -161,4 +187,4 @@ docs: $(DOCS_INSTALLED)
 	@echo "$(OUT)/site/index.html"
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-fuzz .venv-tpu .venv-gpu $(OUT)
+	rm -rf $(VENV) .venv-newest .venv-fuzz .venv-audit .venv-tpu .venv-gpu $(OUT)

@@ -12,7 +12,6 @@ from pathlib import Path
 import jax
 import numpy as np
 from rich import filesize
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -29,6 +28,7 @@ from dsvl2_jax.messages import listed
 from dsvl2_jax.model.config import Config, keys_without_meaning
 from dsvl2_jax.model.parameter_paths import LeafPath, path_name, stays_float32
 from dsvl2_jax.model.released import variant
+from dsvl2_jax.runtime.console import PrintableConsole
 from dsvl2_jax.runtime.progress import progress
 
 _UNUSED = "vision.attn_pool (present, unused)"
@@ -237,7 +237,7 @@ def _add_non_finite(report: Report, name: str, values: np.ndarray) -> None:
 
 
 def _print(report: Report) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = PrintableConsole(highlight=False, soft_wrap=True)
     facts = Table.grid(padding=(0, 2))
     facts.add_row("checkpoint", escape(report.directory))
     facts.add_row("layout", _LAYOUTS[report.layout])

@@ -12,7 +12,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +30,7 @@ from dsvl2_jax.checkpoint.locate import (
     open_model,
     resolve,
 )
+from dsvl2_jax.checkpoint.remote import absolute, path_of
 from dsvl2_jax.checkpoint.safetensors_source import Source, aligned_empty, numpy_dtype
 from dsvl2_jax.checkpoint.staging import refuse_existing, staged
 from dsvl2_jax.checkpoint.verify import tell
@@ -87,7 +87,7 @@ def convert(
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}.")
     limit = parse_bytes(max_memory)
-    dst = Path(dst).absolute()
+    dst = absolute(path_of(dst))
     refuse_existing(dst)
     directory = resolve(src)
     if kind(directory) != "released":
@@ -96,7 +96,7 @@ def convert(
             "back, use dsvl2 export."
         )
     config, _ = open_model(directory)
-    with Source(directory) as source, ThreadPoolExecutor(1, thread_name_prefix="dsvl2-digest") as pool:
+    with Source(directory) as source:
         source.fit(config)
         rules.check(source.shapes_and_dtypes, config, str(directory))
         leaves = {leaf.path: leaf for leaf in rules.expand(config)}
@@ -111,27 +111,23 @@ def convert(
             notes.append(
                 f"{len(mixed)} tensors are of another dtype than others of the same stacked parameter: kept as float32"
             )
-        with staged(dst, total) as partial:
-            # Beside the conversion: reading a file in order also brings it into the system's cache.
-            names = [file.name for file in source.files]
-            source_digests = pool.submit(_source_digests, directory, names, source.digests)
+        with staged(dst, total, last=MANIFEST_NAME) as partial:
             carry_files(directory, partial)
             with _writing(partial / PARAMS_NAME, config) as writer, progress("convert", total) as advance:
                 _write_parameters(source, leaves, plan, writer, limit, advance)
                 writer.finalize()
-            write_manifest(
-                partial, plan, source=str(src), mixed=mixed, notes=notes, source_digests=source_digests.result()
-            )
+            # Now that both are in the system's cache, as far as it has room; beside the conversion, reading the source
+            # a second time made the conversion wait for the disk.
+            known = source.digests  # of SHA256SUMS, and compared
+            names = [file.name for file in source.files]
+            source_digests = digests.of_files(directory, [name for name in names if name not in known])
+            source_digests |= {name: known[name] for name in names if name in known}
+            write_manifest(partial, plan, source=str(src), mixed=mixed, notes=notes, source_digests=source_digests)
     parameters = sum(math.prod(shape) for shape, _ in plan.values())
     seconds = time.monotonic() - started
     tell(directory, notes)
     print(f"wrote {dst}: {parameters:,} parameters, {filesize.decimal(total)} in {seconds:.1f} s", file=sys.stderr)
     return Converted(dst, parameters, total, seconds, tuple(notes))
-
-
-def _source_digests(directory: Path, names: Sequence[str], known: Mapping[str, str]) -> dict[str, str]:
-    """File name → SHA-256 of the files that tensors are read from; those that ``known`` has were read and compared."""
-    return {name: known[name] if name in known else digests.digest(directory / name) for name in names}
 
 
 def _mixed_dtypes(source: Source, leaves: Mapping[LeafPath, rules.Leaf], plan: Leaves) -> dict[str, str]:

@@ -24,6 +24,7 @@ from dsvl2_jax.checkpoint import rules
 from dsvl2_jax.checkpoint.leaves import leaf_bytes
 from dsvl2_jax.checkpoint.load import DTYPES, absent_leaves, open_orbax, read_leaves
 from dsvl2_jax.checkpoint.locate import PARAMS_NAME, carry_files, kind, model_files, open_model, resolve
+from dsvl2_jax.checkpoint.remote import absolute, path_of
 from dsvl2_jax.checkpoint.safetensors_source import READ_BYTES, WORKERS, copy_rows, numpy_dtype
 from dsvl2_jax.checkpoint.shards import INDEX_NAME
 from dsvl2_jax.checkpoint.staging import refuse_existing, staged
@@ -145,7 +146,7 @@ def export(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}.")
-    dst = Path(dst).absolute()
+    dst = absolute(path_of(dst))
     shard_bytes = parse_bytes(max_shard_bytes)
     refuse_existing(dst)
     directory = resolve(ckpt)

@@ -252,7 +252,7 @@ class _Reader:
         accepted = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
         if not isinstance(raw, accepted) or (isinstance(raw, bool) and kind is not bool):
             return self._wrong(path, _KINDS.get(kind, f"a {kind.__name__}"), raw)
-        if kind is float and not math.isfinite(raw):
+        if kind is float and not _is_finite(raw):
             return self._wrong(path, "finite", raw)
         value = kind(raw) if kind in (int, float) else raw
         if rule.choices and value not in rule.choices:
@@ -276,6 +276,13 @@ class _Reader:
     def _add(self, path: Path, text: str) -> Any:
         self.problems.append(Problem(path, text))
         return _MISSING
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        return False
 
 
 def _is_dataclass(value: Any) -> bool:

@@ -1,12 +1,14 @@
-"""Reading JSON and text that a user gives: one guarded reader for every such file.
+"""Reading JSON, TOML and text that a user gives: one guarded reader for every such file.
 
-`json.loads` meets bad input with several kinds of exception and lets some through. Here all of it is a ValueError,
-or an error of the caller's kind that names the file. Tested in tests/test_json_files.py.
+`json.loads` and `tomllib.loads` meet bad input with several kinds of exception and let some through. Here all of
+it is a ValueError, or an error of the caller's kind that names the file. Tested in tests/test_json_files.py.
 """
 
 from __future__ import annotations
 
 import json
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,19 @@ def parse_json(text: str | bytes) -> Any:
         except UnicodeEncodeError as error:
             surrogate = f"\\u{ord(error.object[error.start]):04x}"
             raise ValueError(f"a surrogate without its other half ({surrogate}), which is no character") from None
+    return value
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """The tables of a TOML text.
+
+    Raises ValueError: it is not TOML, deeper than MAX_DEPTH, or has a number of thousands of digits.
+    """
+    try:
+        value = tomllib.loads(text)
+        _check_depth(value)
+    except RecursionError:
+        raise ValueError(f"more than {MAX_DEPTH} levels of arrays and tables in each other") from None
     return value
 
 
@@ -85,3 +100,39 @@ def read_json_object(path: Path, error: type[DSVL2Error], advice: str = "Downloa
     if not isinstance(content, dict):
         raise error(f"{path}: found a JSON {type(content).__name__}, expected an object with named fields. {advice}")
     return content
+
+
+def read_toml(path: Path, error: type[DSVL2Error], advice: str = "Correct the file.") -> dict[str, Any]:
+    """The tables of a TOML file; arguments as `read_text`'s.
+
+    Raises:
+      error: as `read_text` does, or `parse_toml` refuses the text.
+    """
+    try:
+        return parse_toml(read_text(path, error, advice))
+    except ValueError as problem:
+        raise error(f"{path}: not readable as TOML: {problem}. {advice}") from None
+
+
+def read_lines(path: Path, error: type[DSVL2Error], advice: str) -> Iterator[tuple[int, str]]:
+    """(number from 1, text) of the lines of a UTF-8 file, one at a time; arguments as `read_text`'s.
+
+    A line ends at ``\\n``; the file may be of any size, a line has at most MAX_BYTES.
+
+    Raises:
+      error: as `read_text` does, and names the line where one is too long or not UTF-8.
+    """
+    number = 0
+    try:
+        with path.open("rb") as file:
+            while line := file.readline(MAX_BYTES + 1):
+                number += 1
+                if len(line) > MAX_BYTES:
+                    raise error(f"{path}:{number}: a line of more than {MAX_BYTES:,} bytes. {advice}")
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except FileNotFoundError:
+        raise error(f"{path}: not found, and it is needed. {advice}") from None
+    except UnicodeDecodeError as problem:
+        raise error(f"{path}:{number}: not UTF-8 text ({problem.reason}). {advice}") from None
+    except (OSError, ValueError) as problem:
+        raise error(f"{path}: cannot be read ({getattr(problem, 'strerror', None) or problem}). {advice}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,16 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's text, or the error's type where it has no text."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+# What a terminal obeys, or shows as something else: control characters but for tab and newline, changes of the writing
+# direction, and surrogates, which no encoding has.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """A text that a terminal shows and does not obey: control characters and the like as ``\\x1b`` or ``\\u202e``."""
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def listed(items: Iterable[str], limit: int = MAX_LISTED, indent: str = "    ") -> str:

@@ -119,7 +119,7 @@ def train(config: str | Path, overrides: Sequence[str] = (), *, verify: bool = F
             validation = open_validation(settings, processor, model, shard)
             state = _start(settings, trainer, run, steps, source, mesh, pipeline)
             flops = trainer.flops()
-            with Report(run.path, settings, devices=jax.device_count(), flops=flops, parts=pipeline.parts) as report:
+            with Report(run.logs, settings, devices=jax.device_count(), flops=flops, parts=pipeline.parts) as report:
                 _Loop(settings, run, trainer, pipeline, validation, report, signals).run(state)
 
 
@@ -260,7 +260,7 @@ class _Loop:
         settings = self.settings
         pending: _Pending | None = None
         self._clock = time.monotonic()
-        with _Profile(settings.profile, self.directory.path / "profile") as profile:
+        with _Profile(settings.profile, self.directory.logs / "profile") as profile:
             while self.step < settings.steps and not self._stops():
                 samples = next(self.pipeline)
                 self.step += 1

@@ -3,6 +3,10 @@
 ``run.json`` says which model and data the run began with, ``config.toml`` with which settings, and
 ``model/`` holds the model's files. A checkpoint is a directory ``checkpoints/STEP``, which appears under that name
 when it is complete: the parameters, the optimizer's state, and a JSON document with the place in the data.
+
+In an object store (`dsvl2_jax.checkpoint.remote`) a checkpoint has its name from the start, and is complete when
+Orbax has written a file that says so. No lock is to be had there: ``claim`` says which process came last, and an
+earlier one stops when it next saves. The log is written on the disk and sent to the store from time to time.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import secrets
 import shutil
 import sys
 import threading
@@ -22,7 +27,7 @@ from typing import Any
 import jax
 from rich import filesize
 
-from dsvl2_jax.checkpoint import orbax_io
+from dsvl2_jax.checkpoint import orbax_io, remote
 from dsvl2_jax.checkpoint.locate import CHECKPOINTS_NAME, MODEL_NAME, PARAMS_NAME, RUN_NAME, carry_files, run_steps
 from dsvl2_jax.checkpoint.staging import is_disk_full, locked, write_text
 from dsvl2_jax.checkpoint.verify import write_run_digests
@@ -31,12 +36,14 @@ from dsvl2_jax.json_files import read_json_object
 from dsvl2_jax.messages import changes, first_line, listed
 from dsvl2_jax.model.parameter_paths import LeafPath
 from dsvl2_jax.runtime import processes
+from dsvl2_jax.train.log.run_log import LOG_NAME
 from dsvl2_jax.train.settings.load import differences, load, to_toml
 from dsvl2_jax.train.settings.schema import Settings
 
 RUN_VERSION = 1
 CONFIG_NAME = "config.toml"
 
+_CLAIM = "claim"  # in a store: what the process wrote that opened the run last
 _OPTIMIZER = "state"
 _REMOVING = ".removing"  # added to a checkpoint's name before it is deleted, which takes a while
 _MODEL_FILES = ("config.json", "processor_config.json", "*token*")
@@ -77,11 +84,15 @@ def opened(directory: str | Path) -> Iterator[RunDirectory]:
       CheckpointError: another process is training in the directory, or it cannot be made.
       RunError: it holds something else than a run.
     """
-    path = Path(directory).absolute()
+    path = remote.absolute(remote.path_of(directory))
     busy = f"{path}: another process is training in this directory. Wait for it, or choose another run.directory."
     with contextlib.ExitStack() as stack:
         run = RunDirectory(path)
-        if processes.is_first():
+        if processes.is_first() and remote.is_remote(path):
+            run.claim()
+            run.clean()
+            stack.callback(run.send_logs)
+        elif processes.is_first():
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -108,11 +119,48 @@ class RunDirectory:
         self._saving: tuple[int, int, orbax_io.Saving] | None = None  # step, bytes, writing
         self._losses: dict[int, float] = {}
         self._digests: threading.Thread | None = None
+        self._claim: str | None = None
+        self._mirror = remote.Mirror(path) if remote.is_remote(path) else None
 
     @property
     def started(self) -> bool:
         """True when a run has begun in it."""
+        if remote.is_remote(self.path):
+            return RUN_NAME in remote.names(self.path)
         return (self.path / RUN_NAME).is_file()
+
+    @property
+    def logs(self) -> Path:
+        """The directory on the disk where log, TensorBoard's files and profiles are written."""
+        return self.path if self._mirror is None else self._mirror.directory
+
+    def send_logs(self, *, now: bool = True) -> None:
+        """Sends the logs to the store, if the run is in one and this process writes them: now, or once a minute."""
+        if self._mirror is not None and processes.is_first():
+            self._mirror.send(now=now)
+
+    def claim(self) -> None:
+        """Makes the run in a store this process's, whichever had it before, and fetches its log.
+
+        Raises:
+          CheckpointError: the store cannot be written or read.
+        """
+        self._claim = secrets.token_hex(16)
+        with remote.reaching(self.path):
+            (self.path / _CLAIM).write_text(self._claim)
+        self._mirror.fetch(LOG_NAME)
+
+    def _check_claim(self) -> None:
+        """Raises RunError when another process has opened the run since."""
+        if self._claim is None:
+            return
+        with remote.reaching(self.path, RunError):
+            found = (self.path / _CLAIM).read_text()
+        if found != self._claim:
+            raise RunError(
+                f"{self.path}: another process has begun to train in this directory, so this one stops and leaves it "
+                "to that one. One process (or one group of processes) may train in a directory at a time."
+            )
 
     @property
     def model(self) -> Path:
@@ -133,7 +181,12 @@ class RunDirectory:
           RunError: the directory holds files, but no run.
         """
         known = {MODEL_NAME, CONFIG_NAME, CHECKPOINTS_NAME, RUN_NAME}
-        foreign = sorted(file.name for file in self.path.iterdir() if file.name.split(".new")[0] not in known)
+        if remote.is_remote(self.path):
+            known |= {_CLAIM, LOG_NAME}
+            found = remote.names(self.path)
+        else:
+            found = {file.name for file in self.path.iterdir()}
+        foreign = sorted(name for name in found if name.split(".new")[0] not in known)
         if foreign and not self.started:
             raise RunError(
                 f"run.directory {self.path}: not empty and no training run (it has {', '.join(foreign[:3])}"
@@ -143,17 +196,22 @@ class RunDirectory:
 
     def begin(self, settings: Settings, model_source: Path, identity: Identity) -> None:
         """Writes what identifies the run. Nothing counts before ``run.json``, which comes last."""
-        shutil.rmtree(self.model, ignore_errors=True)
-        self.model.mkdir()
-        carry_files(model_source, self.model)
-        self.write_settings(settings)
-        (self.path / CHECKPOINTS_NAME).mkdir(exist_ok=True)
+        if remote.is_remote(self.path):
+            remote.remove(self.model)
+        else:
+            shutil.rmtree(self.model, ignore_errors=True)
+            self.model.mkdir()
+            (self.path / CHECKPOINTS_NAME).mkdir(exist_ok=True)
         content = {"version": RUN_VERSION, **dataclasses.asdict(identity)}
-        write_text(self.path / RUN_NAME, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        with remote.reaching(self.path, RunError):
+            carry_files(model_source, self.model)
+            self.write_settings(settings)
+            write_text(self.path / RUN_NAME, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     def write_settings(self, settings: Settings) -> None:
         """Keeps the settings that are in force now."""
-        write_text(self.path / CONFIG_NAME, to_toml(settings))
+        with remote.reaching(self.path, RunError):
+            write_text(self.path / CONFIG_NAME, to_toml(settings))
 
     def check(self, settings: Settings, identity: Identity) -> None:
         """Refuses to resume another run than the one that began here.
@@ -163,7 +221,7 @@ class RunDirectory:
         """
         before = self._identity()
         other = [
-            *differences(load(self.path / CONFIG_NAME, accept_old_names=True), settings),
+            *differences(load(remote.local_file(self.path / CONFIG_NAME), accept_old_names=True), settings),
             *changes(before.model, identity.model, "model: ", values=False),
         ]
         if other:
@@ -220,7 +278,8 @@ class RunDirectory:
         """
         self.wait()
         size = sum(leaf.nbytes for leaf in jax.tree.leaves((params, optimizer)))
-        if shutil.disk_usage(self.path).free < size:
+        self._check_claim()
+        if not remote.is_remote(self.path) and shutil.disk_usage(self.path).free < size:
             raise self._disk_full(step, size)
         document = {"step": step, "iterator": iterator, "validation_loss": validation_loss}
         try:
@@ -233,6 +292,7 @@ class RunDirectory:
 
     def poll(self) -> Saved | None:
         """The checkpoint that has become complete since the last call. Raises RunError when it could not be written."""
+        self.send_logs(now=False)
         return self._finished(wait=False)
 
     def wait(self) -> Saved | None:
@@ -252,7 +312,9 @@ class RunDirectory:
             self._saving = None
             raise self._failed(step, size, error) from error
         self._saving = None
-        self._keep_digests(step)
+        if not remote.is_remote(self.path):  # a store has checksums of its own, and reading all again takes as long
+            self._keep_digests(step)
+        self.send_logs()
         return Saved(step, writing.seconds)
 
     def _keep_digests(self, step: int) -> None:
@@ -281,6 +343,9 @@ class RunDirectory:
         best = min(losses, key=lambda step: (losses[step], -step), default=0)
         for step in steps[:-keep_last]:
             if processes.is_first() and (step != best or math.isinf(losses[step])):
+                if remote.is_remote(self.path):
+                    orbax_io.remove(self.checkpoint(step))
+                    continue
                 doomed = self.checkpoint(step).with_name(f"{step}{_REMOVING}")
                 self.checkpoint(step).rename(doomed)
                 shutil.rmtree(doomed, ignore_errors=True)  # a digest may be written into it at this moment
@@ -321,7 +386,7 @@ class RunDirectory:
 
     def _failed(self, step: int, size: int, error: BaseException) -> RunError:
         self._remove_unfinished()
-        if is_disk_full(error):
+        if not remote.is_remote(self.path) and is_disk_full(error):
             return self._disk_full(step, size)
         return RunError(f"{self.checkpoint(step)}: cannot be written ({first_line(error)}). {self._what_is_left()}")
 
@@ -342,6 +407,10 @@ class RunDirectory:
 
     def _remove_unfinished(self) -> None:
         directory = self.path / CHECKPOINTS_NAME
+        if remote.is_remote(self.path):
+            for path in orbax_io.unfinished(directory) if processes.is_first() else ():
+                orbax_io.remove(path)
+            return
         if processes.is_first() and directory.is_dir():
             for path in (*orbax_io.unfinished(directory), *directory.glob(f"*{_REMOVING}")):
                 shutil.rmtree(path, ignore_errors=True)

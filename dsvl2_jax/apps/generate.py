@@ -10,6 +10,9 @@ import json
 import sys
 from pathlib import Path
 
+from PIL import Image
+
+from dsvl2_jax.checkpoint.staging import replacing
 from dsvl2_jax.errors import DSVL2Error, UsageError
 from dsvl2_jax.infer.answer import Generation
 from dsvl2_jax.infer.loading import AS_SEEN, LoadOptions, load
@@ -39,6 +42,9 @@ def generate(
         raise UsageError("--draw needs an --image to draw on.")
     if draw is not None and processes.is_first() and not draw.parent.is_dir():
         raise UsageError(f"--draw {draw}: the directory {draw.parent} does not exist; make it first.")
+    kinds = Image.registered_extensions()
+    if draw is not None and draw.suffix.lower() not in kinds:
+        raise UsageError(f"--draw {draw}: ends in no kind of picture that can be written; name a .png or .jpg file.")
     timing = Timing()
     with timing.phase("load"):
         model = load(ckpt, options)
@@ -68,9 +74,10 @@ def generate(
     if draw is not None:
         image = load_image(images[-1], options.as_seen)
         try:
-            draw_boxes(image, answer.boxes).save(draw)
+            with replacing(draw) as new:
+                draw_boxes(image, answer.boxes).save(new, kinds[draw.suffix.lower()])
         except (OSError, ValueError) as error:
-            raise DSVL2Error(f"--draw {draw}: cannot be written ({error}); name a .png or .jpg file.") from None
+            raise DSVL2Error(f"--draw {draw}: cannot be written ({error}).") from None
         left_out = f", {answer.malformed_boxes} malformed left out" if answer.malformed_boxes else ""
         print(f"{len(answer.boxes)} box(es) drawn into {draw}{left_out}", file=sys.stderr)
 

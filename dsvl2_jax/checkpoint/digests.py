@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from dsvl2_jax.checkpoint import remote
 from dsvl2_jax.errors import CheckpointError
 from dsvl2_jax.json_files import read_text
 from dsvl2_jax.messages import listed
@@ -42,6 +43,8 @@ def of_files(directory: Path, names: Iterable[str]) -> dict[str, str]:
 
 def files_below(directory: Path) -> dict[str, int]:
     """Name relative to the directory → bytes, of every file below it, in order."""
+    if remote.is_remote(directory):
+        return remote.file_sizes(directory)
     files = (file for file in sorted(directory.rglob("*")) if file.is_file())
     return {str(file.relative_to(directory)): file.stat().st_size for file in files}
 

@@ -60,7 +60,6 @@ def load_params(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}.")
-    directory = Path(directory)
     if verify:
         tell(directory, verify_files(directory))
     if mesh is None:

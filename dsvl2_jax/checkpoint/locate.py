@@ -9,14 +9,15 @@ and tokenizer files in ``model/``; its checkpoints appear under their names when
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
-import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dsvl2_jax.checkpoint import digests, orbax_io
+from dsvl2_jax.checkpoint import digests, orbax_io, remote
 from dsvl2_jax.checkpoint.rules import FLOAT_DTYPES
 from dsvl2_jax.checkpoint.shards import INDEX_NAMES, has_weights, no_weights
 from dsvl2_jax.checkpoint.staging import PARTIAL_SUFFIX
@@ -25,6 +26,7 @@ from dsvl2_jax.inputs.processor import Processor
 from dsvl2_jax.json_files import read_json_object, read_text
 from dsvl2_jax.messages import first_line, listed
 from dsvl2_jax.model.config import Config
+from dsvl2_jax.runtime.terminal import unescaped
 
 MANIFEST_NAME = "dsvl2_checkpoint.json"
 MANIFEST_VERSION = 1
@@ -44,9 +46,9 @@ def resolve(checkpoint: str | Path | None) -> Path:
     """The directory of a checkpoint.
 
     Args:
-      checkpoint: a directory, a hub id such as ``deepseek-ai/deepseek-vl2-tiny`` (downloaded into the
-        hub's cache, unless a directory has that name), or None for the built-in micro model. A training run's
-        directory stands for its newest complete checkpoint.
+      checkpoint: a directory, the address of one in an object store, such as ``gs://bucket/directory``, a hub id
+        such as ``deepseek-ai/deepseek-vl2-tiny`` (downloaded into the hub's cache, unless a directory has that name),
+        or None for the built-in micro model. A training run's directory stands for its newest complete checkpoint.
 
     Raises:
       CheckpointError: there is nothing of that name, it cannot be downloaded, or the run has no checkpoint.
@@ -55,7 +57,12 @@ def resolve(checkpoint: str | Path | None) -> Path:
         from dsvl2_jax import configs
 
         return resolve(Path(configs.__file__).parent / "micro")
-    path = Path(checkpoint)
+    path = remote.path_of(checkpoint)
+    if remote.is_remote(path):
+        found = remote.names(path)
+        if not found:
+            raise CheckpointError(f"{path}: nothing is stored there. Check the address.")
+        return newest_of_run(path) if RUN_NAME in found else path
     if path.is_dir():
         return newest_of_run(path) if (path / RUN_NAME).is_file() else path
     if path.exists():
@@ -70,8 +77,9 @@ def resolve(checkpoint: str | Path | None) -> Path:
 
 def run_steps(run: Path) -> list[int]:
     """The steps of a run's complete checkpoints, ascending."""
-    directories = (run / CHECKPOINTS_NAME).glob("*")
-    return sorted(int(d.name) for d in directories if d.name.isdecimal() and orbax_io.is_checkpoint(d))
+    directory = run / CHECKPOINTS_NAME
+    found = remote.names(directory) if remote.is_remote(run) else {path.name for path in directory.glob("*")}
+    return sorted(int(name) for name in found if name.isdecimal() and orbax_io.is_checkpoint(directory / name))
 
 
 def newest_of_run(run: Path) -> Path:
@@ -89,9 +97,12 @@ def newest_of_run(run: Path) -> Path:
 
 
 def model_files(directory: Path) -> Path:
-    """Where the configuration, processor and tokenizer files of a checkpoint are: ``directory``, except in a run."""
+    """Where the configuration, processor and tokenizer files of a checkpoint are: ``directory``, except in a run.
+
+    Of a checkpoint in a store they are copied to the disk, for the libraries that read them.
+    """
     run = run_of(directory)
-    return directory if run is None else run / MODEL_NAME
+    return remote.local_copy(directory if run is None else run / MODEL_NAME, _is_carried)
 
 
 def description(directory: Path) -> str:
@@ -107,7 +118,7 @@ def description(directory: Path) -> str:
 
 def run_of(directory: Path) -> Path | None:
     """The run whose ``checkpoints/STEP`` this is."""
-    directory = directory.absolute()
+    directory = remote.absolute(directory)
     run = directory.parent.parent
     inside = directory.parent.name == CHECKPOINTS_NAME and (run / RUN_NAME).is_file()
     return run if inside else None
@@ -141,10 +152,11 @@ def _download(hub_id: str) -> Path:
 
     try:
         patterns = ["*.json", "*.safetensors", "*.model", "*.md", "*.txt", "LICENSE*"]
-        directory = Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
-        if not any(directory.glob("*.safetensors")):
-            patterns.append("pytorch_model*.bin")
+        with contextlib.redirect_stderr(unescaped(sys.stderr)):  # where the client draws its own progress bars
             directory = Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
+            if not any(directory.glob("*.safetensors")):
+                patterns.append("pytorch_model*.bin")
+                directory = Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
         return directory
     except Exception as error:  # the client raises its own, requests' and the operating system's errors
         raise CheckpointError(
@@ -180,6 +192,11 @@ def kind(directory: Path) -> str:
             "copied in part. Convert the released checkpoint again, or copy the whole directory."
         )
     if has_weights(directory):
+        if remote.is_remote(directory):
+            raise CheckpointError(
+                f"{directory}: is in the released layout, which is read from a disk alone. Copy it to one, and "
+                "convert it to this store: dsvl2 convert DIRECTORY gs://… or s3://…"
+            )
         return "released"
     raise CheckpointError(
         f"{directory}: not a checkpoint: it has no {MANIFEST_NAME}, so is no converted directory, and "
@@ -228,10 +245,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 def check_sizes(directory: Path, sizes: Mapping[str, int], problem: str) -> None:
     """Raises CheckpointError, which says ``problem``, when files (name → bytes) are missing or of another size."""
     damaged = []
+    stored = remote.file_sizes(directory) if remote.is_remote(directory) else None
     for name, size in sizes.items():
         file = directory / name
         try:
-            stored_size = file.stat().st_size if file.is_file() else None
+            stored_size = stored.get(name) if stored is not None else file.stat().st_size if file.is_file() else None
         except (OSError, ValueError):  # a name that no file can have
             stored_size = None
         if stored_size != size:
@@ -245,7 +263,10 @@ def check_sizes(directory: Path, sizes: Mapping[str, int], problem: str) -> None
 def carry_files(source: Path, target: Path) -> None:
     """Copies configuration, tokenizer, licence and documentation files, so that ``target`` is complete by itself."""
     for file in sorted(source.iterdir()):
-        carried = file.suffix in _CARRIED_SUFFIXES or file.name.startswith(_CARRIED_NAMES)
-        generated = file.name in (*INDEX_NAMES, MANIFEST_NAME)
-        if file.is_file() and carried and not generated and file.stat().st_size <= _CARRIED_BYTES:
-            shutil.copyfile(file, target / file.name)
+        if file.is_file() and _is_carried(file) and file.stat().st_size <= _CARRIED_BYTES:
+            (target / file.name).write_bytes(file.read_bytes())
+
+
+def _is_carried(file: Path) -> bool:
+    carried = file.suffix in _CARRIED_SUFFIXES or file.name.startswith(_CARRIED_NAMES)
+    return carried and file.name not in (*INDEX_NAMES, MANIFEST_NAME)

@@ -1,4 +1,4 @@
-"""The only file that knows Orbax.
+"""The only file that knows Orbax, with `orbax_s3` beside it.
 
 Two kinds of ordinary Orbax v1 checkpoints: one nested dict of parameters, written by partial saves so that
 the whole tree never has to be in memory (a converted directory), and several named trees with a JSON
@@ -24,6 +24,7 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from dsvl2_jax.checkpoint import remote
 from dsvl2_jax.model.parameter_paths import LeafPath
 
 # Larger leaves are cut into pieces of at most this size, so that a sharded restore reads little more than
@@ -32,6 +33,7 @@ CHUNK_BYTES = 1 << 20
 
 _DOCUMENT = "data"  # the JSON document among the named trees of a checkpoint
 _METADATA = "_CHECKPOINT_METADATA"  # the file in a checkpoint that Orbax writes last
+_COMPLETE = "commit_success.txt"  # the file that it writes last in a store, where it cannot rename
 _UNFINISHED = ".orbax-checkpoint-tmp"  # added to a checkpoint's name while it is written
 
 
@@ -44,7 +46,7 @@ class ParamWriter:
 
     def __init__(self, path: Path, entries: Mapping[LeafPath, int]):
         """``entries``: leaf → its axis of experts or heads, of which large leaves store each entry by itself."""
-        self._path = path.absolute()
+        self._path = remote.absolute(path)
         self._pending: Any = None
         self._context = _saving_context(entries)
         self._context.memory_options.deepcopy_host_arrays = False
@@ -90,7 +92,9 @@ class Saving:
         self._started = time.monotonic()
         self.seconds: float | None = None  # from the call to the end of writing, when `done` has seen it
         with _saving_context(entries or {}):
-            self._response = ocp.save_checkpointables_async(path.absolute(), {**trees, _DOCUMENT: _Document(document)})
+            self._response = ocp.save_checkpointables_async(
+                remote.absolute(path), {**trees, _DOCUMENT: _Document(document)}
+            )
 
     def done(self) -> bool:
         """True when the checkpoint is complete. Raises what the writing raised."""
@@ -117,6 +121,11 @@ def _is_not_raised_too(record: logging.LogRecord) -> bool:
     return record.levelno != logging.ERROR or "orbax" not in record.pathname
 
 
+def _is_no_second_failure(record: logging.LogRecord) -> bool:
+    """False for what asyncio logs of reads that failed beside the one whose error is raised."""
+    return not ("exception was never retrieved" in (text := record.getMessage()) and "orbax" in text)
+
+
 class _Document:
     """A JSON document of each process, in Orbax's protocol for objects that save themselves.
 
@@ -136,13 +145,13 @@ class _Document:
 
     async def load(self, directory: Any) -> Awaitable[None]:
         async def read() -> None:
-            self.value = _documents(Path(str(directory)))
+            self.value = _documents(remote.path_of(str(directory)))
 
         return read()
 
     @staticmethod
     def _file(directory: Any) -> Path:
-        return Path(str(directory)) / f"process-{jax.process_index()}.json"
+        return remote.path_of(str(directory)) / f"process-{jax.process_index()}.json"
 
 
 def _documents(directory: Path) -> list[Any]:
@@ -151,17 +160,30 @@ def _documents(directory: Path) -> list[Any]:
 
 def is_checkpoint(path: Path) -> bool:
     """True for a complete checkpoint (`ocp.is_orbax_checkpoint` takes an empty directory for one)."""
+    if remote.is_remote(path):
+        return _COMPLETE in remote.names(path)
     return _UNFINISHED not in path.name and (path / _METADATA).is_file()
 
 
 def unfinished(directory: Path) -> list[Path]:
-    """The temporary directories in ``directory`` of checkpoints that are being written, or never were finished."""
+    """The directories in ``directory`` of checkpoints that are being written, or never were finished.
+
+    In a store they have their final names already.
+    """
+    if remote.is_remote(directory):
+        return sorted(directory / name for name in remote.names(directory) if not is_checkpoint(directory / name))
     return sorted(path for path in directory.glob(f"*{_UNFINISHED}*") if path.is_dir())
+
+
+def remove(path: Path) -> None:
+    """Removes a checkpoint from a store; it counts as unfinished first."""
+    remote.remove(path / _COMPLETE)
+    remote.remove(path)
 
 
 def read_tree(path: Path, name: str, abstract: Any) -> Any:
     """One tree of a checkpoint of several: arrays with the dtypes and shardings of ``abstract``'s structs."""
-    return _load(path.absolute(), abstract, checkpointable_name=name)
+    return _load(remote.absolute(path), abstract, checkpointable_name=name)
 
 
 def read_documents(path: Path) -> list[Any]:
@@ -203,6 +225,7 @@ def _load(*args: Any, **options: Any) -> Any:
 
     Python would print a traceback of each. Some end before `ocp.load` has raised, hence the hook is there before.
     """
+    logging.getLogger("asyncio").addFilter(_is_no_second_failure)
     show = sys.unraisablehook
 
     def hook(late: Any) -> None:
@@ -223,7 +246,7 @@ def _give_memory_back() -> None:
 
 def _checkpoint_of(path: Path) -> tuple[Path, dict[str, str]]:
     """The checkpoint that holds the tree at ``path``, and what to tell Orbax to find the tree in it."""
-    path = path.absolute()
+    path = remote.absolute(path)
     return (path.parent, {"checkpointable_name": path.name}) if is_checkpoint(path.parent) else (path, {})
 
 

@@ -35,7 +35,7 @@ _STORAGES = {
     "BoolStorage": ("BOOL", 1),
 }
 _OPCODES = {
-    "PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD",
+    "PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD",
     "BINPERSID", "BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET", "EMPTY_DICT", "SETITEM",
     "SETITEMS", "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3",
     "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE",
@@ -162,15 +162,17 @@ def _unpickle(content: bytes) -> dict[str, _View]:
     except Exception as error:  # a pickle out of order makes unpickling raise nearly anything
         raise ValueError(f"its pickle is out of order: {type(error).__name__}: {error}") from None
     if not isinstance(state, dict):
-        raise _Refused(f"holds one {_kind(state)}, expected a dict of tensor names to tensors")
+        raise _Refused(f"holds {_kind(state)} alone, expected a dict of tensor names to tensors")
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, _View):
-            raise _Refused(f"holds a {_kind(value)} under {name!r}, expected tensors alone (a state dict)")
+            raise _Refused(f"holds {_kind(value)} under {name!r}, expected tensors alone (a state dict)")
     return dict(state)
 
 
 def _kind(value: Any) -> str:
-    return "tensor" if isinstance(value, _View) else type(value).__name__
+    if isinstance(value, _View | dict):
+        return "a tensor" if isinstance(value, _View) else "another dict"
+    return f"a value of type {type(value).__name__}"
 
 
 class _Unpickler(pickle.Unpickler):

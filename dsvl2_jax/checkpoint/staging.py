@@ -12,12 +12,13 @@ import errno
 import fcntl
 import os
 import shutil
-import threading
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from rich import filesize
 
+from dsvl2_jax.checkpoint import remote
 from dsvl2_jax.errors import CheckpointError
 
 PARTIAL_SUFFIX = ".dsvl2-partial"  # of the name under which a directory is written before it is complete
@@ -28,33 +29,43 @@ _MARGIN = 16 << 20  # bytes beyond the tensors: metadata, indices, file-system b
 
 
 @contextlib.contextmanager
-def staged(destination: str | Path, need_bytes: int) -> Iterator[Path]:
+def staged(destination: str | Path, need_bytes: int, last: str | None = None) -> Iterator[Path]:
     """Yields an empty directory that becomes ``destination`` when the block ends without an exception.
 
-    On an exception the directory is removed; on a kill it stays, and the next run removes it.
+    On an exception the directory is removed; on a kill it stays, and the next run removes it. What goes to a store is
+    made in the directory for temporary files first.
 
     Args:
       destination: must not exist; its parent must.
       need_bytes: how much will be written, to refuse early when the disk has less.
+      last: in a store, the file by which the directory is known to be complete; None: it cannot be in a store.
 
     Raises:
       CheckpointError: the destination exists, its parent does not, another run is writing to it, or the
         disk is full (before or while writing).
     """
-    destination = Path(destination).absolute()
+    destination = remote.absolute(remote.path_of(destination))
     refuse_existing(destination)
-    partial = destination.with_name(f".{destination.name}{PARTIAL_SUFFIX}")
-    with locked(partial, f"{destination}: another run is writing it (into {partial}). Wait for it to finish."):
+    if remote.is_remote(destination):
+        if last is None:
+            raise CheckpointError(
+                f"{destination}: this is written to a disk alone. Give a directory, and copy it to the store."
+            )
+        remote.check_writable(destination)
+        with tempfile.TemporaryDirectory(prefix="dsvl2-upload-") as work:
+            _check_space(Path(work), need_bytes)
+            yield Path(work)
+            remote.upload(Path(work), destination, last)
+        return
+    with scratch(destination) as partial:
         try:
-            _clear(partial)
             _check_space(destination.parent, need_bytes)
             yield partial
             sync_tree(partial)
             refuse_existing(destination)
             partial.rename(destination)
             _sync(destination.parent)
-        except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
+        except Exception as error:
             if is_disk_full(error):
                 raise CheckpointError(
                     f"{destination}: the disk filled up while writing; {filesize.decimal(need_bytes)} are needed. "
@@ -63,8 +74,37 @@ def staged(destination: str | Path, need_bytes: int) -> Iterator[Path]:
             raise
 
 
+@contextlib.contextmanager
+def scratch(destination: Path) -> Iterator[Path]:
+    """Yields an empty directory beside ``destination`` for what is not complete yet, which no other run uses.
+
+    It is removed when the block ends; on a kill it stays, and the next run for this destination removes it.
+
+    Raises:
+      CheckpointError: another run uses it, or it cannot be made.
+    """
+    partial = destination.with_name(f".{destination.name}{PARTIAL_SUFFIX}")
+    with locked(partial, f"{destination}: another run is writing it (into {partial}). Wait for it to finish."):
+        ours = partial.stat()
+        try:
+            _clear(partial)
+            yield partial
+        finally:
+            # Once we have renamed it, another run may have made its own of the same name.
+            with contextlib.suppress(OSError):
+                if os.path.samestat(ours, partial.stat()):
+                    shutil.rmtree(partial)
+
+
 def refuse_existing(destination: Path) -> None:
     """Raises CheckpointError when ``destination`` exists or cannot be made because its parent is missing."""
+    if remote.is_remote(destination):
+        if remote.names(destination):
+            raise CheckpointError(
+                f"{destination}: exists already and was not touched; it may be what is left of an upload "
+                "that was killed. Choose another name, or remove it first."
+            )
+        return
     if os.path.lexists(destination):
         raise CheckpointError(
             f"{destination}: exists already and was not touched. Choose another name, or remove it first."
@@ -98,19 +138,44 @@ def sync_tree(directory: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Yields the name of a new file beside ``path``, which takes its place when the block ends without an exception.
 
-    Several threads and processes may do so at once: the last one's file stays.
+    Several threads and processes may do so at once: they take turns, and the last one's file stays. What a kill leaves
+    of the new file is overwritten by the next one for the same path. Raises OSError.
     """
-    new = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}{NEW_SUFFIX}")
+    new = path.with_name(f"{path.name}{NEW_SUFFIX}")
+    descriptor = _locked_file(new)
     try:
         yield new
         new.replace(path)
     except BaseException:
-        new.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the first error is the one to report
+            new.unlink()
         raise
+    finally:
+        os.close(descriptor)
+
+
+def _locked_file(path: Path) -> int:
+    """The descriptor of a file that is made when needed, locked, after waiting for whoever holds it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            # While we waited, its owner has renamed it, or removed it.
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file that is there either whole, and on disk, or not at all. Raises OSError."""
+    if remote.is_remote(path):
+        path.write_text(text)
+        return
     with replacing(path) as new, new.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -265,7 +265,7 @@ def resolve_image(reference: Any, store: ImageStore) -> ImageSource:
             if isinstance(value, str | bytes) and value:
                 return resolve_image(value, store)
     if not isinstance(reference, str) or not reference:
-        found = "an empty one" if reference == "" else type(reference).__name__
+        found = "an empty one" if isinstance(reference, str) else type(reference).__name__
         raise SampleError(BAD_REFERENCE, f"an image is a file's name or base64 data; found {found}.")
     if reference.startswith("data:"):
         return decode_base64(data_uri_text(reference))

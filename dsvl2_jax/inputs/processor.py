@@ -27,6 +27,10 @@ from dsvl2_jax.model.config import NEWLINE_POSITION, SEPARATOR_POSITION, TEXT_PO
 # With more images than this in a conversation, none is cut into local tiles.
 MAX_TILED_IMAGES = 2
 
+# Bounds of what a processor_config.json may ask for: the largest canvas that was ever evaluated has 18 tiles, 2.7
+# million pixels, and 100 tiles have fewer than 500 canvases.
+MAX_CANVAS_PIXELS, MAX_CANVASES = 1 << 25, 1000
+
 
 @dataclasses.dataclass(frozen=True)
 class ProcessorConfig:
@@ -38,7 +42,8 @@ class ProcessorConfig:
 
     candidate_resolutions: tuple[tuple[int, int], ...] = setting(  # (width, height) of each canvas
         least=1,
-        expected="a list of one or more [width, height] pairs of positive whole numbers",
+        most=1 << 16,
+        expected="a list of one or more [width, height] pairs of whole numbers from 1 to 65536",
         example="[[384, 384]]",
     )
     patch_size: int = setting(least=1)
@@ -80,12 +85,19 @@ class ProcessorConfig:
         return tuple(int(255 * mean) for mean in self.image_mean)
 
     def __post_init__(self) -> None:
+        if isinstance(self.candidate_resolutions, list | tuple) and len(self.candidate_resolutions) > MAX_CANVASES:
+            found = f"{len(self.candidate_resolutions):,} pairs, expected at most {MAX_CANVASES:,}"
+            raise ConfigError(f"{self.source} does not describe a processor: candidate_resolutions has {found}.")
         problems = fields.check(self)
         size = 0 if problems else self.tile_size
         if size and any(side % size for candidate in self.candidate_resolutions for side in candidate):
             expected = f"multiples of the tile size {size}, which is the first entry's width"
             found = fields.literal(self.candidate_resolutions)
             problems.append(Problem(("candidate_resolutions",), f"must be {expected}, not {found}."))
+        pixels = max((width * height for width, height in self.candidate_resolutions), default=0) if size else 0
+        if pixels > MAX_CANVAS_PIXELS:
+            text = f"must have at most {MAX_CANVAS_PIXELS:,} pixels in each, not {pixels:,}."
+            problems.append(Problem(("candidate_resolutions",), text))
         if size and self.patch_size > size:
             problems.append(Problem(("patch_size",), f"must be at most the tile size {size}, not {self.patch_size}."))
         fields.refuse(problems, ConfigError, f"{self.source} does not describe a processor:")

@@ -5,14 +5,13 @@ sentencepiece ``tokenizer.model`` works as well. Both sit behind one `Tokenizer`
 project knows which of the two it was.
 """
 
-import json
 import re
 from collections.abc import Iterable
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from dsvl2_jax.errors import TokenizerError
+from dsvl2_jax.inputs.tokenizer_backends import Backend, JsonBackend, SentencePieceBackend
 from dsvl2_jax.json_files import read_json_object
 
 IMAGE_TOKEN = "<image>"
@@ -37,181 +36,6 @@ PROCESSOR_TOKENS = (
 REPLACEMENT = "\ufffd"  # what a decoder prints for bytes that are not (yet) UTF-8
 _UTF8_PARTIAL = 3  # an unfinished UTF-8 character has at most this many bytes
 
-# How byte-level BPE writes each byte as a character: those that print stand for themselves, the others, in order, for
-# the characters from 256 on (GPT-2's encoder.py).
-_PRINTING = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-_OTHERS = [byte for byte in range(256) if byte not in _PRINTING]
-_BYTE_OF = {chr(byte): byte for byte in _PRINTING} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
-
-
-class _Backend(Protocol):
-    """What `Tokenizer` needs of a tokenizer library."""
-
-    special_ids: frozenset[int]
-    base_size: int
-    size: int
-
-    def id_of(self, token: str) -> int | None: ...
-    def add_special(self, tokens: Iterable[str]) -> None: ...
-    def encode(self, text: str, special: bool) -> list[int]: ...
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str: ...
-    def bytes_of(self, index: int) -> bytes: ...
-    def to_json(self) -> str | None: ...
-
-
-class _JsonBackend:
-    """``tokenizer.json`` through the `tokenizers` library."""
-
-    def __init__(self, path: Path):
-        import tokenizers
-
-        self._library = tokenizers
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
-            raise TokenizerError(
-                f"{path}: not a readable tokenizer.json ({error}). Download the file again."
-            ) from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self.base_size = self._tokenizer.get_vocab_size(with_added_tokens=False)
-
-    @property
-    def size(self) -> int:
-        return self._tokenizer.get_vocab_size(with_added_tokens=True)
-
-    @cached_property
-    def special_ids(self) -> frozenset[int]:
-        added = self._tokenizer.get_added_tokens_decoder()
-        return frozenset(index for index, token in added.items() if token.special)
-
-    @cached_property
-    def _plain(self) -> Any:
-        """The same tokenizer without its control tokens: those flagged special, and those that look like markup.
-
-        Some vocabularies keep ordinary characters among the added tokens; those stay.
-        """
-        document = json.loads(self._tokenizer.to_str())
-        document["added_tokens"] = [
-            token
-            for token in document["added_tokens"]
-            if not token["special"] and not (token["content"].startswith("<") and token["content"].endswith(">"))
-        ]
-        return self._library.Tokenizer.from_str(json.dumps(document))
-
-    def id_of(self, token: str) -> int | None:
-        return self._tokenizer.token_to_id(token)
-
-    def add_special(self, tokens: Iterable[str]) -> None:
-        # A token that exists keeps its id and only becomes special.
-        make = self._library.AddedToken
-        self._tokenizer.add_special_tokens([make(token, special=True, normalized=False) for token in tokens])
-        self.__dict__.pop("_added", None)
-
-    def encode(self, text: str, special: bool) -> list[int]:
-        tokenizer = self._tokenizer if special else self._plain
-        return tokenizer.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
-
-    def bytes_of(self, index: int) -> bytes:
-        token = self._tokenizer.id_to_token(index)
-        if token is None:
-            return b""
-        if index in self._added or not all(character in _BYTE_OF for character in token):
-            return token.encode()
-        return bytes(_BYTE_OF[character] for character in token)
-
-    @cached_property
-    def _added(self) -> frozenset[int]:
-        return frozenset(self._tokenizer.get_added_tokens_decoder())
-
-    def to_json(self) -> str:
-        return self._tokenizer.to_str()
-
-
-class _SentencePieceBackend:
-    """``tokenizer.model`` through the sentencepiece library; special tokens are split off by us."""
-
-    def __init__(self, path: Path, known: dict[int, str]):
-        import sentencepiece
-
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
-            raise TokenizerError(f"{path}: not a readable sentencepiece model ({error}).") from error
-        self.base_size = self._model.get_piece_size()
-        # Ids at and above the model's size can only be added tokens; tokenizer_config.json gives their places.
-        self._special = {token: index for index, token in known.items() if index >= self.base_size}
-        self.add_special(token for index, token in known.items() if index < self.base_size)
-
-    @property
-    def size(self) -> int:
-        return self.base_size + sum(index >= self.base_size for index in self._special.values())
-
-    @property
-    def special_ids(self) -> frozenset[int]:
-        return frozenset(self._special.values())
-
-    @cached_property
-    def _token_of(self) -> dict[int, str]:
-        return {index: token for token, index in self._special.items()}
-
-    @cached_property
-    def _pattern(self) -> re.Pattern[str]:
-        longest_first = sorted(self._special, key=len, reverse=True)
-        return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
-
-    def id_of(self, token: str) -> int | None:
-        if token in self._special:
-            return self._special[token]
-        index = self._model.piece_to_id(token)
-        return None if index == self._model.unk_id() and self._model.id_to_piece(index) != token else index
-
-    def add_special(self, tokens: Iterable[str]) -> None:
-        for token in tokens:
-            index = self.id_of(token)
-            if index is None:
-                index = max(self.base_size - 1, *self._special.values(), 0) + 1
-            self._special[token] = index
-        for derived in ("_token_of", "_pattern"):
-            self.__dict__.pop(derived, None)
-
-    def encode(self, text: str, special: bool) -> list[int]:
-        if special:
-            ids: list[int] = []
-            for piece in filter(None, self._pattern.split(text)):
-                ids += [self._special[piece]] if piece in self._special else self._model.encode(piece)
-            return ids
-        ids = self._model.encode(text)
-        if self.special_ids.isdisjoint(ids):
-            return ids
-        # The model knows a special token as a user-defined symbol: cut each one after its first character.
-        cut = self._pattern.sub(lambda match: match[0][0] + "\0" + match[0][1:], text)
-        return [index for piece in cut.split("\0") for index in self._model.encode(piece)]
-
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        text, run = [], []
-        for index in ids:
-            if index in self._token_of:
-                text += [self._model.decode(run), "" if skip_special_tokens else self._token_of[index]]
-                run = []
-            elif index < self.base_size:
-                run.append(index)
-        return "".join(text) + self._model.decode(run)
-
-    def bytes_of(self, index: int) -> bytes:
-        if index in self._token_of:
-            return self._token_of[index].encode()
-        if not 0 <= index < self.base_size:
-            return b""
-        piece = self._model.id_to_piece(index)
-        return bytes([int(piece[1:-1], 16)]) if self._model.is_byte(index) else piece.replace("▁", " ").encode()
-
-    def to_json(self) -> None:
-        return None
-
 
 class Tokenizer:
     """The checkpoint's tokenizer with the processor's special tokens in place.
@@ -222,7 +46,7 @@ class Tokenizer:
     ``eos_token``, ``pad_token``.
     """
 
-    def __init__(self, backend: _Backend, *, source: Path, bos: str | None, eos: str | None, pad: str | None):
+    def __init__(self, backend: Backend, *, source: Path, bos: str | None, eos: str | None, pad: str | None):
         """Raises TokenizerError when bos or eos is not named, or not in the vocabulary. Use `from_dir`."""
         self._backend = backend
         self.source = source
@@ -250,15 +74,15 @@ class Tokenizer:
             read_json_object(path / name, TokenizerError) if (path / name).is_file() else {}
             for name in ("tokenizer_config.json", "special_tokens_map.json")
         )
-        known = config.get("added_tokens_decoder") or {}
+        known = _added_tokens(config, path / "tokenizer_config.json")
         # transformers reads special_tokens_map.json first for the older layout, the one without added_tokens_decoder.
         sources = (config, names) if known else (names, config)
         bos, eos, pad = (_token_name(sources, key) for key in ("bos_token", "eos_token", "pad_token"))
         if (path / "tokenizer.json").is_file():
-            backend: _Backend = _JsonBackend(path / "tokenizer.json")
+            backend: Backend = JsonBackend(path / "tokenizer.json")
         elif (path / "tokenizer.model").is_file():
-            special = {int(index): token["content"] for index, token in known.items() if token.get("special")}
-            backend = _SentencePieceBackend(path / "tokenizer.model", special)
+            special = {index: token["content"] for index, token in known.items() if token.get("special")}
+            backend = SentencePieceBackend(path / "tokenizer.model", special)
         else:
             raise TokenizerError(
                 f"{path}: found neither tokenizer.json nor tokenizer.model. Copy the tokenizer files of the released "
@@ -375,3 +199,18 @@ def _token_name(sources: Iterable[dict[str, Any]], key: str) -> str | None:
         if isinstance(token, str) and token:
             return token
     return None
+
+
+def _added_tokens(config: dict[str, Any], path: Path) -> dict[int, dict[str, Any]]:
+    """``added_tokens_decoder`` of tokenizer_config.json: AddedToken records by id. Raises TokenizerError for others."""
+    known = config.get("added_tokens_decoder") or {}
+    if not isinstance(known, dict):
+        raise TokenizerError(f"{path}: added_tokens_decoder is a {type(known).__name__}, expected an object by ids.")
+    for index, token in known.items():
+        content = token.get("content") if isinstance(token, dict) else None
+        if not re.fullmatch("[0-9]{1,9}", index) or not isinstance(content, str) or not content:
+            raise TokenizerError(
+                f"{path}: added_tokens_decoder has {index[:20]!r}: {token!r:.60}, expected an id and its token's "
+                'record with "content". Download the file again.'
+            )
+    return {int(index): token for index, token in known.items()}

@@ -129,7 +129,8 @@ def read_role(role: Any, label: str) -> str:
     name = role.strip().lower() if isinstance(role, str) else None
     if name not in ROLES:
         near = did_you_mean(name, ROLES) if name else "."
-        raise ConversationError(f"{label}: unknown role {role!r}{near} The roles are {', '.join(map(repr, ROLES))}.")
+        known = ", ".join(map(repr, ROLES))
+        raise ConversationError(f"{label}: unknown role {role!r:.60}{near} The roles are {known}.")
     return ROLES[name]
 
 

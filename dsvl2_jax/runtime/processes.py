@@ -22,8 +22,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dsvl2_jax.errors import DSVL2Error, UsageError
-from dsvl2_jax.messages import first_line
+from dsvl2_jax.messages import first_line, printable
 from dsvl2_jax.runtime.ports import Ports
+from dsvl2_jax.runtime.terminal import escaped
 
 T = TypeVar("T")
 
@@ -172,7 +173,7 @@ def end(status: int, message: str | None = None) -> int:
         link, _link = _link, None
         link.end(status, message)
     elif message is not None:
-        print(message, file=sys.stderr, flush=True)
+        print(printable(message), file=sys.stderr, flush=True)
         if _connecting:
             os._exit(status)  # python would wait for the thread that waits for the others
     return status
@@ -248,7 +249,7 @@ class _Link:
             return
         if alone or self.index == 0:
             by = f"error: process {word['process']}: " if word["process"] else "error: "
-            print(word["message"].replace("error: ", by, 1), file=sys.stderr, flush=True)
+            print(printable(word["message"].replace("error: ", by, 1)), file=sys.stderr, flush=True)
         # jax aborts a process that loses the service, which is in process 0, and all of them when a barrier is missed.
         # Even after the barrier the others may take longer to end than process 0 does.
         if not word.get("gone") and not alone:
@@ -338,7 +339,7 @@ def _standard_output_is_ours() -> None:
     """Sends what libraries print on standard output, as gloo does, to standard error: it is no part of an answer."""
     sys.stdout.flush()
     with contextlib.suppress(OSError, ValueError):
-        sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding)
+        sys.stdout = escaped(os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding))
         os.dup2(2, 1)
 
 

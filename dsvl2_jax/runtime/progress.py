@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Literal
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -20,6 +19,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.text import Text
+
+from dsvl2_jax.runtime.console import PrintableConsole
 
 
 class _ItemSpeedColumn(ProgressColumn):
@@ -48,7 +49,7 @@ def progress(
         (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(), _ItemSpeedColumn())
     )
     columns = (TextColumn(what), BarColumn(), *amounts, TimeElapsedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
+    console = PrintableConsole(stderr=True)
     with Progress(*columns, console=console, transient=transient, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=total, completed=done)
         yield lambda count: bar.advance(task, count)

@@ -12,13 +12,14 @@ import binascii
 import csv
 import json
 import os
+import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dsvl2_jax.checkpoint.staging import scratch
 from dsvl2_jax.errors import DataError, UsageError
 
 # Beginning of a table's name → metric; tables of other names are multiple choice.
@@ -99,7 +100,7 @@ class _Row:
             return [text]
         try:
             return [str(item) for item in ast.literal_eval(text)]
-        except (ValueError, SyntaxError, TypeError):
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # the last two: brackets, signs, sums
             raise DataError(
                 f"{self.where}: column {column!r} begins with a bracket and is no list of texts: {text[:60]!r}."
             ) from None
@@ -137,7 +138,7 @@ def _table_record(row: _Row, name: str, metric: str, images: list[str]) -> dict[
     if name.startswith("ChartQA"):
         record["task"] = row.get("split") or "ChartQA"
     if name.startswith("MMBench"):
-        if not row["index"].isdecimal():
+        if not re.fullmatch("[0-9]{1,18}", row["index"]):
             raise DataError(f"{row.where}: index {row['index']!r}, expected a whole number.")
         record["group"] = int(row["index"]) % _ROTATION
     if name.startswith("MathVista"):
@@ -197,8 +198,8 @@ def _write(file: Path, folder: Path, records: Callable[[Save], Iterator[dict[str
     """Writes records and their images, and gives both their names when all of them are there."""
     images: set[str] = set()
     questions = 0
-    with tempfile.TemporaryDirectory(prefix=f".{file.stem}-", dir=file.parent) as work:
-        new_file, new_folder = Path(work, "records"), Path(work, "images")
+    with scratch(file) as work:
+        new_file, new_folder = work / "records", work / "images"
         new_folder.mkdir()
 
         def save(name: str, content: bytes) -> None:
@@ -212,7 +213,7 @@ def _write(file: Path, folder: Path, records: Callable[[Save], Iterator[dict[str
         if not questions:
             raise DataError(f"{file}: would have no question; the source is empty.")
         if folder.exists():
-            shutil.move(folder, Path(work, "before"))
+            shutil.move(folder, work / "before")
         os.replace(new_folder, folder)
         os.replace(new_file, file)
     print(f"{questions} questions, {len(images)} images", file=sys.stderr)

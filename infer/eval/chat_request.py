@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from dsvl2_jax.errors import UsageError
 from dsvl2_jax.fields import Problem, setting
 from dsvl2_jax.inputs.images import ImageSource
 from dsvl2_jax.inputs.tokenizer import IMAGE_TOKEN
+from dsvl2_jax.json_files import parse_json, read_text
 
 KEY_VARIABLE = "DSVL2_API_KEY"  # of the environment, for the key
 
@@ -62,7 +62,7 @@ class ServerOptions:
     def body_fields(self) -> dict[str, Any]:
         """``extra_body`` as an object. Raises UsageError when it is none, or sets what only this program can."""
         try:
-            body = json.loads(self.extra_body or "{}")
+            body = parse_json(self.extra_body or "{}")
         except ValueError as error:
             raise UsageError(f"--extra-body: found {self.extra_body!r}, which is not JSON ({error}).") from None
         if not isinstance(body, dict):
@@ -106,11 +106,7 @@ def read_key(file: Path | None) -> str:
         text, where = os.environ.get(KEY_VARIABLE, ""), KEY_VARIABLE
     else:
         where = f"--api-key-file {file}"
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not text"
-            raise UsageError(f"{where}: cannot be read ({reason}).") from None
+        text = read_text(file, UsageError, "Give --api-key-file a text file with one key.")
     lines = [words for line in text.splitlines() if (words := line.split()) and not words[0].startswith("#")]
     if not lines and file is None:
         return ""

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import rich.markup
-from rich.console import Console
 from rich.table import Table
 
 from dsvl2_jax import fields
@@ -31,6 +30,7 @@ from dsvl2_jax.infer.eval.samples import Sample, read_samples
 from dsvl2_jax.inputs.image_sources import ImageStore, open_images
 from dsvl2_jax.inputs.images import trait_notes
 from dsvl2_jax.runtime import processes
+from dsvl2_jax.runtime.console import PrintableConsole
 from dsvl2_jax.runtime.progress import progress
 
 SUMMARY_NAME = "summary.json"
@@ -218,7 +218,7 @@ def _print_table(summary: dict[str, Any], report: Path) -> None:
             cells.append(f"{entry['mean_iou']:.3f}" if "mean_iou" in entry else "")
         cells += [str(entry.get(key, "")) for key in further]
         table.add_row(*cells)
-    console = Console()
+    console = PrintableConsole()
     console.print(table)
     speed = summary["samples_per_second"]
     pace = "all answered before" if speed is None else f"{summary['answered_now']:,} now, {speed} a second"

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from dsvl2_jax.checkpoint import locate
+from dsvl2_jax.checkpoint.digests import files_below
 from dsvl2_jax.checkpoint.locate import PARAMS_NAME, RUN_NAME, model_files
+from dsvl2_jax.checkpoint.remote import is_remote
 from dsvl2_jax.errors import ConversationError, DSVL2Error
 from dsvl2_jax.infer.answer import Generation
 from dsvl2_jax.infer.engine import Model
@@ -124,7 +126,7 @@ def _pieces(samples: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
 
 def checkpoint_name(directory: Path) -> str:
     """A short name of a checkpoint's directory, for people and for the results' folder."""
-    directory = directory.resolve()
+    directory = directory if is_remote(directory) else directory.resolve()
     if (directory.parent.parent / RUN_NAME).is_file():  # a run's checkpoints/STEP
         return f"{directory.parent.parent.name}-{directory.name}"
     if directory.parent.name == "snapshots":  # the hub's cache: models--OWNER--NAME/snapshots/COMMIT
@@ -141,7 +143,7 @@ def checkpoint_digest(directory: Path) -> str:
       directory: as `dsvl2_jax.checkpoint.locate.resolve` returns it.
     """
     params = directory / PARAMS_NAME
-    files = [p for p in params.rglob("*") if p.is_file()] if params.is_dir() else directory.glob("*.safetensors")
+    files = [params / name for name in files_below(params)] if params.is_dir() else directory.glob("*.safetensors")
     names_and_files = [(str(p.relative_to(directory)), p) for p in files]
     names_and_files += [(p.name, p) for p in model_files(directory).glob("*.json")]
     digest = hashlib.sha256()

@@ -1,12 +1,16 @@
 """The page of an evaluation's report; `report` fills in the fields between @@, with all texts escaped.
 
-Tested with the report, in tests/infer/eval/test_evaluate.py.
+Tested with the report, in tests/infer/eval/test_evaluate.py and tests/security/test_pages.py.
 """
+
+from dsvl2_jax.infer.content_security import content_security_policy
 
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="@@POLICY@@">
+<meta name="referrer" content="no-referrer">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>@@TITLE@@</title>
 <style>
@@ -199,3 +203,6 @@ filter();
 </body>
 </html>
 """
+
+# Thumbnails lie beside the page, which is a file or on a web server.
+POLICY = content_security_policy(PAGE, img_src="'self' file:")

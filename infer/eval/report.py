@@ -19,7 +19,7 @@ from PIL import Image
 
 from dsvl2_jax.checkpoint.staging import replacing, write_text
 from dsvl2_jax.errors import DataError
-from dsvl2_jax.infer.eval.page import PAGE
+from dsvl2_jax.infer.eval.page import PAGE, POLICY
 from dsvl2_jax.infer.eval.samples import Sample
 from dsvl2_jax.inputs.image_sources import ImageStore, resolve_image
 from dsvl2_jax.inputs.images import load_image
@@ -101,6 +101,7 @@ def write_report(
     if left_out:
         note += f" of {len(samples):,}; the first of each task (--report-samples), all are in results.jsonl"
     parts = {
+        "POLICY": POLICY,
         "TITLE": html.escape(f"{name} on {Path(summary['data']).name}"),
         "NOTE": html.escape(note),
         "ROWS": "\n".join(_row(task, entry) for task, entry in summary["tasks"].items()),
@@ -123,7 +124,7 @@ def _row(task: str, entry: Mapping[str, Any]) -> str:
     )
     return (
         f'<tr><th scope="row">{html.escape(task)}</th><td>{html.escape(entry["metric"])}</td>'
-        + "".join(f'<td class="number">{cell}</td>' for cell in cells)
+        + "".join(f'<td class="number">{html.escape(cell)}</td>' for cell in cells)
         + "</tr>"
     )
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from dsvl2_jax.checkpoint.staging import NEW_SUFFIX, locked, write_text
 from dsvl2_jax.errors import RunError
-from dsvl2_jax.json_files import read_json_object
+from dsvl2_jax.json_files import parse_json, read_json_object
 from dsvl2_jax.messages import changes
 
 IDENTITY_NAME, RESULTS_NAME = "run.json", "results.jsonl"
@@ -92,7 +92,7 @@ def _read_results(file: Path) -> dict[int, dict[str, Any]]:
     results = {}
     for number, line in enumerate(complete.splitlines(), 1):
         try:
-            result = json.loads(line)
+            result = parse_json(line)
             results[result["line"]] = result
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(

@@ -19,6 +19,7 @@ from dsvl2_jax.inputs.image_sources import ImageStore, resolve_image
 from dsvl2_jax.inputs.images import image_size
 from dsvl2_jax.inputs.records import parse_record, place
 from dsvl2_jax.inputs.tokenizer import IMAGE_TOKEN
+from dsvl2_jax.json_files import parse_json, read_lines
 
 METRICS = ("exact", "contains", "anls", "relaxed", "vqa", "choice", "iou", "facts")
 CHOICE_TEMPLATE = "{question}\n{choices}\nAnswer with the option's letter from the given choices directly."
@@ -108,21 +109,15 @@ def read_samples(
         raise UsageError(f"--prompt-template: found {template!r}, expected a text with {{question}} in it.")
     samples: list[Sample] = []
     reader = _Reader(store, metric, template, path.stem, as_seen)
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                if limit is not None and len(samples) >= limit:
-                    break
-                try:
-                    samples.append(reader.sample(number, line))
-                except (DSVL2Error, OSError) as error:
-                    raise DataError(f"{path}:{number}: {error}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error}). Expected JSON Lines.") from None
-    except OSError as error:
-        raise DataError.unreadable(path, error) from None
+    for number, line in read_lines(path, DataError, "Expected JSON Lines."):
+        if not line.strip():
+            continue
+        if limit is not None and len(samples) >= limit:
+            break
+        try:
+            samples.append(reader.sample(number, line))
+        except (DSVL2Error, OSError) as error:
+            raise DataError(f"{path}:{number}: {error}") from error
     if not samples:
         raise DataError(f"{path}: has no samples. Expected one JSON object a line (docs/evaluation.md).")
     return samples
@@ -138,7 +133,7 @@ class _Reader:
 
     def sample(self, number: int, line: str) -> Sample:
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError as error:
             raise DataError(f"not JSON ({error}). Expected one object a line.") from None
         if not isinstance(record, Mapping):

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.infer.serve.errors import ApiError
+from dsvl2_jax.json_files import read_text
 
 ENVIRONMENT = "DSVL2_API_KEY"
 OPEN_PATHS = frozenset({"/health"})
@@ -43,10 +44,7 @@ def read_keys(file: Path | None) -> tuple[ApiKey, ...]:
         if text is None:
             return ()
     else:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{source}: cannot be read ({error}). Give a text file with one key a line.") from None
+        text = read_text(file, UsageError, "Give --api-key-file a text file with one key a line.")
     keys = []
     for number, line in enumerate(text.splitlines(), 1):
         words = line.split()

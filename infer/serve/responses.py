@@ -52,9 +52,9 @@ def turns(body: ResponsesRequest) -> list[Turn]:
     """Instructions and input as `chat_prompt` takes them."""
     out = []
     if body.instructions is not None:
-        out.append(Turn("system", [Text(body.instructions, "instructions")]))
+        out.append(Turn("system", [[Text(body.instructions, "instructions")]]))
     if isinstance(body.input, str):
-        return [*out, Turn("user", [Text(body.input, "input")])]
+        return [*out, Turn("user", [[Text(body.input, "input")]])]
     for number, message in enumerate(body.input):
         here = f"input[{number}].content"
         parts: list[Text | Picture] = []

@@ -100,6 +100,10 @@ def first_entry(header):
     return next(entry for name, entry in header.items() if name != "__metadata__")
 
 
+def write_header(file, text):
+    file.write_bytes(struct.pack("<Q", len(text)) + text.encode() + bytes(4))
+
+
 def lie_about_offsets(header):
     first_entry(header)["data_offsets"][1] -= 2
 
@@ -172,9 +176,55 @@ DAMAGE = {
         lambda d: (d / released_checkpoint.INDEX).write_text("{"),
         [released_checkpoint.INDEX, "not an index"],
     ),
-    "shards without index": (
-        lambda d: (d / released_checkpoint.INDEX).unlink(),
-        ["4 .safetensors files"],
+    "shards without index, of which one is missing": (
+        lambda d: ((d / released_checkpoint.INDEX).unlink(), shard(d, 1).unlink()),
+        ["by the numbers in the names of the others: model-00002-of-000004.safetensors"],
+    ),
+    "a tensor in two files without index": (
+        lambda d: ((d / released_checkpoint.INDEX).unlink(), shutil.copy(shard(d, 0), d / "more.safetensors")),
+        ["tensors are in more than one of 5 files", "in model-00001-of-000004.safetensors and in more.safetensors"],
+    ),
+    "header of a billion bytes": (
+        lambda d: shard(d, 0).write_bytes(struct.pack("<Q", 10**9) + b"{}" + bytes(100)),
+        ["model-00001", "not a complete safetensors file"],
+    ),
+    "header of lists in lists": (
+        lambda d: write_header(shard(d, 0), "[" * 100_000),
+        ["model-00001", "not a complete safetensors file"],
+    ),
+    "header with a number of 5,000 digits": (
+        lambda d: write_header(shard(d, 0), f'{{"a":{{"dtype":"F32","shape":[{"9" * 5000}],"data_offsets":[0,4]}}}}'),
+        ["model-00001", "not a complete safetensors file"],
+    ),
+    "header with a negative size": (
+        lambda d: write_header(shard(d, 0), '{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}'),
+        ["model-00001", "not a complete safetensors file"],
+    ),
+    "header with a dtype that there is not": (
+        lambda d: write_header(shard(d, 0), '{"a":{"dtype":"F33","shape":[1],"data_offsets":[0,4]}}'),
+        ["model-00001", "not a complete safetensors file"],
+    ),
+    "index naming a file whose name is too long": (
+        lambda d: released_checkpoint.edit_json(
+            d / released_checkpoint.INDEX, lambda i: i["weight_map"].update(a="x" * 5000 + ".safetensors")
+        ),
+        [released_checkpoint.INDEX, "tensor a is said to be in"],
+    ),
+    "index of lists in lists": (
+        lambda d: (d / released_checkpoint.INDEX).write_text('{"weight_map":' + "[" * 100_000),
+        [released_checkpoint.INDEX, "not an index"],
+    ),
+    "digests that are no text": (
+        lambda d: (d / SUMS_NAME).write_bytes(b"\xff\xfe"),
+        [SUMS_NAME, "not UTF-8"],
+    ),
+    "digests that are something else": (
+        lambda d: (d / SUMS_NAME).write_text("404: Not Found\n"),
+        [f"{SUMS_NAME}:1: found '404: Not Found', expected 64 hexadecimal digits"],
+    ),
+    "digests of a file elsewhere": (
+        lambda d: (d / SUMS_NAME).write_text(f"{'0' * 64}  ../other\n"),
+        [f"{SUMS_NAME}:1: found", "a file in the same directory"],
     ),
 }
 

@@ -1,6 +1,7 @@
 """Pictures on their way into the processor: every form gives the same tiles, and what is read otherwise is said."""
 
 import base64
+import contextlib
 import dataclasses
 import io
 import warnings
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dsvl2_jax.errors import ImageError
+from dsvl2_jax.errors import DSVL2Error, ImageError
 from dsvl2_jax.inputs.processor import Processor
 
 
@@ -115,3 +116,25 @@ def test_pictures_that_are_read_otherwise_than_seen_are_warned_of_once_a_kind(mi
 def test_a_picture_that_cannot_be_had_says_why(mini, picture, message):
     with pytest.raises(ImageError, match=message):
         mini([{"role": "user", "content": [{"type": "image", "image": picture}]}])
+
+
+leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | st.binary(max_size=4)
+leaves |= st.sampled_from(["<image>", "a\ud800", "<image_placeholder>", "data:image/png;base64,AAAA", "/9j/" * 20, "."])
+leaves |= st.builds(lambda shape: np.zeros(shape, np.uint8), st.lists(st.integers(0, 4), max_size=4))
+keys = st.sampled_from(["type", "text", "image", "image_url", "url", "path", "base64", "data", "source", "x"])
+anything = st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3))
+kinds = st.sampled_from(["text", "image", "image_url"])
+odd_parts = st.fixed_dictionaries(
+    {"type": kinds | anything}, optional=dict.fromkeys(("text", "image", "url"), anything)
+)
+odd_turns = st.fixed_dictionaries(
+    {"role": st.just("user") | anything, "content": st.just("<image>") | st.lists(odd_parts, max_size=3) | anything},
+    optional={"images": anything, "image": anything, "x": anything},
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(odd_turns, min_size=1, max_size=2), st.none() | st.lists(anything, max_size=2), st.booleans())
+def test_whatever_a_conversation_is_it_becomes_inputs_or_an_error_for_people(mini, conversation, images, inference):
+    with contextlib.suppress(DSVL2Error):
+        assert mini(conversation, images, inference=inference).input_ids.size > 0

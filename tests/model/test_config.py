@@ -8,9 +8,11 @@ import math
 import pytest
 from flax.traverse_util import flatten_dict
 from golden import DATA
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dsvl2_jax.errors import ConfigError
-from dsvl2_jax.model.config import Config, LanguageConfig, ProjectorConfig, VisionConfig
+from dsvl2_jax.model.config import Config, LanguageConfig, ProjectorConfig, VisionConfig, keys_without_meaning
 from dsvl2_jax.model.deepseek_vl2 import abstract_params
 
 REFERENCE = DATA / "reference"
@@ -166,6 +168,96 @@ def test_what_cannot_be_honoured_is_refused_by_name(change, message):
     with pytest.raises(ConfigError, match=message) as refusal:
         Config.from_dict(changed(**change), source="some/config.json")
     assert str(refusal.value).startswith("some/config.json ")
+
+
+CHANGING = {
+    "language__rope_parameters": {"rope_type": "yarn", "factor": 4},
+    "language__mlp_bias": True,
+    "language__quantization_config": {"bits": 4},
+    "language__sliding_window": 4096,
+    "language__final_logit_softcapping": 30.0,
+    "language__embedding_multiplier": 12,
+    "language__num_nextn_predict_layers": 1,
+    "projector__activation": "relu",
+    "vision__qkv_bias": "rows",
+    "vision__hidden_act": "quick_gelu",
+    "quantization_config": {"quant_method": "fp8"},
+    "tie_word_embeddings": True,
+    "rope_scaling": {"type": "linear", "factor": 2},
+}
+
+
+@pytest.mark.parametrize("key", CHANGING)
+def test_an_unknown_key_that_changes_the_computation_is_refused_by_name(key):
+    name = key.replace("__", "_config.") if "__" in key else key
+    with pytest.raises(ConfigError, match=rf"{name}: found .*this changes what the model computes"):
+        Config.from_dict(changed(**{key: CHANGING[key]}))
+
+
+NEUTRAL = {
+    "language__rope_scaling": None,
+    "language__rope_parameters": {"rope_type": "default", "rope_theta": 10000},
+    "language__mlp_bias": False,
+    "language__quantization_config": None,
+    "language__sliding_window": None,
+    "language__use_sliding_window": False,
+    "language__embedding_multiplier": 1.0,
+    "language__partial_rotary_factor": 1.0,
+    "language__rope_interleave": True,
+    "language__num_nextn_predict_layers": 0,
+    "vision__qkv_bias": True,
+    "tie_word_embeddings": False,
+    "quantization_config": {},
+}
+
+
+def test_unknown_keys_that_say_what_is_computed_anyway_are_fine_and_others_are_noted(tmp_path):
+    raw = changed(**NEUTRAL)
+    assert Config.from_dict(raw) == Config.from_dict(released("base"))
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert keys_without_meaning(tmp_path) == []
+    raw = changed(language__favourite_colour="red", vision__weight_init="skip", project="mine", torch_dtype="float32")
+    assert Config.from_dict(raw) == Config.from_dict(released("base"))
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (note,) = keys_without_meaning(tmp_path)
+    assert set(note.partition(": ")[2].split(", ")) == {
+        "language_config.favourite_colour", "vision_config.weight_init", "project"
+    }  # fmt: skip
+
+
+FIELDS = [
+    (section, field.name)
+    for section, cls in (("vision", VisionConfig), ("projector", ProjectorConfig), ("language", LanguageConfig))
+    for field in dataclasses.fields(cls)
+] + [("", "tile_tag"), ("", "global_view_pos"), ("", "candidate_resolutions")]
+SIZES_THAT_ARE_NONE = [
+    0, -1, 1, 2**31, 10**9, 10**400, -(10**18), 1.5, 1e300, float("inf"), float("nan"), True, False, None, "", "384",
+    [], [1], [[0, 0]], [[1, 2, 3]], [["a", "b"]], [[1e400, 1]], {}, {"a": {}},
+]  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from(SIZES),
+    st.lists(st.tuples(st.sampled_from(FIELDS), st.sampled_from(SIZES_THAT_ARE_NONE)), min_size=1, max_size=3),
+)
+def test_any_value_gives_a_model_that_can_be_named_or_an_error_that_names_the_file(size, values):
+    raw = copy.deepcopy(released(size))
+    for (section, name), value in values:
+        where = raw[f"{section}_config"] if section else raw
+        where[name] = value
+    try:
+        config = Config.from_dict(raw, source="some/config.json")
+    except ConfigError as error:
+        assert str(error).startswith("some/config.json ")
+        return
+    assert config.vision.mlp_dim > 0 and config.language.cache_width > 0 and config.tokens_per_tile > 0
+    assert config.language.has_moe in (True, False)
+
+
+def test_the_largest_sizes_together_are_refused_at_once_or_expand():
+    with pytest.raises(ConfigError, match=r"n_routed_experts: 16384 times num_hidden_layers 1024 is more than"):
+        Config.from_dict(changed(language__n_routed_experts=16384, language__num_hidden_layers=1024))
 
 
 def test_several_problems_are_reported_together():

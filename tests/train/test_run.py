@@ -8,6 +8,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from dsvl2_jax.apps.cli.main import main
 from dsvl2_jax.checkpoint import orbax_io, rules
 from dsvl2_jax.checkpoint.load import load_params
 from dsvl2_jax.checkpoint.locate import resolve
+from dsvl2_jax.checkpoint.verify import verify
 from dsvl2_jax.convert.to_safetensors import export
 from dsvl2_jax.errors import CheckpointError, RunError, SettingsError
 from dsvl2_jax.model.config import Config
@@ -166,6 +168,22 @@ def same(params, directory):
         strict=True,
     ):
         assert np.asarray(found).tobytes() == np.asarray(expected).tobytes()
+
+
+def test_every_checkpoint_has_digests_and_a_run_with_verify_does_not_resume_from_a_flipped_bit(
+    toy, tmp_path, uninterrupted
+):
+    for name in stems(uninterrupted):
+        assert not any("params" in note for note in verify(uninterrupted / "checkpoints" / name))
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    largest = max(resolve(run).rglob("*"), key=lambda file: file.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 4
+    largest.write_bytes(content)
+    process = Process(process_config(toy, run), "--verify")
+    assert process.finish() == 1
+    assert f"{largest.name}: changed" in process.output.read_text()
 
 
 def test_the_router_bias_and_the_loss_move(uninterrupted):

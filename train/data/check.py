@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dsvl2_jax.checkpoint.locate import resolve
+from dsvl2_jax.checkpoint.staging import replacing
 from dsvl2_jax.errors import DataError, UsageError
 from dsvl2_jax.inputs.grounding import draw_boxes
 from dsvl2_jax.inputs.images import TRAITS, trait_notes
@@ -25,6 +26,7 @@ from dsvl2_jax.inputs.processor import Processor
 from dsvl2_jax.inputs.record_boxes import BOX_KINDS
 from dsvl2_jax.inputs.records import NO_LOSS
 from dsvl2_jax.inputs.tokenizer import DET_TOKEN
+from dsvl2_jax.runtime.console import PrintableConsole
 from dsvl2_jax.runtime.progress import progress
 from dsvl2_jax.train.data.notes import BOXES, GUESSED, UNUSED, Notes, UnusedKey
 from dsvl2_jax.train.data.samples import SampleSource, SkippedSample
@@ -232,7 +234,8 @@ def draw_histogram(summary: Summary, path: Path) -> None:
     counts = np.bincount(summary.tiles)
     tiles.bar(np.arange(len(counts)), counts)
     tiles.set(xlabel="image tiles of a sample", ylabel="samples")
-    figure.savefig(path, dpi=120)
+    with replacing(path) as new:
+        figure.savefig(new, dpi=120, format=path.suffix.removeprefix(".") or "png")
 
 
 def _open(
@@ -301,7 +304,7 @@ def _measured(source: SampleSource, det: int) -> Iterator[_Measured | SkippedSam
 
 
 def _print(summary: Summary, bundled: bool, as_seen: bool) -> None:
-    console, counts = Console(highlight=False), summary.as_dict()
+    console, counts = PrintableConsole(highlight=False), summary.as_dict()
     table = Table(box=None, show_header=False)
     rows = [
         ("files", summary.files),

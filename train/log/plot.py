@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from dsvl2_jax.checkpoint.remote import is_remote, local_file, path_of
+from dsvl2_jax.checkpoint.staging import replacing
 from dsvl2_jax.errors import RunError, UsageError
 from dsvl2_jax.train.log.run_log import LOG_NAME, Line, read
 
@@ -52,19 +54,20 @@ def plot(runs: Sequence[str | Path], out: str | Path) -> None:
         raise UsageError("plot needs the directory of at least one run.")
     if out.suffix.lower() != ".png":
         raise UsageError(f"--out {out}: plots are written as PNG; give a name that ends in .png.")
-    paths = [Path(run) for run in runs]
-    names = [path.resolve().name for path in paths]
+    paths = [path_of(run) for run in runs]
+    names = [(path if is_remote(path) else path.resolve()).name for path in paths]
     unique = len(set(names)) == len(names)
     figure = draw([curves(path, name if unique else str(path)) for path, name in zip(paths, names, strict=True)])
     try:
-        figure.savefig(out, dpi=130, format="png")
+        with replacing(out) as new:
+            figure.savefig(new, dpi=130, format="png")
     except OSError as error:
         raise RunError(f"{out}: cannot be written: {error.strerror or error}.") from error
 
 
 def curves(directory: Path, name: str) -> Curves:
     """Reads the log of a run's directory. Raises RunError if there is none, or no step in it."""
-    log = directory / LOG_NAME
+    log = local_file(directory / LOG_NAME)
     if not log.is_file():
         what = "has no log.jsonl, so it is not the directory of a run" if directory.is_dir() else "no such directory"
         raise RunError(f"{directory}: {what}. Give the run.directory of `dsvl2 train`.")

@@ -22,6 +22,8 @@ from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from dsvl2_jax.messages import printable
+from dsvl2_jax.runtime.console import PrintableConsole
 from dsvl2_jax.runtime.hardware import peak_flops
 from dsvl2_jax.train.flops import StepFlops
 from dsvl2_jax.train.log.run_log import Line, RunLog
@@ -70,7 +72,7 @@ class Report:
         self._rates = sorted({rule.lr_multiplier for rule in settings.stage.parameters if rule.train}, reverse=True)
         self._log = RunLog(self._directory)
         self._board: Any = None
-        self._console = console or Console(stderr=True)
+        self._console = console or PrintableConsole(stderr=True)
         self._live: Live | None = None
         self._begun = time.monotonic()
         self._first_step: tuple[int, float] | None = None  # number and time of the first step of this process
@@ -232,7 +234,7 @@ class Report:
         return "; ".join([*parts, f"left {self._left()}"])
 
     def _print(self, text: str) -> None:
-        print(text, file=self._console.file or sys.stderr, flush=True)
+        print(printable(text), file=self._console.file or sys.stderr, flush=True)
 
     def _view(self) -> Table:
         steps = self._settings.run.steps

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dsvl2_jax.errors import RunError
+from dsvl2_jax.json_files import parse_json
 
 LOG_NAME = "log.jsonl"
 
@@ -82,28 +83,31 @@ def read(path: Path) -> Iterator[Line]:
       RunError: the file cannot be read, or a line before the last is no line of a log.
     """
     try:
-        texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise RunError(f"{path}: cannot be read: {error.strerror or error}.") from error
+        texts = path.read_bytes().splitlines()
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     for number, text in enumerate(texts, start=1):
         try:
-            line = json.loads(text)
+            line = parse_json(text)
             complete = isinstance(line["step"], int) and isinstance(line["kind"], str)
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             complete = False
         if complete:
             yield line
         elif number < len(texts):
-            raise RunError(f"{path}:{number}: not a line of a training log: {text[:80]!r}. Was the file edited?")
+            shown = text[:80].decode(errors="replace")
+            raise RunError(f"{path}:{number}: not a line of a training log: {shown!r}. Was the file edited?")
 
 
 def _text(line: Line) -> str:
-    return json.dumps(_finite(line), allow_nan=False) + "\n"
+    return json.dumps(_storable(line), allow_nan=False) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def _storable(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: _storable(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_finite(inner) for inner in value]
+        return [_storable(inner) for inner in value]
+    if isinstance(value, str):  # a file name that is not UTF-8 has surrogates, which are no JSON
+        return value.encode(errors="backslashreplace").decode()
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,9 +6,9 @@ settings keep one run from resuming another, and `settings_help` describes all o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import textwrap
-import tomllib
 import typing
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 from dsvl2_jax import fields
 from dsvl2_jax.errors import SettingsError
 from dsvl2_jax.fields import Problem, literal
+from dsvl2_jax.json_files import parse_toml, read_toml
 from dsvl2_jax.messages import did_you_mean
 from dsvl2_jax.train.settings import check
 from dsvl2_jax.train.settings.schema import Settings
@@ -39,8 +40,9 @@ def find(name: str | Path) -> Path:
       SettingsError: there is neither such a file nor such a preset.
     """
     path, known = Path(name), presets()
-    if path.is_file():
-        return path
+    with contextlib.suppress(OSError, ValueError):  # a name that no file can have
+        if path.is_file():
+            return path
     if str(name) in known:
         return known[str(name)]
     hint = did_you_mean(path.stem, known)
@@ -61,10 +63,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, accept_old_names: b
         problems are in one message, each with where it came from.
     """
     file = find(path)
-    try:
-        raw = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SettingsError(f"{file}: not readable as TOML: {error}") from None
+    raw = read_toml(file, SettingsError)
     problems: list[Problem] = []
     given: set[fields.Path] = set()
     stray: list[str] = []
@@ -172,8 +171,8 @@ def _set(raw: dict[str, Any], keys: tuple[str, ...], value: Any) -> bool:
 def _parse(text: str, kind: Any) -> Any:
     """A TOML value; the text itself where a string is expected, or where it is no TOML."""
     try:
-        parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+        parsed = parse_toml(f"value = {text}")
+    except ValueError:
         return text
     value = parsed["value"] if len(parsed) == 1 else text
     return text if kind is str and not isinstance(value, str) else value

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dsvl2_jax.apps.bench.serve_figures import Findings
+from dsvl2_jax.checkpoint.staging import replacing
 from dsvl2_jax.errors import UsageError
 
 # Told apart without colour vision too (Okabe and Ito).
@@ -46,7 +47,8 @@ def plot(findings: Findings, out: Path) -> None:
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     try:
-        figure.savefig(out, dpi=130, format="png")
+        with replacing(out) as new:
+            figure.savefig(new, dpi=130, format="png")
     except OSError as error:
         raise UsageError(f"--plot {out}: cannot be written: {error.strerror or error}.") from error
 

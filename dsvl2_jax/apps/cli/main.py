@@ -18,6 +18,7 @@ from dsvl2_jax.apps.cli.serve import serve
 from dsvl2_jax.apps.cli.train import plot, train
 from dsvl2_jax.errors import DSVL2Error, UsageError
 from dsvl2_jax.runtime import processes
+from dsvl2_jax.runtime.terminal import with_escaped_output
 
 COMMANDS = {
     "convert": convert,
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
             if new := _RENAMED.get(option.partition("=")[0]):
                 raise UsageError(f"{option}: this option is now called {new}, which also covers transparency.")
         status = tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
+            {name: with_escaped_output(command) for name, command in COMMANDS.items()},
             prog="dsvl2",
             description="DeepSeek-VL2 in JAX. `dsvl2 COMMAND --help` explains a command; --debug shows tracebacks.",
             args=args,
@@ -86,6 +87,10 @@ def _status_and_message(error: BaseException) -> tuple[int, str | None]:
             return 1, "dsvl2: error: standard output is closed."
         sys.stderr.close()  # python would complain once more when it flushes at exit
         return 1, None
+    if isinstance(error, OSError) and error.strerror:
+        where = error.filename2 or error.filename
+        what = f"{where}: {error.strerror}" if where else f"a file cannot be read or written: {error.strerror}"
+        return 1, f"dsvl2: error: {what}. Check the path, its permissions and the space on its disk."
     return 1, f"dsvl2: error: {type(error).__name__}: {str(error) or 'no message'} (--debug shows where)"
 
 

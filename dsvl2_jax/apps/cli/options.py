@@ -16,6 +16,7 @@ from tyro.conf import Positional, UseAppendAction
 
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.runtime.processes import Processes
+from dsvl2_jax.runtime.terminal import with_escaped_output
 
 if TYPE_CHECKING:  # these import jax, for which help need not wait
     from dsvl2_jax.infer.loading import LoadOptions
@@ -101,7 +102,10 @@ def flattened(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def command_group(description: str, commands: Mapping[str, Callable[..., int | None]]) -> Callable[..., int | None]:
     """A command whose first word names one of several others, as ``check`` in `dsvl2 data check`."""
-    named = tuple(Annotated[Any, tyro.conf.subcommand(name=name, constructor=run)] for name, run in commands.items())
+    named = tuple(
+        Annotated[Any, tyro.conf.subcommand(name=name, constructor=with_escaped_output(run))]
+        for name, run in commands.items()
+    )
 
     def chosen(status: int | None) -> int | None:
         return status  # parsing runs the command that was named

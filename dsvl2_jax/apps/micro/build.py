@@ -15,7 +15,6 @@ import importlib.metadata
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import numpy as np
 
 from dsvl2_jax.apps.micro import pictures, synthetic
 from dsvl2_jax.checkpoint.digests import SUMS_NAME, sums
-from dsvl2_jax.checkpoint.staging import write_text
+from dsvl2_jax.checkpoint.staging import replacing, scratch, write_text
 from dsvl2_jax.convert.to_safetensors import export
 from dsvl2_jax.errors import CheckpointError, UsageError
 from dsvl2_jax.inputs.processor import extended_candidate_resolutions
@@ -202,8 +201,8 @@ def ship(runs: Path, out: Path) -> None:
     if missing := [stage for stage in STAGES if not (runs / stage / "log.jsonl").is_file()]:
         raise CheckpointError(f"{runs}: has no log.jsonl of {', '.join(missing)}; run `make train-micro` to its end.")
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=runs) as scratch:
-        made = Path(scratch, "model")
+    with scratch(runs / "model") as work:
+        made = work / "model"
         export(str(runs / STAGES[-1]), made, dtype="bfloat16")
         for old in [*out.glob("*.safetensors*"), out / SUMS_NAME]:
             old.unlink(missing_ok=True)
@@ -254,4 +253,5 @@ def examples(out: Path) -> None:
     """Draws `example_pictures` into a folder."""
     out.mkdir(parents=True, exist_ok=True)
     for name, picture in example_pictures().items():
-        picture.draw().save(out / name, optimize=True)
+        with replacing(out / name) as new:
+            picture.draw().save(new, "PNG", optimize=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dsvl2_jax.checkpoint.staging import replacing
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.infer.eval import metrics
 from dsvl2_jax.infer.loading import LoadOptions, load
@@ -54,7 +55,8 @@ def demo(ckpt: str | None, *, seed: int, out: Path, options: LoadOptions) -> Non
         files = []
         for i, picture in enumerate(sample.pictures):
             files.append(out / f"{task.replace(' ', '-')}-{i}.png")
-            picture.draw().save(files[-1])
+            with replacing(files[-1]) as new:
+                picture.draw().save(new, "PNG")
         turn = {**sample.conversation()[0], "images": files}
         inputs: ModelInputs = model.processor([turn])
         print(f"\n{' '.join(map(str, files))}\n  {question.text}\n  → ", end="", flush=True)
@@ -65,7 +67,8 @@ def demo(ckpt: str | None, *, seed: int, out: Path, options: LoadOptions) -> Non
         right += ok
         if task == LOCATED:
             true = [Box("truth", *box) for box in question.boxes]
-            draw_boxes(sample.pictures[-1].draw(), [*answer.boxes, *true]).save(out / "boxes.png")
+            with replacing(out / "boxes.png") as new:
+                draw_boxes(sample.pictures[-1].draw(), [*answer.boxes, *true]).save(new, "PNG")
     seconds = timing.get("decode", 0.0)
     print(
         f"\n{right} of {len(ASKED) + 1} right; boxes are drawn into {out / 'boxes.png'}; --seed draws other pictures."

@@ -12,7 +12,6 @@ import functools
 import itertools
 import json
 import multiprocessing
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from dsvl2_jax.apps.micro.questions import (
     regions,
     short_caption,
 )
+from dsvl2_jax.checkpoint.staging import locked, replacing
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.inputs.tokenizer import IMAGE_TOKEN, REF_TOKEN
 
@@ -312,7 +312,7 @@ def write(
     path, folder = directory / f"{name}.jsonl", directory / name
     if path.exists():
         return path
-    folder.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     form, _, of = mixture.partition(" ")
     arguments: dict[str, Any] = {"stem": name, "seed": seed, "folder": folder}
     if form == "tasks":
@@ -325,8 +325,8 @@ def write(
         make = functools.partial(_text_record, seed=seed, stream=stream, mixture=of or "full", turns=turns)
     else:
         make = functools.partial(_record, **arguments, stream=stream, mixture=mixture, turns=turns)
-    new = path.with_name(f"{path.name}.new")
-    with new.open("w", encoding="utf-8") as file:
+    busy = f"{path}: another process is writing it. Wait for it, or choose another name."
+    with locked(folder, busy), replacing(path) as new, new.open("w", encoding="utf-8") as file:
         if workers > 1:
             with multiprocessing.get_context("spawn").Pool(workers) as pool:
                 for record in pool.imap(make, range(count), chunksize=64):
@@ -334,7 +334,6 @@ def write(
         else:
             for index in range(count):
                 print(_line(make(index), name), file=file)
-    os.replace(new, path)
     return path
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
 
 from dsvl2_jax.apps.plan.job import Job, parse_job
 from dsvl2_jax.apps.plan.report import plan_lines
@@ -24,6 +23,7 @@ from dsvl2_jax.checkpoint.locate import resolve
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.released import SIZES, released_config
+from dsvl2_jax.runtime.console import PrintableConsole
 from dsvl2_jax.runtime.hardware import topology
 from dsvl2_jax.sharding import parse_mesh
 
@@ -138,7 +138,7 @@ def _table(model: str, config: Config, jobs: list[Job], csv: Path | None, cache:
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
     """Says on stderr what is being done: one line that changes on a terminal, else a line each time."""
-    console = Console(stderr=True)
+    console = PrintableConsole(stderr=True)
     if not console.is_terminal:
         yield lambda text: print(text, file=sys.stderr, flush=True)
         return

@@ -18,6 +18,8 @@ from typing import Any
 from dsvl2_jax.apps.plan.job import Job
 from dsvl2_jax.apps.plan.planner import plan
 from dsvl2_jax.checkpoint.staging import write_text
+from dsvl2_jax.errors import DSVL2Error
+from dsvl2_jax.json_files import read_json_object
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.runtime.compile_cache import user_cache
 from dsvl2_jax.runtime.hardware import Topology
@@ -86,10 +88,9 @@ def _version(name: str) -> str | None:
 
 def _read(file: Path) -> dict[str, Any] | None:
     try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json_object(file, DSVL2Error)
+    except DSVL2Error:
         return None
-    return saved if isinstance(saved, dict) else None
 
 
 def _write(file: Path, report: dict[str, Any]) -> None:

@@ -10,7 +10,6 @@ import os
 from pathlib import Path
 
 import jax
-from rich.console import Console
 from rich.table import Table
 
 from dsvl2_jax.apps.plan.job import ITEMSIZE, Job
@@ -18,6 +17,7 @@ from dsvl2_jax.apps.plan.mesh_choice import MAX_MEMORY_FRACTION, resident_bytes
 from dsvl2_jax.checkpoint.locate import open_model, resolve
 from dsvl2_jax.infer.loading import LoadOptions
 from dsvl2_jax.model.config import Config
+from dsvl2_jax.runtime.console import PrintableConsole
 from dsvl2_jax.sharding import MESH_AXES, parse_mesh
 
 
@@ -51,7 +51,7 @@ def print_slots(ckpt: str | None, loading: LoadOptions, wanted: int, stores: int
         ("slots that are asked for", str(wanted)),
     ):
         table.add_row(words, value)
-    Console().print(table)
+    PrintableConsole().print(table)
     return 0 if report.slots >= wanted else 1
 
 

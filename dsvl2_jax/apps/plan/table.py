@@ -15,6 +15,7 @@ from dsvl2_jax.apps.plan.job import Job
 from dsvl2_jax.apps.plan.saved_plans import saved_plan
 from dsvl2_jax.checkpoint.staging import write_text
 from dsvl2_jax.errors import UsageError
+from dsvl2_jax.json_files import read_text
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.released import SIZES
 from dsvl2_jax.runtime.hardware import topology
@@ -103,9 +104,9 @@ def _read_csv(file: Path) -> list[dict[str, str]]:
     if not file.exists():
         return []
     try:
-        reader = csv.DictReader(io.StringIO(file.read_text(encoding="utf-8")))
+        reader = csv.DictReader(io.StringIO(read_text(file, UsageError, "Name a new file with --csv.")))
         rows = list(reader)
-    except (OSError, ValueError, csv.Error) as error:
+    except (ValueError, csv.Error) as error:
         raise UsageError(f"--csv {file}: cannot be read ({error}).") from None
     columns = tuple(reader.fieldnames or ())
     if columns != CSV_COLUMNS:

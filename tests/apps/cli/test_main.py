@@ -50,14 +50,15 @@ def test_every_command_explains_itself(run, command):
 
 TOGETHER = {"--processes": "None", "--coordinator": "None", "--process": "None", "--connect-timeout": "300"}
 COMPUTING = {"--dtype": "float32", "--mesh": "None"}
-LOADING = COMPUTING | {"--as-seen": "False", "--strict-special-tokens": "False"}
+VERIFYING = COMPUTING | {"--verify": "False"}
+LOADING = VERIFYING | {"--as-seen": "False", "--strict-special-tokens": "False"}
 ANSWERING = {
     "--system": "''", "--max-new-tokens": "512", "--temperature": "0.0", "--top-p": "1.0", "--top-k": "50",
     "--repetition-penalty": "1.0", "--seed": "0",
 }  # fmt: skip
 OPTIONS = {
     "convert": {"--dtype": "None", "--max-memory": "1GiB"},
-    "export": {"--dtype": "None"},
+    "export": {"--dtype": "None", "--verify": "False"},
     "generate": {
         "--prompt": "required", "--image": "repeatable", "--stop": "repeatable", "--chunk-size": "None",
         "--json": "False", "--draw": "None", **ANSWERING, **LOADING, **TOGETHER,
@@ -72,10 +73,10 @@ OPTIONS = {
         "--max-image-pixels": "50000000", "--max-request-pixels": "200000000", "--model-name": "''",
         "--model-alias": "repeatable", "--default-max-tokens": "512", "--media-domain": "repeatable",
         "--media-path": "repeatable", "--media-timeout": "10.0", "--official-images": "False",
-        "--honour-detail": "False", "--strict-special-tokens": "False", **COMPUTING, **TOGETHER,
+        "--honour-detail": "False", "--strict-special-tokens": "False", **VERIFYING, **TOGETHER,
     },
-    "demo": {"--seed": "0", "--out": "out", **COMPUTING},
-    "train": {"--profile": "None", "--tensorboard": "False", **TOGETHER},
+    "demo": {"--seed": "0", "--out": "out", **VERIFYING},
+    "train": {"--profile": "None", "--tensorboard": "False", "--verify": "False", **TOGETHER},
     "data check": {
         "--ckpt": "None", "--images": "''", "--follow-links": "False", "--sequence-length": "4096",
         "--tiles-per-sequence": "20", "--mask-prompt": "False", "--problems": "20", "--histogram": "None",
@@ -85,7 +86,7 @@ OPTIONS = {
     "plot": {"--out": "plot.png"},
     "eval": {
         "--metric": "None", "--images": "''", "--follow-links": "False", "--out": "None", "--batch-size": "None",
-        "--max-new-tokens": "128", "--dtype": "None", "--mesh": "None", "--candidates": "None",
+        "--max-new-tokens": "128", "--dtype": "None", "--mesh": "None", "--verify": "False", "--candidates": "None",
         "--prompt-template": "None", "--limit": "None", "--report-samples": "1000", "--json": "False",
         "--server": "None", "--server-model": "None", "--api-key-file": "None", "--concurrency": "None",
         "--timeout": "None", "--extra-body": "None", "--as-seen": "False", **TOGETHER,
@@ -112,7 +113,7 @@ OPTIONS = {
         "--name": "samples", "--count": "1000", "--seed": "0", "--held-out": "False", "--mixture": "full",
         "--turns": "8", "--workers": "1",
     },
-    "doctor": {"--json": "False"},
+    "doctor": {"--verify": "False", "--json": "False"},
 }  # fmt: skip
 
 

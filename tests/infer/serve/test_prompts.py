@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsvl2_jax.infer.serve import responses
 from dsvl2_jax.infer.serve.chat import turns
 from dsvl2_jax.infer.serve.errors import ApiError
 from dsvl2_jax.infer.serve.prompts import Picture, Text, Turn, join, render
 from dsvl2_jax.infer.serve.schemas_chat import Message
+from dsvl2_jax.infer.serve.schemas_responses import ResponsesRequest
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:,x"}}
 
@@ -69,6 +71,15 @@ def test_the_tag_in_a_text_is_refused(role):
     with pytest.raises(ApiError, match="stands for a picture") as caught:
         rendered({"role": "user", "content": "x"}, {"role": role, "content": "an <image> tag"})
     assert caught.value.param == "messages[1].content"
+
+
+def test_a_response_is_asked_for_by_a_plain_text_or_messages():
+    plain = ResponsesRequest.model_validate({"instructions": "Be brief.", "input": "Hello"})
+    parts = [{"type": "input_text", "text": "Hello"}]
+    listed = {"instructions": "Be brief.", "input": [{"role": "User", "content": parts}]}
+    for body in (plain, ResponsesRequest.model_validate(listed)):
+        asked = [(turn.role, render(turn)) for turn in join(responses.turns(body))]
+        assert asked == [("system", "Be brief."), ("user", "Hello")]
 
 
 def test_roles_may_be_in_any_case():

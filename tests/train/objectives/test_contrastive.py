@@ -248,6 +248,18 @@ def test_how_a_step_is_computed_changes_no_result(toy, one_device):
         np.testing.assert_allclose(found.loss, expected.loss, rtol=2e-5)
 
 
+def test_a_head_that_the_checkpoint_lacks_is_drawn_and_the_encoder_stays(toy, capsys):
+    own = trainer(toy)
+    given = init_params(own.config, jax.random.key(0))
+    pool = jax.tree.map(jnp.zeros_like, given["vision"]["attn_pool"])
+    found = own.begin(given | {"vision": given["vision"] | {"attn_pool": pool}})
+    assert "no pooling head" in capsys.readouterr().err
+    for path, value in flatten_dict(given).items():
+        assert (flatten_dict(found)[path] is value) == ("attn_pool" not in path), path
+    assert np.ptp(found["vision"]["attn_pool"]["latent"]) > 0
+    np.testing.assert_array_equal(found["vision"]["attn_pool"]["norm_scale"], 1)
+
+
 def test_a_fresh_encoder_is_drawn_by_its_number_of_inputs_and_the_rest_is_kept(toy):
     own = trainer(toy)
     given = init_params(own.config, jax.random.key(0))
