@@ -1,5 +1,6 @@
 """Boxes beside a record's text: three kinds of them give the model's own syntax, and what is inconsistent is told."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from dsvl2_jax import configs
 from dsvl2_jax.errors import ConversationError, SampleError
+from dsvl2_jax.infer.eval.samples import read_samples
 from dsvl2_jax.inputs.grounding import format_boxes
 from dsvl2_jax.inputs.image_sources import FolderImages
 from dsvl2_jax.inputs.images import image_size
@@ -160,3 +162,12 @@ def test_boxes_become_coordinates_from_0_to_999_or_are_refused(boxes, size, kind
         for place_, (c, was) in enumerate(zip(written, box, strict=True)):
             assert 0 <= c <= 999 and c >= min(was / scale[place_ % 2], 1) * 999 - 1e-6
             assert c <= was / scale[place_ % 2] * 999 + 2
+
+
+def test_questions_of_an_evaluation_have_their_boxes_placed_too(tmp_path):
+    """Two labels, in the question and in the answer, and one box: the reference of the metric iou."""
+    given = record({"ref": ["circle", "circle"], "bbox": [BOX]}, "<ref-object><bbox>") | {"metric": "iou"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(given))
+    store = FolderImages(str(CONFIGS / "images"))
+    (sample,) = read_samples(tmp_path / "a.jsonl", store, metric=None, template=None, limit=None)
+    assert sample.answers == (format_boxes("circle", [BOX], SIZE),) and sample.boxes == (tuple(map(float, BOX)),)
