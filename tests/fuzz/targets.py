@@ -30,7 +30,7 @@ from dsvl2_jax.inputs.grounding import draw_boxes, parse_boxes
 from dsvl2_jax.inputs.image_sources import FilePool, FolderImages, TarImages
 from dsvl2_jax.inputs.images import image_size, load_image, tile_image
 from dsvl2_jax.inputs.processor import Processor, ProcessorConfig
-from dsvl2_jax.inputs.records import parse_record, process
+from dsvl2_jax.inputs.records import parse_record, process, resolve
 from dsvl2_jax.inputs.tokenizer import PROCESSOR_TOKENS, StreamDecoder, Tokenizer
 from dsvl2_jax.json_files import parse_json
 from dsvl2_jax.messages import printable
@@ -361,7 +361,7 @@ def records() -> list[Any]:
 def use_record(value: Any, own: Sequence[bytes] = ()) -> None:
     store = FolderImages(str(PICTURES))
     with contextlib.suppress(DSVL2Error):
-        process(parse_record(value, own), processor(), store, True)
+        process(resolve(parse_record(value, own), processor(), store), processor(), True)
     process_regions(parse_regions(value, own), processor(), store, Pairs(tokens=64, phrases=4))
 
 
