@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import io
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from typing import Any
 
 import tyro
 
@@ -51,17 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     if debug:
         args.remove("--debug")
     try:
-        for option in args:
-            if new := _RENAMED.get(option.partition("=")[0]):
-                raise UsageError(f"{option}: this option is now called {new}, which also covers transparency.")
-        status = tyro.extras.subcommand_cli_from_dict(
-            {name: with_escaped_output(command) for name, command in COMMANDS.items()},
-            prog="dsvl2",
-            description="DeepSeek-VL2 in JAX. `dsvl2 COMMAND --help` explains a command; --debug shows tracebacks.",
-            args=args,
-            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName),
-        )
-        return processes.end(status or 0)
+        with _interrupts_kept():
+            return _run(args)
     except SystemExit:
         if args[:1] == ["train"] and {"-h", "--help"} & set(args):  # tyro has printed the options
             from dsvl2_jax.train.settings.load import settings_help
@@ -74,6 +70,41 @@ def main(argv: list[str] | None = None) -> int:
                 raise
             traceback.print_exc()
         return processes.end(*_status_and_message(error))
+
+
+def _run(args: list[str]) -> int:
+    for option in args:
+        if new := _RENAMED.get(option.partition("=")[0]):
+            raise UsageError(f"{option}: this option is now called {new}, which also covers transparency.")
+    status = tyro.extras.subcommand_cli_from_dict(
+        {name: with_escaped_output(command) for name, command in COMMANDS.items()},
+        prog="dsvl2",
+        description="DeepSeek-VL2 in JAX. `dsvl2 COMMAND --help` explains a command; --debug shows tracebacks.",
+        args=args,
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName),
+    )
+    return processes.end(status or 0)
+
+
+@contextlib.contextmanager
+def _interrupts_kept() -> Iterator[None]:
+    """Ctrl-C ends the command, too, when it falls into a function whose exceptions Python prints and forgets.
+
+    Such are the callbacks of the garbage collector, of which jax has one.
+    """
+    show = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if unraisable.exc_type is KeyboardInterrupt:
+            threading.Timer(0.02, _thread.interrupt_main).start()  # once that function has ended
+        else:
+            show(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = show
 
 
 def _print_everything() -> None:

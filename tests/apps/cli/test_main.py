@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
+import types
 
 import golden
 import pytest
@@ -246,6 +251,40 @@ def test_a_failure_is_one_message_and_an_exit_status(run, mini, tmp_path, monkey
 def test_wrong_options_exit_with_2(run):
     for args in (["generate"], ["generate", "--prompt", "x", "--top-k", "many"], ["nonsense"], []):
         assert run(*args)[0] == 2
+
+
+def test_an_interrupt_that_python_would_forget_ends_the_command(run, monkeypatch):
+    """One that falls into a callback of the garbage collector."""
+
+    def interrupted():
+        forgotten = types.SimpleNamespace(exc_type=KeyboardInterrupt, exc_value=KeyboardInterrupt(), object=None)
+        sys.unraisablehook(forgotten)
+        time.sleep(20)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background job
+    try:
+        monkeypatch.setitem(COMMANDS, "doctor", interrupted)
+        assert run("doctor") == (130, "", "dsvl2: interrupted\n")
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_what_the_encoding_cannot_say_is_escaped():
+    program = "import sys; from dsvl2_jax.apps.cli import main\n"
+    program += "main.COMMANDS['doctor'] = lambda: print('<｜end▁of▁sentence｜>')\nsys.exit(main.main(['doctor']))"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "<\\uff5cend\\u2581of\\u2581sentence\\uff5c>\n", "")
+
+
+def test_a_file_that_cannot_be_written_is_named(run, monkeypatch):
+    def full():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "here/a.json")
+
+    monkeypatch.setitem(COMMANDS, "doctor", full)
+    status, _, err = run("doctor")
+    assert status == 1
+    assert err.startswith("dsvl2: error: here/a.json: No space left on device. ")
 
 
 def test_debug_shows_the_traceback(mini):
