@@ -222,7 +222,8 @@ def _slow_writes(campaign: Campaign, operation: Operation, work: Path, usual: Un
 def _clock(campaign: Campaign, operation: Operation, work: Path, usual: Undisturbed, draw: random.Random) -> _Outcome:
     hours = draw.choice([-30, -2, 2, 30, 24 * 400])
     drawn = Fault(clock_after=draw.choice([0, 1, 5, 50, 500]), clock_offset=hours * 3600)
-    return str(drawn), campaign.run_to_end(operation, work, drawn, must=True)
+    # Orbax measures its patience by this clock: it may give up.
+    return str(drawn), campaign.run_to_end(operation, work, drawn)
 
 
 def _full_disk(campaign: Campaign, operation: Operation, work: Path, usual: Undisturbed, draw: Any) -> _Outcome:

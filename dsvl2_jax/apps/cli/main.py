@@ -113,7 +113,8 @@ def _print_everything() -> None:
     Standard error does so already.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+        with contextlib.suppress(OSError, ValueError):  # it is closed, or has become something else
+            sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _status_and_message(error: BaseException) -> tuple[int, str | None]:
