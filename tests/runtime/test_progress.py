@@ -3,9 +3,9 @@
 import io
 
 import pytest
-from rich.console import Console
 
 from dsvl2_jax.runtime import progress as module
+from dsvl2_jax.runtime.console import PrintableConsole
 from dsvl2_jax.runtime.progress import progress
 
 
@@ -19,7 +19,9 @@ def test_nothing_is_shown_where_nobody_looks(capsys):
 def test_a_terminal_shows_what_is_done(monkeypatch, unit, amount):
     screen = io.StringIO()
     monkeypatch.setattr(
-        module, "Console", lambda stderr: Console(file=screen, force_terminal=True, width=120, no_color=True)
+        module,
+        "PrintableConsole",
+        lambda stderr: PrintableConsole(file=screen, force_terminal=True, width=120, no_color=True),
     )
     with progress("answering", 8, done=3, unit=unit) as advance:
         advance(4)
