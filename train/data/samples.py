@@ -59,7 +59,7 @@ class SampleSource:
         if not len(self):
             raise DataError(f"{source.path}: no samples ({label}). The file is empty, or the archive has no texts.")
         self._source, self._processor, self._data, self.shape = source, processor, data, shape
-        self._pairs = pairs
+        self._pairs, self._boxes = pairs, None if source.boxes == "auto" else source.boxes
         self._stores: dict[str, ImageStore] = {}
         for file in self.files:
             self._store(file)
@@ -99,7 +99,7 @@ class SampleSource:
         """A sample for the language model, or an image and its caption."""
         if self._pairs is not None and record.objects is None:
             record = dataclasses.replace(record, images=record.images[:1])  # the others are not looked for
-        resolved = resolve(record, self._processor, store, self._source.boxes or None)
+        resolved = resolve(record, self._processor, store, self._boxes)
         if self._pairs is not None:
             inputs, truncated = process_pair(resolved, self._processor, self._pairs.tokens)
         else:
@@ -107,7 +107,7 @@ class SampleSource:
             if self.shape is not None:
                 side = self._processor.config.tokens_per_side
                 inputs, truncated = packing.fit(inputs, self.shape, self._data.too_long, side)
-        said = record.objects is not None and (record.objects.kind or self._source.boxes)
+        said = record.objects is not None and (record.objects.kind or self._boxes)
         return packing.element(inputs, name, truncated=truncated) | {
             "image_traits": inputs.image_traits,
             notes.UNUSED: record.unused,
@@ -130,7 +130,7 @@ class SampleSource:
         """The images of a usable sample, each with the boxes that training sees in it."""
         file, number = self._locate(index)
         record = parse_record(*file.read(number, self._pool))
-        resolved = resolve(record, self._processor, self._store(file), self._source.boxes or None)
+        resolved = resolve(record, self._processor, self._store(file), self._boxes)
         images = [self._processor.read_image(image)[0] for image in resolved.images]
         boxes = learnt_boxes(record, [image.size for image in images], resolved.kind)
         return [(image, [box for box in boxes if box.image == place]) for place, image in enumerate(images)]

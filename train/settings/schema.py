@@ -50,10 +50,9 @@ class SourceSettings:
         "", help="folder or tar shards (a glob) where image names are looked up; empty: the data file's folder"
     )
     boxes: str = setting(
-        "",
-        choices=("", *BOX_KINDS),
-        help='what the numbers of boxes under "objects" are, in records that do not say it: pixels, 0-1 or 0-1000; '
-        "empty: decided for each record",
+        "auto",
+        choices=("auto", *BOX_KINDS),
+        help='what the numbers of boxes under "objects" are, in records that do not say it; auto: decided for each',
     )
     follow_links: bool = setting(
         False, may_change=True, help="true: links in the folder of images may lead out of it, as to a store of files"

@@ -18,7 +18,7 @@ def check(
     ckpt: str | None = None,
     images: str = "",
     follow_links: bool = False,
-    boxes: str = "",
+    boxes: str = "auto",
     sequence_length: int = 4096,
     tiles_per_sequence: int = 20,
     mask_prompt: bool = False,
@@ -36,7 +36,7 @@ def check(
         ckpt: checkpoint whose tokenizer and tiling count; without it, the bundled model's.
         images: folder, or tar shards (a glob ending in .tar), of the images; without it, the file's folder.
         follow_links: links in the folder of images may lead out of it.
-        boxes: what boxes under "objects" are that do not say it: pixels, 0-1 or 0-1000; without it, decided for each.
+        boxes: what boxes under "objects" are that do not say it: pixels, 0-1 or 0-1000; auto: decided for each.
         sequence_length: tokens of a training row.
         tiles_per_sequence: image tiles of a training row.
         mask_prompt: count answers alone as learnt, as in fine-tuning.

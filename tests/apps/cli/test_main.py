@@ -85,7 +85,7 @@ OPTIONS = {
     "data check": {
         "--ckpt": "None", "--images": "''", "--follow-links": "False", "--sequence-length": "4096",
         "--tiles-per-sequence": "20", "--mask-prompt": "False", "--problems": "20", "--histogram": "None",
-        "--json": "False", "--as-seen": "False", "--boxes": "''", "--draw": "None",
+        "--json": "False", "--as-seen": "False", "--boxes": "auto", "--draw": "None",
     },
     "data import": {},
     "plot": {"--out": "plot.png"},
