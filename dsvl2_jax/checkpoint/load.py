@@ -15,7 +15,7 @@ from dsvl2_jax.checkpoint import orbax_io, rules
 from dsvl2_jax.checkpoint.leaves import Leaves, batches
 from dsvl2_jax.checkpoint.locate import PARAMS_NAME, kind, read_manifest, run_of
 from dsvl2_jax.checkpoint.safetensors_source import Source, numpy_dtype
-from dsvl2_jax.checkpoint.verify import check_run_sizes, tell
+from dsvl2_jax.checkpoint.verify import check_run_sizes, tell, way_out
 from dsvl2_jax.checkpoint.verify import verify as verify_files
 from dsvl2_jax.errors import CheckpointError, UsageError
 from dsvl2_jax.messages import first_line, listed
@@ -202,4 +202,4 @@ def _reason(error: BaseException) -> str:
 def _remedy(directory: Path) -> str:
     if run_of(directory) is None:
         return "Copy or convert the checkpoint again."
-    return f"Copy it again, or remove {directory}: the run then resumes from the checkpoint before it."
+    return f"C{way_out(directory)[1:]}."

@@ -61,8 +61,7 @@ def _verify_run(directory: Path) -> list[str]:
     digests.check(run / MODEL_NAME, model, f"{RUN_NAME} of the run", "copy the run again")
     documents = _documents(directory)
     expected = {name: value for document in documents.values() for name, value in document["sha256"].items()}
-    advice = f"copy it again, or remove {directory}: the run then resumes from the checkpoint before it"
-    digests.check(directory, expected, "digests of the checkpoint", advice)
+    digests.check(directory, expected, "digests of the checkpoint", way_out(directory))
     unknown = set(digests.files_below(directory)) - expected.keys() - documents.keys()
     unknown |= {f"../../{MODEL_NAME}/{name}" for name in set(digests.files_below(run / MODEL_NAME)) - model.keys()}
     return _without(unknown, "the run was stopped before they were written, or is an older one's")
@@ -75,7 +74,12 @@ def check_run_sizes(directory: Path) -> None:
       CheckpointError: files are missing or cut off, or what was kept has changed.
     """
     for document in _documents(directory).values():
-        check_sizes(directory, document["files"], "the checkpoint is damaged; copy it again, or remove it")
+        check_sizes(directory, document["files"], f"the checkpoint is damaged; {way_out(directory)}")
+
+
+def way_out(directory: Path) -> str:
+    """What to do about a damaged checkpoint of a run."""
+    return f"copy it again, or remove {directory}: the run then resumes from the checkpoint before it"
 
 
 def write_run_digests(directory: Path, index: int, count: int) -> None:

@@ -211,12 +211,15 @@ def test_training_has_the_losses_of_one_process_on_any_mesh_and_goes_on_after_ki
     np.testing.assert_allclose(list(losses(run).values()), list(expected.values()), rtol=1e-5)
     assert saved() == [str(EVERY), str(STEPS)]
 
-    # A run's checkpoint has no list of its files: the array that cannot be read is named, and the way out.
+    # Each process has kept the sizes of its share of the files: the one that is gone is named, and the way out.
     newest = run / "checkpoints" / str(STEPS)
-    largest_file(newest / "params").unlink()
+    gone = largest_file(newest / "params")
+    gone.unlink()
     broken = Group(tmp_path, 2, "generate", run, "--prompt", "red", "--mesh", "tensor=2")
-    assert_said_once(broken, [1, 1], f"{newest / 'params'}: damaged: ")
-    assert f"or remove {newest}: the run then resumes from" in broken.errors(0)[0]
+    assert_said_once(
+        broken, [1, 1], f"{newest}: the checkpoint is damaged; copy it again, or remove {newest}: the run "
+    )
+    assert f"{gone.relative_to(newest)}: missing" in broken.err(0)
     assert "Traceback" not in broken.err(0) + broken.err(1)
 
 
