@@ -410,7 +410,7 @@ def test_wrong_options_are_usage_errors(questions, arguments, message, capsys, t
 def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "latin.jsonl").write_bytes(b'{"question": "caf\xe9"}\n')
-    for name, message in (("none", "cannot be read"), ("empty.jsonl", "has no samples"), ("latin.jsonl", "UTF-8")):
+    for name, message in (("none", "not found"), ("empty.jsonl", "has no samples"), ("latin.jsonl", "UTF-8")):
         with pytest.raises(DSVL2Error, match=rf"{name}.*{message}"):
             read(tmp_path / name, metric="exact")
 
