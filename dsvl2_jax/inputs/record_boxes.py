@@ -23,6 +23,7 @@ LABEL_TAG, BOX_TAG = "<ref-object>", "<bbox>"
 
 # What the numbers of a box are: pixels of its image, shares of its width and height, or thousandths of them.
 PIXELS, SHARES, THOUSANDTHS = BOX_KINDS = ("pixels", "0-1", "0-1000")
+AUTO = "auto"  # instead of a kind: what `guess_kind` says
 _DECLARED = {"real": PIXELS, "norm1": SHARES, "norm1000": THOUSANDTHS, **{kind: kind for kind in BOX_KINDS}}
 
 _KEYS = ("ref", "bbox", "bbox_type", "image_id")

@@ -23,7 +23,7 @@ from dsvl2_jax.errors import DataError, UsageError
 from dsvl2_jax.inputs.grounding import draw_boxes
 from dsvl2_jax.inputs.images import TRAITS, trait_notes
 from dsvl2_jax.inputs.processor import Processor
-from dsvl2_jax.inputs.record_boxes import BOX_KINDS
+from dsvl2_jax.inputs.record_boxes import AUTO, BOX_KINDS
 from dsvl2_jax.inputs.records import NO_LOSS
 from dsvl2_jax.inputs.tokenizer import DET_TOKEN
 from dsvl2_jax.runtime.console import PrintableConsole
@@ -95,7 +95,7 @@ def examine(
     processor: Processor,
     images: str = "",
     follow_links: bool = False,
-    boxes: str = "auto",
+    boxes: str = AUTO,
     sequence_length: int = 4096,
     tiles_per_sequence: int = 20,
     mask_prompt: bool = False,
@@ -158,7 +158,7 @@ def check(
     checkpoint: str | None = None,
     images: str = "",
     follow_links: bool = False,
-    boxes: str = "auto",
+    boxes: str = AUTO,
     sequence_length: int = 4096,
     tiles_per_sequence: int = 20,
     mask_prompt: bool = False,
@@ -185,8 +185,8 @@ def check(
     """
     if histogram is not None and histogram.suffix.lower() != ".png":
         raise UsageError(f"--histogram {histogram}: give a file name that ends in .png.")
-    if boxes not in ("", *BOX_KINDS):
-        raise UsageError(f"--boxes {boxes}: is none of {', '.join(BOX_KINDS)}.")
+    if boxes not in (AUTO, *BOX_KINDS):
+        raise UsageError(f"--boxes {boxes}: is none of {', '.join((AUTO, *BOX_KINDS))}.")
     processor = Processor.from_dir(resolve(checkpoint), as_seen=as_seen, warns=False)
     if draw is not None:
         _make(draw)

@@ -17,6 +17,7 @@ from dsvl2_jax.errors import DataError, SampleError
 from dsvl2_jax.inputs.grounding import Box
 from dsvl2_jax.inputs.image_sources import FilePool, ImageStore, expand_paths, index_tar, open_images
 from dsvl2_jax.inputs.processor import Processor
+from dsvl2_jax.inputs.record_boxes import AUTO
 from dsvl2_jax.inputs.records import Record, learnt_boxes, parse_record, process, resolve
 from dsvl2_jax.train.data import notes, packing
 from dsvl2_jax.train.data.encoder_samples import Pairs, parse_regions, process_pair, process_regions
@@ -59,7 +60,7 @@ class SampleSource:
         if not len(self):
             raise DataError(f"{source.path}: no samples ({label}). The file is empty, or the archive has no texts.")
         self._source, self._processor, self._data, self.shape = source, processor, data, shape
-        self._pairs, self._boxes = pairs, None if source.boxes == "auto" else source.boxes
+        self._pairs, self._boxes = pairs, None if source.boxes == AUTO else source.boxes
         self._stores: dict[str, ImageStore] = {}
         for file in self.files:
             self._store(file)

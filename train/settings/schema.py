@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from dsvl2_jax.fields import setting
-from dsvl2_jax.inputs.record_boxes import BOX_KINDS
+from dsvl2_jax.inputs.record_boxes import AUTO, BOX_KINDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +50,8 @@ class SourceSettings:
         "", help="folder or tar shards (a glob) where image names are looked up; empty: the data file's folder"
     )
     boxes: str = setting(
-        "auto",
-        choices=("auto", *BOX_KINDS),
+        AUTO,
+        choices=(AUTO, *BOX_KINDS),
         help='what the numbers of boxes under "objects" are, in records that do not say it; auto: decided for each',
     )
     follow_links: bool = setting(
