@@ -29,8 +29,8 @@ from rich import filesize
 
 from dsvl2_jax.checkpoint import orbax_io, remote
 from dsvl2_jax.checkpoint.locate import CHECKPOINTS_NAME, MODEL_NAME, PARAMS_NAME, RUN_NAME, carry_files, run_steps
-from dsvl2_jax.checkpoint.staging import is_disk_full, locked, write_text
-from dsvl2_jax.checkpoint.verify import write_run_digests
+from dsvl2_jax.checkpoint.staging import NEW_SUFFIX, is_disk_full, locked, write_text
+from dsvl2_jax.checkpoint.verify import RUN_DIGESTS, write_run_digests
 from dsvl2_jax.errors import RunError
 from dsvl2_jax.json_files import read_json_object
 from dsvl2_jax.messages import changes, first_line, listed
@@ -193,6 +193,9 @@ class RunDirectory:
                 f"{' …' if len(foreign) > 3 else ''}). Choose a new directory."
             )
         self._remove_unfinished()
+        if not remote.is_remote(self.path) and processes.is_first():
+            for file in (self.path / CHECKPOINTS_NAME).glob(f"*/*{NEW_SUFFIX}"):
+                file.unlink(missing_ok=True)
 
     def begin(self, settings: Settings, model_source: Path, identity: Identity) -> None:
         """Writes what identifies the run. Nothing counts before ``run.json``, which comes last."""
@@ -377,12 +380,16 @@ class RunDirectory:
             for iterator in iterators:
                 together |= iterator.get("streams", {})
             iterator = {"streams": together} if together else iterators[0]
-            return Restored(orbax_io.read_tree(path, _OPTIMIZER, optimizer), iterator)
+            restored = Restored(orbax_io.read_tree(path, _OPTIMIZER, optimizer), iterator)
         except Exception as error:  # Orbax and tensorstore raise ValueError, KeyError, OSError, XlaRuntimeError …
             raise RunError(
                 f"{path}: cannot be read ({first_line(error)}). Remove this directory to resume from the checkpoint "
                 "before it."
             ) from error
+        # A kill came before they were written.
+        if not remote.is_remote(path) and not (path / RUN_DIGESTS.format(jax.process_index())).is_file():
+            self._keep_digests(step)
+        return restored
 
     def _failed(self, step: int, size: int, error: BaseException) -> RunError:
         self._remove_unfinished()

@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from dsvl2_jax.checkpoint import orbax_io, rules
 from dsvl2_jax.checkpoint.load import load_params
 from dsvl2_jax.checkpoint.locate import kind, open_model, resolve
+from dsvl2_jax.checkpoint.verify import verify
 from dsvl2_jax.errors import CheckpointError, RunError
 from dsvl2_jax.model.deepseek_vl2 import entry_axes
 from dsvl2_jax.train import run_directory
@@ -277,6 +278,20 @@ def test_a_damaged_checkpoint_is_named(begun):
                 file.write_bytes(b"")
         with pytest.raises(RunError, match=r"checkpoints/1: cannot be read .*the checkpoint before it"):
             run.restore(1, jax.eval_shape(lambda: SMALL))
+
+
+def test_digests_that_a_kill_came_before_are_written_when_the_run_goes_on(begun):
+    # A killed process left no digests, or a part of them under another name.
+    with begun() as run:
+        save(run, 1)
+    folder = run.checkpoint(1)
+    digests = (folder / "digests-0.json").read_text()
+    (folder / "digests-0.json").rename(folder / "digests-0.json.new")
+    with begun() as run:
+        assert sorted(file.name for file in folder.glob("digests-*")) == []
+        run.restore(1, jax.eval_shape(lambda: SMALL))
+    assert (folder / "digests-0.json").read_text() == digests
+    assert verify(folder) == []
 
 
 def test_a_moved_run_still_loads(begun, model, tmp_path):
