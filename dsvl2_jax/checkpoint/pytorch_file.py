@@ -9,11 +9,13 @@ ours; all else is refused by name.
 from __future__ import annotations
 
 import io
+import lzma
 import math
 import pickle
 import pickletools
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +51,12 @@ _REMEDY = (
     "s.save_file({{k: v.contiguous().clone() for k, v in torch.load('{name}', map_location='cpu', "
     "weights_only=True).items()}}, '{stem}.safetensors')\""
 )
+
+
+# What reading raises of archives that are cut off, compressed in unknown ways or marked as encrypted.
+_DAMAGED = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, OSError, ValueError, KeyError, EOFError, struct.error
+)  # fmt: skip
 
 
 # Tuples, whose values a pickle cannot change once they have been checked.
@@ -96,7 +104,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
                         starts[storage.key] = _start(opened, entry, storage.count * storage.itemsize, size)
     except _Refused as error:
         raise CheckpointError(f"{file}: {error}. {_REMEDY.format(name=file.name, stem=file.stem)}") from None
-    except (zipfile.BadZipFile, OSError, ValueError, KeyError, EOFError, NotImplementedError, struct.error) as error:
+    except _DAMAGED as error:
         if not _is_zip(file):
             raise CheckpointError(
                 f"{file}: not a zip archive, as torch.save has written since PyTorch 1.6; it has {size} bytes. If it "

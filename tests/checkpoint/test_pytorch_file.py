@@ -84,7 +84,16 @@ def archive(path, pickled, **entries):
     return path
 
 
+def encrypted(path):
+    """An archive whose headers say that its entry is encrypted."""
+    content = bytearray(archive(path, pickle.dumps({}, 2)).read_bytes())
+    for header, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        content[content.index(header) + flags] |= 1
+    path.write_bytes(content)
+
+
 REFUSED = {
+    "an encrypted archive": (encrypted, "not a complete file of torch.save .*encrypted"),
     "a call of the system": (lambda p: archive(p, pickle.dumps(Call(os.system, "true"), 2)), "posix.system"),
     "a call of eval": (lambda p: archive(p, pickle.dumps({"a": Call(eval, "1")}, 2)), r"builtin\w*\.eval"),
     "a numpy array": (lambda p: torch.save({"a": np.ones(3)}, p), r"numpy"),
