@@ -104,7 +104,8 @@ def _interrupts_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        sys.unraisablehook = show
+        if sys.unraisablehook is hook:  # after a read that failed, another hides what ends after it
+            sys.unraisablehook = show
 
 
 def _print_everything() -> None:
