@@ -326,7 +326,8 @@ def _no_home(campaign: Campaign, operation: Operation, work: Path, usual: Undist
 
     process = campaign.in_surroundings(operation, work, leave)
     came_to = campaign.ended(operation, process, "no home", must=operation.name != "plan")
-    if process.text.lower().count("warning") + process.text.count("cannot be written") > 1:
+    said = [line for line in process.text.splitlines() if "/proc/1/home" in line or "cache" in line]
+    if len(said) > 1:
         raise Broken(f"more than one warning without a home:\n{process.text}")
     return "no home", came_to
 
