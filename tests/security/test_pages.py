@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from types import SimpleNamespace
 
 import pytest
+from browsers import chromium_or_skip
 from PIL import Image
 
 from dsvl2_jax.infer.content_security import content_security_policy
@@ -52,16 +52,7 @@ def report(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    pytest.importorskip("playwright.sync_api")
-    from playwright.sync_api import Error
-
-    from dsvl2_jax.apps.screenshots import chromium
-
-    with contextlib.ExitStack() as stack:
-        try:
-            started = stack.enter_context(chromium())
-        except Error as error:
-            pytest.skip(f"no Chromium here (apt-get install chromium, or playwright install chromium): {error}")
+    with chromium_or_skip() as started:
         yield started
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import page_server
 import pytest
+from browsers import chromium_or_skip
 from page_steps import DESKTOP, opened
-from playwright.sync_api import Browser, BrowserContext, Error, Page
+from playwright.sync_api import Browser, BrowserContext, Page
 
 import dsvl2_jax
-from dsvl2_jax.apps.screenshots import chromium
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +30,7 @@ def server(served):
 
 @pytest.fixture(scope="module")
 def browser():
-    with contextlib.ExitStack() as stack:
-        try:
-            started = stack.enter_context(chromium())
-        except Error as error:
-            pytest.skip(f"no Chromium here (apt-get install chromium, or playwright install chromium): {error}")
+    with chromium_or_skip() as started:
         yield started
 
 
