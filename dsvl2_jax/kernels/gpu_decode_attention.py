@@ -32,7 +32,7 @@ MAX_SPLITS = 32
 
 def splits(rows: int) -> int:
     """How many parts a row's positions are taken in: the fewer, the more rows and heads there are."""
-    return max(1, min(MAX_SPLITS, 1 << (PROGRAMS // rows).bit_length() - 1))
+    return max(1, min(MAX_SPLITS, 1 << max(1, PROGRAMS // rows).bit_length() - 1))
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "interpret"))

@@ -9,10 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import export
 
-from dsvl2_jax.infer.slots import decode_group, init_slots
-from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model import gpu_decode
 from dsvl2_jax.model.cache import cache_layout
 from dsvl2_jax.model.config import Config, LanguageConfig
