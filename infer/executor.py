@@ -28,15 +28,15 @@ from dsvl2_jax.model.deepseek_vl2 import Params
 CHUNKS = (64, 128, 256, PAGE)  # lengths of a prompt's chunks
 
 adapt_tiles = jax.jit(model.adapt_tiles, static_argnames="config")
-_init_slots = jax.jit(slots.init_slots, static_argnames=("config", "slots", "cache_length", "dtype"))
+init_slots = jax.jit(slots.init_slots, static_argnames=("config", "slots", "cache_length", "dtype"))
 _init_features = jax.jit(slots.init_features, static_argnames=("config", "tiles", "dtype"))
-_init_row = jax.jit(init_cache, static_argnames=("config", "slots", "cache_length", "dtype"))
+init_row = jax.jit(init_cache, static_argnames=("config", "slots", "cache_length", "dtype"))
 _place_features = jax.jit(slots.place_features, donate_argnames="table")
-_prefill_chunk = jax.jit(slots.prefill_chunk, static_argnames=("config", "read_length"), donate_argnames="row")
+prefill_chunk = jax.jit(slots.prefill_chunk, static_argnames=("config", "read_length"), donate_argnames="row")
 _take_page = jax.jit(slots.take_page)
 _put_page = jax.jit(slots.put_page, donate_argnames="row")
 _insert = jax.jit(slots.insert, static_argnames="eos", donate_argnames="state")
-_decode_group = jax.jit(
+decode_group = jax.jit(
     slots.decode_group, static_argnames=("config", "eos", "cache_length", "top"), donate_argnames="state"
 )
 
@@ -88,7 +88,7 @@ class Executor:
         """Makes everything anew, after a failure of the device."""
         self._features.clear()
         self._pages.clear()
-        self._state = self._empty(_init_slots, slots=self.slots, cache_length=self.cache_length)
+        self._state = self._empty(init_slots, slots=self.slots, cache_length=self.cache_length)
         self._table = self._empty(_init_features, tiles=self._tiles)
         self.new_row()
 
@@ -97,7 +97,7 @@ class Executor:
 
         So nothing of an earlier prompt stays in either: zero times a number that is none would be none.
         """
-        self._row = self._empty(_init_row, slots=1, cache_length=self.cache_length)
+        self._row = self._empty(init_row, slots=1, cache_length=self.cache_length)
 
     def _empty(self, function: Callable, **sizes: int) -> Any:
         """What ``function`` makes, bound to the model's device as all results of programs are.
@@ -179,7 +179,7 @@ class Executor:
         index_bt = np.pad(image_index, pad, constant_values=TEXT_POSITION)[None]
         read = None if start == 0 else next(n for n in self._read_lengths if start + size <= n)
         self._logits, self._row = self.model.run(
-            _prefill_chunk,
+            prefill_chunk,
             {"config": self.model.config, "read_length": read},
             params=self.model.params,
             ids_bt=ids_bt.astype(np.int32),
@@ -229,7 +229,7 @@ class Executor:
         """
         length = next(n for n in self.decode_lengths if needed <= n)
         self._state, steps = self.model.run(
-            _decode_group,
+            decode_group,
             {
                 "config": self.model.config,
                 "eos": self.eos,
