@@ -108,33 +108,35 @@ def speculative_group(
     def active(taken_b: jax.Array, state: SlotState) -> jax.Array:
         return ~state.finished & (taken_b < budget_b)
 
-    def more(carry: Any) -> jax.Array:
-        taken_b, state, _ = carry
-        return jnp.any(active(taken_b, state))
-
-    def body(carry: Any) -> Any:
-        taken_b, state, steps = carry
+    def begin(taken_b: jax.Array, state: SlotState, steps: Steps) -> Any:
         active_b = active(taken_b, state)
         drafts_bn, count_b = propose(state.ids, state.positions, drafts)
         count_b = jnp.minimum(count_b, state.limits - state.positions - 1)  # each draft is followed by a token
-        count_b = jnp.where(active_b & may_draft_b, count_b, 0)
+        return active_b, drafts_bn, jnp.where(active_b & may_draft_b, count_b, 0), taken_b, state, steps
 
-        def with_drafts(state: SlotState, steps: Steps) -> tuple[jax.Array, SlotState, Steps]:
-            rows_b = active_b & ((count_b > 0) | ~apart)
-            state, steps = _verify(
-                params, config, state, steps, rows_b, drafts_bn, jnp.where(rows_b, count_b, 0), allowed_bv, eos, top
-            )
-            return rows_b, state, steps
+    def with_drafts(carry: Any) -> Any:
+        active_b, drafts_bn, count_b, taken_b, state, steps = carry
+        rows_b = active_b & ((count_b > 0) | ~apart)
+        state, steps = _verify(params, config, state, steps, rows_b, drafts_bn, count_b, allowed_bv, eos, top)
+        return begin(taken_b + rows_b, state, steps)
 
-        def without(state: SlotState, steps: Steps) -> tuple[jax.Array, SlotState, Steps]:
-            state, new = next_state(params, config, state, active_b, allowed_bv, eos, top)
-            return active_b, state, _record(steps, new, active_b)
+    def without(carry: Any) -> Any:
+        active_b, _, _, taken_b, state, steps = carry
+        state, new = next_state(params, config, state, active_b, allowed_bv, eos, top)
+        return begin(taken_b + active_b, state, _record(steps, new, active_b))
 
-        rows_b, state, steps = lax.cond(jnp.any(count_b > 0), with_drafts, without, state, steps)
-        return taken_b + rows_b, state, dataclasses.replace(steps, finished=state.finished)
+    def is_drafted(carry: Any) -> jax.Array:
+        return jnp.any(carry[2] > 0)
 
-    _, state, steps = lax.while_loop(more, body, (none_b, state, steps))
-    return with_whole_cache(state, whole), steps
+    def is_plain(carry: Any) -> jax.Array:
+        return jnp.any(carry[0]) & ~is_drafted(carry)
+
+    # Two loops in a third, and no lax.cond, whose branches would copy the cache.
+    def body(carry: Any) -> Any:
+        return lax.while_loop(is_plain, without, lax.while_loop(is_drafted, with_drafts, carry))
+
+    *_, state, steps = lax.while_loop(lambda carry: jnp.any(carry[0]), body, begin(none_b, state, steps))
+    return with_whole_cache(state, whole), dataclasses.replace(steps, finished=state.finished)
 
 
 def _verify(
