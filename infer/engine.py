@@ -198,7 +198,6 @@ class Model:
         for name, value in (("max_new_tokens", max_new_tokens), ("chunk_size", chunk_size), ("slots", slots)):
             if value is not None and value < 1:
                 raise UsageError(f"{name}: found {value}, expected a positive whole number.")
-        check_drafts("speculate", speculate)
         for prompt in prompts:
             self.check_context(prompt)
         requests = [Request(p, max_new_tokens, s) for p, s in zip(prompts, settings, strict=True)]
@@ -241,7 +240,9 @@ class Model:
 
         Raises:
           ConversationError: a prompt does not fit the context.
+          UsageError: speculate is out of range.
         """
+        check_drafts("speculate", speculate)
         chunk = PAGE if chunk_size is None else min(chunk_size, PAGE)
         indices: dict[Ticket, int] = {}
         scheduler: Scheduler | None = None
