@@ -238,10 +238,11 @@ def prefill(
     return _next_logits(params, config, last_bd), cache
 
 
-def _next_logits(params: Params, config: Config, hidden_bd: jax.Array) -> jax.Array:
-    """[B, D] → f32[B, V], made where the output head's parts are, then whole rows, from which tokens are chosen."""
-    logits_bv = output_logits(params, config, constrain(hidden_bd, "decode_batch", "embed"))
-    return constrain(constrain(logits_bv, "decode_batch", "vocab"), "slots", "vocab")
+def _next_logits(params: Params, config: Config, hidden: jax.Array) -> jax.Array:
+    """[B, ..., D] → f32[B, ..., V], made where the output head's parts are, then whole rows, to choose tokens from."""
+    between = (None,) * (hidden.ndim - 2)
+    logits = output_logits(params, config, constrain(hidden, "decode_batch", *between, "embed"))
+    return constrain(constrain(logits, "decode_batch", *between, "vocab"), "slots", *between, "vocab")
 
 
 def decode_step(
@@ -265,16 +266,41 @@ def decode_step(
     Returns:
       f32[B, V] logits of the next token, and the cache.
     """
-    x_btd = embed_tokens(params, config, tokens[:, None])
     valid_bt = None if active is None else active[:, None]
+    logits_btv, cache = decode_tokens(params, config, tokens[:, None], positions, cache, valid_bt)
+    return logits_btv[:, 0], cache
+
+
+def decode_tokens(
+    params: Params,
+    config: Config,
+    tokens_bt: jax.Array,
+    positions_b: jax.Array,
+    cache: Cache,
+    valid_bt: jax.Array | None = None,
+) -> tuple[jax.Array, Cache]:
+    """The newest token of every row, and drafts of those that may follow: one pass over the weights for all of them.
+
+    Args:
+      params: of the whole model, nested.
+      config: static.
+      tokens_bt: i32[B, T].
+      positions_b: i32[B], the position in the cache that each row's first token takes; the others follow. Entries of
+        drafts that turn out wrong need not be removed: nothing sees them before they are overwritten.
+      cache: holds every earlier position.
+      valid_bt: bool[B, T], False where the result does not count: such tokens visit no expert. None: all count.
+
+    Returns:
+      f32[B, T, V], the logits after each token, and the cache.
+    """
     hidden_btd, cache, _ = hidden_states(
         params["language"],
         config.language,
-        x_btd,
-        positions[:, None],
+        embed_tokens(params, config, tokens_bt),
+        positions_b[:, None] + jnp.arange(tokens_bt.shape[1]),
         valid_bt,
         cache=cache,
         read_cache=True,
         decode=True,
     )
-    return _next_logits(params, config, hidden_btd[:, 0]), cache
+    return _next_logits(params, config, hidden_btd), cache
