@@ -79,7 +79,9 @@ class Ring:
 # tests put plain functions in place of these.
 
 
-def product(a: Any, b: Any, acc: jax.Array | None = None, *, transposed: bool = False, meanwhile: Any = None) -> jax.Array:
+def product(
+    a: Any, b: Any, acc: jax.Array | None = None, *, transposed: bool = False, meanwhile: Any = None
+) -> jax.Array:
     """f32[M, N]: ``acc`` (zeros without it) + a · b, or a · bᵀ when ``transposed``.
 
     Args:

@@ -28,7 +28,7 @@ MASKED = -1e30  # finite, so that a block without a visible key gives no nan
 
 def fits_attention(key_width: int, value_width: int) -> bool:
     """Whether the kernel takes these widths: whole steps of the matrix unit."""
-    return key_width % 16 == 0 and value_width % 16 == 0 
+    return key_width % 16 == 0 and value_width % 16 == 0
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "causal", "blocks"))
@@ -50,7 +50,9 @@ def attention_forward(
     tiles, base2 = pl.cdiv(t, BLOCK), scale * math.log2(math.e)
     # TMA wants rows of 16 bytes, and whole core matrices of 8 rows.
     first_bt = jnp.pad(first_bt, ((0, 0), (0, tiles * BLOCK - t)), mode="edge")
-    q_bthd, k_bshd, v_bshd = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0))) for x in (q_bthd, k_bshd, v_bshd))
+    q_bthd, k_bshd, v_bshd = (
+        jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0))) for x in (q_bthd, k_bshd, v_bshd)
+    )
 
     def body(q_ref, k_ref, v_ref, first_ref, out_ref, lse_ref, q_smem, k_smem, v_smem, first_smem, lse_smem, *barriers):
         q_loaded, k_loaded, k_used, v_loaded, v_used, turn = barriers

@@ -20,6 +20,7 @@ from dsvl2_jax.kernels.block_sizes import WARPGROUP_ROWS, HopperProduct
 from dsvl2_jax.kernels.blocks import cut_groups
 from dsvl2_jax.kernels.hopper import PARAMS, Ring, cost_scope, multiprocessors, shared_tile
 
+
 def fits_gmm(inner: int, width: int) -> bool:
     """Whether the kernels take matrices [inner, width]: rows of 16 bytes, which TMA wants, in whole steps."""
     return inner % STEP == 0 and width % 8 == 0
@@ -87,7 +88,9 @@ def gmm(
                     def step(k, total):
                         slot = ring.wait(total)
                         w = w_smem.at[slot]
-                        plgpu.wgmma(acc_ref, x_smem.at[slot, warpgroup], plgpu.transpose_ref(w, (1, 0)) if transposed else w)
+                        plgpu.wgmma(
+                            acc_ref, x_smem.at[slot, warpgroup], plgpu.transpose_ref(w, (1, 0)) if transposed else w
+                        )
                         plgpu.wgmma_wait(1)  # the step before is done, and its buffers may be filled again
                         pl.when(k > 0)(lambda: ring.release(total - 1))
                         return total + 1
