@@ -31,6 +31,12 @@ def _default(dtype: jnp.dtype, rows: int) -> TritonProduct:
     return TritonProduct(rows, COLUMNS, step, 8 if rows >= 128 else 4, stages)
 
 
+def default_blocks(operation: str, rows: int, groups: int) -> TritonProduct:
+    """What runs for bfloat16 where nothing was measured. ``operation``: tgmm, or another."""
+    block = COLUMNS if operation == "tgmm" else row_block(rows, groups, least=MIN_ROW_BLOCK)
+    return _default(jnp.bfloat16, block)
+
+
 def _params(blocks: TritonProduct, dtype: jnp.dtype) -> plgpu.CompilerParams:
     fits_shared_memory(blocks, blocks.shared_memory(jnp.dtype(dtype).itemsize))
     return plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages)

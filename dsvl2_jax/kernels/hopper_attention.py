@@ -1,7 +1,7 @@
 """Attention with the matrix instructions of Hopper GPUs: a Pallas Mosaic GPU kernel beside the Triton one.
 
 What `dsvl2_jax.kernels.gpu_attention.attention_forward` computes, as FlashAttention-3 does (arXiv 2407.08608): one
-warpgroup fetches blocks of keys and values by TMA, and two others, each with its own 64 queries, take turns, so that one
+warpgroup fetches blocks of keys and values by TMA, and two others, with 64 queries each, take turns, so that one
 multiplies while the other takes its softmax.
 """
 
@@ -40,12 +40,13 @@ def attention_forward(
     scale: float,
     causal: bool,
     *,
-    blocks: HopperAttention = HopperAttention(),
+    blocks: HopperAttention | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """As `gpu_attention.attention_forward`, of bfloat16 arrays of widths that `fits_attention` accepts.
 
     ``first_bt`` must not fall along a row (it does not, as samples follow each other), and is zero if not ``causal``.
     """
+    blocks = blocks or HopperAttention()
     (b, t, h, key_width), length, value_width = q_bthd.shape, k_bshd.shape[1], v_bshd.shape[-1]
     tiles, base2 = pl.cdiv(t, BLOCK), scale * math.log2(math.e)
     # TMA wants rows of 16 bytes, and whole core matrices of 8 rows.
@@ -172,8 +173,9 @@ def attention_forward(
                 *ring(),
                 plgpu.Barrier(num_arrivals=WARPGROUPS),
             ),
-            grid=(h, tiles, b),
-            grid_names=("head", "tile", "row"),
+            # The last dimension is the fastest; as in `gpu_attention._grid`.
+            grid=(tiles, b, h) if causal else (b, h, tiles),
+            grid_names=("tile", "row", "head") if causal else ("row", "head", "tile"),
             num_threads=WARPGROUPS + 1,
             thread_name="warpgroup",
             compiler_params=PARAMS,

@@ -33,23 +33,26 @@ class StoredPrograms:
     """Calls jitted functions by the programs of a folder, which it fills.
 
     A program's file is named after all that it was made of: our sources, the versions and settings of jax, the devices,
-    the function, its static arguments, and its arrays' shapes, dtypes and places. One that cannot be read is made
-    again.
+    the table of block sizes, the function, its static arguments, and its arrays' shapes, dtypes and places. One that
+    cannot be read is made again.
 
     Args:
       devices: of the model, all of this process.
       sources: folders of all modules that the programs are written in.
       folder: None: in the user's cache directory. Its files are executed: it is not used where others could write to it
         (see `private_folder`).
+      tuning: tells the tables of block sizes apart that programs were traced with.
     """
 
-    def __init__(self, devices: Sequence[jax.Device], sources: Sequence[Path], folder: Path | None = None):
+    def __init__(
+        self, devices: Sequence[jax.Device], sources: Sequence[Path], folder: Path | None = None, *, tuning: str = ""
+    ):
         self._devices = sorted(devices, key=lambda device: device.id)
         self._folder = private_folder(user_cache() / "programs" if folder is None else folder)
         self._known: dict[tuple, Callable] = {}
         self._client = self._devices[0].client
         kinds = [(device.id, device.device_kind) for device in self._devices]
-        self._environment = _environment(sources), self._client.platform_version, kinds
+        self._environment = _environment(sources), self._client.platform_version, kinds, tuning
 
     def call(self, function: Any, static: Mapping[str, Any], arrays: Mapping[str, Any]) -> Any:
         """``function(**static, **arrays)``.

@@ -48,7 +48,7 @@ class ServeLoad:
     seed: int = 0
     """for serve, of the requests."""
     json: bool = False
-    """for serve, print one JSON object instead of tables."""
+    """for serve and tune, print JSON instead of tables."""
     plot: Path | None = None
     """for serve, draw the figures into this PNG file."""
 

@@ -18,7 +18,7 @@ InServeLoad = Annotated[ServeLoad, tyro.conf.arg(name="")]
 
 
 def bench(
-    job: Positional[Literal["convert", "generate", "load", "serve", "train"]],
+    job: Positional[Literal["convert", "generate", "load", "serve", "train", "tune"]],
     ckpt: Checkpoint = None,
     *,
     size: Size | None = None,
@@ -34,16 +34,17 @@ def bench(
     length: int = 1024,
     steps: int = 3,
     rounds: int = 3,
+    out: Path | None = None,
     load: InServeLoad = ServeLoad(),  # noqa: B008 (frozen)
 ) -> None:
-    """Measure conversion (against cp), generation, loading onto a mesh of processes, a server under load, or training
-    (against PyTorch).
+    """Measure conversion (against cp), generation, loading onto a mesh of processes, a server under load, training
+    (against PyTorch), or, to tune them, the kernels of the GPU that is here.
 
     Args:
         job: what to measure.
         ckpt: for generate and serve; without it, the bundled model. For load; without it, a random one in both layouts.
         size: the released size whose shapes a random checkpoint gets; for convert and load, tiny without it. For serve,
-            no random checkpoint is made without it.
+            no random checkpoint is made without it. For tune, the size whose kernels are measured; without it, all.
         layers: for serve with a size, the layers of its language model and of its encoder, to fit a small machine.
         directory: for convert, load and serve, where to work; tiny needs 27 GB free to convert, 14 GB to load.
         keep: for convert, where to leave the converted checkpoint.
@@ -56,6 +57,7 @@ def bench(
         length: for train, tokens of a sequence.
         steps: for train, steps of a side before it is the other one's turn.
         rounds: for train, turns of each side.
+        out: for tune, where the table is written; without it, in the user's cache, where the kernels look for it.
     """
     if job == "convert":
         from dsvl2_jax.apps.bench.convert import bench_convert
@@ -66,6 +68,10 @@ def bench(
             from dsvl2_jax.apps.bench.train import bench_train
 
             bench_train(rows=rows, length=length, steps=steps, rounds=rounds)
+    elif job == "tune":
+        from dsvl2_jax.apps.bench.tune import bench_tune
+
+        bench_tune(None if size is None else (size,), as_json=load.json, out=out)
     elif job == "load":
         from dsvl2_jax.apps.bench.load import bench_load
 
