@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dsvl2_jax.kernels import gpu_attention
-from dsvl2_jax.kernels.gpu_attention import AttentionSpec, fused_attention
+from dsvl2_jax.kernels.fused_attention import AttentionSpec, fused_attention, is_supported
 from dsvl2_jax.kernels.precision import matmul_precision
 from dsvl2_jax.kernels.tpu import ATTENTION_BLOCK, latent_attention, splash_attention
 from dsvl2_jax.sharding import shard_map_kernel, split_over
@@ -216,7 +215,7 @@ def causal_self_attention(
     def plain(*arrays: jax.Array) -> jax.Array:
         return _attend_causal_chunks(*arrays, scale)
 
-    if not gpu_attention.is_supported(q_bthd, v_bthd):
+    if not is_supported(q_bthd, v_bthd):
         return plain(*arrays)
     axes = ("batch", "length", "heads", "head_dim")
     spec = AttentionSpec(plain, axes, scale, causal=True, name=ATTENTION_OUTPUT)
@@ -279,7 +278,7 @@ def self_attention(
         p_nhpq = jax.nn.softmax(scores_nhpq, axis=-1).astype(v_nphd.dtype)
         return jnp.einsum("nhpq,nqhd->nphd", p_nhpq, v_nphd, precision=precision)
 
-    if visible_np is not None or not gpu_attention.is_supported(q_nphd, v_nphd):
+    if visible_np is not None or not is_supported(q_nphd, v_nphd):
         return plain(q_nphd, k_nphd, v_nphd, None)
     axes = ("tiles", None, None, None)
     spec = AttentionSpec(plain, axes, scale, causal=False, name="vision_attention_output")

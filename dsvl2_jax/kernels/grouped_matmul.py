@@ -18,10 +18,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsvl2_jax.kernels import gpu_grouped_matmul
+from dsvl2_jax.kernels.block_sizes import Blocks, HopperProduct
 from dsvl2_jax.kernels.blocks import cut_groups, row_block
 from dsvl2_jax.kernels.precision import matmul_precision
 from dsvl2_jax.kernels.tpu import grouped_matvec, megablox_tgmm
 from dsvl2_jax.kernels.triton import fits_int32
+from dsvl2_jax.kernels.tuning import chosen
 
 # So few rows XLA multiplies with every matrix, on TPUs.
 FEW_ROWS = 32
@@ -124,13 +126,30 @@ def _tpu(x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array) -> jax.Arr
 def _cuda(x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array, transposed: bool = False) -> jax.Array:
     if not fits_int32(x_mk, w_gkn):
         return _ragged(x_mk, w_gkn.swapaxes(1, 2) if transposed else w_gkn, group_sizes_g)
-    out_mn = gpu_grouped_matmul.gmm(x_mk, w_gkn, group_sizes_g, transposed=transposed)
+    operation, gmm = "gmm_transposed" if transposed else "gmm", gpu_grouped_matmul.gmm
+    blocks = _measured(operation, x_mk, w_gkn.shape)
+    if isinstance(blocks, HopperProduct):
+        from dsvl2_jax.kernels.hopper_grouped_matmul import gmm
+    out_mn = gmm(x_mk, w_gkn, group_sizes_g, blocks=blocks, transposed=transposed)
     return _zero_beyond_groups(out_mn, group_sizes_g)
 
 
 def _cuda_tgmm(x_mk: jax.Array, dout_mn: jax.Array, group_sizes_g: jax.Array) -> jax.Array:
-    function = gpu_grouped_matmul.tgmm if fits_int32(x_mk, dout_mn) else _ragged_tgmm
-    return function(x_mk, dout_mn, group_sizes_g)
+    if not fits_int32(x_mk, dout_mn):
+        return _ragged_tgmm(x_mk, dout_mn, group_sizes_g)
+    tgmm, shape = gpu_grouped_matmul.tgmm, (group_sizes_g.shape[0], x_mk.shape[1], dout_mn.shape[1])
+    blocks = _measured("tgmm", x_mk, shape)
+    if isinstance(blocks, HopperProduct):
+        from dsvl2_jax.kernels.hopper_grouped_matmul import tgmm
+    return tgmm(x_mk, dout_mn, group_sizes_g, blocks=blocks)
+
+
+def _measured(operation: str, x_mk: jax.Array, matrices: tuple[int, ...]) -> Blocks | None:
+    """``matrices``: [G, K, N], as the weights lie."""
+    if x_mk.dtype != jnp.bfloat16:
+        return None
+    groups, inner, width = matrices
+    return chosen(operation, groups=groups, inner=inner, width=width, rows=x_mk.shape[0])
 
 
 def _ragged_tgmm(x_mk: jax.Array, dout_mn: jax.Array, group_sizes_g: jax.Array) -> jax.Array:

@@ -91,9 +91,7 @@ def _check_lengths(config: Config, options: ModelOptions) -> None:
 class _Bench:
     """One run."""
 
-    def __init__(
-        self, name: str, config: Config, options: ModelOptions, dtype: Any, report: Report, budget: Budget
-    ):
+    def __init__(self, name: str, config: Config, options: ModelOptions, dtype: Any, report: Report, budget: Budget):
         self.name, self.config, self.options, self.dtype = name, config, options, dtype
         self.report, self.budget = report, budget
         self.device = jax.devices()[0]

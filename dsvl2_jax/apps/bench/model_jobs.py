@@ -109,7 +109,9 @@ def _numbers(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
     for name, array in arrays.items():
         found[name] = np.asarray(array).astype(np.float32)
         if not np.isfinite(found[name]).all():
-            raise DSVL2Error(f"{name}: {(~np.isfinite(found[name])).sum()} of {found[name].size} numbers are not finite.")
+            raise DSVL2Error(
+                f"{name}: {(~np.isfinite(found[name])).sum()} of {found[name].size} numbers are not finite."
+            )
     return found
 
 
@@ -259,5 +261,6 @@ def decode(config: Config, slots: int, context: int, dtype: Any, row: Callable[[
 def _of_shapes(params: Params, shapes: Params) -> Params:
     """The part of some parameters that a program takes."""
     return {
-        name: _of_shapes(params[name], part) if isinstance(part, dict) else params[name] for name, part in shapes.items()
+        name: _of_shapes(params[name], part) if isinstance(part, dict) else params[name]
+        for name, part in shapes.items()
     }

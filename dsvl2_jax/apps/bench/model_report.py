@@ -6,7 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-HEADER = f"{'':34}{'time':>12}{'speed':>20}{'limit':>8}{'reached':>9}{'FLOPs':>8}{'bytes':>8}{'launches':>10}{'sorts':>7}"
+HEADER = (
+    f"{'':34}{'time':>12}{'speed':>20}{'limit':>8}{'reached':>9}{'FLOPs':>8}{'bytes':>8}{'launches':>10}{'sorts':>7}"
+)
 
 
 class Report:

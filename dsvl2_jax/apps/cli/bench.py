@@ -25,9 +25,7 @@ from dsvl2_jax.apps.cli.options import (
 InServeLoad = Annotated[ServeLoad, tyro.conf.arg(name="")]
 
 
-def convert(
-    *, size: Size = "tiny", directory: Path | None = None, keep: Path | None = None, repeats: int = 2
-) -> None:
+def convert(*, size: Size = "tiny", directory: Path | None = None, keep: Path | None = None, repeats: int = 2) -> None:
     """Measure conversion against cp, on a random checkpoint.
 
     Args:
@@ -180,7 +178,29 @@ def train(*, rows: int = 2, length: int = 1024, steps: int = 3, rounds: int = 3)
         bench_train(rows=rows, length=length, steps=steps, rounds=rounds)
 
 
+def tune(*, size: Size | None = None, json: bool = False, out: Path | None = None) -> None:
+    """Measure the kernels of the GPU that is here with every choice of block sizes, and keep the quickest.
+
+    Args:
+        size: the released size whose kernels are measured; without it, all.
+        json: print JSON lines.
+        out: where the table is written; without it, in the user's cache, where the kernels look for it.
+    """
+    from dsvl2_jax.apps.bench.tune import bench_tune
+
+    bench_tune(None if size is None else (size,), as_json=json, out=out)
+
+
 bench = command_group(
-    "Measure this machine: conversion, loading, generation, the model's programs, a server under load, training.",
-    {"convert": convert, "generate": generate, "load": load, "model": model, "serve": serve, "train": train},
+    "Measure this machine: conversion, loading, generation, the model's programs, a server under load, training, and "
+    "the kernels of a GPU.",
+    {
+        "convert": convert,
+        "generate": generate,
+        "load": load,
+        "model": model,
+        "serve": serve,
+        "train": train,
+        "tune": tune,
+    },
 )

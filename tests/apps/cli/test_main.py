@@ -104,6 +104,7 @@ OPTIONS = {
     "bench": {
         "--size": "None", "--layers": "None", "--directory": "None", "--keep": "None", "--repeats": "2",
         "--new-tokens": "32", "--processes": "2", "--rows": "2", "--length": "1024", "--steps": "3", "--rounds": "3",
+        "--out": "None",
         "--only": "", "--clients": "1 32", "--slots": "8", "--seconds": "20.0", "--input-tokens": "64",
         "--output-tokens": "64", "--picture-share": "0.5", "--trials": "5", "--long-tokens": "4000",
         "--megapixels": "12.0", "--soak": "600.0", "--soak-requests": "10000", "--soak-distinct": "100",
