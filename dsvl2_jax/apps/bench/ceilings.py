@@ -18,6 +18,7 @@ from dsvl2_jax.kernels.precision import matmul_precision
 
 SERIES = 5
 LEAST_SECONDS = 0.05  # of a series
+LONG_SECONDS = 1.0  # a run that takes so long is a series of its own, and three series will do
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.stages import Compiled, Lowered
@@ -83,5 +82,7 @@ def random_batch(config: Config, settings: Settings) -> TrainBatch:
         positions=np.broadcast_to(np.arange(length, dtype=np.int32), shape),
         segments=np.ones(shape, np.int32),
         with_images=np.full(shape, bool(tiles)),
-        tiles=random_tiles(config, steps * micro * tiles).reshape(steps, micro * tiles, *[config.vision.image_size] * 2, 3),
+        tiles=random_tiles(config, steps * micro * tiles).reshape(
+            steps, micro * tiles, *[config.vision.image_size] * 2, 3
+        ),
     )
