@@ -158,7 +158,7 @@ def _write_check(folder: Path, config: Config, options: ModelOptions) -> None:
         # The balance loss is no part of PyTorch's, and the update of the weights comes after both outputs.
         overrides = (*options.overrides, "stage.balance_loss_weight=0", "batch.sequences=1", "batch.microbatch_size=1")
         small = dataclasses.replace(options, tokens=(length,), tiles=(1,), overrides=overrides)
-        settings = model_train.step_settings("", small, dtype)
+        settings = model_train.step_settings(config, small, dtype)
         training = model_train.train(config, settings, dtype)
         keep(training, training.start(training.lower().compile(), None).outputs())
     (folder / "programs.json").write_text(json.dumps(described))

@@ -201,7 +201,7 @@ class _Bench:
             elif job == "train":
                 from dsvl2_jax.apps.bench import model_train
 
-                settings = model_train.step_settings(self.name, options, dtype)
+                settings = model_train.step_settings(config, options, dtype)
                 made.append(model_train.train(config, settings, dtype))
         return made
 
