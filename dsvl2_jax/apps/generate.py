@@ -33,6 +33,7 @@ def generate(
     max_new_tokens: int,
     sampling: SamplingParams,
     chunk_size: int | None,
+    speculate: int,
     as_json: bool,
     draw: Path | None,
     options: LoadOptions,
@@ -65,6 +66,7 @@ def generate(
         max_new_tokens,
         sampling,
         chunk_size=chunk_size,
+        speculate=speculate,
         on_text=None if as_json else show,
         timing=timing,
     )
@@ -94,5 +96,7 @@ def report(answer: Generation, timing: Timing) -> dict:
         "image_tokens": answer.image_tokens,
         "boxes": [dataclasses.asdict(box) for box in answer.boxes],
         "malformed_boxes": answer.malformed_boxes,
+        "drafted_tokens": answer.drafted_tokens,
+        "accepted_tokens": answer.accepted_tokens,
         "timing": seconds | {"decode_tokens_per_second": round(decoded / spent, 2) if spent else None},
     }

@@ -2,8 +2,8 @@
 
 - `causal_self_attention`: rows to themselves, each token to those before it in its sample (prefill, training).
 - `self_attention`: all to all (the encoder's patches).
-- `mla_decode_attention`: one token of each row to the latents of its cache.
-- `decode_attention`: one token of each row to the keys and values of its cache.
+- `mla_decode_attention`: a row's newest tokens, one or a few, to the latents of its cache.
+- `decode_attention`: the same to the keys and values of its cache.
 - `attend`: anything else, and what runs where no kernel is for an operation; in blocks of queries.
 
 A kernel is chosen by the platform that the program is lowered for, by dtype and by shape.
@@ -108,26 +108,26 @@ def decode_attention(
     queries: Sequence[jax.Array],
     keys: Sequence[jax.Array],
     values: jax.Array,
-    last_b: jax.Array,
+    last_bt: jax.Array,
     scale: float,
 ) -> jax.Array:
-    """`attend` of one new token a row, whose result does not depend on how much longer the cache is, bit for bit.
+    """`attend` of a row's newest tokens, whose result does not depend on how much longer the cache is, bit for bit.
 
     Keys are taken `KEY_BLOCK` at a time, whatever their number, and what the blocks give is added in their order: a
     block that a row does not see adds zeros. CPUs go over the blocks that some row sees, one after the other as in
     FlashAttention; elsewhere, where a loop costs more than its work, all blocks are one batch.
 
     Args:
-      queries: parts [B, 1, H, width_i].
+      queries: parts [B, T, H, width_i].
       keys: parts [B, S, H, width_i], or [B, S, width_i] where all heads share the key.
       values: [B, S, H, Dv], or [B, S, Dv] shared by all heads.
-      last_b: i32[B], the last key that each row sees.
+      last_bt: i32[B, T], the last key that each query sees.
       scale: factor on the scores.
 
     Returns:
-      [B, 1, H, Dv] in the dtype of ``values``.
+      [B, T, H, Dv] in the dtype of ``values``.
     """
-    arrays = list(queries), list(keys), values, last_b
+    arrays = list(queries), list(keys), values, last_bt
     loop, batch = (functools.partial(function, scale=scale) for function in (_decode_by_blocks, _decode_in_one))
     return lax.platform_dependent(*arrays, cpu=loop, default=batch)
 
@@ -142,10 +142,10 @@ def _product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _decode_by_blocks(
-    queries: Sequence[jax.Array], keys: Sequence[jax.Array], values: jax.Array, last_b: jax.Array, scale: float
+    queries: Sequence[jax.Array], keys: Sequence[jax.Array], values: jax.Array, last_bt: jax.Array, scale: float
 ) -> jax.Array:
     """`decode_attention`, one block after the other, up to the last that some row sees."""
-    (rows, _, heads), width, size = queries[0].shape[:3], values.shape[-1], _key_block(values.shape[1])
+    (rows, length, heads), width, size = queries[0].shape[:3], values.shape[-1], _key_block(values.shape[1])
     least = jnp.finfo(jnp.float32).min
 
     def block(x: jax.Array, i: jax.Array) -> jax.Array:
@@ -156,21 +156,22 @@ def _decode_by_blocks(
         scores_bhts = 0.0
         for q, k in zip(queries, keys, strict=True):
             scores_bhts += _product("bthd,bshd->bhts" if k.ndim == 4 else "bthd,bsd->bhts", q, block(k, i))
-        visible_bs = i * size + jnp.arange(size) <= last_b[:, None]
-        scores_bhts = jnp.where(visible_bs[:, None, None], scores_bhts * scale, least)
+        visible_bts = i * size + jnp.arange(size) <= last_bt[..., None]
+        scores_bhts = jnp.where(visible_bts[:, None], scores_bhts * scale, least)
         new_m_bhts = jnp.maximum(m_bhts, scores_bhts.max(-1, keepdims=True))
         p_bhts, share_bhts = jnp.exp(scores_bhts - new_m_bhts), jnp.exp(m_bhts - new_m_bhts)
         subscripts = "bhts,bshd->bhtd" if values.ndim == 4 else "bhts,bsd->bhtd"
         acc_bhtd = acc_bhtd * share_bhts + _product(subscripts, p_bhts.astype(values.dtype), block(values, i))
         return new_m_bhts, l_bhts * share_bhts + p_bhts.sum(-1, keepdims=True), acc_bhtd
 
-    first = jnp.full((rows, heads, 1, 1), least), jnp.zeros((rows, heads, 1, 1)), jnp.zeros((rows, heads, 1, width))
-    _, l_bhts, acc_bhtd = lax.fori_loop(0, last_b.max() // size + 1, body, first)
+    shape = (rows, heads, length)
+    first = jnp.full((*shape, 1), least), jnp.zeros((*shape, 1)), jnp.zeros((*shape, width))
+    _, l_bhts, acc_bhtd = lax.fori_loop(0, last_bt.max() // size + 1, body, first)
     return (acc_bhtd / l_bhts).swapaxes(1, 2).astype(values.dtype)
 
 
 def _decode_in_one(
-    queries: Sequence[jax.Array], keys: Sequence[jax.Array], values: jax.Array, last_b: jax.Array, scale: float
+    queries: Sequence[jax.Array], keys: Sequence[jax.Array], values: jax.Array, last_bt: jax.Array, scale: float
 ) -> jax.Array:
     """`decode_attention`, all blocks as one batch of products of one shape."""
     length, size = values.shape[1], _key_block(values.shape[1])
@@ -183,8 +184,9 @@ def _decode_in_one(
     for q, k in zip(queries, keys, strict=True):
         q_bkthd = jnp.broadcast_to(q[:, None], (q.shape[0], count, *q.shape[1:]))
         scores_bkhts += _product("bkthd,bkshd->bkhts" if k.ndim == 4 else "bkthd,bksd->bkhts", q_bkthd, split(k))
-    visible_bks = split(jnp.arange(length)[None] <= last_b[:, None])
-    scores_bkhts = jnp.where(visible_bks[:, :, None, None], scores_bkhts * scale, jnp.finfo(jnp.float32).min)
+    keys_ks = jnp.arange(length).reshape(count, size)
+    visible_bkts = keys_ks[:, None] <= last_bt[:, None, :, None]
+    scores_bkhts = jnp.where(visible_bkts[:, :, None], scores_bkhts * scale, jnp.finfo(jnp.float32).min)
     m_bhts = scores_bkhts.max((1, 4), keepdims=True)
     p_bkhts = jnp.exp(scores_bkhts - m_bhts)
     subscripts = "bkhts,bkshd->bkhtd" if values.ndim == 4 else "bkhts,bksd->bkhtd"
@@ -293,20 +295,20 @@ def mla_decode_attention(
     positions_bt: jax.Array,
     scale: float,
 ) -> jax.Array:
-    """Multi-head latent attention of one new token a row, in its absorbed form; on TPUs, in bfloat16, by our kernel.
+    """Multi-head latent attention of a row's newest tokens, in its absorbed form; of one, on TPUs, by our kernel.
 
     Where a row's latents are on several devices, each attends to its own, and the results are weighted by their
     shares of the softmax's sum and added.
 
     Args:
-      q_latent_bthr: [B, 1, H, R], the query's part without rotation, taken into the latent space.
-      q_rope_bthd: [B, 1, H, D], its rotated part.
+      q_latent_bthr: [B, T, H, R], the query's part without rotation, taken into the latent space.
+      q_rope_bthd: [B, T, H, D], its rotated part.
       latent_bsr: [B, S, R], keys and values; k_rope_bsd: [B, S, D], the rotated key that all heads share.
-      positions_bt: i32[B, 1], the last position of the cache that each row sees.
+      positions_bt: i32[B, T], the last position of the cache that each query sees.
       scale: factor on the scores.
 
     Returns:
-      [B, 1, H, R] in the dtype of ``q_latent_bthr``.
+      [B, T, H, R] in the dtype of ``q_latent_bthr``.
     """
     arrays = q_latent_bthr, q_rope_bthd, latent_bsr, k_rope_bsd, positions_bt
 
@@ -317,10 +319,11 @@ def mla_decode_attention(
         queries, keys = [q_latent, q_rope], [latent, k_rope]
         if parts > 1:  # each device attends to its part of a row
             return attend(queries, keys, latent, (None, last), scale)
-        return decode_attention(queries, keys, latent, last[:, 0], scale)
+        return decode_attention(queries, keys, latent, last, scale)
 
     local_length = latent_bsr.shape[1] // parts
-    if latent_bsr.dtype != jnp.bfloat16 or local_length % min(local_length, ATTENTION_BLOCK):
+    few = positions_bt.shape[1] == 1 and latent_bsr.dtype == jnp.bfloat16
+    if not few or local_length % min(local_length, ATTENTION_BLOCK):
         return plain(*arrays)
 
     def kernel(q_latent: jax.Array, q_rope: jax.Array, latent: jax.Array, k_rope: jax.Array, last: jax.Array):

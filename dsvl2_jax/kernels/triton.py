@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 
 
-def cost_metadata(flops: float) -> dict[str, str]:
-    """What a kernel's call carries for those who read the compiled program: XLA keeps no cost of Triton kernels."""
-    return {"flops": f"{flops:.0f}"}
+def cost_metadata(
+    flops: float, moved: Sequence[jax.Array | jax.ShapeDtypeStruct] = (), more_bytes: float = 0.0
+) -> dict[str, str]:
+    """What a kernel's call carries for those who read the compiled program: XLA keeps no cost of Triton kernels.
+
+    Args:
+      moved: arrays that it reads or writes whole; with none of them and no ``more_bytes``, all operands and results.
+      more_bytes: that it reads or writes besides.
+    """
+    declared = {"flops": f"{flops:.0f}"}
+    if moved or more_bytes:
+        total = sum(array.size * array.dtype.itemsize for array in moved) + more_bytes
+        declared["bytes_accessed"] = f"{total:.0f}"
+    return declared
 
 
 def fits_int32(*arrays: jax.Array) -> bool:

@@ -86,8 +86,10 @@ def _decode(config: Config, mesh: Mesh, batch: int, sequence: int, dtype: DTypeL
         state, cache=_cache(config, mesh, batch, sequence, dtype), seen=by_token(jnp.bool_), counts=by_token(jnp.int32)
     )
     active = whole(jax.ShapeDtypeStruct((batch,), jnp.bool_))
-    function = jax.jit(next_state, static_argnames=("config", "eos", "top"), donate_argnames="state")
-    return function.lower(abstract_parameters(config, mesh, dtype), config, state, active, None, eos=1, top=False)
+    function = jax.jit(next_state, static_argnames=("config", "eos", "top", "greedy"), donate_argnames="state")
+    # On GPUs tokens that nobody draws have a program of their own.
+    static = {"eos": 1, "top": False, "greedy": mesh.devices.flat[0].platform in ("gpu", "cuda")}
+    return function.lower(abstract_parameters(config, mesh, dtype), config, state, active, None, **static)
 
 
 def _encode(config: Config, mesh: Mesh, batch: int, sequence: int, dtype: DTypeLike) -> jax.stages.Lowered:
