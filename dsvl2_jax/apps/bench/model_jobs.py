@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.stages import Compiled, Lowered
 
+from dsvl2_jax.apps.bench.ceilings import LONG_SECONDS, runs_of
 from dsvl2_jax.apps.bench.model_options import GROUPS
 from dsvl2_jax.apps.bench.random_params import shapes_of
 from dsvl2_jax.apps.plan.least_work import Work, decode_work, encode_work, prefill_work
@@ -63,6 +64,12 @@ class Program:
     start: Callable[[Compiled, Params], Running]
     steps: int = 1
     runs: int = 0
+
+    def runs_of(self, seconds: float) -> int:
+        """Runs of a series, where one takes so long."""
+        if not self.runs:
+            return runs_of(seconds)
+        return self.runs if seconds < LONG_SECONDS else 1
 
     def __str__(self) -> str:
         return " ".join([self.job, *(f"{name} {size}" for name, size in self.sizes.items())])
