@@ -28,15 +28,15 @@ from dsvl2_jax.model.deepseek_vl2 import Params
 CHUNKS = (64, 128, 256, PAGE)  # lengths of a prompt's chunks
 
 adapt_tiles = jax.jit(model.adapt_tiles, static_argnames="config")
-_init_slots = jax.jit(slots.init_slots, static_argnames=("config", "slots", "cache_length", "dtype", "drafts"))
+init_slots = jax.jit(slots.init_slots, static_argnames=("config", "slots", "cache_length", "dtype", "drafts"))
 _init_features = jax.jit(slots.init_features, static_argnames=("config", "tiles", "dtype"))
-_init_row = jax.jit(init_cache, static_argnames=("config", "slots", "cache_length", "dtype"))
+init_row = jax.jit(init_cache, static_argnames=("config", "slots", "cache_length", "dtype"))
 _place_features = jax.jit(slots.place_features, donate_argnames="table")
-_prefill_chunk = jax.jit(slots.prefill_chunk, static_argnames=("config", "read_length"), donate_argnames="row")
+prefill_chunk = jax.jit(slots.prefill_chunk, static_argnames=("config", "read_length"), donate_argnames="row")
 _take_page = jax.jit(slots.take_page)
 _put_page = jax.jit(slots.put_page, donate_argnames="row")
 _insert = jax.jit(slots.insert, static_argnames="eos", donate_argnames="state")
-_decode_group = jax.jit(
+decode_group = jax.jit(
     slots.decode_group, static_argnames=("config", "eos", "cache_length", "top"), donate_argnames="state"
 )
 _speculative_group = jax.jit(
@@ -96,7 +96,7 @@ class Executor:
         self._features.clear()
         self._pages.clear()
         self._state = self._empty(
-            _init_slots, slots=self.slots, cache_length=self.cache_length, drafts=self.drafts > 0
+            init_slots, slots=self.slots, cache_length=self.cache_length, drafts=self.drafts > 0
         )
         self._table = self._empty(_init_features, tiles=self._tiles)
         self.new_row()
@@ -106,7 +106,7 @@ class Executor:
 
         So nothing of an earlier prompt stays in either: zero times a number that is none would be none.
         """
-        self._row = self._empty(_init_row, slots=1, cache_length=self.cache_length)
+        self._row = self._empty(init_row, slots=1, cache_length=self.cache_length)
 
     def _empty(self, function: Callable, **sizes: int) -> Any:
         """What ``function`` makes, bound to the model's device as all results of programs are.
@@ -188,7 +188,7 @@ class Executor:
         index_bt = np.pad(image_index, pad, constant_values=TEXT_POSITION)[None]
         read = None if start == 0 else next(n for n in self._read_lengths if start + size <= n)
         self._logits, self._row = self.model.run(
-            _prefill_chunk,
+            prefill_chunk,
             {"config": self.model.config, "read_length": read},
             params=self.model.params,
             ids_bt=ids_bt.astype(np.int32),
@@ -263,7 +263,7 @@ class Executor:
         if self.drafts:
             static["drafts"] = self.drafts
             arrays["may_draft_b"] = np.zeros(self.slots, np.bool_) if may_draft is None else may_draft
-        function = _speculative_group if self.drafts else _decode_group
+        function = _speculative_group if self.drafts else decode_group
         self._state, steps = self.model.run(function, static, **arrays)
         return steps
 

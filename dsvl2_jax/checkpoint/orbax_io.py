@@ -21,11 +21,13 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint.experimental.v1 as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dsvl2_jax.checkpoint import remote
 from dsvl2_jax.model.parameter_paths import LeafPath
+from dsvl2_jax.runtime.lazy import LazyModule
+
+ocp = LazyModule("orbax.checkpoint.experimental.v1")  # the released layout does without
 
 # Larger leaves are cut into pieces of at most this size, so that a sharded restore reads little more than
 # it needs: a piece is always read whole.

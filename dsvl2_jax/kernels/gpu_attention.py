@@ -20,11 +20,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from dsvl2_jax.kernels.triton import cost_metadata, fits_int32
+from dsvl2_jax.runtime.lazy import LazyModule
 from dsvl2_jax.sharding import shard_map_kernel
+
+# Only what traces these kernels needs them.
+pl = LazyModule("jax.experimental.pallas")
+plgpu = LazyModule("jax.experimental.pallas.triton")
 
 MIN_PART = 16  # the least depth of a tensor core's product
 BLOCK = 64  # queries, and keys, that a program takes at a time

@@ -13,12 +13,15 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from dsvl2_jax.kernels.blocks import cut_groups, row_block
 from dsvl2_jax.kernels.precision import matmul_precision
 from dsvl2_jax.kernels.triton import cost_metadata
+from dsvl2_jax.runtime.lazy import LazyModule
+
+# Only what traces these kernels needs them.
+pl = LazyModule("jax.experimental.pallas")
+plgpu = LazyModule("jax.experimental.pallas.triton")
 
 BLOCK_OUT = 128  # columns of a result that a program makes
 MIN_ROW_BLOCK = 16  # the least that a tensor core's product takes

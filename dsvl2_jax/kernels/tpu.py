@@ -7,19 +7,16 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
-from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    BlockSizes,
-    CausalMask,
-    MultiHeadMask,
-    SegmentIds,
-    make_splash_mha_single_device,
-)
 
 from dsvl2_jax.kernels.blocks import LANES, column_block
 from dsvl2_jax.kernels.precision import matmul_precision
+from dsvl2_jax.runtime.lazy import LazyModule
+
+# Only what traces these kernels needs them.
+pl = LazyModule("jax.experimental.pallas")
+pltpu = LazyModule("jax.experimental.pallas.tpu")
+megablox = LazyModule("jax.experimental.pallas.ops.tpu.megablox.gmm")
+splash = LazyModule("jax.experimental.pallas.ops.tpu.splash_attention")
 
 # Of a matrix's gradient, summed in float32 in fast memory: rows, inputs and outputs at a time.
 TGMM_TILES = 512, 1024, 512
@@ -102,7 +99,9 @@ def megablox_tgmm(
     tile = min(TGMM_TILES[0], -(-m // LANES) * LANES)
     x_mk, dout_mn = (jnp.pad(a, ((0, -m % tile), (0, 0))) for a in (x_mk, dout_mn))
     tiles = tile, min(TGMM_TILES[1], k), min(TGMM_TILES[2], n)
-    return tgmm(x_mk.T, dout_mn, group_sizes_g, x_mk.dtype, tiles, existing_out=existing_out_gkn, interpret=interpret)
+    return megablox.tgmm(
+        x_mk.T, dout_mn, group_sizes_g, x_mk.dtype, tiles, existing_out=existing_out_gkn, interpret=interpret
+    )
 
 
 def splash_attention(
@@ -124,13 +123,13 @@ def splash_attention(
       [B, T, H, Dv]. Differentiable.
     """
     length, heads = q_bthd.shape[1:3]
-    sizes = BlockSizes(**dict.fromkeys(_SPLASH_BLOCKS, ATTENTION_BLOCK))
-    mask = MultiHeadMask([CausalMask((length, length))] * heads)
-    kernel = make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
+    sizes = splash.BlockSizes(**dict.fromkeys(_SPLASH_BLOCKS, ATTENTION_BLOCK))
+    mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
+    kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
     # The index of a sample's first token: the same for all of its tokens.
     sample_bt = (jnp.arange(length) - positions_bt).astype(jnp.int32)
     by_head = ((a * s).swapaxes(1, 2) for a, s in ((q_bthd, scale), (k_bthd, 1), (v_bthd, 1)))  # [B, H, T, D]
-    return jax.vmap(kernel)(*by_head, SegmentIds(sample_bt, sample_bt)).swapaxes(1, 2)
+    return jax.vmap(kernel)(*by_head, splash.SegmentIds(sample_bt, sample_bt)).swapaxes(1, 2)
 
 
 def latent_attention(

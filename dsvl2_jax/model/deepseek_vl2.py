@@ -7,6 +7,7 @@ run sharded by the tables of `dsvl2_jax.sharding`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -66,8 +67,22 @@ def init_params(config: Config, rng: jax.Array, mesh: Mesh | None = None) -> Par
 
 
 def abstract_params(config: Config) -> tuple[Params, Params]:
-    """(tree of `jax.ShapeDtypeStruct` in float32, tree of logical-axis tuples), nothing allocated."""
-    boxed = jax.eval_shape(functools.partial(_init, config), jax.eval_shape(lambda: jax.random.key(0)))
+    """(tree of `jax.ShapeDtypeStruct` in float32, tree of logical-axis tuples), nothing allocated.
+
+    One layer of each kind is traced, and stands for all of its kind.
+    """
+    language = config.language
+    kinds = [language.is_moe_layer(i) for i in range(language.num_hidden_layers)]
+    first = {kind: kinds.index(kind) for kind in kinds}
+    short = dataclasses.replace(
+        config,
+        language=dataclasses.replace(language, num_hidden_layers=max(first.values()) + 1),
+        vision=dataclasses.replace(config.vision, layers=1),
+    )
+    boxed = jax.eval_shape(functools.partial(_init, short), jax.eval_shape(lambda: jax.random.key(0)))
+    decoder_tree, encoder_tree = boxed["language"], boxed["vision"]
+    decoder_tree |= {f"layers_{i}": decoder_tree[f"layers_{first[kind]}"] for i, kind in enumerate(kinds)}
+    encoder_tree |= {f"blocks_{i}": encoder_tree["blocks_0"] for i in range(config.vision.layers)}
 
     def is_box(leaf: Any) -> bool:
         return isinstance(leaf, nn.LogicallyPartitioned)
