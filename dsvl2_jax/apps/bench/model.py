@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.stages import Compiled
 
-from dsvl2_jax.apps.bench import model_jobs
+from dsvl2_jax.apps.bench import model_jobs, model_plot
 from dsvl2_jax.apps.bench.against import Timed, TorchSide
 from dsvl2_jax.apps.bench.ceilings import LONG_SECONDS, SERIES, Speeds, ceilings
 from dsvl2_jax.apps.bench.measure import machine, need_torch, own_bytes
@@ -30,6 +30,7 @@ from dsvl2_jax.apps.bench.model_jobs import Prefilling, Program, Running
 from dsvl2_jax.apps.bench.model_options import Budget, ModelOptions
 from dsvl2_jax.apps.bench.model_report import Report
 from dsvl2_jax.apps.bench.random_params import bytes_of, random_params, shapes_of
+from dsvl2_jax.apps.bench.serve_plot import check_plot
 from dsvl2_jax.apps.plan.command import config_of
 from dsvl2_jax.apps.plan.hlo_walk import walk
 from dsvl2_jax.apps.plan.launches import count_launches
@@ -60,6 +61,8 @@ def bench_model(name: str, options: ModelOptions) -> int:
     """
     config = with_layers(config_of(name), options.layers)
     _check_lengths(config, options)
+    if options.plot is not None:
+        check_plot(options.plot)
     if options.against is not None:
         need_torch("bench model --against torch")
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or a GPU's memory would be ours alone
@@ -103,6 +106,7 @@ class _Bench:
         self.report, self.budget = report, budget
         self.device = jax.devices()[0]
         self.failed = False
+        self.measured: list[Mapping[str, Any]] = []
         self.rows: dict[int, Prefilling] = {}  # tokens → a program that has filled a row with so many
         self.programs = self._programs()
         self.compiled: dict[str, tuple[Compiled, float]] = {}
@@ -153,6 +157,9 @@ class _Bench:
             self._measure_all()
         if "kernels" in self.options.jobs:
             self._kernels()
+        if self.options.plot is not None and self.measured:
+            title = f"{self.name}, {self.dtype.name}, {self.device.device_kind}"
+            model_plot.plot(self.measured, title, self.options.plot)
         return int(self.failed)
 
     def _measure_all(self) -> None:
@@ -316,6 +323,7 @@ class _Bench:
             "series": series,
         }
         self.report.add(row)
+        self.measured.append(row)
         if program.job == self.options.profile:
             self._profile(program, compiled)
 

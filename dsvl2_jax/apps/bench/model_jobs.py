@@ -241,7 +241,9 @@ def decode(config: Config, slots: int, context: int, dtype: Any, row: Callable[[
       row: gives a cache of one row that holds a prompt of ``context`` tokens.
     """
     length = cache_bucket(context, PAGE, max(config.language.max_position_embeddings, context))
-    static = {"config": config, "eos": NO_EOS, "cache_length": length, "top": False}
+    # On GPUs a group that draws no tokens has a program of its own.
+    greedy = jax.devices()[0].platform == "gpu"
+    static = {"config": config, "eos": NO_EOS, "cache_length": length, "top": False, "greedy": greedy}
 
     def init() -> Any:
         return executor.init_slots(config=config, slots=slots, cache_length=length, dtype=dtype)

@@ -94,7 +94,8 @@ def model(
     profile: str | None = None,
     budget: float | None = None,
     json: bool = False,
-) -> None:
+    plot: Path | None = None,
+) -> int:
     """Measure the engine's programs and the training step on the device that is there, with random weights.
 
     Prints, for each, the time, its share of what the device can do at most and of what a dense product and a copy reach
@@ -115,6 +116,7 @@ def model(
         profile: one of the jobs; also print how its program splits up, named scope by named scope.
         budget: seconds after which nothing new is begun.
         json: print JSON lines.
+        plot: draw the shares into this PNG file.
     """
     with needs_train_extra():
         from dsvl2_jax.apps.bench.model import bench_model
@@ -133,8 +135,9 @@ def model(
             profile=profile,
             budget=budget,
             json=json,
+            plot=plot,
         )
-        bench_model(size, options)
+        return bench_model(size, options)
 
 
 def serve(

@@ -11,8 +11,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from dsvl2_jax.apps.bench import ceilings, model, model_jobs, model_kernels
+from dsvl2_jax.apps.bench import ceilings, model, model_jobs, model_kernels, model_plot
 from dsvl2_jax.apps.bench.against import _write_check
 from dsvl2_jax.apps.bench.model_options import JOBS, ModelOptions
 from dsvl2_jax.apps.bench.model_report import Report
@@ -178,6 +179,13 @@ def test_what_there_is_no_time_for_is_said(tmp_path, capsys):
     name = toy(tmp_path)
     assert main(["bench", "model", name, "--budget", "1e-9", "--jobs", "encode", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["skipped"] == "no time was left"
+
+
+def test_shares_are_drawn(tmp_path):
+    row = {"job": "decode", "sizes": {"slots": 1}, "ceiling_share": 0.5, "roofline_share": None}
+    model_plot.plot([row, row | {"job": "prefill", "speedup": 1.5}], "toy", tmp_path / "shares.png")
+    with Image.open(tmp_path / "shares.png") as picture:
+        assert picture.width > picture.height > 100
 
 
 def test_a_line_for_people_has_the_units(capsys):
