@@ -275,9 +275,7 @@ class Model:
         spare = 0 if chunk == PAGE else PAGE
         length = cache_bucket(last_position, PAGE, self.config.language.max_position_embeddings) + spare
         slots = self.whole_slots(slots)
-        return Scheduler(
-            self, slots, length, feature_bytes=FEATURE_BYTES, chunk=chunk, timing=timing, drafts=speculate
-        )
+        return Scheduler(self, slots, length, feature_bytes=FEATURE_BYTES, chunk=chunk, timing=timing, drafts=speculate)
 
     def last_position(self, request: Request) -> int:
         """The last position that a token of the answer may have."""

@@ -95,9 +95,7 @@ class Executor:
         """Makes everything anew, after a failure of the device."""
         self._features.clear()
         self._pages.clear()
-        self._state = self._empty(
-            init_slots, slots=self.slots, cache_length=self.cache_length, drafts=self.drafts > 0
-        )
+        self._state = self._empty(init_slots, slots=self.slots, cache_length=self.cache_length, drafts=self.drafts > 0)
         self._table = self._empty(_init_features, tiles=self._tiles)
         self.new_row()
 

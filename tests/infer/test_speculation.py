@@ -47,7 +47,9 @@ def draft(ids: list[int], count: int) -> list[int]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.lists(st.integers(-1, 3), min_size=1, max_size=31), min_size=4, max_size=4), st.sampled_from([1, 4, 12]))
+@given(
+    st.lists(st.lists(st.integers(-1, 3), min_size=1, max_size=31), min_size=4, max_size=4), st.sampled_from([1, 4, 12])
+)
 def test_a_draft_goes_on_after_the_longest_match_of_the_newest_tokens(texts, count):
     ids = np.full((4, 32), -1, np.int32)
     for row, text in zip(ids, texts, strict=True):
@@ -155,7 +157,10 @@ def test_a_wrong_draft_whose_numbers_are_none_ends_nothing(model):
     params = {**model.params, "language": dict(model.params["language"])}
     params["language"]["embed_tokens"] = params["language"]["embed_tokens"].at[marked].set(jnp.nan)
     sick = dsvl2_jax.Model(model.config, params, model.processor)
-    asked, never = prompt(sick, "one two three four " * 20), SamplingParams(ignore_eos=True, logit_bias=((marked, -100),))
+    asked, never = (
+        prompt(sick, "one two three four " * 20),
+        SamplingParams(ignore_eos=True, logit_bias=((marked, -100),)),
+    )
     expected = result(run(Scheduler(sick, SLOTS, PAGE), [Request(asked, 60, never)])[0])[0]
     engine = Scheduler(sick, SLOTS, PAGE, drafts=DRAFTS)
     insert = engine.executor.insert

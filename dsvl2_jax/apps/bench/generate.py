@@ -66,8 +66,8 @@ def bench_generate(
     The image fits one tile, so that the prompt has two (its global and its local view). The first run compiles
     and is not counted.
 
-    With ``speculate``, a description of a bar chart is then asked for again, with the first one in the prompt: text that
-    is to be repeated, by a model that can.
+    With ``speculate``, a description of a bar chart is then asked for again, with the first one in the prompt: text
+    that is to be repeated, by a model that can.
 
     Raises:
       UsageError: fewer than two new tokens, or ``speculate`` is out of range. Also what loading raises.
@@ -149,7 +149,9 @@ def _print(result: GenerateBench, dtype: str) -> None:
     print(f"decode             {'no second token' if speed is None else f'{speed:.2f} tokens/s'}")
     if (again := result.with_drafts) is not None:
         gain = again.tokens_per_second / again.tokens_per_second_without
-        words = f"{again.tokens_per_second_without:.2f} tokens/s, with {again.drafts} drafts {again.tokens_per_second:.2f}"
+        words = (
+            f"{again.tokens_per_second_without:.2f} tokens/s, with {again.drafts} drafts {again.tokens_per_second:.2f}"
+        )
         print(f"asked again        {words} ({gain:.2f} x, medians of {DRAFT_RUNS} in turns)")
         kind = "the one in the prompt" if again.repeated else "another than the one in the prompt"
         same = "the same tokens" if again.same_tokens else "OTHER TOKENS"

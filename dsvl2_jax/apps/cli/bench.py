@@ -25,9 +25,7 @@ from dsvl2_jax.apps.cli.options import (
 InServeLoad = Annotated[ServeLoad, tyro.conf.arg(name="")]
 
 
-def convert(
-    *, size: Size = "tiny", directory: Path | None = None, keep: Path | None = None, repeats: int = 2
-) -> None:
+def convert(*, size: Size = "tiny", directory: Path | None = None, keep: Path | None = None, repeats: int = 2) -> None:
     """Measure conversion against cp, on a random checkpoint.
 
     Args:

@@ -72,7 +72,8 @@ OPTIONS = {
     "serve": {
         "--plan": "False", "--host": "127.0.0.1", "--port": "8000", "--api-key-file": "None",
         "--cors-origin": "repeatable", "--ssl-certfile": "None", "--ssl-keyfile": "None", "--ssl-ca-certs": "None",
-        "--shutdown-timeout": "25.0", "--slots": "8", "--speculate": "0", "--prefix-bytes": "1GiB", "--feature-bytes": "1GiB",
+        "--shutdown-timeout": "25.0", "--slots": "8", "--speculate": "0", "--prefix-bytes": "1GiB",
+        "--feature-bytes": "1GiB",
         "--max-queue": "256", "--max-queued-tokens": "1048576", "--max-tiles": "64", "--max-wait": "120.0",
         "--hang-timeout": "300.0", "--max-body": "32MiB", "--max-images": "16", "--max-image-bytes": "32MiB",
         "--max-image-pixels": "50000000", "--max-request-pixels": "200000000", "--model-name": "''",
@@ -91,10 +92,10 @@ OPTIONS = {
     "plot": {"--out": "plot.png"},
     "eval": {
         "--metric": "None", "--images": "''", "--follow-links": "False", "--out": "None", "--batch-size": "None",
-        "--max-new-tokens": "128", "--speculate": "None", "--dtype": "None", "--mesh": "None", "--verify": "False", "--candidates": "None",
+        "--max-new-tokens": "128", "--dtype": "None", "--mesh": "None", "--verify": "False", "--candidates": "None",
         "--prompt-template": "None", "--limit": "None", "--report-samples": "1000", "--json": "False",
         "--server": "None", "--server-model": "None", "--api-key-file": "None", "--concurrency": "None",
-        "--timeout": "None", "--extra-body": "None", "--as-seen": "False", **TOGETHER,
+        "--timeout": "None", "--extra-body": "None", "--as-seen": "False", "--speculate": "None", **TOGETHER,
     },
     "plan": {
         "--topology": "None", "--job": "None", "--batch": "None", "--sequence": "None", "--slots": "None",
