@@ -40,7 +40,12 @@ def convert(*, size: Size = "tiny", directory: Path | None = None, keep: Path | 
 
 
 def generate(
-    ckpt: Checkpoint = None, *, dtype: Dtype = "float32", mesh: str | None = None, new_tokens: int = 32
+    ckpt: Checkpoint = None,
+    *,
+    dtype: Dtype = "float32",
+    mesh: str | None = None,
+    new_tokens: int = 32,
+    speculate: int = 0,
 ) -> None:
     """Measure loading a checkpoint and answering an image question.
 
@@ -49,10 +54,11 @@ def generate(
         dtype: in which the model computes.
         mesh: shard over devices, e.g. data=2,tensor=2,expert=2.
         new_tokens: tokens of the answer.
+        speculate: also ask for an answer that the prompt has already, with so many drafts a step and without, in turns.
     """
     from dsvl2_jax.apps.bench.generate import bench_generate
 
-    bench_generate(ckpt, dtype=dtype, mesh=mesh, new_tokens=new_tokens)
+    bench_generate(ckpt, dtype=dtype, mesh=mesh, new_tokens=new_tokens, speculate=speculate)
 
 
 def load(
