@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     make_splash_mha_single_device,
 )
 
-from dsvl2_jax.kernels.blocks import LANES, column_block
+from dsvl2_jax.kernels.blocks import LANES
 from dsvl2_jax.kernels.precision import matmul_precision
 
 # Of a matrix's gradient, summed in float32 in fast memory: rows, inputs and outputs at a time.
@@ -29,64 +29,6 @@ _SPLASH_BLOCKS = (
     "block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq",
     "block_kv_dq",
 )  # fmt: skip
-
-
-def grouped_matvec(
-    x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array, *, interpret: bool = False
-) -> jax.Array:
-    """`dsvl2_jax.kernels.grouped_matmul.grouped_matmul` of M ≤ G rows: one row a step, with the matrix of its group.
-
-    A matrix is fetched once for all rows of its group, and not at all for a group without rows, so that a decode step
-    reads the experts that its tokens chose.
-    """
-    (m, k), (g, _, n) = x_mk.shape, w_gkn.shape
-    ends_g = jnp.cumsum(group_sizes_g)
-    used = jnp.minimum(ends_g[-1:], m)
-    # Rows beyond the last group stay with the matrix that is there already.
-    last = jnp.maximum(used - 1, 0)
-    group_m = jnp.searchsorted(ends_g, jnp.minimum(jnp.arange(m), last), side="right").astype(jnp.int32)
-    group_m = jnp.minimum(group_m, g - 1)
-    width = column_block(k, n, w_gkn.dtype.itemsize)
-    if not interpret:  # or the compiler may first fetch all matrices into fast memory
-        w_gkn = pltpu.with_memory_space_constraint(w_gkn, pltpu.HBM)
-    itemsize = x_mk.dtype.itemsize
-    out = pl.pallas_call(
-        _matvec_kernel,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(n // width, m),
-            in_specs=[
-                pl.BlockSpec((1, 1, k), lambda j, row, group, used: (row, 0, 0)),
-                pl.BlockSpec((1, k, width), lambda j, row, group, used: (group[row], 0, j)),
-            ],
-            out_specs=pl.BlockSpec((1, 1, width), lambda j, row, group, used: (row, 0, j)),
-        ),
-        out_shape=jax.ShapeDtypeStruct((m, 1, n), x_mk.dtype),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * m * k * n,
-            transcendentals=0,
-            bytes_accessed=min(m, g) * k * n * w_gkn.dtype.itemsize + m * (k * (n // width) + n) * itemsize,
-        ),
-        interpret=interpret,
-        name="grouped_matvec",
-    )(group_m, used, x_mk[:, None], w_gkn)
-    return out[:, 0]
-
-
-def _matvec_kernel(group_ref, used_ref, x_ref, w_ref, out_ref):
-    """A row times a block of its matrix's columns: x [1, 1, K], w [1, K, width] → out [1, 1, width]."""
-    del group_ref
-    in_a_group = pl.program_id(1) < used_ref[0]
-
-    @pl.when(in_a_group)
-    def _():
-        precision = matmul_precision(x_ref.dtype)
-        out = jnp.dot(x_ref[0], w_ref[0], precision=precision, preferred_element_type=jnp.float32)
-        out_ref[0] = out.astype(out_ref.dtype)
-
-    @pl.when(jnp.logical_not(in_a_group))
-    def _():
-        out_ref[...] = jnp.zeros_like(out_ref)
 
 
 def megablox_tgmm(

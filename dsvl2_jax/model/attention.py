@@ -105,11 +105,15 @@ class MultiHeadAttention(nn.Module):
         cfg = self.config
         heads, kv_heads, width = cfg.num_attention_heads, cfg.kv_heads, cfg.head_dim
         batch, std, bias = batch_axis(decode), cfg.initializer_range, cfg.attention_bias
+        # A decode step's products are split as their weights are, heads and what they leave free of a head's width.
+        head_width = "mha_head_dim" if decode else "head_dim"
 
         def project(name: str, count: int, axis: str) -> jax.Array:
-            axes = ("embed", axis, "head_dim")
+            axes = ("embed", axis, "mha_head_dim")
             x_bthd = Linear((count, width), axes, self.dtype, std, bias=bias, name=name)(x_btd)
-            return constrain(x_bthd, batch, "length", axis, "head_dim")
+            x_bthd = constrain(x_bthd, batch, "length", axis, head_width)
+            # Whole heads to the slots' devices, before pairs of a head's width are rotated.
+            return constrain(x_bthd, "slots", None, None, "head_dim") if decode else x_bthd
 
         q_bthd = project("q_proj", heads, "heads")
         k_bthd, v_bthd = project("k_proj", kv_heads, "kv_heads"), project("v_proj", kv_heads, "kv_heads")
@@ -138,13 +142,15 @@ class MultiHeadAttention(nn.Module):
                 out_bthd = constrain(out_bthd, first_axis, None, head_axis, "head_dim")
             else:
                 out_bthd = causal_self_attention(q_bthd, k_bshd, v_bshd, positions_bt, scale)
-            out_bthd = constrain(out_bthd, batch, "length", "heads", "head_dim")
-        return _output(self, out_bthd, x_btd.shape[-1]), cache
+            out_bthd = constrain(out_bthd, batch, "length", "heads", head_width)
+        return _output(self, out_bthd, x_btd.shape[-1], "mha_head_dim"), cache
 
 
-def _output(module: MultiHeadAttention | LatentAttention, out_bthd: jax.Array, width: int) -> jax.Array:
+def _output(
+    module: MultiHeadAttention | LatentAttention, out_bthd: jax.Array, width: int, head_width: str = "head_dim"
+) -> jax.Array:
     """[B, T, H, Dv] → [B, T, D]: the output projection, which both attentions have."""
-    cfg, axes = module.config, ("heads", "head_dim", "embed")
+    cfg, axes = module.config, ("heads", head_width, "embed")
     out_bthd = checkpoint_name(out_bthd, ATTENTION_OUTPUT)
     layer = Linear(width, axes, module.dtype, cfg.initializer_range, contract=2, bias=cfg.attention_bias, name="o_proj")
     return layer(out_bthd)
