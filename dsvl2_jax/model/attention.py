@@ -20,7 +20,7 @@ from dsvl2_jax.kernels.attention import (
     ATTENTION_OUTPUT,
     attend,
     causal_self_attention,
-    decode_attention,
+    mha_decode_attention,
     mla_decode_attention,
 )
 from dsvl2_jax.model.config import LanguageConfig
@@ -135,8 +135,8 @@ class MultiHeadAttention(nn.Module):
                 first_axis, length_axis, head_axis = axes
                 q_bthd = constrain(q_bthd, first_axis, None, head_axis, "head_dim")
                 k_bshd, v_bshd = (constrain(x, first_axis, length_axis, "heads", "head_dim") for x in (k_bshd, v_bshd))
-                if decode and split_over(k_bshd.shape, (*axes, None), 1)[1] == 1:
-                    out_bthd = decode_attention([q_bthd], [k_bshd], v_bshd, positions_bt[:, 0], scale)
+                if decode:
+                    out_bthd = mha_decode_attention(q_bthd, k_bshd, v_bshd, positions_bt, scale)
                 else:
                     out_bthd = attend([q_bthd], [k_bshd], v_bshd, (None, positions_bt), scale)
                 out_bthd = constrain(out_bthd, first_axis, None, head_axis, "head_dim")
