@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 LANES = 128  # columns of a TPU register
 MAX_ROW_BLOCK = 128
-MAX_MATRIX_BLOCK_BYTES = 4 << 20  # of a matrix in fast memory on TPUs; the pipeline holds two
+MAX_MATRIX_BLOCK_BYTES = 12 << 20  # of matrices in fast memory on TPUs; the pipeline holds two such blocks
 
 
 def row_block(rows: int, groups: int, least: int = 1) -> int:
