@@ -13,12 +13,14 @@ A kernel is chosen by the platform that the program is lowered for, by dtype and
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dsvl2_jax.kernels.cpu import cpu_or
 from dsvl2_jax.kernels.fused_attention import AttentionSpec, fused_attention, is_supported
 from dsvl2_jax.kernels.precision import matmul_precision
 from dsvl2_jax.kernels.tpu import ATTENTION_BLOCK, cached_attention, latent_attention, splash_attention
@@ -34,6 +36,9 @@ KEY_BLOCK = 128
 
 CAUSAL_CHUNKS = 4
 MIN_CHUNKED = 512  # shorter rows are attended to whole
+
+# Heads whose patches attend to each other at a time, on CPUs.
+HEAD_GROUP = 4
 
 KeyRange = tuple[jax.Array | None, jax.Array]
 
@@ -268,7 +273,7 @@ def self_attention(
       [N, P, H, D] in the dtype of ``v_nphd``.
     """
 
-    def plain(q_nphd: jax.Array, k_nphd: jax.Array, v_nphd: jax.Array, _: jax.Array | None) -> jax.Array:
+    def attend_all(q_nphd: jax.Array, k_nphd: jax.Array, v_nphd: jax.Array, _: jax.Array | None) -> jax.Array:
         precision = matmul_precision(v_nphd.dtype)
         scores_nhpq = jnp.einsum(
             "nphd,nqhd->nhpq", q_nphd, k_nphd, precision=precision, preferred_element_type=jnp.float32
@@ -279,11 +284,36 @@ def self_attention(
         p_nhpq = jax.nn.softmax(scores_nhpq, axis=-1).astype(v_nphd.dtype)
         return jnp.einsum("nhpq,nqhd->nphd", p_nhpq, v_nphd, precision=precision)
 
+    def plain(*arrays: jax.Array) -> jax.Array:
+        if visible_np is not None:
+            return attend_all(*arrays)
+        return cpu_or(functools.partial(_attend_by_heads, scale=scale), attend_all)(*arrays)
+
     if visible_np is not None or not is_supported(q_nphd, v_nphd):
         return plain(q_nphd, k_nphd, v_nphd, None)
     axes = ("tiles", None, None, None)
     spec = AttentionSpec(plain, axes, scale, causal=False, name="vision_attention_output")
     return fused_attention(q_nphd, k_nphd, v_nphd, jnp.zeros(q_nphd.shape[:2], jnp.int32), spec)
+
+
+def _attend_by_heads(
+    q_nphd: jax.Array, k_nphd: jax.Array, v_nphd: jax.Array, _: jax.Array | None, scale: float
+) -> jax.Array:
+    """`self_attention` of few heads at a time, whose scores stay in a processor's cache."""
+    n, p, heads, width = q_nphd.shape
+    group = math.gcd(heads, HEAD_GROUP)
+
+    def split(x_nphd: jax.Array) -> jax.Array:  # → [N · H / group, group, P, D]
+        return x_nphd.swapaxes(1, 2).reshape(-1, group, p, width)
+
+    def attend_group(heads: tuple[jax.Array, ...]) -> jax.Array:
+        q_hpd, k_hpd, v_hpd = heads
+        p_hpq = jax.nn.softmax(_product("hpd,hqd->hpq", q_hpd, k_hpd), axis=-1)
+        return _product("hpq,hqd->hpd", p_hpq.astype(v_hpd.dtype), v_hpd).astype(v_hpd.dtype)
+
+    # The queries are scaled, as there are fewer of them than scores.
+    out = lax.map(attend_group, (split(q_nphd * scale), split(k_nphd), split(v_nphd)))
+    return out.reshape(n, heads, p, width).swapaxes(1, 2)
 
 
 @jax.named_scope("mla_decode_attention")

@@ -19,13 +19,17 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsvl2_jax.kernels import gpu_grouped_matmul, tpu_grouped_matmul
 from dsvl2_jax.kernels.block_sizes import Blocks, HopperProduct
-from dsvl2_jax.kernels.blocks import cut_groups, row_block
+from dsvl2_jax.kernels.blocks import cpu_row_block, cut_groups
+from dsvl2_jax.kernels.cpu import rows_product
 from dsvl2_jax.kernels.precision import matmul_precision
 from dsvl2_jax.kernels.tpu import megablox_tgmm
 from dsvl2_jax.kernels.triton import fits_int32
 from dsvl2_jax.kernels.tuning import chosen
 
 GROUPED_PRODUCT = "expert_product"  # what rematerialisation policies call the experts' matrix products
+
+# Rows of a block from which on CPUs multiply no more quarters of it than are needed.
+LARGE_BLOCK = 64
 
 
 @jax.custom_vjp
@@ -231,19 +235,25 @@ def _blocked(x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array) -> jax
     """One block of rows at a time.
 
     The last block of a group reaches into the rows of the next one; blocks come in order, so the next block
-    overwrites those rows with their own product.
+    overwrites those rows with their own product. Of a large block only as many rows are multiplied, in quarters, as
+    belong to its group: what the last block of a group has less than the others would be half of a block.
     """
     rows, groups = x_mk.shape[0], w_gkn.shape[0]
-    block = row_block(rows, groups)
-    group, start, _, count = cut_groups(group_sizes_g, block, rows)
+    block = cpu_row_block(rows, groups)
+    group, start, stop, count = cut_groups(group_sizes_g, block, rows)
     padded_mk = jnp.pad(x_mk, ((0, block), (0, 0)))
-    precision = matmul_precision(x_mk.dtype)
+    # Few rows have one size: what a row gets must not depend on how many others its expert has (a decode step).
+    sizes = [block * quarter // 4 for quarter in (1, 2, 3, 4)] if block >= LARGE_BLOCK else [block]
+
+    def first_rows(size: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        return lambda x, w: jnp.pad(rows_product(x[:size], w), ((0, block - size), (0, 0)))
 
     def body(i: jax.Array, out_mn: jax.Array) -> jax.Array:
         x = lax.dynamic_slice_in_dim(padded_mk, start[i], block)  # [block, K]
         w = lax.dynamic_index_in_dim(w_gkn, group[i], keepdims=False)  # [K, N]
-        y = jnp.dot(x, w, precision=precision).astype(out_mn.dtype)
-        return lax.dynamic_update_slice_in_dim(out_mn, y, start[i], axis=0)
+        quarters = (stop[i] - start[i] - 1) * len(sizes) // block  # less one
+        y = lax.switch(quarters, [first_rows(size) for size in sizes], x, w)
+        return lax.dynamic_update_slice_in_dim(out_mn, y.astype(out_mn.dtype), start[i], axis=0)
 
     out_mn = lax.fori_loop(0, count, body, jnp.zeros((rows + block, w_gkn.shape[2]), x_mk.dtype))
     return _zero_beyond_groups(out_mn[:rows], group_sizes_g)
@@ -252,7 +262,7 @@ def _blocked(x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array) -> jax
 def _blocked_tgmm(x_mk: jax.Array, dout_mn: jax.Array, group_sizes_g: jax.Array) -> jax.Array:
     """As `_ragged_tgmm`, a block of rows at a time, summed in float32."""
     rows, groups = x_mk.shape[0], group_sizes_g.shape[0]
-    block = row_block(rows, groups)
+    block = cpu_row_block(rows, groups)
     group, start, stop, count = cut_groups(group_sizes_g, block, rows)
     padded_mk, padded_mn = (jnp.pad(a, ((0, block), (0, 0))) for a in (x_mk, dout_mn))
     precision = matmul_precision(x_mk.dtype)
