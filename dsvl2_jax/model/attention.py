@@ -20,7 +20,7 @@ from dsvl2_jax.kernels.attention import (
     ATTENTION_OUTPUT,
     attend,
     causal_self_attention,
-    decode_attention,
+    mha_decode_attention,
     mla_decode_attention,
 )
 from dsvl2_jax.model.config import LanguageConfig
@@ -38,7 +38,7 @@ from dsvl2_jax.sharding import batch_axis, constrain, shard_map_kernel, split_ov
 LayerCache = dict[str, jax.Array]
 
 
-def write_cache(cache: LayerCache, new: LayerCache, positions_bt: jax.Array) -> LayerCache:
+def write_cache(cache: LayerCache, new: LayerCache, positions_bt: jax.Array, *, drafts: bool = False) -> LayerCache:
     """Writes T new entries of every row from ``positions_bt[:, 0]`` on; the positions of a row are consecutive.
 
     A dynamic slice per row (not a scatter) keeps the update in place when the cache is donated.
@@ -47,23 +47,27 @@ def write_cache(cache: LayerCache, new: LayerCache, positions_bt: jax.Array) -> 
       cache: arrays [B, S, ...].
       new: arrays [B, T, ...] of the same names.
       positions_bt: i32[B, T].
+      drafts: static. The entries may be of tokens that are taken back: those beyond the cache's end are left out, and
+        zeros stand for what is no number, which would spoil every sum that it is multiplied by zero in.
 
     Returns:
       The cache with the new entries.
     """
-    return {name: _write(cache[name], new[name], positions_bt[:, 0]) for name in cache}
+    if drafts:
+        new = {name: jnp.where(jnp.isfinite(x), x, 0) for name, x in new.items()}
+    return {name: _write(cache[name], new[name], positions_bt[:, 0], drafts) for name in cache}
 
 
-def _write(cache: jax.Array, new: jax.Array, start_b: jax.Array) -> jax.Array:
+def _write(cache: jax.Array, new: jax.Array, start_b: jax.Array, may_end: bool) -> jax.Array:
     """`write_cache` of one array, on the devices that hold the entries."""
     entry = ("kv_heads", "head_dim") if cache.ndim == 4 else ("latent",)
     axes = "slots", "cache_length", *entry
     names, _ = split_over(cache.shape, axes, 1)
 
     def row(old: jax.Array, update: jax.Array, start: jax.Array) -> jax.Array:
-        if names:
-            # This device has a part of the row, and writes those entries that belong into it.
-            start -= lax.axis_index(names) * old.shape[0]
+        if names or may_end:
+            # This device has a part of the row, or the row ends: those entries are written that belong into it.
+            start -= lax.axis_index(names) * old.shape[0] if names else 0
             length = min(len(update), len(old))
             at = jnp.clip(start, 0, len(old) - length)
             index = at - start + jnp.arange(length)
@@ -105,11 +109,15 @@ class MultiHeadAttention(nn.Module):
         cfg = self.config
         heads, kv_heads, width = cfg.num_attention_heads, cfg.kv_heads, cfg.head_dim
         batch, std, bias = batch_axis(decode), cfg.initializer_range, cfg.attention_bias
+        # A decode step's products are split as their weights are, heads and what they leave free of a head's width.
+        head_width = "mha_head_dim" if decode else "head_dim"
 
         def project(name: str, count: int, axis: str) -> jax.Array:
-            axes = ("embed", axis, "head_dim")
+            axes = ("embed", axis, "mha_head_dim")
             x_bthd = Linear((count, width), axes, self.dtype, std, bias=bias, name=name)(x_btd)
-            return constrain(x_bthd, batch, "length", axis, "head_dim")
+            x_bthd = constrain(x_bthd, batch, "length", axis, head_width)
+            # Whole heads to the slots' devices, before pairs of a head's width are rotated.
+            return constrain(x_bthd, "slots", None, None, "head_dim") if decode else x_bthd
 
         q_bthd = project("q_proj", heads, "heads")
         k_bthd, v_bthd = project("k_proj", kv_heads, "kv_heads"), project("v_proj", kv_heads, "kv_heads")
@@ -119,7 +127,7 @@ class MultiHeadAttention(nn.Module):
         new = {"key": k_bthd, "value": v_bthd}
         if cache is not None:
             with jax.named_scope("cache_write"):
-                cache = write_cache(cache, new, positions_bt)
+                cache = write_cache(cache, new, positions_bt, drafts=decode and x_btd.shape[1] > 1)
         with jax.named_scope("attention"):
             source = cache if read_cache else new
             k_bshd, v_bshd = (jnp.repeat(source[name], heads // kv_heads, axis=2) for name in ("key", "value"))
@@ -131,20 +139,22 @@ class MultiHeadAttention(nn.Module):
                 first_axis, length_axis, head_axis = axes
                 q_bthd = constrain(q_bthd, first_axis, None, head_axis, "head_dim")
                 k_bshd, v_bshd = (constrain(x, first_axis, length_axis, "heads", "head_dim") for x in (k_bshd, v_bshd))
-                if decode and split_over(k_bshd.shape, (*axes, None), 1)[1] == 1:
-                    out_bthd = decode_attention([q_bthd], [k_bshd], v_bshd, positions_bt[:, 0], scale)
+                if decode:
+                    out_bthd = mha_decode_attention(q_bthd, k_bshd, v_bshd, positions_bt, scale)
                 else:
                     out_bthd = attend([q_bthd], [k_bshd], v_bshd, (None, positions_bt), scale)
                 out_bthd = constrain(out_bthd, first_axis, None, head_axis, "head_dim")
             else:
                 out_bthd = causal_self_attention(q_bthd, k_bshd, v_bshd, positions_bt, scale)
-            out_bthd = constrain(out_bthd, batch, "length", "heads", "head_dim")
-        return _output(self, out_bthd, x_btd.shape[-1]), cache
+            out_bthd = constrain(out_bthd, batch, "length", "heads", head_width)
+        return _output(self, out_bthd, x_btd.shape[-1], "mha_head_dim"), cache
 
 
-def _output(module: MultiHeadAttention | LatentAttention, out_bthd: jax.Array, width: int) -> jax.Array:
+def _output(
+    module: MultiHeadAttention | LatentAttention, out_bthd: jax.Array, width: int, head_width: str = "head_dim"
+) -> jax.Array:
     """[B, T, H, Dv] → [B, T, D]: the output projection, which both attentions have."""
-    cfg, axes = module.config, ("heads", "head_dim", "embed")
+    cfg, axes = module.config, ("heads", head_width, "embed")
     out_bthd = checkpoint_name(out_bthd, ATTENTION_OUTPUT)
     layer = Linear(width, axes, module.dtype, cfg.initializer_range, contract=2, bias=cfg.attention_bias, name="o_proj")
     return layer(out_bthd)
@@ -177,7 +187,7 @@ class LatentAttention(nn.Module):
           positions_bt: i32[B, T], consecutive in each row; without a cache, in each sample of a row.
           cache: this layer's cache, or None to keep nothing.
           read_cache: static. False: attend to the T tokens given only. True: to the cache, once they are in it.
-          decode: static. True in a decode step: T is 1, and the cache is read.
+          decode: static. True in a decode step: the cache is read, and the tokens after the first are drafts.
 
         Returns:
           [B, T, D] and the updated cache.
@@ -206,7 +216,7 @@ class LatentAttention(nn.Module):
         new = {"latent": latent_btr, "rope_key": rope_key}
         if cache is not None:
             with jax.named_scope("cache_write"):
-                cache = write_cache(cache, new, positions_bt)
+                cache = write_cache(cache, new, positions_bt, drafts=decode and x_btd.shape[1] > 1)
         source = cache if read_cache else new
         latent_bsr, rope_key = (source[name].astype(dtype) for name in ("latent", "rope_key"))
 

@@ -18,6 +18,7 @@ from dsvl2_jax.sharding import make_mesh
 CONFIGS = Path(configs.__file__).parent
 MICRO = CONFIGS / "micro"
 CASES = ("img_gray", "text")
+ENDLESS = dsvl2_jax.SamplingParams(ignore_eos=True)
 EXHAUSTIVE = pytest.mark.exhaustive
 MESHES = ({"data": 2, "tensor": 2, "expert": 2}, {"tensor": 2, "expert": 4}, {"data": 8}, {"tensor": 8}, {"expert": 8})
 
@@ -42,13 +43,14 @@ def single(request, checkpoints):
 
 @pytest.fixture(scope="module")
 def bundled():
-    """(prompts, logits, greedy tokens) of the micro model on one device."""
+    """(prompts, logits, greedy tokens, and those of answers that do not end) of the micro model on one device."""
     model = dsvl2_jax.load(MICRO)
     image = CONFIGS / "images" / "shapes.png"
     questions = ("<image>\nWhat colour is the circle?", "<image>\nHow many shapes are there?")
     prompts = [model.processor([{"role": "user", "content": q, "images": [image]}]) for q in questions]
     logits = [np.asarray(row) for row in model.logits(prompts)]
-    return prompts, logits, [answer.token_ids for answer in model.generate(prompts, max_new_tokens=16)]
+    answers, endless = (model.generate(prompts, *options) for options in ((16,), (40, ENDLESS)))
+    return prompts, logits, [answer.token_ids for answer in answers], [answer.token_ids for answer in endless]
 
 
 @pytest.mark.parametrize(
@@ -73,11 +75,14 @@ def test_logits_and_greedy_tokens_on_a_mesh_equal_those_of_one_device(single, si
 
 @pytest.mark.parametrize("sizes", [MESHES[0], *(pytest.param(s, marks=EXHAUSTIVE) for s in MESHES[1:4])], ids=mesh_id)
 def test_the_bundled_model_answers_alike_on_a_mesh(bundled, sizes):
-    prompts, expected, answers = bundled
+    prompts, expected, answers, endless = bundled
     model = dsvl2_jax.load(MICRO, mesh=make_mesh(**sizes))
     for found, true in zip(model.logits(prompts), expected, strict=True):
         np.testing.assert_allclose(np.asarray(found), true, rtol=0, atol=2e-5 * np.abs(true).max())
     assert [answer.token_ids for answer in model.generate(prompts, max_new_tokens=16)] == answers
+    drafted = model.generate(prompts, 40, ENDLESS, speculate=3)
+    assert [answer.token_ids for answer in drafted] == endless
+    assert sum(answer.accepted_tokens for answer in drafted) > 3
 
 
 def test_parameters_are_split_over_the_mesh_when_loaded(checkpoints):

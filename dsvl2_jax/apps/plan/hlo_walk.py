@@ -98,10 +98,10 @@ def walk(text: str, unknown_trip_count: float = 1.0) -> Cost:
       ValueError: the text has no entry computation.
     """
     computations, entry = parse(text)
-    return _Walk(computations, unknown_trip_count).computation(entry, {})
+    return Walk(computations, unknown_trip_count).computation(entry, {})
 
 
-class _Walk:
+class Walk:
     """One walk over a program. ``bound``: tuple index → value, of a loop's parameters that are known constants."""
 
     def __init__(self, computations: Mapping[str, Computation], unknown_trip_count: float):

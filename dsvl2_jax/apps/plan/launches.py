@@ -117,7 +117,7 @@ def _instruction(computations: Mapping[str, Computation], i: Instruction, depth:
         return count, 1
     kind = i.opcode.removesuffix("-start")
     count.by_kind[kind] += 1
-    count.by_scope[_scope(i, depth)] += 1
+    count.by_scope[scope_of(i, depth)] += 1
     count.numbers["sorts"] += _sorts(computations, i, target[1] if target else "")
     on_host = any(array.space == HOST_SPACE for array in i.arrays)
     count.numbers["host_transfers"] += kind in _TRANSFERS or on_host
@@ -131,16 +131,21 @@ def _sorts(computations: Mapping[str, Computation], i: Instruction, target: str)
     return i.opcode == "sort" or "sort" in target.lower() or "topk" in target.lower()
 
 
-def _scope(i: Instruction, depth: int) -> str:
-    """The first parts of an operation's name."""
+def scope_of(i: Instruction, depth: int) -> str:
+    """The first parts of an operation's name; "unnamed" where it has none."""
     named = _OP_NAME.search(i.attributes)
     parts = list(_parts(named[1])) if named else []
     return "/".join(parts[:depth]) or "unnamed"
 
 
 def _parts(name: str) -> Iterator[str]:
-    """``jit(step)/layers_1/DecoderLayer/mlp/router/div`` → layers_1, mlp, router: neither functions nor operations."""
-    parts = name.split("/")
+    """``jit(step)/layers_1/DecoderLayer/mlp/router/div`` → layers_1, mlp, router: neither functions nor operations.
+
+    ``transpose(jvp(layers_1))``, of a gradient, → backward, layers_1.
+    """
+    if "transpose(" in name:
+        yield "backward"
+    parts = re.sub(r"\b(?:transpose|jvp|vmap)\((.*?)\)+", r"\1", name).split("/")
     for part in parts[:-1] if len(parts) > 1 else parts:
         if "(" not in part and part[:1].islower() and not _CONTROL.fullmatch(part):
             yield part

@@ -86,6 +86,21 @@ def test_many_answers_at_once_are_those_that_each_gets_alone(model):
     asyncio.run(main())
 
 
+def test_drafts_change_no_answer_and_are_counted(model):
+    async def main():
+        text = "one two three four " * 12
+        request = Request(model.processor([{"role": "user", "content": text}]), 60, ENDLESS)
+        alone = model.generate(request.inputs, 60, ENDLESS, slots=2)
+        async with running(model, speculate=4) as engine:
+            _, tokens, _ = await collect(engine.submit(request))
+            assert tokens == alone.token_ids and engine.compiled_since_ready == 0
+            statistics = engine.statistics()
+            drafted, accepted = (statistics[f"spec_decode_num_{what}_tokens"] for what in ("draft", "accepted"))
+            assert drafted >= accepted > 10
+
+    asyncio.run(main())
+
+
 def test_an_answer_tells_its_times_and_what_was_cached(model):
     async def main():
         inputs = model.processor([{"role": "user", "content": "one two three " * 80}])
