@@ -107,10 +107,15 @@ def attention_forward(
                 scores = hopper.product(q, k_smem.at[slot], transposed=True, meanwhile=take_turns)
                 k_ring.release(j - low)
                 if masked:
-                    scores = jnp.where(visible(j), scores, MASKED)
-                m_new = jnp.maximum(m, scores.max(axis=1) * base2)
+                    # Scaled before it is masked: with one rounding for a product and a difference, a hidden score
+                    # less itself, times the scale, is far from zero.
+                    scores = jnp.where(visible(j), scores * base2, MASKED)
+                    m_new = jnp.maximum(m, scores.max(axis=1))
+                    p = jnp.exp2(scores - hopper.beside(m_new, blocks.keys))
+                else:
+                    m_new = jnp.maximum(m, scores.max(axis=1) * base2)
+                    p = jnp.exp2(scores * base2 - hopper.beside(m_new, blocks.keys))
                 alpha = jnp.exp2(m - m_new)
-                p = jnp.exp2(scores * base2 - hopper.beside(m_new, blocks.keys))
                 l = l * alpha + p.sum(axis=1)  # noqa: E741
                 acc = acc * hopper.beside(alpha, value_width)
                 p = p.astype(v_ref.dtype)
