@@ -206,7 +206,7 @@ def causal_self_attention(
 ) -> jax.Array:
     """Attention of rows to themselves, each token to those before it in its own sample.
 
-    In bfloat16: on GPUs by the kernels of `dsvl2_jax.kernels.gpu_attention`, on TPUs by jax's splash kernel.
+    In bfloat16: on GPUs by the kernels of `dsvl2_jax.kernels.fused_attention`, on TPUs by jax's splash kernel.
 
     Args:
       q_bthd, k_bthd: [B, T, H, Dk]; v_bthd: [B, T, H, Dv].
@@ -226,7 +226,7 @@ def causal_self_attention(
     axes = ("batch", "length", "heads", "head_dim")
     spec = AttentionSpec(plain, axes, scale, causal=True, name=ATTENTION_OUTPUT)
     if positions_bt.shape[1] % ATTENTION_BLOCK:
-        return fused_attention(*arrays, spec)
+        return fused_attention(arrays[:3], positions_bt, spec)
 
     def splash(*arrays: jax.Array) -> tuple[jax.Array]:
         return (splash_attention(*arrays, scale),)
@@ -234,7 +234,7 @@ def causal_self_attention(
     (out_bthd,) = lax.platform_dependent(
         *arrays,
         tpu=shard_map_kernel(splash, (axes, axes, axes, axes[:2]), (axes,)),
-        default=lambda *arrays: (fused_attention(*arrays, spec),),
+        default=lambda *arrays: (fused_attention(arrays[:3], arrays[3], spec),),
     )
     return out_bthd
 
@@ -258,22 +258,21 @@ def _attend_causal_chunks(
 
 
 @jax.named_scope("self_attention")
-def self_attention(
-    q_nphd: jax.Array, k_nphd: jax.Array, v_nphd: jax.Array, visible_np: jax.Array | None, scale: float
-) -> jax.Array:
-    """Attention of all to all, within each tile; on GPUs, in bfloat16, by `dsvl2_jax.kernels.gpu_attention`.
+def self_attention(qkv_np3hd: jax.Array, visible_np: jax.Array | None, scale: float) -> jax.Array:
+    """Attention of all to all, within each tile; on GPUs, in bfloat16, by `dsvl2_jax.kernels.fused_attention`.
 
     Args:
-      q_nphd, k_nphd, v_nphd: [N, P, H, D].
+      qkv_np3hd: [N, P, 3, H, D], queries, keys and values.
       visible_np: bool[N, P], False for patches that nothing attends to; None: all are attended to. One of each row
         must be True.
       scale: factor on the scores.
 
     Returns:
-      [N, P, H, D] in the dtype of ``v_nphd``.
+      [N, P, H, D] in the dtype of ``qkv_np3hd``.
     """
+    n, p, _, h, d = qkv_np3hd.shape
 
-    def attend_all(q_nphd: jax.Array, k_nphd: jax.Array, v_nphd: jax.Array, _: jax.Array | None) -> jax.Array:
+    def attend_all(q_nphd: jax.Array, k_nphd: jax.Array, v_nphd: jax.Array) -> jax.Array:
         precision = matmul_precision(v_nphd.dtype)
         scores_nhpq = jnp.einsum(
             "nphd,nqhd->nhpq", q_nphd, k_nphd, precision=precision, preferred_element_type=jnp.float32
@@ -284,21 +283,19 @@ def self_attention(
         p_nhpq = jax.nn.softmax(scores_nhpq, axis=-1).astype(v_nphd.dtype)
         return jnp.einsum("nhpq,nqhd->nphd", p_nhpq, v_nphd, precision=precision)
 
-    def plain(*arrays: jax.Array) -> jax.Array:
+    def plain(qkv: jax.Array, _: jax.Array | None) -> jax.Array:
+        parts = (qkv.reshape(n, p, 3, h, d)[:, :, i] for i in range(3))
         if visible_np is not None:
-            return attend_all(*arrays)
-        return cpu_or(functools.partial(_attend_by_heads, scale=scale), attend_all)(*arrays)
+            return attend_all(*parts)
+        return cpu_or(functools.partial(_attend_by_heads, scale=scale), attend_all)(*parts)
 
-    if visible_np is not None or not is_supported(q_nphd, v_nphd):
-        return plain(q_nphd, k_nphd, v_nphd, None)
-    axes = ("tiles", None, None, None)
-    spec = AttentionSpec(plain, axes, scale, causal=False, name="vision_attention_output")
-    return fused_attention(q_nphd, k_nphd, v_nphd, jnp.zeros(q_nphd.shape[:2], jnp.int32), spec)
+    if visible_np is not None or not is_supported(qkv_np3hd, qkv_np3hd):
+        return plain(qkv_np3hd, None)
+    spec = AttentionSpec(plain, ("tiles", None, None, None), scale, causal=False, name="vision_attention_output")
+    return fused_attention((qkv_np3hd.reshape(n, p, 3 * h, d),), jnp.zeros((n, p), jnp.int32), spec)
 
 
-def _attend_by_heads(
-    q_nphd: jax.Array, k_nphd: jax.Array, v_nphd: jax.Array, _: jax.Array | None, scale: float
-) -> jax.Array:
+def _attend_by_heads(q_nphd: jax.Array, k_nphd: jax.Array, v_nphd: jax.Array, scale: float) -> jax.Array:
     """`self_attention` of few heads at a time, whose scores stay in a processor's cache."""
     n, p, heads, width = q_nphd.shape
     group = math.gcd(heads, HEAD_GROUP)

@@ -18,7 +18,6 @@ import numpy as np
 from dsvl2_jax.kernels import gpu_attention, gpu_grouped_matmul
 from dsvl2_jax.kernels.block_sizes import Blocks, HopperAttention, HopperProduct, TritonAttention, TritonProduct
 from dsvl2_jax.kernels.fused_attention import visible_ranges
-from dsvl2_jax.kernels.gpu_attention import MIN_PART
 from dsvl2_jax.kernels.grouped_matmul import _blocked, _blocked_tgmm
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.released import released_config
@@ -65,8 +64,7 @@ def released_cases(size: str) -> list[Case]:
                 cases.append(product_case(operation, language.n_routed_experts, inner, width, rows))
         parts = ("forward", "dq", "dkv") if length == LENGTHS[-1] else ("forward",)
         cases += [attention_case(part, key, value, length, language.num_attention_heads, causal=True) for part in parts]
-    width = vision.head_dim + -vision.head_dim % MIN_PART
-    heads = TILES * vision.heads
+    width, heads = vision.head_dim, TILES * vision.heads
     cases += [attention_case(p, width, width, vision.patches, heads, causal=False) for p in ("forward", "dq", "dkv")]
     return cases
 
