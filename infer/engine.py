@@ -34,6 +34,7 @@ from dsvl2_jax.infer.slots import PAGE
 from dsvl2_jax.infer.speculation import check_drafts
 from dsvl2_jax.inputs.batch import Batch, collate
 from dsvl2_jax.inputs.processor import ModelInputs, Processor
+from dsvl2_jax.kernels.tuning import table_digest
 from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import Params
@@ -103,7 +104,7 @@ class Model:
             device.process_index == jax.process_index() for device in devices
         ):
             sources = [Path(dsvl2_jax.__file__).parent, Path(__file__).parent]
-            self._programs = StoredPrograms(list(devices), sources, folder)
+            self._programs = StoredPrograms(list(devices), sources, folder, tuning=table_digest())
 
     def run(self, function: Callable, static: Mapping[str, Any], **arrays: Any) -> Any:
         """A jitted function of keyword arguments, of which ``static`` are the static ones, on the model's mesh."""

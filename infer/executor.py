@@ -6,6 +6,7 @@ Arguments are numbers and numpy arrays, so that what one process does another ca
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from dsvl2_jax.infer.sampling import SamplingArrays, SamplingParams
 from dsvl2_jax.infer.slots import PAGE, Steps
 from dsvl2_jax.inputs.processor import ModelInputs, Processor
 from dsvl2_jax.model import deepseek_vl2 as model
+from dsvl2_jax.model import gpu_decode
 from dsvl2_jax.model.cache import cache_layout, init_cache
 from dsvl2_jax.model.config import TEXT_POSITION, Config
 from dsvl2_jax.model.deepseek_vl2 import Params
@@ -37,7 +39,7 @@ _take_page = jax.jit(slots.take_page)
 _put_page = jax.jit(slots.put_page, donate_argnames="row")
 _insert = jax.jit(slots.insert, static_argnames="eos", donate_argnames="state")
 decode_group = jax.jit(
-    slots.decode_group, static_argnames=("config", "eos", "cache_length", "top"), donate_argnames="state"
+    slots.decode_group, static_argnames=("config", "eos", "cache_length", "top", "greedy"), donate_argnames="state"
 )
 _speculative_group = jax.jit(
     speculation.speculative_group,
@@ -96,6 +98,7 @@ class Executor:
         self._features.clear()
         self._pages.clear()
         self._state = self._empty(init_slots, slots=self.slots, cache_length=self.cache_length, drafts=self.drafts > 0)
+        self._draws = np.zeros(self.slots, np.bool_)  # slots whose tokens are drawn, or have biases
         self._table = self._empty(_init_features, tiles=self._tiles)
         self.new_row()
 
@@ -150,9 +153,22 @@ class Executor:
 
     @functools.cached_property
     def decode_lengths(self) -> list[int]:
-        """The same for decoding: one, where `decode_attention` reads no more of the cache than is needed."""
-        loops = self.model.mesh is None and self._device.platform == "cpu"
-        return [self.cache_length] if loops else self._read_lengths
+        """The same for decoding: one, where attention reads no more of the cache than is needed."""
+        platform = self._device.platform if self.model.mesh is None else ""
+        loops = platform == "cpu"
+        skips = (
+            platform == "gpu"
+            and not self.drafts
+            and gpu_decode.is_supported(
+                self.model.config.language, self.slots, *(a.dtype for a in jax.tree.leaves(self._state.cache))
+            )
+        )
+        return [self.cache_length] if loops or skips else self._read_lengths
+
+    @functools.cached_property
+    def _asks_here(self) -> bool:
+        """Whether a group that draws no tokens has a program of its own: on GPUs, where asking on the device costs."""
+        return self._device.platform == "gpu" and not self.drafts
 
     def encode(self, key: Hashable, tiles: np.ndarray) -> None:
         """u8[N, S, S, 3] → features, kept under ``key`` until `drop_features`."""
@@ -216,6 +232,7 @@ class Executor:
         vocab = self.model.config.language.vocab_size
         seen = np.zeros((1, vocab), np.bool_)
         seen[0, ids] = True
+        self._draws[slot] = sampling.temperature > 0 or bool(sampling.logit_bias)
         allowed_bv = np.ones((1, vocab), np.bool_) if allowed is None else allowed[None]
         ids_bs = None
         if self.drafts:
@@ -261,6 +278,8 @@ class Executor:
         if self.drafts:
             static["drafts"] = self.drafts
             arrays["may_draft_b"] = np.zeros(self.slots, np.bool_) if may_draft is None else may_draft
+        else:
+            static["greedy"] = self._asks_here and not (self._draws & (budget > 0)).any()
         function = _speculative_group if self.drafts else decode_group
         self._state, steps = self.model.run(function, static, **arrays)
         return steps
@@ -297,10 +316,12 @@ class Executor:
         self.drop_page(None)
         prompt = np.zeros(1, np.int32), np.ones(1, np.bool_)
         self.fetch(self.insert(0, *prompt, 1, SamplingParams(), 0, None))
-        budget = np.zeros(self.slots, np.int32)
-        for length in self.decode_lengths:
-            for top, allowed in ((False, None), (True, None), (True, np.ones((self.slots, vocab), np.bool_))):
-                say(f"decoding, cache of {length}" + (", log-probabilities" if top else ""))
-                self.fetch(self.decode(budget, allowed, length, top=top))
+        budget = np.ones(self.slots, np.int32)  # of rows that have ended, so that none takes a step
+        mask = np.ones((self.slots, vocab), np.bool_)
+        kinds = itertools.product(self.decode_lengths, ((False, None), (True, None), (True, mask)))
+        for (length, (top, allowed)), draws in itertools.product(kinds, (False, True)[: 1 + self._asks_here]):
+            say(f"decoding, cache of {length}" + (", log-probabilities" if top else "") + (", draws" if draws else ""))
+            self._draws[:] = draws
+            self.fetch(self.decode(budget, allowed, length, top=top))
         self.reset()
         self.wait()

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from dsvl2_jax.infer.sampling import MAX_BIASES, MAX_TOP_LOGPROBS, SamplingArrays, adjust, choose
+from dsvl2_jax.infer.sampling import MAX_BIASES, MAX_TOP_LOGPROBS, SamplingArrays, adjust, choose, most_likely
 from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model.cache import init_cache
 from dsvl2_jax.model.config import Config
@@ -254,27 +254,36 @@ def next_state(
     allowed_bv: jax.Array | None,
     eos: int,
     top: bool,
+    greedy: bool = False,
 ) -> tuple[SlotState, Steps]:
     """One decode step of the active rows; the others keep what they have.
 
     Args:
       active_b: bool[B]. allowed_bv: bool[B, V], tokens that may come; None: all.
       top: static, whether the most likely tokens are told too.
+      greedy: static; see `decode_group`.
     """
     # A free row is as if it began: attention need not go over what is left in it.
     at_b = jnp.where(state.finished, 0, state.positions)
     logits_bv, cache = model.decode_step(params, config, state.tokens, at_b, state.cache, active_b)
     # What follows differs from program to program; the model's own part is to be compiled alike in all of them.
     logits_bv, cache = lax.optimization_barrier((logits_bv, cache))
-    return take_tokens(dataclasses.replace(state, cache=cache), logits_bv, active_b, allowed_bv, eos, top)
+    return take_tokens(dataclasses.replace(state, cache=cache), logits_bv, active_b, allowed_bv, eos, top, greedy)
 
 
 def take_tokens(
-    state: SlotState, logits_bv: jax.Array, active_b: jax.Array, allowed_bv: jax.Array | None, eos: int, top: bool
+    state: SlotState,
+    logits_bv: jax.Array,
+    active_b: jax.Array,
+    allowed_bv: jax.Array | None,
+    eos: int,
+    top: bool,
+    greedy: bool = False,
 ) -> tuple[SlotState, Steps]:
     """The active rows' next tokens, from f32[B, V] logits after their newest ones; see `next_state`."""
     positions_b = state.positions + active_b
-    step = _next_tokens(logits_bv, state.seen, state.counts, allowed_bv, state.sampling, positions_b, top=top)
+    choice = state.seen, state.counts, allowed_bv, state.sampling, positions_b
+    step = _next_tokens(logits_bv, *choice, top=top, greedy=greedy)
     tokens_b = jnp.where(active_b, step.tokens[:, 0], state.tokens)
     failed_b = step.failed & active_b
     ended_b = ((tokens_b == eos) & ~state.sampling.ignore_eos) | (positions_b >= state.limits) | failed_b
@@ -302,12 +311,13 @@ def _next_tokens(
     step_b: jax.Array,
     *,
     top: bool,
+    greedy: bool = False,
 ) -> Steps:
     """`Steps` with G = 1, of which ``counts`` and ``finished`` are yet to be told."""
-    adjusted_bv = adjust(logits_bv, seen_bv, counts_bv, sampling)
+    adjusted_bv = adjust(logits_bv, seen_bv, counts_bv, sampling, biased=not greedy)
     if allowed_bv is not None:
         adjusted_bv = jnp.where(allowed_bv, adjusted_bv, -jnp.inf)
-    tokens_b = choose(adjusted_bv, sampling, step_b)
+    tokens_b = most_likely(adjusted_bv) if greedy else choose(adjusted_bv, sampling, step_b)
     total_b1 = jax.nn.logsumexp(logits_bv, axis=-1, keepdims=True)
     logprobs_b1 = jnp.take_along_axis(logits_bv, tokens_b[:, None], axis=-1) - total_b1
     top_values, top_ids = lax.top_k(logits_bv, min(MAX_TOP_LOGPROBS, logits_bv.shape[-1]) if top else 0)
@@ -331,6 +341,7 @@ def decode_group(
     eos: int,
     cache_length: int,
     top: bool,
+    greedy: bool = False,
 ) -> tuple[SlotState, Steps]:
     """Up to `GROUP` steps, until no row has any to take.
 
@@ -340,6 +351,8 @@ def decode_group(
       allowed_bv: bool[B, V], tokens that may come; None: all.
       cache_length: static; the cache's first so many positions hold all that these steps read and write.
       top: static, whether the most likely tokens are told too.
+      greedy: static; no row that takes a step draws its token, or has a bias, and the program does not look for one.
+        On a GPU the host waits for the device wherever a program asks.
     """
     whole, state = state.cache, first_positions(state, cache_length)
     steps = no_steps(state, GROUP, top)
@@ -354,7 +367,7 @@ def decode_group(
     def body(carry: Any) -> Any:
         i, state, steps = carry
         active_b = active(i, state)
-        state, new = next_state(params, config, state, active_b, allowed_bv, eos, top)
+        state, new = next_state(params, config, state, active_b, allowed_bv, eos, top, greedy)
         wide = {name: getattr(steps, name).at[:, i].set(getattr(new, name)[:, 0]) for name in OF_EACH_TOKEN}
         counts, failed = steps.counts + active_b, steps.failed | new.failed
         return i + 1, state, dataclasses.replace(steps, counts=counts, failed=failed, finished=state.finished, **wide)

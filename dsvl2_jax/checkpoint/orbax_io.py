@@ -19,15 +19,16 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dsvl2_jax.checkpoint import remote
 from dsvl2_jax.model.parameter_paths import LeafPath
 from dsvl2_jax.runtime.lazy import LazyModule
 
-ocp = LazyModule("orbax.checkpoint.experimental.v1")  # the released layout does without
+# What neither reads nor writes such checkpoints does without.
+jax = LazyModule("jax")
+ocp = LazyModule("orbax.checkpoint.experimental.v1")
+traverse_util = LazyModule("flax.traverse_util")
 
 # Larger leaves are cut into pieces of at most this size, so that a sharded restore reads little more than
 # it needs: a piece is always read whole.
@@ -58,7 +59,7 @@ class ParamWriter:
         """Starts to write a batch, after the previous one has been written."""
         self.wait()
         with self._context:
-            self._pending = ocp.partial.save_async(self._path, unflatten_dict(leaves))
+            self._pending = ocp.partial.save_async(self._path, traverse_util.unflatten_dict(leaves))
 
     def wait(self) -> None:
         """Returns when everything given to `write` is on disk. Raises what the write raised."""
@@ -208,7 +209,10 @@ def read_shapes(path: Path) -> dict[LeafPath, tuple[tuple[int, ...], np.dtype]]:
     """
     checkpoint, options = _checkpoint_of(path)
     tree = ocp.metadata(checkpoint, **options).metadata
-    return {leaf_path: (tuple(meta.shape), np.dtype(meta.dtype)) for leaf_path, meta in flatten_dict(tree).items()}
+    return {
+        leaf_path: (tuple(meta.shape), np.dtype(meta.dtype))
+        for leaf_path, meta in traverse_util.flatten_dict(tree).items()
+    }
 
 
 def read(path: Path, leaves: Mapping[LeafPath, jax.ShapeDtypeStruct]) -> dict[LeafPath, jax.Array]:
@@ -220,7 +224,7 @@ def read(path: Path, leaves: Mapping[LeafPath, jax.ShapeDtypeStruct]) -> dict[Le
     context = ocp.Context()
     context.pytree_options.loading.partial_load = True
     with context:
-        arrays = flatten_dict(_load(checkpoint, unflatten_dict(leaves), **options))
+        arrays = traverse_util.flatten_dict(_load(checkpoint, traverse_util.unflatten_dict(leaves), **options))
     _give_memory_back()
     return arrays
 

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 LANES = 128  # columns of a TPU register
 MAX_ROW_BLOCK = 128
-MAX_MATRIX_BLOCK_BYTES = 4 << 20  # of a matrix in fast memory on TPUs; the pipeline holds two
+MAX_MATRIX_BLOCK_BYTES = 12 << 20  # of matrices in fast memory on TPUs; the pipeline holds two such blocks
 
 
 def row_block(rows: int, groups: int, least: int = 1) -> int:
     """Rows of a block: a power of two near the mean group, so that few rows of a block belong to the next group."""
     mean = max(1, rows // groups)
     return min(MAX_ROW_BLOCK, max(least, 1 << (mean - 1).bit_length()))
+
+
+def cpu_row_block(rows: int, groups: int) -> int:
+    """Rows of a block on CPUs: a power of two that holds most groups, since each block reads its matrix anew.
+
+    Two standard deviations above the mean of a group, were the rows dealt out at random.
+    """
+    mean = rows / groups
+    least = max(1, math.ceil(mean + 2 * math.sqrt(mean)))
+    return min(MAX_ROW_BLOCK, 1 << (least - 1).bit_length())
 
 
 def column_block(inputs: int, outputs: int, itemsize: int) -> int:

@@ -8,16 +8,14 @@ import numpy as np
 import pytest
 
 from dsvl2_jax.kernels import gpu_grouped_matmul
-from dsvl2_jax.kernels.gpu_attention import (
+from dsvl2_jax.kernels.fused_attention import (
     AttentionSpec,
     _fused_backward,
     _fused_forward,
-    _visible_ranges,
-    attention_backward,
-    attention_forward,
     fused_attention,
-    padded,
+    visible_ranges,
 )
+from dsvl2_jax.kernels.gpu_attention import attention_backward, attention_forward, padded
 from dsvl2_jax.kernels.grouped_matmul import _blocked, _blocked_tgmm
 from dsvl2_jax.sharding import make_mesh
 
@@ -51,7 +49,7 @@ def test_grouped_products_and_their_gradients(rows, inner, width, sizes):
 
 
 def plain(query: jax.Array, key: jax.Array, value: jax.Array, positions: jax.Array, scale: float, causal: bool):
-    first, _ = _visible_ranges(positions, causal)
+    first, _ = visible_ranges(positions, causal)
     scores = jnp.einsum("bthd,bshd->bhts", query, key) * scale
     index = jnp.arange(query.shape[1])
     visible = index >= first[..., None]
@@ -79,7 +77,7 @@ def test_attention_and_its_gradients(length, heads, widths, starts):
     row = positions_of(length, starts) if causal else jnp.zeros(length, jnp.int32)
     positions = jnp.stack([row, jnp.arange(length) if causal else row]).astype(jnp.int32)
     q, k, v, g = (normal(i, 2, length, heads, width) for i, width in enumerate((*widths[:1] * 2, *widths[1:] * 2)))
-    first, end = _visible_ranges(positions, causal)
+    first, end = visible_ranges(positions, causal)
     out, lse = attention_forward(q, k, v, first, scale, causal, interpret=True)
     expected, gradients = jax.vjp(lambda *arrays: plain(*arrays, positions, scale, causal), q, k, v)
     assert close(out, expected)
@@ -88,7 +86,7 @@ def test_attention_and_its_gradients(length, heads, widths, starts):
 
 
 def test_a_key_is_seen_until_its_sample_ends():
-    first, end = _visible_ranges(jnp.array([[0, 1, 2, 0, 1, 0]], jnp.int32), True)
+    first, end = visible_ranges(jnp.array([[0, 1, 2, 0, 1, 0]], jnp.int32), True)
     assert first.tolist() == [[0, 0, 0, 3, 3, 5]] and end.tolist() == [[3, 3, 3, 5, 5, 6]]
 
 

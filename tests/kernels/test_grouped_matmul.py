@@ -10,8 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dsvl2_jax.kernels import grouped_matmul as kernels
-from dsvl2_jax.kernels.grouped_matmul import grouped_matmul, tgmm
-from dsvl2_jax.kernels.tpu import grouped_matvec, megablox_tgmm
+from dsvl2_jax.kernels.grouped_matmul import _zero_beyond_groups, grouped_matmul, tgmm
+from dsvl2_jax.kernels.tpu import megablox_tgmm
+from dsvl2_jax.kernels.tpu_grouped_matmul import gmm
 
 INPUTS, OUTPUTS = 6, 10
 
@@ -21,10 +22,20 @@ SHAPES = {"small": (24, 5), "large": (300, 2), "one row": (1, 3)}
 # Of the largest element; bfloat16 results are rounded to 8 bits once, after a float32 sum.
 TOLERANCES = {"float32": 2e-6, "bfloat16": 1.01 * 2**-8}
 
+
+def tpu(rows, weights, group_sizes, **options):
+    return _zero_beyond_groups(gmm(rows, (weights,), group_sizes, interpret=True, **options), group_sizes)
+
+
+def tpu_transposed(rows, weights, group_sizes):
+    return tpu(rows, weights.swapaxes(1, 2), group_sizes, transposed=True)
+
+
 FORWARD = {
     "blocked": kernels._blocked,
     "ragged": kernels._ragged,
-    "few rows": functools.partial(grouped_matvec, interpret=True),
+    "tpu": tpu,
+    "tpu, transposed": tpu_transposed,
 }
 TGMM = {
     "blocked": kernels._blocked_tgmm,

@@ -9,7 +9,7 @@ import pytest
 
 from dsvl2_jax.apps.plan.hlo_gpu import splash_flops
 from dsvl2_jax.kernels.attention import attend
-from dsvl2_jax.kernels.tpu import ATTENTION_BLOCK, latent_attention, splash_attention
+from dsvl2_jax.kernels.tpu import ATTENTION_BLOCK, cached_attention, latent_attention, splash_attention
 
 HEADS, KEYS, VALUES = 2, 24, 16
 # Interpreted products round their operands to no less than float32; the softmax is added up block by block.
@@ -62,6 +62,24 @@ def test_latent_attention_of_a_row_that_sees_nothing_is_zero_and_weighs_nothing(
     ones = (jnp.ones(shape) for shape in ((1, 3, 48), (1, 3, 8), (1, ATTENTION_BLOCK, 48), (1, ATTENTION_BLOCK, 8)))
     out, lse = latent_attention(*ones, jnp.asarray([-1]), 0.2, interpret=True)
     assert not out.any() and (lse == -jnp.inf).all()
+
+
+def test_cached_attention_is_plain_attention_of_one_token_a_row():
+    rng = np.random.default_rng(0)
+    last = jnp.asarray([0, 511, 512, 1000, -1], jnp.int32)
+    query, key, value = (
+        jnp.asarray(rng.normal(size=size), jnp.float32)
+        for size in ((5, HEADS, KEYS), *((5, 2 * ATTENTION_BLOCK, HEADS, KEYS),) * 2)
+    )
+    out, lse = cached_attention(query, key, value, last, 0.2, interpret=True)
+    expected = attend([query[:, None]], [key], value, (None, last[:, None]), 0.2)[:, 0]
+    np.testing.assert_allclose(out[:4], expected[:4], rtol=0, atol=TOLERANCE * np.abs(expected).max())
+    scores = jnp.where(
+        jnp.arange(2 * ATTENTION_BLOCK) <= last[:, None, None], 0.2 * jnp.einsum("bhd,bshd->bhs", query, key), -jnp.inf
+    )
+    expected = jax.nn.logsumexp(scores, -1, keepdims=True)[:4]
+    np.testing.assert_allclose(lse[:4], expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+    assert not out[4].any() and (lse[4] == -jnp.inf).all()
 
 
 def test_splash_kernels_cost_their_products_in_the_blocks_that_causality_leaves():

@@ -18,6 +18,8 @@ from dsvl2_jax.kernels.precision import matmul_precision
 
 SERIES = 5
 LEAST_SECONDS = 0.05  # of a series
+SMALL_PRODUCT = 2048  # on a CPU
+LONG_SECONDS = 1.0  # a run that takes so long is a series of its own, and three series will do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,7 @@ def runs_of(seconds: float) -> int:
 def ceilings(dtype: Any) -> Speeds:
     """Of the first device: a square product in the model's precision, and a copy that changes every number."""
     small = jax.devices()[0].platform == "cpu"
-    width, count = (2048, 2**26) if small else (8192, 2**30)
+    width, count = (SMALL_PRODUCT, 2**26) if small else (8192, 2**30)
     x, y = (jax.random.uniform(jax.random.key(i, impl="rbg"), (width, width), dtype, -1, 1) for i in range(2))
     product = jax.jit(lambda x, y: jnp.dot(x, y, precision=matmul_precision(dtype)))
     flops = 2 * width**3 / median_seconds(product, x, y)

@@ -9,7 +9,9 @@ Tested in tests/apps/bench/test_model.py.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import math
 import os
 import statistics
 import time
@@ -20,13 +22,15 @@ import jax
 import jax.numpy as jnp
 from jax.stages import Compiled
 
-from dsvl2_jax.apps.bench import model_jobs
-from dsvl2_jax.apps.bench.ceilings import SERIES, Speeds, ceilings, runs_of
-from dsvl2_jax.apps.bench.measure import machine, own_bytes
+from dsvl2_jax.apps.bench import model_jobs, model_plot
+from dsvl2_jax.apps.bench.against import Timed, TorchSide
+from dsvl2_jax.apps.bench.ceilings import LONG_SECONDS, SERIES, Speeds, ceilings
+from dsvl2_jax.apps.bench.measure import machine, need_torch, own_bytes
 from dsvl2_jax.apps.bench.model_jobs import Prefilling, Program, Running
 from dsvl2_jax.apps.bench.model_options import Budget, ModelOptions
 from dsvl2_jax.apps.bench.model_report import Report
 from dsvl2_jax.apps.bench.random_params import bytes_of, random_params, shapes_of
+from dsvl2_jax.apps.bench.serve_plot import check_plot
 from dsvl2_jax.apps.plan.command import config_of
 from dsvl2_jax.apps.plan.hlo_walk import walk
 from dsvl2_jax.apps.plan.launches import count_launches
@@ -39,6 +43,7 @@ from dsvl2_jax.runtime.hardware import peaks
 
 MOST_MEMORY = 0.95  # of a device, for parameters and a program
 COMPILING = 0.7  # of the budget
+OTHERS = 0.4  # of the budget, for the other side where it runs before ours
 
 
 def bench_model(name: str, options: ModelOptions) -> int:
@@ -56,6 +61,11 @@ def bench_model(name: str, options: ModelOptions) -> int:
     """
     config = with_layers(config_of(name), options.layers)
     _check_lengths(config, options)
+    if options.plot is not None:
+        check_plot(options.plot)
+    if options.against is not None:
+        need_torch("bench model --against torch")
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or a GPU's memory would be ours alone
     report, budget = Report(options.json), Budget(options.budget)
     device = jax.devices()[0]
     dtype = jnp.dtype(options.dtype or ("float32" if device.platform == "cpu" else "bfloat16"))
@@ -91,18 +101,19 @@ def _check_lengths(config: Config, options: ModelOptions) -> None:
 class _Bench:
     """One run."""
 
-    def __init__(
-        self, name: str, config: Config, options: ModelOptions, dtype: Any, report: Report, budget: Budget
-    ):
+    def __init__(self, name: str, config: Config, options: ModelOptions, dtype: Any, report: Report, budget: Budget):
         self.name, self.config, self.options, self.dtype = name, config, options, dtype
         self.report, self.budget = report, budget
         self.device = jax.devices()[0]
         self.failed = False
+        self.measured: list[Mapping[str, Any]] = []
         self.rows: dict[int, Prefilling] = {}  # tokens → a program that has filled a row with so many
         self.programs = self._programs()
         self.compiled: dict[str, tuple[Compiled, float]] = {}
         self.peaks = peaks(self.device.device_kind) if dtype == jnp.bfloat16 else None
         self.ceilings: Speeds | None = None
+        self.other: TorchSide | None = None
+        self.before: dict[str, Timed] = {}  # what the other side took, where it ran before ours
 
     def about(self) -> dict[str, Any]:
         language = self.config.language
@@ -110,8 +121,8 @@ class _Bench:
         shapes = shapes_of(self.config, self.dtype, parts)
         count, size = sum(leaf.size for leaf in jax.tree.leaves(shapes)), bytes_of(shapes)
         about = (
-            f"{self.name}, {language.num_hidden_layers} layers of the language model and {self.config.vision.layers} of "
-            f"the encoder, {self.dtype.name}, random weights: {count / 1e9:.2f} B parameters, {size / 1e9:.1f} GB\n"
+            f"{self.name}, {language.num_hidden_layers} layers of the language model and {self.config.vision.layers} "
+            f"of the encoder, {self.dtype.name}, random weights: {count / 1e9:.2f} B parameters, {size / 1e9:.1f} GB\n"
             f"{self.device.device_kind}; {machine()}"
         )
         return {
@@ -140,13 +151,46 @@ class _Bench:
                 "peak_bandwidth": self.peaks and self.peaks[1],
             }
         )
+        with contextlib.ExitStack() as stack:
+            if self.options.against is not None:
+                self._compare(stack)
+            self._measure_all()
+        if "kernels" in self.options.jobs:
+            self._kernels()
+        if self.options.plot is not None and self.measured:
+            title = f"{self.name}, {self.dtype.name}, {self.device.device_kind}"
+            model_plot.plot(self.measured, title, self.options.plot)
+        return int(self.failed)
+
+    def _measure_all(self) -> None:
         self._compile()
         self._measure([program for program in self.programs if program.job != "train"])
         self.rows.clear()
         self._measure([program for program in self.programs if program.job == "train"])
-        if "kernels" in self.options.jobs:
-            self._kernels()
-        return int(self.failed)
+
+    def _compare(self, stack: contextlib.ExitStack) -> None:
+        """Checks that the other side computes the same; on a GPU it is measured here, before ours takes the memory."""
+        arguments = self.name, self.config, self.options, self.dtype, self._parts(), self.device.platform
+        self.other = stack.enter_context(TorchSide(*arguments))
+        distances = self.other.check()
+        self.report.add({"job": "check", "sizes": {}, "torch": self.other.release, "distances": distances})
+        if self.device.platform == "cpu":
+            return
+        for program in self.programs:
+            if program.job == "chunk" or self.budget.spent > OTHERS * (self.options.budget or math.inf):
+                continue
+            try:
+                timed = self.before[str(program)] = self.other.measure(program)
+            except DSVL2Error as error:  # too little memory, say; ours is measured all the same
+                self.report.add(
+                    {"side": "torch", "job": program.job, "sizes": dict(program.sizes), "error": str(error)}
+                )
+                continue
+            row = {"side": "torch", "job": program.job, "sizes": dict(program.sizes), "seconds": timed.seconds}
+            made = {f"{program.unit}_per_second": program.made / timed.seconds, "setting": timed.setting}
+            self.report.add(row | made)
+        self.other = None
+        stack.close()
 
     # ---- what is to be measured
 
@@ -156,10 +200,7 @@ class _Bench:
         for job in options.jobs:
             if job == "decode":
                 context = options.context
-                made += [
-                    model_jobs.decode(config, slots, context, dtype, lambda: self.rows[context].row)
-                    for slots in options.slots
-                ]
+                made += [model_jobs.decode(config, slots, context, dtype, self._row_of) for slots in options.slots]
             elif job in ("prefill", "chunk"):
                 made += [getattr(model_jobs, job)(config, tokens, dtype) for tokens in options.tokens]
             elif job == "encode":
@@ -167,9 +208,13 @@ class _Bench:
             elif job == "train":
                 from dsvl2_jax.apps.bench import model_train
 
-                settings = model_train.step_settings(self.name, options, dtype)
+                settings = model_train.step_settings(config, options, dtype)
                 made.append(model_train.train(config, settings, dtype))
         return made
+
+    def _row_of(self) -> Any:
+        """The cache of one row that holds the prompt of the decode slots."""
+        return self.rows[self.options.context].row
 
     def _helpers(self) -> list[Program]:
         """Programs that are run but not measured: the prompt of the decode slots."""
@@ -268,16 +313,17 @@ class _Bench:
         running = program.start(compiled, params)
         if isinstance(running, Prefilling):
             self.rows.setdefault(sum(program.sizes.values()), running)
-        seconds = self._series(program, running)
-        row = self._row(program, statistics.median(seconds), len(seconds))
+        series, theirs = self._series(program, running)
+        row = self._row(program, statistics.median(series), theirs)
         row |= self._program(program, compiled) | {
             "compile_seconds": compile_seconds,
             "temporaries": memory["temporaries"],
             "arguments": memory["arguments"],
             "peak_bytes": self._peak(),
-            "series": seconds,
+            "series": series,
         }
         self.report.add(row)
+        self.measured.append(row)
         if program.job == self.options.profile:
             self._profile(program, compiled)
 
@@ -301,16 +347,34 @@ class _Bench:
                 raise DSVL2Error(f"{filling}: was not compiled, and nothing else fills the caches.")
             self.rows[context] = filling.start(self.compiled[str(filling)][0], params)
 
-    def _series(self, program: Program, running: Running) -> list[float]:
-        """Seconds of a unit of time (a decode step, else a run), of each series."""
-        runs = program.runs or runs_of(running.series(1))
-        found = []
-        while len(found) < SERIES and (not found or self.budget.left > 0):
-            found.append(running.series(runs) / program.steps)
-        return found
+    def _series(self, program: Program, running: Running) -> tuple[list[float], Timed | None]:
+        """Seconds of a unit of time (a decode step, else a run) in each series; and the other side's, in turns."""
+        once = running.series(1)
+        runs, long = program.runs_of(once), once >= LONG_SECONDS
+        turns = self.other is not None and self.device.platform == "cpu" and program.job != "chunk"
+        setting, theirs = "", []
+        if turns:
+            setting, their_once = self.other.start(program)
+            their_runs, long = program.runs_of(their_once), long and their_once >= LONG_SECONDS
+        ours = []
+        while len(ours) < (3 if long else SERIES) and (not ours or self.budget.left > 0):
+            ours.append(running.series(runs) / program.steps)
+            if turns:
+                theirs.append(self.other.series(program, their_runs))
+        if turns:
+            return ours, Timed(statistics.median(theirs), setting, theirs)
+        return ours, self.before.get(str(program))
 
-    def _row(self, program: Program, seconds: float, count: int) -> dict[str, Any]:
+    def _row(self, program: Program, seconds: float, theirs: Timed | None) -> dict[str, Any]:
         least = program.least
+        compared = {}
+        if theirs is not None:
+            compared = {
+                "torch_seconds": theirs.seconds,
+                "speedup": theirs.seconds / seconds,
+                "torch_setting": theirs.setting,
+                "torch_series": theirs.series,
+            }
         return {
             "job": program.job,
             "sizes": dict(program.sizes),
@@ -321,6 +385,7 @@ class _Bench:
             "roofline_share": self.peaks and Speeds(*self.peaks).seconds(least.flops, least.bytes) / seconds,
             "ceiling_share": self.ceilings.seconds(least.flops, least.bytes) / seconds,
             "bound": self._bound(program),
+            **compared,
         }
 
     def _bound(self, program: Program) -> str:
@@ -346,6 +411,27 @@ class _Bench:
     def _peak(self) -> int:
         stats = self.device.memory_stats() or {}
         return stats["peak_bytes_in_use"] if "peak_bytes_in_use" in stats else own_bytes("VmHWM")
+
+    # ---- kernels
+
+    def _kernels(self) -> None:
+        from dsvl2_jax.apps.bench.model_kernels import kernels, measured
+
+        waiting = kernels(self.config, self.options, self.dtype)
+        while True:
+            if self.budget.left <= 0:
+                self.report.add({"job": "kernels", "sizes": {}, "skipped": "no time was left"})
+                return
+            try:
+                kernel = next(waiting, None)
+                if kernel is None:
+                    return
+                self.report.add(measured(kernel))
+            except Exception as error:  # of the compiler or the device; a generator that failed gives no more
+                self.failed = True
+                self.report.add(
+                    {"job": "kernels", "sizes": {}, "error": f"{type(error).__name__}: {first_line(error)}"}
+                )
 
     def _fail(self, program: Program, error: Exception) -> None:
         self.failed = True

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.stages import Compiled, Lowered
 
+from dsvl2_jax.apps.bench.ceilings import LONG_SECONDS, runs_of
 from dsvl2_jax.apps.bench.model_options import GROUPS
 from dsvl2_jax.apps.bench.random_params import shapes_of
 from dsvl2_jax.apps.plan.least_work import Work, decode_work, encode_work, prefill_work
@@ -64,6 +65,12 @@ class Program:
     steps: int = 1
     runs: int = 0
 
+    def runs_of(self, seconds: float) -> int:
+        """Runs of a series, where one takes so long."""
+        if not self.runs:
+            return runs_of(seconds)
+        return self.runs if seconds < LONG_SECONDS else 1
+
     def __str__(self) -> str:
         return " ".join([self.job, *(f"{name} {size}" for name, size in self.sizes.items())])
 
@@ -109,7 +116,9 @@ def _numbers(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
     for name, array in arrays.items():
         found[name] = np.asarray(array).astype(np.float32)
         if not np.isfinite(found[name]).all():
-            raise DSVL2Error(f"{name}: {(~np.isfinite(found[name])).sum()} of {found[name].size} numbers are not finite.")
+            raise DSVL2Error(
+                f"{name}: {(~np.isfinite(found[name])).sum()} of {found[name].size} numbers are not finite."
+            )
     return found
 
 
@@ -232,7 +241,9 @@ def decode(config: Config, slots: int, context: int, dtype: Any, row: Callable[[
       row: gives a cache of one row that holds a prompt of ``context`` tokens.
     """
     length = cache_bucket(context, PAGE, max(config.language.max_position_embeddings, context))
-    static = {"config": config, "eos": NO_EOS, "cache_length": length, "top": False}
+    # On GPUs a group that draws no tokens has a program of its own.
+    greedy = jax.devices()[0].platform == "gpu"
+    static = {"config": config, "eos": NO_EOS, "cache_length": length, "top": False, "greedy": greedy}
 
     def init() -> Any:
         return executor.init_slots(config=config, slots=slots, cache_length=length, dtype=dtype)
@@ -259,5 +270,6 @@ def decode(config: Config, slots: int, context: int, dtype: Any, row: Callable[[
 def _of_shapes(params: Params, shapes: Params) -> Params:
     """The part of some parameters that a program takes."""
     return {
-        name: _of_shapes(params[name], part) if isinstance(part, dict) else params[name] for name, part in shapes.items()
+        name: _of_shapes(params[name], part) if isinstance(part, dict) else params[name]
+        for name, part in shapes.items()
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from pathlib import Path
 
 from dsvl2_jax.apps.bench.measure import need_at_least
 from dsvl2_jax.errors import UsageError
@@ -30,6 +31,7 @@ class ModelOptions:
       profile: a job whose programs are split up by named scope, or None.
       budget: seconds after which nothing is begun; None: no limit.
       json: print JSON lines.
+      plot: PNG to draw the shares to, or None.
     """
 
     layers: int | None = None
@@ -44,6 +46,7 @@ class ModelOptions:
     profile: str | None = None
     budget: float | None = None
     json: bool = False
+    plot: Path | None = None
 
     @classmethod
     def parse(cls, *, jobs: str, slots: str, tokens: str, tiles: str, **others: object) -> ModelOptions:
@@ -72,6 +75,8 @@ class ModelOptions:
         from dsvl2_jax.infer.slots import GROUP
 
         need_at_least("--context", self.context, GROUPS * GROUP + 1)
+        if self.plot is not None and self.plot.suffix.lower() != ".png":
+            raise UsageError(f"--plot: found {self.plot}, expected a name that ends in .png.")
         if self.budget is not None and self.budget <= 0:
             raise UsageError(f"--budget: found {self.budget}, expected a positive number of seconds.")
         if self.profile is not None:

@@ -6,7 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-HEADER = f"{'':34}{'time':>12}{'speed':>20}{'limit':>8}{'reached':>9}{'FLOPs':>8}{'bytes':>8}{'launches':>10}{'sorts':>7}"
+HEADER = (
+    f"{'':34}{'time':>12}{'speed':>20}{'limit':>8}{'reached':>9}{'FLOPs':>8}{'bytes':>8}{'launches':>10}{'sorts':>7}"
+)
 
 
 class Report:
@@ -33,6 +35,9 @@ class Report:
                 f"dense product {row['product_flops'] / 1e12:.3g} TFLOP/s, copy {row['copy_bandwidth'] / 1e9:.4g} GB/s"
             ]
         name = _name(row)
+        if job == "check":
+            distances = ", ".join(f"{output} {distance:.1e}" for output, distance in row["distances"].items())
+            return [f"PyTorch {row['torch']} gives the same on two layers with the same weights: {distances}"]
         if "error" in row or "skipped" in row:
             return [f"{name:34}  {'failed: ' + row['error'] if 'error' in row else 'left out: ' + row['skipped']}"]
         if "scopes" in row:
@@ -53,7 +58,11 @@ class Report:
         if "program_flops" in row:
             line += f"{_ratio(row['flops_ratio']):>8}{_ratio(row['bytes_ratio']):>8}"
             line += f"{row['launches']:>10}{row['sorts']:>7}"
-        return [*head, line]
+        lines = [*head, line]
+        if "torch_seconds" in row:
+            theirs = f"PyTorch {_time(row['torch_seconds'])} ({row['torch_setting']})"
+            lines.append(f"{'':34}{theirs}: {row['speedup']:.3g} × as fast as PyTorch")
+        return lines
 
 
 def _name(row: Mapping[str, Any]) -> str:

@@ -9,7 +9,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.stages import Compiled, Lowered
@@ -20,7 +19,7 @@ from dsvl2_jax.apps.bench.random_params import random_params, shapes_of
 from dsvl2_jax.apps.plan.training_step import preset_settings, training_work
 from dsvl2_jax.inputs.batch import IGNORED_LABEL
 from dsvl2_jax.model.config import TEXT_POSITION, Config
-from dsvl2_jax.model.released import SIZES
+from dsvl2_jax.model.released import SIZES, variant
 from dsvl2_jax.train.data.batch import TrainBatch
 from dsvl2_jax.train.objectives.language import LanguageTrainer
 from dsvl2_jax.train.settings.schema import Settings
@@ -28,9 +27,11 @@ from dsvl2_jax.train.settings.schema import Settings
 PARTS = ("vision", "language")
 
 
-def step_settings(name: str, options: ModelOptions, dtype: Any) -> Settings:
+def step_settings(config: Config, options: ModelOptions, dtype: Any) -> Settings:
     """Of one sequence as long as the longest prompt, with as many tiles as the most that are encoded."""
-    size = name if name in SIZES else "base"  # base's rules know every parameter that the others have
+    size = variant(config)
+    if size not in SIZES:  # a released preset whose rules fit: base's router alone has a bias, which is not trained
+        size = "base" if config.language.topk_method == "noaux_tc" else "tiny"
     given = [f"data.tiles_per_sequence={max(options.tiles)}", f"compute.dtype={dtype.name}"]
     return preset_settings(
         size, "sft", sequences=1, length=max(options.tokens), micro=1, overrides=[*given, *options.overrides]
@@ -83,5 +84,7 @@ def random_batch(config: Config, settings: Settings) -> TrainBatch:
         positions=np.broadcast_to(np.arange(length, dtype=np.int32), shape),
         segments=np.ones(shape, np.int32),
         with_images=np.full(shape, bool(tiles)),
-        tiles=random_tiles(config, steps * micro * tiles).reshape(steps, micro * tiles, *[config.vision.image_size] * 2, 3),
+        tiles=random_tiles(config, steps * micro * tiles).reshape(
+            steps, micro * tiles, *[config.vision.image_size] * 2, 3
+        ),
     )

@@ -100,7 +100,8 @@ def model(
     profile: str | None = None,
     budget: float | None = None,
     json: bool = False,
-) -> None:
+    plot: Path | None = None,
+) -> int:
     """Measure the engine's programs and the training step on the device that is there, with random weights.
 
     Prints, for each, the time, its share of what the device can do at most and of what a dense product and a copy reach
@@ -121,6 +122,7 @@ def model(
         profile: one of the jobs; also print how its program splits up, named scope by named scope.
         budget: seconds after which nothing new is begun.
         json: print JSON lines.
+        plot: draw the shares into this PNG file.
     """
     with needs_train_extra():
         from dsvl2_jax.apps.bench.model import bench_model
@@ -139,8 +141,9 @@ def model(
             profile=profile,
             budget=budget,
             json=json,
+            plot=plot,
         )
-        bench_model(size, options)
+        return bench_model(size, options)
 
 
 def serve(
@@ -184,7 +187,29 @@ def train(*, rows: int = 2, length: int = 1024, steps: int = 3, rounds: int = 3)
         bench_train(rows=rows, length=length, steps=steps, rounds=rounds)
 
 
+def tune(*, size: Size | None = None, json: bool = False, out: Path | None = None) -> None:
+    """Measure the kernels of the GPU that is here with every choice of block sizes, and keep the quickest.
+
+    Args:
+        size: the released size whose kernels are measured; without it, all.
+        json: print JSON lines.
+        out: where the table is written; without it, in the user's cache, where the kernels look for it.
+    """
+    from dsvl2_jax.apps.bench.tune import bench_tune
+
+    bench_tune(None if size is None else (size,), as_json=json, out=out)
+
+
 bench = command_group(
-    "Measure this machine: conversion, loading, generation, the model's programs, a server under load, training.",
-    {"convert": convert, "generate": generate, "load": load, "model": model, "serve": serve, "train": train},
+    "Measure this machine: conversion, loading, generation, the model's programs, a server under load, training, and "
+    "the kernels of a GPU.",
+    {
+        "convert": convert,
+        "generate": generate,
+        "load": load,
+        "model": model,
+        "serve": serve,
+        "train": train,
+        "tune": tune,
+    },
 )

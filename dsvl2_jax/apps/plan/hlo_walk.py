@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dsvl2_jax.apps.plan.hlo_gpu import custom_call_flops, splash_flops
+from dsvl2_jax.apps.plan.hlo_gpu import custom_call_flops, declared_cost, splash_flops
 from dsvl2_jax.apps.plan.hlo_text import Computation, Instruction, parse
 
 # Names for values or reinterpretations of them: nothing is moved.
@@ -324,7 +324,7 @@ class Walk:
     def _cost_metadata(i: Instruction) -> dict[str, str]:
         """What a kernel declares to cost."""
         call = i.config.get("custom_call_config")
-        return call.get("cost_estimate", {}) if isinstance(call, dict) else {}
+        return call.get("cost_estimate", {}) if isinstance(call, dict) else declared_cost(i.attributes)
 
     # ---- memory
 

@@ -105,8 +105,10 @@ def _state(
 def _decode(config: Config, mesh: Mesh, batch: int, sequence: int, dtype: DTypeLike) -> jax.stages.Lowered:
     state = _state(config, mesh, batch, sequence, dtype)
     active = _whole(mesh, jax.ShapeDtypeStruct((batch,), jnp.bool_))
-    function = jax.jit(next_state, static_argnames=("config", "eos", "top"), donate_argnames="state")
-    return function.lower(abstract_parameters(config, mesh, dtype), config, state, active, None, eos=1, top=False)
+    function = jax.jit(next_state, static_argnames=("config", "eos", "top", "greedy"), donate_argnames="state")
+    # On GPUs tokens that nobody draws have a program of their own.
+    static = {"eos": 1, "top": False, "greedy": mesh.devices.flat[0].platform in ("gpu", "cuda")}
+    return function.lower(abstract_parameters(config, mesh, dtype), config, state, active, None, **static)
 
 
 def _speculate(config: Config, mesh: Mesh, batch: int, sequence: int, dtype: DTypeLike) -> jax.stages.Lowered:

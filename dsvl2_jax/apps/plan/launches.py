@@ -17,6 +17,7 @@ from dsvl2_jax.apps.plan.hlo_walk import FREE, FREE_TARGETS
 HOST_SPACE = 5  # memory space of arrays in the host's memory
 _TRANSFERS = frozenset({"infeed", "outfeed", "send", "recv"})
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
+_CONTROL = re.compile(r"cond|while|body|branch_\d+_fun|closed_call|checkpoint|rematted_computation")
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
 
 
@@ -146,7 +147,7 @@ def _parts(name: str) -> Iterator[str]:
         yield "backward"
     parts = re.sub(r"\b(?:transpose|jvp|vmap)\((.*?)\)+", r"\1", name).split("/")
     for part in parts[:-1] if len(parts) > 1 else parts:
-        if "(" not in part and part[:1].islower():
+        if "(" not in part and part[:1].islower() and not _CONTROL.fullmatch(part):
             yield part
         elif "." in part:  # Module.method
             yield part.rpartition(".")[2]

@@ -22,7 +22,8 @@ from dsvl2_jax.apps.plan import planner
 from dsvl2_jax.apps.plan.hlo_text import buffers
 from dsvl2_jax.apps.plan.hlo_walk import walk
 from dsvl2_jax.apps.plan.job import Job, parse_job
-from dsvl2_jax.kernels import gpu_grouped_matmul
+from dsvl2_jax.kernels import gpu_grouped_matmul, hopper_attention, hopper_grouped_matmul
+from dsvl2_jax.kernels.block_sizes import SHARED_MEMORY, HopperProduct, TritonProduct
 from dsvl2_jax.kernels.gpu_attention import attention_backward, attention_forward
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.released import released_config
@@ -102,6 +103,60 @@ def test_attention_and_its_gradients_hold_no_scores(length, heads, key, value):
         assert program.memory_analysis().temp_size_in_bytes < 0.001 * GB
     pairs = heads * (length * (length + 1) / 2 if causal else length * length)
     assert walk(forward.as_text()).flops == 2 * pairs * (key + value)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_grouped_products_for_hopper(transposed):
+    blocks, x = HopperProduct(2, 256, 3), (ROWS, WIDTH if transposed else INNER)
+    program = compiled(
+        lambda *a: hopper_grouped_matmul.gmm(*a, blocks=blocks, transposed=transposed),
+        x,
+        (EXPERTS, INNER, WIDTH),
+        SIZES,
+    )
+    assert "mosaic_gpu" in program.as_text() and not dense_products(program.as_text(), EXPERTS, ROWS)
+    assert walk(program.as_text()).flops == 2.0 * ROWS * INNER * WIDTH
+    gradient = compiled(lambda *a: hopper_grouped_matmul.tgmm(*a, blocks=blocks), (ROWS, INNER), (ROWS, WIDTH), SIZES)
+    assert walk(gradient.as_text()).flops == 2.0 * ROWS * INNER * WIDTH
+
+
+@pytest.mark.parametrize(
+    ("length", "heads", "key", "value"), [(4096, 16, 192, 128), (1024, 10, 128, 128), (729, 16, 80, 80)]
+)
+def test_attention_for_hopper(length, heads, key, value):
+    causal, q = length != 729, (1, length, heads, key)
+    program = compiled(
+        lambda *a: hopper_attention.attention_forward(*a, 0.1, causal),
+        q, q, (1, length, heads, value), ((1, length), jnp.int32),
+    )  # fmt: skip
+    assert "mosaic_gpu" in program.as_text() and not whole_scores(program.as_text(), length, heads)
+    pairs = heads * (length * (length + 1) / 2 if causal else length * length)
+    assert walk(program.as_text()).flops == 2 * pairs * (key + value)
+
+
+def test_block_sizes_say_what_the_compiler_asks_for():
+    """More than fits is refused in the compiler's words, and by us before."""
+    for blocks in (TritonProduct(128, stages=7), TritonProduct(128, stages=8)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gpu_grouped_matmul, "fits_shared_memory", lambda *_: None)
+            fits, problem = blocks.shared_memory() <= SHARED_MEMORY, None
+            try:
+                compiled(
+                    lambda *a, b=blocks: gpu_grouped_matmul.gmm(*a, blocks=b),
+                    (ROWS, INNER),
+                    (8, INNER, WIDTH),
+                    ((8,), jnp.int32),
+                )
+            except jax.errors.JaxRuntimeError as error:
+                problem = str(error)
+            assert fits == (problem is None)
+            assert fits or f"requested {blocks.shared_memory()}" in problem
+    with pytest.raises(ValueError, match="shared memory"):
+        jax.eval_shape(
+            lambda *a: gpu_grouped_matmul.gmm(*a, blocks=TritonProduct(128, stages=8)),
+            *(jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((64, 64), (8, 64, 64))),
+            jax.ShapeDtypeStruct((8,), jnp.int32),
+        )
 
 
 def test_library_attention_is_counted():
