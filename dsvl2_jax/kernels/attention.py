@@ -322,7 +322,7 @@ def mla_decode_attention(
     positions_bt: jax.Array,
     scale: float,
 ) -> jax.Array:
-    """Multi-head latent attention of a row's newest tokens, in its absorbed form; of one, on TPUs, by our kernel.
+    """Multi-head latent attention of a row's newest tokens, in its absorbed form; on TPUs, in bfloat16, by our kernel.
 
     Where a row's latents are on several devices, each attends to its own, and the results are weighted by their
     shares of the softmax's sum and added.
@@ -392,30 +392,29 @@ def _decode_on_tpu(
     last_bt: jax.Array,
     scale: float,
 ) -> jax.Array:
-    """A decode step's attention by a kernel on TPUs, for one token a row and bfloat16 caches of whole blocks.
+    """A decode step's attention by a kernel on TPUs, for bfloat16 caches of whole blocks.
 
     Anything else goes by ``plain``.
 
     Args:
-      kernel: from queries [B, H, …], cache, i32[B] and the scale to out, f32[B, H, Dv], and lse, f32[B, H, 1].
+      kernel: from queries, cache, i32[B] and the scale to out, f32[B, T, H, Dv], and lse, f32[B, T, H, 1].
       plain: from queries, cache and ``last_bt`` to the result.
-      queries: [B, T, H, …]. cache: [B, S, …]. last_bt: i32[B, T].
+      queries: [B, T, H, …]. cache: [B, S, …]. last_bt: i32[B, T], consecutive in each row.
     """
     arrays = *queries, *cache, last_bt
     mesh_axes, parts = _length_split(cache[0])
     local_length = cache[0].shape[1] // parts
-    few = last_bt.shape[1] == 1 and cache[0].dtype == jnp.bfloat16
-    if not few or local_length % min(local_length, ATTENTION_BLOCK):
+    if cache[0].dtype != jnp.bfloat16 or local_length % min(local_length, ATTENTION_BLOCK):
         return plain(*arrays)
 
     def local(*arrays: jax.Array) -> tuple[jax.Array]:
         given, last = arrays[: len(queries)], arrays[-1]
         start = lax.axis_index(mesh_axes) * local_length if mesh_axes else 0
-        out, lse = kernel(*(q[:, 0] for q in given), *arrays[len(queries) : -1], last[:, 0] - start, scale)
+        out, lse = kernel(*given, *arrays[len(queries) : -1], last[:, 0] - start, scale)
         if mesh_axes:
             weight = jnp.exp(lse - lax.pmax(lse, mesh_axes))
             out = lax.psum(out * weight, mesh_axes) / lax.psum(weight, mesh_axes)
-        return (out.astype(given[0].dtype)[:, None],)
+        return (out.astype(given[0].dtype),)
 
     query_axes = ("slots", None, None, None)
     in_axes = *(query_axes for _ in queries), *(_cache_axes(x) for x in cache), query_axes[:2]
