@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsvl2_jax.kernels.gpu_attention import MASKED
-from dsvl2_jax.kernels.gpu_few_rows import MIN_ROWS, STAGES, load_tile, multiply, row_count, row_mask
+from dsvl2_jax.kernels.gpu_few_rows import MIN_ROWS, compiler_params, load_tile, multiply, row_count, row_mask
 from dsvl2_jax.kernels.precision import matmul_precision
 from dsvl2_jax.kernels.triton import cost_metadata
 from dsvl2_jax.runtime.lazy import LazyModule
@@ -201,7 +201,7 @@ def combine_latent(
         kernel,
         grid=(width // block, heads),
         out_shape=made,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=STAGES),
+        compiler_params=compiler_params((step, rows, block, kv_b_hor.dtype.itemsize)),
         interpret=interpret,
         metadata=cost_metadata(2.0 * b * heads * width * rank, [out_bshr, lse_bsh, made], weight_bytes),
         name="combine_latent",
