@@ -11,6 +11,7 @@ import dataclasses
 SHARED_MEMORY = 227 << 10  # bytes that a block of an H100 may have
 BFLOAT16 = 2  # bytes
 WARPGROUP_ROWS = 64  # rows of a warpgroup's product on Hopper
+CORE_ROWS = 8  # of a core matrix there, in whole ones of which arrays are fetched
 HOPPER_STEP = 64  # depth of its step: 128 bytes of bfloat16, the widest swizzle
 
 
