@@ -101,14 +101,11 @@ def candidates(case: Case, capability: str, shared_memory: int) -> Iterator[Bloc
     shape, hopper = case.shape, capability.startswith("9.")
     yield default_blocks(case)
     if case.operation.startswith("attention"):
-        streamed = "queries" if case.operation == "attention_dkv" else "keys"
+        part = case.operation.removeprefix("attention_")
         widths = shape["key_width"], shape["value_width"]
         for queries, keys, warps, stages in itertools.product((32, 64, 128), (32, 64, 128), WARPS, STAGES):
             blocks = TritonAttention(queries, keys, warps, stages)
-            if (
-                blocks.shared_memory(*widths, streamed=streamed) <= shared_memory
-                and queries * keys <= 64 * 16 * 4 * warps
-            ):
+            if blocks.shared_memory(part, *widths) <= shared_memory and queries * keys <= 64 * 16 * 4 * warps:
                 yield blocks
         if hopper and case.operation == "attention_forward":
             for keys, stages in itertools.product((64, 128), (2, 3, 4)):
