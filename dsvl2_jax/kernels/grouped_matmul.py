@@ -18,7 +18,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from dsvl2_jax.kernels import gpu_grouped_matmul, tpu_grouped_matmul
-from dsvl2_jax.kernels.block_sizes import Blocks, HopperProduct
+from dsvl2_jax.kernels.block_sizes import CORE_ROWS, Blocks, HopperProduct
 from dsvl2_jax.kernels.blocks import cpu_row_block, cut_groups
 from dsvl2_jax.kernels.cpu import rows_product
 from dsvl2_jax.kernels.precision import matmul_precision
@@ -212,7 +212,10 @@ def _measured(operation: str, x_mk: jax.Array, matrices: tuple[int, ...]) -> Blo
     if x_mk.dtype != jnp.bfloat16:
         return None
     groups, inner, width = matrices
-    return chosen(operation, groups=groups, inner=inner, width=width, rows=x_mk.shape[0])
+    blocks = chosen(operation, groups=groups, inner=inner, width=width, rows=x_mk.shape[0])
+    if isinstance(blocks, HopperProduct) and x_mk.shape[0] % CORE_ROWS:
+        return None
+    return blocks
 
 
 def _ragged_tgmm(x_mk: jax.Array, dout_mn: jax.Array, group_sizes_g: jax.Array) -> jax.Array:
