@@ -38,6 +38,7 @@ PARAM_RULES: Rules = {
     "heads": ("tensor", "expert"),
     "kv_heads": ("tensor", "expert"),
     "head_dim": (),
+    "mha_head_dim": ("tensor", "expert"),  # what the heads leave free: tiny's 10 divide by neither 4 nor 8
     "latent": (),
     "mlp": ("tensor", "expert"),
     "expert": ("expert",),
@@ -60,6 +61,7 @@ ACTIVATION_RULES: Rules = {
     "heads": ("tensor", "expert"),
     "kv_heads": ("tensor", "expert"),
     "head_dim": (),
+    "mha_head_dim": ("tensor", "expert"),  # of a decode step's projections, which stay where their weights are
     "latent": (),
     "mlp": ("tensor", "expert"),
     "vocab": ("tensor", "expert"),
@@ -94,11 +96,12 @@ def partition_spec(
         if axis is not None and axis not in rules:
             raise ValueError(f"logical axis {axis!r} of {tuple(axes)} has no rule; the table has {', '.join(rules)}")
         split = _dividing(size, rules[axis] if axis else (), mesh_shape, used)
-        for name in rules[axis] if axis and rules is PARAM_RULES else ():
-            if mesh_shape.get(name, 1) > 1 and name not in used.union(split):
-                _log_once(f"axis {axis} of size {size} does not divide over {name} = {mesh_shape[name]}: replicated")
         used.update(split)
         entries.append(split)
+    for size, axis in zip(shape, axes, strict=True) if rules is PARAM_RULES else ():
+        for name in rules[axis] if axis else ():
+            if mesh_shape.get(name, 1) > 1 and name not in used:
+                _log_once(f"axis {axis} of size {size} does not divide over {name} = {mesh_shape[name]}: replicated")
     return _spec(entries)
 
 

@@ -34,10 +34,12 @@ from dsvl2_jax.infer.slots import PAGE
 from dsvl2_jax.infer.speculation import check_drafts
 from dsvl2_jax.inputs.batch import Batch, collate
 from dsvl2_jax.inputs.processor import ModelInputs, Processor
+from dsvl2_jax.kernels.tuning import table_digest
 from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import Params
 from dsvl2_jax.runtime.compile_cache import enable_compilation_cache
+from dsvl2_jax.runtime.malloc import keep_freed_memory
 from dsvl2_jax.runtime.stored_programs import StoredPrograms
 from dsvl2_jax.runtime.timing import Timing, compile_log
 
@@ -65,6 +67,7 @@ def load(
     """
     compile_log()
     enable_compilation_cache()
+    keep_freed_memory()
     directory = resolve(path)
     if verify:
         tell(directory, verify_files(directory))
@@ -103,7 +106,7 @@ class Model:
             device.process_index == jax.process_index() for device in devices
         ):
             sources = [Path(dsvl2_jax.__file__).parent, Path(__file__).parent]
-            self._programs = StoredPrograms(list(devices), sources, folder)
+            self._programs = StoredPrograms(list(devices), sources, folder, tuning=table_digest())
 
     def run(self, function: Callable, static: Mapping[str, Any], **arrays: Any) -> Any:
         """A jitted function of keyword arguments, of which ``static`` are the static ones, on the model's mesh."""
@@ -275,9 +278,7 @@ class Model:
         spare = 0 if chunk == PAGE else PAGE
         length = cache_bucket(last_position, PAGE, self.config.language.max_position_embeddings) + spare
         slots = self.whole_slots(slots)
-        return Scheduler(
-            self, slots, length, feature_bytes=FEATURE_BYTES, chunk=chunk, timing=timing, drafts=speculate
-        )
+        return Scheduler(self, slots, length, feature_bytes=FEATURE_BYTES, chunk=chunk, timing=timing, drafts=speculate)
 
     def last_position(self, request: Request) -> int:
         """The last position that a token of the answer may have."""

@@ -97,9 +97,7 @@ class Executor:
         """Makes everything anew, after a failure of the device."""
         self._features.clear()
         self._pages.clear()
-        self._state = self._empty(
-            init_slots, slots=self.slots, cache_length=self.cache_length, drafts=self.drafts > 0
-        )
+        self._state = self._empty(init_slots, slots=self.slots, cache_length=self.cache_length, drafts=self.drafts > 0)
         self._draws = np.zeros(self.slots, np.bool_)  # slots whose tokens are drawn, or have biases
         self._table = self._empty(_init_features, tiles=self._tiles)
         self.new_row()
@@ -158,8 +156,12 @@ class Executor:
         """The same for decoding: one, where attention reads no more of the cache than is needed."""
         platform = self._device.platform if self.model.mesh is None else ""
         loops = platform == "cpu"
-        skips = platform == "gpu" and not self.drafts and gpu_decode.is_supported(
-            self.model.config.language, self.slots, *(a.dtype for a in jax.tree.leaves(self._state.cache))
+        skips = (
+            platform == "gpu"
+            and not self.drafts
+            and gpu_decode.is_supported(
+                self.model.config.language, self.slots, *(a.dtype for a in jax.tree.leaves(self._state.cache))
+            )
         )
         return [self.cache_length] if loops or skips else self._read_lengths
 

@@ -37,8 +37,10 @@ from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import Params
 
-LONGEST_MATCH = 3  # newest tokens that are looked up together; of equally long matches the latest counts
-SHORTEST_MATCH = 2
+# Newest tokens that must have stood together before, for anything to be drafted. Shorter matches are wrong more often
+# than a draft is worth: the tokens of a wrong draft visit experts of their own, whose weights are read for nothing.
+SHORTEST_MATCH = 3
+LONGEST_MATCH = 8  # that are compared at least: a longer match tells apart the places where a text repeats itself
 MAX_DRAFTS = 16
 
 
@@ -49,33 +51,32 @@ def check_drafts(name: str, count: int) -> None:
 
 
 def propose(ids_bs: jax.Array, positions_b: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """What may follow each row's newest token.
+    """What may follow each row's newest token: what followed the longest match of the newest tokens, the latest one.
 
     Args:
       ids_bs: i32[B, S], tokens by position, -1 where none is (pictures, and all beyond the newest token).
       positions_b: i32[B], of the newest token.
-      count: static; tokens of a draft.
+      count: static; the most tokens of a draft.
 
     Returns:
-      i32[B, count] tokens, which go on as the text did after the longest match, over and over where it reaches the
-      newest token; and i32[B] how many of them there are, 0 without a match.
+      i32[B, count] tokens, over and over where they reach the newest one; and i32[B] how many of them are drafted: as
+      many as match, so that drafts grow as long as they are right and are short after a wrong one; 0 without a match.
     """
     length = ids_bs.shape[1]
     index_s = jnp.arange(length)
-    matching_bs = jnp.ones(ids_bs.shape, jnp.bool_)
+    matching_bs = index_s < positions_b[:, None]
     matched_bs = jnp.zeros(ids_bs.shape, jnp.int32)
-    for back in range(LONGEST_MATCH):
+    for back in range(max(LONGEST_MATCH, count)):
         newest_b1 = jnp.take_along_axis(ids_bs, jnp.maximum(positions_b - back, 0)[:, None], axis=1)
         earlier_bs = jnp.pad(ids_bs, ((0, 0), (back, 0)), constant_values=-1)[:, :length]
         matching_bs &= (earlier_bs == newest_b1) & (newest_b1 >= 0)
         matched_bs += matching_bs
-    score_bs = jnp.where(index_s < positions_b[:, None], matched_bs * length + index_s, -1)
-    at_b = jnp.argmax(score_bs, axis=1)
-    found_b = score_bs.max(axis=1) >= SHORTEST_MATCH * length
+    best_b = jnp.max(matched_bs * length + index_s, axis=1)
+    at_b, matched_b = best_b % length, best_b // length
     period_b1 = jnp.maximum(positions_b - at_b, 1)[:, None]
     drafts_bn = jnp.take_along_axis(ids_bs, at_b[:, None] + 1 + jnp.arange(count) % period_b1, axis=1, mode="clip")
-    known_bn = jnp.cumprod(drafts_bn >= 0, axis=1)
-    return drafts_bn, jnp.where(found_b, known_bn.sum(axis=1), 0)
+    known_b = jnp.cumprod(drafts_bn >= 0, axis=1).sum(axis=1)
+    return drafts_bn, jnp.where(matched_b < SHORTEST_MATCH, 0, jnp.minimum(matched_b, known_b))
 
 
 def speculative_group(

@@ -123,6 +123,15 @@ def test_a_replicated_axis_leaves_the_mesh_axis_free_for_another():
     assert partition_spec((10, 8), ("heads", "mlp"), mesh, PARAM_RULES) == PartitionSpec(None, "tensor")
 
 
+@pytest.mark.parametrize("sizes", [(1, 4), (4, 1), (2, 2), (1, 8), (2, 4), (1, 16), (2, 8)], ids=str)
+def test_the_width_of_a_head_takes_what_the_heads_of_tiny_leave(sizes, caplog):
+    mesh = dict(zip(("data", "tensor", "expert"), (1, *sizes), strict=True))
+    with caplog.at_level(logging.INFO, logger="dsvl2_jax.sharding"):
+        spec = partition_spec((1280, 10, 128), ("embed", "heads", "mha_head_dim"), mesh, PARAM_RULES)
+    parts = math.prod(mesh[name] for entry in spec for name in mesh_axes(entry))
+    assert parts == math.prod(sizes) and not caplog.records
+
+
 def test_axes_without_a_rule_and_of_another_rank_are_refused():
     with pytest.raises(ValueError, match=r"'no_such_axis' .* has no rule"):
         partition_spec((4,), ("no_such_axis",), {"tensor": 2}, PARAM_RULES)

@@ -13,16 +13,16 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from dsvl2_jax.kernels.attention import ATTENTION_OUTPUT
+from dsvl2_jax.kernels.grouped_matmul import GROUPED_PRODUCT
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import Params, abstract_leaves, compute_dtype
 from dsvl2_jax.model.layer_runs import LayerFunction, LayerRun, LayerWrapper
-from dsvl2_jax.model.moe import EXPERT_PRODUCT
 from dsvl2_jax.model.parameter_paths import LeafPath, stays_float32
 from dsvl2_jax.sharding import PARAM_RULES, ambient_mesh_shape, partition_spec
 
 _KEEP_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT, EXPERT_PRODUCT),
+    jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT, GROUPED_PRODUCT),
 )
 
 # What is kept of a layer for the backward pass: everything; the products with weights and the attention; its input.

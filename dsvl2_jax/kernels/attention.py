@@ -3,7 +3,8 @@
 - `causal_self_attention`: rows to themselves, each token to those before it in its sample (prefill, training).
 - `self_attention`: all to all (the encoder's patches).
 - `mla_decode_attention`: a row's newest tokens, one or a few, to the latents of its cache.
-- `decode_attention`: the same to the keys and values of its cache.
+- `mha_decode_attention`: the same to the keys and values of its cache.
+- `decode_attention`: what these two do without a kernel.
 - `attend`: anything else, and what runs where no kernel is for an operation; in blocks of queries.
 
 A kernel is chosen by the platform that the program is lowered for, by dtype and by shape.
@@ -12,16 +13,17 @@ A kernel is chosen by the platform that the program is lowered for, by dtype and
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dsvl2_jax.kernels import gpu_attention
-from dsvl2_jax.kernels.gpu_attention import AttentionSpec, fused_attention
+from dsvl2_jax.kernels.cpu import cpu_or
+from dsvl2_jax.kernels.fused_attention import AttentionSpec, fused_attention, is_supported
 from dsvl2_jax.kernels.precision import matmul_precision
-from dsvl2_jax.kernels.tpu import ATTENTION_BLOCK, latent_attention, splash_attention
+from dsvl2_jax.kernels.tpu import ATTENTION_BLOCK, cached_attention, latent_attention, splash_attention
 from dsvl2_jax.sharding import shard_map_kernel, split_over
 
 ATTENTION_OUTPUT = "attention_output"  # its name for rematerialisation policies
@@ -34,6 +36,9 @@ KEY_BLOCK = 128
 
 CAUSAL_CHUNKS = 4
 MIN_CHUNKED = 512  # shorter rows are attended to whole
+
+# Heads whose patches attend to each other at a time, on CPUs.
+HEAD_GROUP = 4
 
 KeyRange = tuple[jax.Array | None, jax.Array]
 
@@ -201,7 +206,7 @@ def causal_self_attention(
 ) -> jax.Array:
     """Attention of rows to themselves, each token to those before it in its own sample.
 
-    In bfloat16: on GPUs by the kernels of `dsvl2_jax.kernels.gpu_attention`, on TPUs by jax's splash kernel.
+    In bfloat16: on GPUs by the kernels of `dsvl2_jax.kernels.fused_attention`, on TPUs by jax's splash kernel.
 
     Args:
       q_bthd, k_bthd: [B, T, H, Dk]; v_bthd: [B, T, H, Dv].
@@ -216,12 +221,12 @@ def causal_self_attention(
     def plain(*arrays: jax.Array) -> jax.Array:
         return _attend_causal_chunks(*arrays, scale)
 
-    if not gpu_attention.is_supported(q_bthd, v_bthd):
+    if not is_supported(q_bthd, v_bthd):
         return plain(*arrays)
     axes = ("batch", "length", "heads", "head_dim")
     spec = AttentionSpec(plain, axes, scale, causal=True, name=ATTENTION_OUTPUT)
     if positions_bt.shape[1] % ATTENTION_BLOCK:
-        return fused_attention(*arrays, spec)
+        return fused_attention(arrays[:3], positions_bt, spec)
 
     def splash(*arrays: jax.Array) -> tuple[jax.Array]:
         return (splash_attention(*arrays, scale),)
@@ -229,7 +234,7 @@ def causal_self_attention(
     (out_bthd,) = lax.platform_dependent(
         *arrays,
         tpu=shard_map_kernel(splash, (axes, axes, axes, axes[:2]), (axes,)),
-        default=lambda *arrays: (fused_attention(*arrays, spec),),
+        default=lambda *arrays: (fused_attention(arrays[:3], arrays[3], spec),),
     )
     return out_bthd
 
@@ -253,22 +258,21 @@ def _attend_causal_chunks(
 
 
 @jax.named_scope("self_attention")
-def self_attention(
-    q_nphd: jax.Array, k_nphd: jax.Array, v_nphd: jax.Array, visible_np: jax.Array | None, scale: float
-) -> jax.Array:
-    """Attention of all to all, within each tile; on GPUs, in bfloat16, by `dsvl2_jax.kernels.gpu_attention`.
+def self_attention(qkv_np3hd: jax.Array, visible_np: jax.Array | None, scale: float) -> jax.Array:
+    """Attention of all to all, within each tile; on GPUs, in bfloat16, by `dsvl2_jax.kernels.fused_attention`.
 
     Args:
-      q_nphd, k_nphd, v_nphd: [N, P, H, D].
+      qkv_np3hd: [N, P, 3, H, D], queries, keys and values.
       visible_np: bool[N, P], False for patches that nothing attends to; None: all are attended to. One of each row
         must be True.
       scale: factor on the scores.
 
     Returns:
-      [N, P, H, D] in the dtype of ``v_nphd``.
+      [N, P, H, D] in the dtype of ``qkv_np3hd``.
     """
+    n, p, _, h, d = qkv_np3hd.shape
 
-    def plain(q_nphd: jax.Array, k_nphd: jax.Array, v_nphd: jax.Array, _: jax.Array | None) -> jax.Array:
+    def attend_all(q_nphd: jax.Array, k_nphd: jax.Array, v_nphd: jax.Array) -> jax.Array:
         precision = matmul_precision(v_nphd.dtype)
         scores_nhpq = jnp.einsum(
             "nphd,nqhd->nhpq", q_nphd, k_nphd, precision=precision, preferred_element_type=jnp.float32
@@ -279,11 +283,34 @@ def self_attention(
         p_nhpq = jax.nn.softmax(scores_nhpq, axis=-1).astype(v_nphd.dtype)
         return jnp.einsum("nhpq,nqhd->nphd", p_nhpq, v_nphd, precision=precision)
 
-    if visible_np is not None or not gpu_attention.is_supported(q_nphd, v_nphd):
-        return plain(q_nphd, k_nphd, v_nphd, None)
-    axes = ("tiles", None, None, None)
-    spec = AttentionSpec(plain, axes, scale, causal=False, name="vision_attention_output")
-    return fused_attention(q_nphd, k_nphd, v_nphd, jnp.zeros(q_nphd.shape[:2], jnp.int32), spec)
+    def plain(qkv: jax.Array, _: jax.Array | None) -> jax.Array:
+        parts = (qkv.reshape(n, p, 3, h, d)[:, :, i] for i in range(3))
+        if visible_np is not None:
+            return attend_all(*parts)
+        return cpu_or(functools.partial(_attend_by_heads, scale=scale), attend_all)(*parts)
+
+    if visible_np is not None or not is_supported(qkv_np3hd, qkv_np3hd):
+        return plain(qkv_np3hd, None)
+    spec = AttentionSpec(plain, ("tiles", None, None, None), scale, causal=False, name="vision_attention_output")
+    return fused_attention((qkv_np3hd.reshape(n, p, 3 * h, d),), jnp.zeros((n, p), jnp.int32), spec)
+
+
+def _attend_by_heads(q_nphd: jax.Array, k_nphd: jax.Array, v_nphd: jax.Array, scale: float) -> jax.Array:
+    """`self_attention` of few heads at a time, whose scores stay in a processor's cache."""
+    n, p, heads, width = q_nphd.shape
+    group = math.gcd(heads, HEAD_GROUP)
+
+    def split(x_nphd: jax.Array) -> jax.Array:  # → [N · H / group, group, P, D]
+        return x_nphd.swapaxes(1, 2).reshape(-1, group, p, width)
+
+    def attend_group(heads: tuple[jax.Array, ...]) -> jax.Array:
+        q_hpd, k_hpd, v_hpd = heads
+        p_hpq = jax.nn.softmax(_product("hpd,hqd->hpq", q_hpd, k_hpd), axis=-1)
+        return _product("hpq,hqd->hpd", p_hpq.astype(v_hpd.dtype), v_hpd).astype(v_hpd.dtype)
+
+    # The queries are scaled, as there are fewer of them than scores.
+    out = lax.map(attend_group, (split(q_nphd * scale), split(k_nphd), split(v_nphd)))
+    return out.reshape(n, heads, p, width).swapaxes(1, 2)
 
 
 @jax.named_scope("mla_decode_attention")
@@ -295,7 +322,7 @@ def mla_decode_attention(
     positions_bt: jax.Array,
     scale: float,
 ) -> jax.Array:
-    """Multi-head latent attention of a row's newest tokens, in its absorbed form; of one, on TPUs, by our kernel.
+    """Multi-head latent attention of a row's newest tokens, in its absorbed form; on TPUs, in bfloat16, by our kernel.
 
     Where a row's latents are on several devices, each attends to its own, and the results are weighted by their
     shares of the softmax's sum and added.
@@ -310,30 +337,86 @@ def mla_decode_attention(
     Returns:
       [B, T, H, R] in the dtype of ``q_latent_bthr``.
     """
-    arrays = q_latent_bthr, q_rope_bthd, latent_bsr, k_rope_bsd, positions_bt
-
-    query_axes, cache_axes = ("slots", None, None, None), ("slots", "cache_length", None)
-    mesh_axes, parts = split_over(latent_bsr.shape, cache_axes, 1)
+    queries, cache = (q_latent_bthr, q_rope_bthd), (latent_bsr, k_rope_bsd)
 
     def plain(q_latent: jax.Array, q_rope: jax.Array, latent: jax.Array, k_rope: jax.Array, last: jax.Array):
-        queries, keys = [q_latent, q_rope], [latent, k_rope]
-        if parts > 1:  # each device attends to its part of a row
-            return attend(queries, keys, latent, (None, last), scale)
-        return decode_attention(queries, keys, latent, last, scale)
+        return _decode_plain([q_latent, q_rope], [latent, k_rope], latent, last, scale)
 
-    local_length = latent_bsr.shape[1] // parts
-    few = positions_bt.shape[1] == 1 and latent_bsr.dtype == jnp.bfloat16
-    if not few or local_length % min(local_length, ATTENTION_BLOCK):
+    return _decode_on_tpu(latent_attention, plain, queries, cache, positions_bt, scale)
+
+
+@jax.named_scope("mha_decode_attention")
+def mha_decode_attention(
+    q_bthd: jax.Array, k_bshd: jax.Array, v_bshd: jax.Array, positions_bt: jax.Array, scale: float
+) -> jax.Array:
+    """Multi-head attention of the newest tokens of each row to its cache; as `mla_decode_attention`.
+
+    Args:
+      q_bthd: [B, T, H, D]. k_bshd, v_bshd: [B, S, H, D].
+      positions_bt: i32[B, T], the last position of the cache that each token sees.
+      scale: factor on the scores.
+
+    Returns:
+      [B, T, H, D] in the dtype of ``v_bshd``.
+    """
+
+    def plain(q: jax.Array, k: jax.Array, v: jax.Array, last: jax.Array) -> jax.Array:
+        return _decode_plain([q], [k], v, last, scale)
+
+    return _decode_on_tpu(cached_attention, plain, (q_bthd,), (k_bshd, v_bshd), positions_bt, scale)
+
+
+def _decode_plain(
+    queries: Sequence[jax.Array], keys: Sequence[jax.Array], values: jax.Array, last_bt: jax.Array, scale: float
+) -> jax.Array:
+    """Without a kernel: where devices have parts of a row, each attends to its part."""
+    if _length_split(values)[1] > 1:
+        return attend(queries, keys, values, (None, last_bt), scale)
+    return decode_attention(queries, keys, values, last_bt, scale)
+
+
+def _cache_axes(x: jax.Array) -> tuple[str | None, ...]:
+    return "slots", "cache_length", *[None] * (x.ndim - 2)
+
+
+def _length_split(cache: jax.Array) -> tuple[tuple[str, ...], int]:
+    """The mesh axes over which the length of a cache [B, S, …] is split, and into how many parts."""
+    return split_over(cache.shape, _cache_axes(cache), 1)
+
+
+def _decode_on_tpu(
+    kernel: Callable[..., tuple[jax.Array, jax.Array]],
+    plain: Callable[..., jax.Array],
+    queries: tuple[jax.Array, ...],
+    cache: tuple[jax.Array, ...],
+    last_bt: jax.Array,
+    scale: float,
+) -> jax.Array:
+    """A decode step's attention by a kernel on TPUs, for bfloat16 caches of whole blocks.
+
+    Anything else goes by ``plain``.
+
+    Args:
+      kernel: from queries, cache, i32[B] and the scale to out, f32[B, T, H, Dv], and lse, f32[B, T, H, 1].
+      plain: from queries, cache and ``last_bt`` to the result.
+      queries: [B, T, H, …]. cache: [B, S, …]. last_bt: i32[B, T], consecutive in each row.
+    """
+    arrays = *queries, *cache, last_bt
+    mesh_axes, parts = _length_split(cache[0])
+    local_length = cache[0].shape[1] // parts
+    if cache[0].dtype != jnp.bfloat16 or local_length % min(local_length, ATTENTION_BLOCK):
         return plain(*arrays)
 
-    def kernel(q_latent: jax.Array, q_rope: jax.Array, latent: jax.Array, k_rope: jax.Array, last: jax.Array):
+    def local(*arrays: jax.Array) -> tuple[jax.Array]:
+        given, last = arrays[: len(queries)], arrays[-1]
         start = lax.axis_index(mesh_axes) * local_length if mesh_axes else 0
-        out, lse = latent_attention(q_latent[:, 0], q_rope[:, 0], latent, k_rope, last[:, 0] - start, scale)
+        out, lse = kernel(*given, *arrays[len(queries) : -1], last[:, 0] - start, scale)
         if mesh_axes:
             weight = jnp.exp(lse - lax.pmax(lse, mesh_axes))
             out = lax.psum(out * weight, mesh_axes) / lax.psum(weight, mesh_axes)
-        return (out.astype(q_latent.dtype)[:, None],)
+        return (out.astype(given[0].dtype),)
 
-    in_axes = query_axes, query_axes, cache_axes, cache_axes, query_axes[:2]
-    sharded = shard_map_kernel(kernel, in_axes, (query_axes,), [q_latent_bthr])
+    query_axes = ("slots", None, None, None)
+    in_axes = *(query_axes for _ in queries), *(_cache_axes(x) for x in cache), query_axes[:2]
+    sharded = shard_map_kernel(local, in_axes, (query_axes,), [queries[0]])
     return lax.platform_dependent(*arrays, tpu=lambda *arrays: sharded(*arrays)[0], default=plain)

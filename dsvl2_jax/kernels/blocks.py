@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 LANES = 128  # columns of a TPU register
 MAX_ROW_BLOCK = 128
-MAX_MATRIX_BLOCK_BYTES = 4 << 20  # of a matrix in fast memory on TPUs; the pipeline holds two
 
 
 def row_block(rows: int, groups: int, least: int = 1) -> int:
@@ -16,12 +17,22 @@ def row_block(rows: int, groups: int, least: int = 1) -> int:
     return min(MAX_ROW_BLOCK, max(least, 1 << (mean - 1).bit_length()))
 
 
-def column_block(inputs: int, outputs: int, itemsize: int) -> int:
-    """The widest column block of a matrix that fits, a multiple of the lanes that divides; else the whole matrix."""
+def cpu_row_block(rows: int, groups: int) -> int:
+    """Rows of a block on CPUs: a power of two that holds most groups, since each block reads its matrix anew.
+
+    Two standard deviations above the mean of a group, were the rows dealt out at random.
+    """
+    mean = rows / groups
+    least = max(1, math.ceil(mean + 2 * math.sqrt(mean)))
+    return min(MAX_ROW_BLOCK, 1 << (least - 1).bit_length())
+
+
+def column_block(inputs: int, outputs: int, itemsize: int, most: int) -> int:
+    """The widest column block of ``most`` bytes, a multiple of the lanes that divides; else all columns."""
     fitting = [
         width
         for width in range(LANES, outputs + 1, LANES)
-        if outputs % width == 0 and inputs * width * itemsize <= MAX_MATRIX_BLOCK_BYTES
+        if outputs % width == 0 and inputs * width * itemsize <= most
     ]
     return max(fitting, default=outputs)
 

@@ -17,13 +17,16 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from dsvl2_jax.kernels.gpu_attention import MASKED
 from dsvl2_jax.kernels.gpu_few_rows import MIN_ROWS, STAGES, load_tile, multiply, row_count, row_mask
 from dsvl2_jax.kernels.precision import matmul_precision
 from dsvl2_jax.kernels.triton import cost_metadata
+from dsvl2_jax.runtime.lazy import LazyModule
+
+# Only what traces these kernels needs them.
+pl = LazyModule("jax.experimental.pallas")
+plgpu = LazyModule("jax.experimental.pallas.triton")
 
 TILE_BYTES = 40 << 10  # of the keys that a program holds at a time, twice
 PROGRAMS = 256  # two for each multiprocessor

@@ -14,11 +14,14 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from dsvl2_jax.kernels.gpu_few_rows import STAGES, depth_step, load_tile, multiply, row_count, row_mask
 from dsvl2_jax.kernels.triton import cost_metadata
+from dsvl2_jax.runtime.lazy import LazyModule
+
+# Only what traces these kernels needs them.
+pl = LazyModule("jax.experimental.pallas")
+plgpu = LazyModule("jax.experimental.pallas.triton")
 
 PAIR_BLOCK = 16  # pairs of columns that a program of `heads_into_cache` makes
 

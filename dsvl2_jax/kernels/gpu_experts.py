@@ -14,8 +14,6 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from dsvl2_jax.kernels.gpu_few_rows import (
     MIN_ROWS,
@@ -30,6 +28,11 @@ from dsvl2_jax.kernels.gpu_few_rows import (
     row_mask,
 )
 from dsvl2_jax.kernels.triton import cost_metadata
+from dsvl2_jax.runtime.lazy import LazyModule
+
+# Only what traces these kernels needs them.
+pl = LazyModule("jax.experimental.pallas")
+plgpu = LazyModule("jax.experimental.pallas.triton")
 
 NONE = -1e30  # below every score
 

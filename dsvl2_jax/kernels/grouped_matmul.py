@@ -1,9 +1,8 @@
 """Grouped matmul: consecutive groups of rows, each times its own matrix (MegaBlocks, arXiv 2211.15841).
 
-`grouped_matmul`, `grouped_transposed` and `tgmm` pick the kernel of the platform that the program is lowered for:
-``jax.lax.ragged_dot`` on TPU (native there; kernels for few rows and for gradients), the kernels of
-`dsvl2_jax.kernels.gpu_grouped_matmul` on NVIDIA GPUs (where ``ragged_dot`` is dense), and a blocked loop elsewhere
-that touches only the matrices of groups that have rows.
+Each function picks the kernel of the platform that the program is lowered for: `dsvl2_jax.kernels.tpu_grouped_matmul`
+on TPUs (jax's megablox for the matrices' gradients), `dsvl2_jax.kernels.gpu_grouped_matmul` on NVIDIA GPUs (where
+``ragged_dot`` is dense), and a blocked loop elsewhere that touches only the matrices of groups that have rows.
 
 Letters in array names are megablox's: M rows, G groups, K inputs, N outputs.
 """
@@ -16,15 +15,21 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
-from dsvl2_jax.kernels import gpu_grouped_matmul
-from dsvl2_jax.kernels.blocks import cut_groups, row_block
+from dsvl2_jax.kernels import gpu_grouped_matmul, tpu_grouped_matmul
+from dsvl2_jax.kernels.block_sizes import Blocks, HopperProduct
+from dsvl2_jax.kernels.blocks import cpu_row_block, cut_groups
+from dsvl2_jax.kernels.cpu import rows_product
 from dsvl2_jax.kernels.precision import matmul_precision
-from dsvl2_jax.kernels.tpu import grouped_matvec, megablox_tgmm
+from dsvl2_jax.kernels.tpu import megablox_tgmm
 from dsvl2_jax.kernels.triton import fits_int32
+from dsvl2_jax.kernels.tuning import chosen
 
-# So few rows XLA multiplies with every matrix, on TPUs.
-FEW_ROWS = 32
+GROUPED_PRODUCT = "expert_product"  # what rematerialisation policies call the experts' matrix products
+
+# Rows of a block from which on CPUs multiply no more quarters of it than are needed.
+LARGE_BLOCK = 64
 
 
 @jax.custom_vjp
@@ -64,9 +69,70 @@ def grouped_transposed(x_mn: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Arr
         x_mn,
         w_gkn,
         group_sizes_g,
-        cuda=functools.partial(_cuda, transposed=True),  # reads the weights as they lie, without a transposed copy
+        # These read the weights as they lie, without a transposed copy.
+        tpu=functools.partial(_tpu, transposed=True),
+        cuda=functools.partial(_cuda, transposed=True),
         default=lambda x_mn, w_gkn, group_sizes_g: grouped_matmul(x_mn, w_gkn.swapaxes(1, 2), group_sizes_g),
     )
+
+
+@jax.custom_vjp
+@jax.named_scope("grouped_swiglu")
+def grouped_swiglu(x_mk: jax.Array, gate_gkn: jax.Array, up_gkn: jax.Array, group_sizes_g: jax.Array) -> jax.Array:
+    """silu(x · gate) · (x · up), each group of rows with its own matrices; on TPUs as one kernel.
+
+    Its gradient is that of two products, whose results are kept under the name `GROUPED_PRODUCT`.
+
+    Args:
+      x_mk: [M, K], sorted by group.
+      gate_gkn, up_gkn: [G, K, N].
+      group_sizes_g: i32[G], with a sum ≤ M.
+
+    Returns:
+      [M, N] in the dtype of ``x_mk``; rows beyond the last group are zero.
+    """
+
+    def fused(x_mk: jax.Array, gate_gkn: jax.Array, up_gkn: jax.Array, group_sizes_g: jax.Array) -> jax.Array:
+        return tpu_grouped_matmul.gmm(x_mk, (gate_gkn, up_gkn), group_sizes_g)
+
+    return lax.platform_dependent(x_mk, gate_gkn, up_gkn, group_sizes_g, tpu=fused, default=_swiglu)
+
+
+def _swiglu(x_mk: jax.Array, gate_gkn: jax.Array, up_gkn: jax.Array, group_sizes_g: jax.Array) -> jax.Array:
+    gate_mn, up_mn = (named_product(x_mk, w, group_sizes_g) for w in (gate_gkn, up_gkn))
+    return jax.nn.silu(gate_mn) * up_mn
+
+
+def named_product(x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array) -> jax.Array:
+    """`grouped_matmul` under the name that rematerialisation policies know."""
+    return checkpoint_name(grouped_matmul(x_mk, w_gkn, group_sizes_g), GROUPED_PRODUCT)
+
+
+def _swiglu_forward(x_mk, gate_gkn, up_gkn, group_sizes_g):
+    return jax.vjp(lambda x, gate, up: _swiglu(x, gate, up, group_sizes_g), x_mk, gate_gkn, up_gkn)
+
+
+def _swiglu_backward(pullback, dout_mn):
+    return *pullback(dout_mn), None
+
+
+grouped_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+@jax.named_scope("grouped_weighted")
+def grouped_weighted(
+    x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array, row_weights_m: jax.Array
+) -> jax.Array:
+    """`grouped_matmul` times f32[M], as f32[M, N]; on TPUs one kernel, which has no gradient."""
+
+    def tpu(x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array, row_weights_m: jax.Array) -> jax.Array:
+        return tpu_grouped_matmul.gmm(x_mk, (w_gkn,), group_sizes_g, row_weights_m)
+
+    def default(x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array, row_weights_m: jax.Array) -> jax.Array:
+        out_mn = grouped_matmul(x_mk, w_gkn, group_sizes_g)
+        return out_mn.astype(jnp.float32) * row_weights_m[:, None]
+
+    return lax.platform_dependent(x_mk, w_gkn, group_sizes_g, row_weights_m, tpu=tpu, default=default)
 
 
 @jax.named_scope("tgmm")
@@ -116,21 +182,37 @@ def _ragged(x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array) -> jax.
     return _zero_beyond_groups(out_mn, group_sizes_g)
 
 
-def _tpu(x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array) -> jax.Array:
-    function = grouped_matvec if x_mk.shape[0] <= max(w_gkn.shape[0], FEW_ROWS) else _ragged
-    return function(x_mk, w_gkn, group_sizes_g)
+def _tpu(x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array, transposed: bool = False) -> jax.Array:
+    return tpu_grouped_matmul.gmm(x_mk, (w_gkn,), group_sizes_g, transposed=transposed)
 
 
 def _cuda(x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array, transposed: bool = False) -> jax.Array:
     if not fits_int32(x_mk, w_gkn):
         return _ragged(x_mk, w_gkn.swapaxes(1, 2) if transposed else w_gkn, group_sizes_g)
-    out_mn = gpu_grouped_matmul.gmm(x_mk, w_gkn, group_sizes_g, transposed=transposed)
+    operation, gmm = "gmm_transposed" if transposed else "gmm", gpu_grouped_matmul.gmm
+    blocks = _measured(operation, x_mk, w_gkn.shape)
+    if isinstance(blocks, HopperProduct):
+        from dsvl2_jax.kernels.hopper_grouped_matmul import gmm
+    out_mn = gmm(x_mk, w_gkn, group_sizes_g, blocks=blocks, transposed=transposed)
     return _zero_beyond_groups(out_mn, group_sizes_g)
 
 
 def _cuda_tgmm(x_mk: jax.Array, dout_mn: jax.Array, group_sizes_g: jax.Array) -> jax.Array:
-    function = gpu_grouped_matmul.tgmm if fits_int32(x_mk, dout_mn) else _ragged_tgmm
-    return function(x_mk, dout_mn, group_sizes_g)
+    if not fits_int32(x_mk, dout_mn):
+        return _ragged_tgmm(x_mk, dout_mn, group_sizes_g)
+    tgmm, shape = gpu_grouped_matmul.tgmm, (group_sizes_g.shape[0], x_mk.shape[1], dout_mn.shape[1])
+    blocks = _measured("tgmm", x_mk, shape)
+    if isinstance(blocks, HopperProduct):
+        from dsvl2_jax.kernels.hopper_grouped_matmul import tgmm
+    return tgmm(x_mk, dout_mn, group_sizes_g, blocks=blocks)
+
+
+def _measured(operation: str, x_mk: jax.Array, matrices: tuple[int, ...]) -> Blocks | None:
+    """``matrices``: [G, K, N], as the weights lie."""
+    if x_mk.dtype != jnp.bfloat16:
+        return None
+    groups, inner, width = matrices
+    return chosen(operation, groups=groups, inner=inner, width=width, rows=x_mk.shape[0])
 
 
 def _ragged_tgmm(x_mk: jax.Array, dout_mn: jax.Array, group_sizes_g: jax.Array) -> jax.Array:
@@ -152,19 +234,25 @@ def _blocked(x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array) -> jax
     """One block of rows at a time.
 
     The last block of a group reaches into the rows of the next one; blocks come in order, so the next block
-    overwrites those rows with their own product.
+    overwrites those rows with their own product. Of a large block only as many rows are multiplied, in quarters, as
+    belong to its group: what the last block of a group has less than the others would be half of a block.
     """
     rows, groups = x_mk.shape[0], w_gkn.shape[0]
-    block = row_block(rows, groups)
-    group, start, _, count = cut_groups(group_sizes_g, block, rows)
+    block = cpu_row_block(rows, groups)
+    group, start, stop, count = cut_groups(group_sizes_g, block, rows)
     padded_mk = jnp.pad(x_mk, ((0, block), (0, 0)))
-    precision = matmul_precision(x_mk.dtype)
+    # Few rows have one size: what a row gets must not depend on how many others its expert has (a decode step).
+    sizes = [block * quarter // 4 for quarter in (1, 2, 3, 4)] if block >= LARGE_BLOCK else [block]
+
+    def first_rows(size: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        return lambda x, w: jnp.pad(rows_product(x[:size], w), ((0, block - size), (0, 0)))
 
     def body(i: jax.Array, out_mn: jax.Array) -> jax.Array:
         x = lax.dynamic_slice_in_dim(padded_mk, start[i], block)  # [block, K]
         w = lax.dynamic_index_in_dim(w_gkn, group[i], keepdims=False)  # [K, N]
-        y = jnp.dot(x, w, precision=precision).astype(out_mn.dtype)
-        return lax.dynamic_update_slice_in_dim(out_mn, y, start[i], axis=0)
+        quarters = (stop[i] - start[i] - 1) * len(sizes) // block  # less one
+        y = lax.switch(quarters, [first_rows(size) for size in sizes], x, w)
+        return lax.dynamic_update_slice_in_dim(out_mn, y.astype(out_mn.dtype), start[i], axis=0)
 
     out_mn = lax.fori_loop(0, count, body, jnp.zeros((rows + block, w_gkn.shape[2]), x_mk.dtype))
     return _zero_beyond_groups(out_mn[:rows], group_sizes_g)
@@ -173,7 +261,7 @@ def _blocked(x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array) -> jax
 def _blocked_tgmm(x_mk: jax.Array, dout_mn: jax.Array, group_sizes_g: jax.Array) -> jax.Array:
     """As `_ragged_tgmm`, a block of rows at a time, summed in float32."""
     rows, groups = x_mk.shape[0], group_sizes_g.shape[0]
-    block = row_block(rows, groups)
+    block = cpu_row_block(rows, groups)
     group, start, stop, count = cut_groups(group_sizes_g, block, rows)
     padded_mk, padded_mn = (jnp.pad(a, ((0, block), (0, 0))) for a in (x_mk, dout_mn))
     precision = matmul_precision(x_mk.dtype)

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from dsvl2_jax.runtime.lazy import LazyModule
+
+# Only what traces these kernels needs them.
+pl = LazyModule("jax.experimental.pallas")
+plgpu = LazyModule("jax.experimental.pallas.mosaic_gpu")
 
 H100_MULTIPROCESSORS = 132
-PARAMS = plgpu.CompilerParams(approx_math=True)
+
+
+def compiler_params() -> Any:
+    """Of every kernel here."""
+    return plgpu.CompilerParams(approx_math=True)
 
 
 def multiprocessors() -> int:
@@ -79,7 +88,9 @@ class Ring:
 # tests put plain functions in place of these.
 
 
-def product(a: Any, b: Any, acc: jax.Array | None = None, *, transposed: bool = False, meanwhile: Any = None) -> jax.Array:
+def product(
+    a: Any, b: Any, acc: jax.Array | None = None, *, transposed: bool = False, meanwhile: Any = None
+) -> jax.Array:
     """f32[M, N]: ``acc`` (zeros without it) + a · b, or a · bᵀ when ``transposed``.
 
     Args:
@@ -101,6 +112,46 @@ def product(a: Any, b: Any, acc: jax.Array | None = None, *, transposed: bool = 
         return acc_ref[...]
 
     return pl.run_scoped(scope, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def accumulate(
+    count: jax.Array,
+    operands: Callable[[jax.Array], tuple[Any, Any]],
+    done: Callable[[jax.Array], None],
+    shape: tuple[int, int],
+    *,
+    a_transposed: bool = False,
+    b_transposed: bool = False,
+) -> jax.Array:
+    """f32[M, N], the sum of ``count`` products; one is issued while the one before it runs.
+
+    Args:
+      operands: the references of the i-th product, [M, K] and [K, N], or transposed as they lie.
+      done: is called with i when nothing reads the operands of the i-th product any more.
+      shape: (M, N).
+    """
+
+    def scope(acc_ref: Any) -> jax.Array:
+        def step(i: jax.Array, _: None) -> None:
+            a, b = operands(i)
+            a = plgpu.transpose_ref(a, (1, 0)) if a_transposed else a
+            plgpu.wgmma(acc_ref, a, plgpu.transpose_ref(b, (1, 0)) if b_transposed else b)
+            plgpu.wgmma_wait(1)
+            pl.when(i > 0)(lambda: done(i - 1))
+
+        lax.fori_loop(0, count, step, None)
+        return acc_ref[...]
+
+    acc = pl.run_scoped(scope, plgpu.ACC(shape, jnp.float32))
+    pl.when(count > 0)(lambda: done(count - 1))
+    return acc
+
+
+def clear_rows(ref: Any, first: jax.Array) -> None:
+    """Sets rows from ``first`` on of a tile in shared memory to zero, for products that follow."""
+    tile = plgpu.load(ref, (), layout=plgpu.Layout.WGMMA, optimized=False)
+    ref[...] = jnp.where(iota(ref.shape, 0) < first, tile, jnp.zeros_like(tile))
+    plgpu.commit_smem()
 
 
 def zeros(shape: tuple[int, int]) -> jax.Array:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import jax
 
+from dsvl2_jax.kernels.block_sizes import SHARED_MEMORY
+
 
 def cost_metadata(
     flops: float, moved: Sequence[jax.Array | jax.ShapeDtypeStruct] = (), more_bytes: float = 0.0
@@ -21,6 +23,16 @@ def cost_metadata(
         total = sum(array.size * array.dtype.itemsize for array in moved) + more_bytes
         declared["bytes_accessed"] = f"{total:.0f}"
     return declared
+
+
+def fits_shared_memory(blocks: object, taken: int) -> None:
+    """Raises ValueError for block sizes that take more shared memory than a block may have on the GPU that is here.
+
+    Where none is, more than on an H100.
+    """
+    limit = getattr(jax.local_devices()[0], "shared_memory_per_block_optin", SHARED_MEMORY)
+    if taken > limit:
+        raise ValueError(f"{blocks} takes {taken} bytes of shared memory; a block may have {limit}.")
 
 
 def fits_int32(*arrays: jax.Array) -> bool:

@@ -20,7 +20,7 @@ from dsvl2_jax.kernels.attention import (
     ATTENTION_OUTPUT,
     attend,
     causal_self_attention,
-    decode_attention,
+    mha_decode_attention,
     mla_decode_attention,
 )
 from dsvl2_jax.model.config import LanguageConfig
@@ -109,11 +109,15 @@ class MultiHeadAttention(nn.Module):
         cfg = self.config
         heads, kv_heads, width = cfg.num_attention_heads, cfg.kv_heads, cfg.head_dim
         batch, std, bias = batch_axis(decode), cfg.initializer_range, cfg.attention_bias
+        # A decode step's products are split as their weights are, heads and what they leave free of a head's width.
+        head_width = "mha_head_dim" if decode else "head_dim"
 
         def project(name: str, count: int, axis: str) -> jax.Array:
-            axes = ("embed", axis, "head_dim")
+            axes = ("embed", axis, "mha_head_dim")
             x_bthd = Linear((count, width), axes, self.dtype, std, bias=bias, name=name)(x_btd)
-            return constrain(x_bthd, batch, "length", axis, "head_dim")
+            x_bthd = constrain(x_bthd, batch, "length", axis, head_width)
+            # Whole heads to the slots' devices, before pairs of a head's width are rotated.
+            return constrain(x_bthd, "slots", None, None, "head_dim") if decode else x_bthd
 
         q_bthd = project("q_proj", heads, "heads")
         k_bthd, v_bthd = project("k_proj", kv_heads, "kv_heads"), project("v_proj", kv_heads, "kv_heads")
@@ -135,20 +139,22 @@ class MultiHeadAttention(nn.Module):
                 first_axis, length_axis, head_axis = axes
                 q_bthd = constrain(q_bthd, first_axis, None, head_axis, "head_dim")
                 k_bshd, v_bshd = (constrain(x, first_axis, length_axis, "heads", "head_dim") for x in (k_bshd, v_bshd))
-                if decode and split_over(k_bshd.shape, (*axes, None), 1)[1] == 1:
-                    out_bthd = decode_attention([q_bthd], [k_bshd], v_bshd, positions_bt, scale)
+                if decode:
+                    out_bthd = mha_decode_attention(q_bthd, k_bshd, v_bshd, positions_bt, scale)
                 else:
                     out_bthd = attend([q_bthd], [k_bshd], v_bshd, (None, positions_bt), scale)
                 out_bthd = constrain(out_bthd, first_axis, None, head_axis, "head_dim")
             else:
                 out_bthd = causal_self_attention(q_bthd, k_bshd, v_bshd, positions_bt, scale)
-            out_bthd = constrain(out_bthd, batch, "length", "heads", "head_dim")
-        return _output(self, out_bthd, x_btd.shape[-1]), cache
+            out_bthd = constrain(out_bthd, batch, "length", "heads", head_width)
+        return _output(self, out_bthd, x_btd.shape[-1], "mha_head_dim"), cache
 
 
-def _output(module: MultiHeadAttention | LatentAttention, out_bthd: jax.Array, width: int) -> jax.Array:
+def _output(
+    module: MultiHeadAttention | LatentAttention, out_bthd: jax.Array, width: int, head_width: str = "head_dim"
+) -> jax.Array:
     """[B, T, H, Dv] → [B, T, D]: the output projection, which both attentions have."""
-    cfg, axes = module.config, ("heads", "head_dim", "embed")
+    cfg, axes = module.config, ("heads", head_width, "embed")
     out_bthd = checkpoint_name(out_bthd, ATTENTION_OUTPUT)
     layer = Linear(width, axes, module.dtype, cfg.initializer_range, contract=2, bias=cfg.attention_bias, name="o_proj")
     return layer(out_bthd)

@@ -153,7 +153,8 @@ def hidden_states(
       [B, T, D] hidden states, the updated cache, and for each run of MoE layers the reports, stacked over its layers.
     """
     x_btd = constrain(x_btd, batch_axis(decode), "length", "embed")
-    fused = decode and report is None and gpu_decode.is_supported(config, len(x_btd), *_dtypes(params, cache))
+    fused = decode and report is None and x_btd.shape[1] == 1
+    fused = fused and gpu_decode.is_supported(config, len(x_btd), *_dtypes(params, cache))
     on_gpu = _gpu_layer(config, positions_bt, valid_bt) if fused else None
     new_cache, reports = [], []
     for run in language_runs(config):

@@ -14,16 +14,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from dsvl2_jax.kernels.grouped_matmul import grouped_transposed, tgmm
+from dsvl2_jax.kernels.grouped_matmul import (
+    grouped_swiglu,
+    grouped_transposed,
+    grouped_weighted,
+    named_product,
+    tgmm,
+)
 from dsvl2_jax.model.config import LanguageConfig
 from dsvl2_jax.model.layers import GatedMLP, declare, grouped, linear
 from dsvl2_jax.sharding import ACTIVATION_RULES, PARAM_RULES, ambient_mesh_shape, batch_axis, mesh_axes, partition_spec
-
-EXPERT_PRODUCT = "expert_product"  # what rematerialisation policies call the experts' matrix products
 
 
 @jax.tree_util.register_dataclass
@@ -185,15 +188,13 @@ def run_experts(
     with jax.named_scope("dispatch"):
         rows_cd = x_td[order // top_k]  # C = B·T·K
 
-    def product(rows: jax.Array, weights: jax.Array) -> jax.Array:
-        return checkpoint_name(grouped(rows, weights, group_sizes_g), EXPERT_PRODUCT)
-
     with jax.named_scope("mlp"):
-        out_cd = product(nn.silu(product(rows_cd, gate_gdf)) * product(rows_cd, up_gdf), down_gfd)
+        out_cd = named_product(grouped_swiglu(rows_cd, gate_gdf, up_gdf, group_sizes_g), down_gfd, group_sizes_g)
     with jax.named_scope("combine"):
-        out_btkd = out_cd[_sorted_by(order, 0)].reshape(b, t, top_k, d).astype(jnp.float32)
-        mixed = jnp.einsum("btkd,btk->btd", out_btkd, weights_btk, precision=lax.Precision.HIGHEST)
-        return mixed.astype(x_btd.dtype)
+        # The K choices lead, so that a register holds rows of tokens, and the sum over them is one pass.
+        out_ktd = out_cd[_sorted_by(order, 0).reshape(-1, top_k).T].astype(jnp.float32)
+        mixed_td = (out_ktd * weights_btk.reshape(-1, top_k).T[..., None]).sum(0)
+        return mixed_td.reshape(b, t, d).astype(x_btd.dtype)
 
 
 def _sorted_by(keys: jax.Array, most: int) -> jax.Array:
@@ -269,10 +270,10 @@ def _run_chunked(
             chunk = chunk_at(i)
             rows_cd = x_td[chunk.tokens]
         with jax.named_scope("mlp"):
-            gate_cf, up_cf = (grouped(rows_cd, weight, chunk.group_sizes) for weight in (gate_gdf, up_gdf))
-            out_cd = grouped(nn.silu(gate_cf) * up_cf, down_gfd, chunk.group_sizes)
+            hidden_cf = grouped_swiglu(rows_cd, gate_gdf, up_gdf, chunk.group_sizes)
+            out_cd = grouped_weighted(hidden_cf, down_gfd, chunk.group_sizes, chunk.weights[:, 0])
         with jax.named_scope("combine"):
-            return sums_td.at[chunk.tokens].add(out_cd.astype(jnp.float32) * chunk.weights)
+            return sums_td.at[chunk.tokens].add(out_cd)
 
     return lax.fori_loop(0, count, body, jnp.zeros(x_td.shape, jnp.float32))
 

@@ -34,17 +34,20 @@ class StoredPrograms:
     """Calls jitted functions by the programs of a folder, which it fills.
 
     A program's file is named after all that it was made of: our sources, the versions and settings of jax, the devices,
-    the function, its static arguments, and its arrays' shapes, dtypes and places. One that cannot be read is made
-    again.
+    the table of block sizes, the function, its static arguments, and its arrays' shapes, dtypes and places. One that
+    cannot be read is made again.
 
     Args:
       devices: of the model, all of this process.
       sources: folders of all modules that the programs are written in.
       folder: None: ``programs`` in that of jax's own cache, if it has one. Its files are executed: it is not used where
         others could write to it (see `private_folder`).
+      tuning: tells the tables of block sizes apart that programs were traced with.
     """
 
-    def __init__(self, devices: Sequence[jax.Device], sources: Sequence[Path], folder: Path | None = None):
+    def __init__(
+        self, devices: Sequence[jax.Device], sources: Sequence[Path], folder: Path | None = None, *, tuning: str = ""
+    ):
         self._devices = sorted(devices, key=lambda device: device.id)
         if folder is None and jax.config.jax_compilation_cache_dir:
             folder = Path(jax.config.jax_compilation_cache_dir) / "programs"
@@ -52,7 +55,7 @@ class StoredPrograms:
         self._known: dict[tuple, Callable] = {}
         self._client = self._devices[0].client
         kinds = [(device.id, device.device_kind) for device in self._devices]
-        self._environment = _environment(sources), self._client.platform_version, kinds
+        self._environment = _environment(sources), self._client.platform_version, kinds, tuning
 
     def call(self, function: Any, static: Mapping[str, Any], arrays: Mapping[str, Any]) -> Any:
         """``function(**static, **arrays)``.

@@ -22,7 +22,7 @@ from dsvl2_jax.apps.bench.ceilings import median_seconds
 from dsvl2_jax.apps.bench.model_options import ModelOptions
 from dsvl2_jax.kernels.attention import (
     causal_self_attention,
-    decode_attention,
+    mha_decode_attention,
     mla_decode_attention,
     self_attention,
 )
@@ -210,7 +210,9 @@ def decoding(config: Config, slots: int, context: int, dtype: Any) -> Kernel:
         q, k, v = arrays = [_normal(i, size, dtype) for i, size in enumerate(sizes)]
         groups, scale = heads // kv, width**-0.5
         function = jax.jit(
-            lambda q, k, v: decode_attention([q], [jnp.repeat(k, groups, 2)], jnp.repeat(v, groups, 2), last, scale)
+            lambda q, k, v: mha_decode_attention(
+                q, jnp.repeat(k, groups, 2), jnp.repeat(v, groups, 2), last[:, None], scale
+            )
         )
         q, k, v = (x.astype(jnp.float32) for x in (q, jnp.repeat(k, groups, 2), jnp.repeat(v, groups, 2)))
         scores = jnp.einsum("bthd,bshd->bhts", q, k, precision="highest")

@@ -40,7 +40,12 @@ def convert(*, size: Size = "tiny", directory: Path | None = None, keep: Path | 
 
 
 def generate(
-    ckpt: Checkpoint = None, *, dtype: Dtype = "float32", mesh: str | None = None, new_tokens: int = 32
+    ckpt: Checkpoint = None,
+    *,
+    dtype: Dtype = "float32",
+    mesh: str | None = None,
+    new_tokens: int = 32,
+    speculate: int = 0,
 ) -> None:
     """Measure loading a checkpoint and answering an image question.
 
@@ -49,10 +54,11 @@ def generate(
         dtype: in which the model computes.
         mesh: shard over devices, e.g. data=2,tensor=2,expert=2.
         new_tokens: tokens of the answer.
+        speculate: also ask for an answer that the prompt has already, with so many drafts a step and without, in turns.
     """
     from dsvl2_jax.apps.bench.generate import bench_generate
 
-    bench_generate(ckpt, dtype=dtype, mesh=mesh, new_tokens=new_tokens)
+    bench_generate(ckpt, dtype=dtype, mesh=mesh, new_tokens=new_tokens, speculate=speculate)
 
 
 def load(
@@ -181,7 +187,29 @@ def train(*, rows: int = 2, length: int = 1024, steps: int = 3, rounds: int = 3)
         bench_train(rows=rows, length=length, steps=steps, rounds=rounds)
 
 
+def tune(*, size: Size | None = None, json: bool = False, out: Path | None = None) -> None:
+    """Measure the kernels of the GPU that is here with every choice of block sizes, and keep the quickest.
+
+    Args:
+        size: the released size whose kernels are measured; without it, all.
+        json: print JSON lines.
+        out: where the table is written; without it, in the user's cache, where the kernels look for it.
+    """
+    from dsvl2_jax.apps.bench.tune import bench_tune
+
+    bench_tune(None if size is None else (size,), as_json=json, out=out)
+
+
 bench = command_group(
-    "Measure this machine: conversion, loading, generation, the model's programs, a server under load, training.",
-    {"convert": convert, "generate": generate, "load": load, "model": model, "serve": serve, "train": train},
+    "Measure this machine: conversion, loading, generation, the model's programs, a server under load, training, and "
+    "the kernels of a GPU.",
+    {
+        "convert": convert,
+        "generate": generate,
+        "load": load,
+        "model": model,
+        "serve": serve,
+        "train": train,
+        "tune": tune,
+    },
 )

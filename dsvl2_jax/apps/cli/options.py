@@ -78,7 +78,7 @@ class Answering:
     seed: int = 0
     """of sampling."""
     speculate: int = 0
-    """draft this many tokens a step where the text repeats its prompt or itself: the same answer, sooner; 0 for none."""
+    """draft this many tokens a step where text repeats its prompt or itself: the same answer, sooner; 0 for none."""
 
     def sampling(self, stop: tuple[str, ...] = ()) -> SamplingParams:
         """How tokens are chosen; raises UsageError for a number out of its range."""

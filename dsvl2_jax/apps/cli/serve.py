@@ -47,7 +47,7 @@ class Limits:
     slots: int = 8
     """answers that are written at the same time; the option plan says how many fit."""
     speculate: int = 0
-    """draft this many tokens a step where a text repeats its prompt or itself: the same answers, sooner; 0 for none."""
+    """draft this many tokens a step where text repeats its prompt or itself: the same answers, sooner; 0 for none."""
     prefix_bytes: str = "1GiB"
     """memory of the device for the beginnings of prompts, to be used again."""
     feature_bytes: str = "1GiB"

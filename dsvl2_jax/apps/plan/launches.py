@@ -152,3 +152,48 @@ def _parts(name: str) -> Iterator[str]:
             yield part
         elif "." in part:  # Module.method
             yield part.rpartition(".")[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Thunks:
+    """What XLA's GPU runtime does for a program, in its own steps.
+
+    Attributes:
+      launches: steps that launch something, each counted once.
+      captured: of these, those within command buffers.
+      command_buffers: how many there are.
+      conditionals: branches that the host takes.
+    """
+
+    launches: int
+    captured: int
+    command_buffers: int
+    conditionals: int
+
+
+_THUNK = re.compile(r"( *)\d+: (k\w+)")
+_CONTAINERS = frozenset({"kWhile", "kConditional", "kCommandBuffer", "kSequential", "kDynamicSliceFusion"})
+
+
+def count_thunks(text: str) -> Thunks:
+    """Counts the steps in ``…thunk_sequence_after_thunk_passes.txt``, which XLA's GPU compiler writes.
+
+    It does so with the options ``xla_dump_to`` (a directory) and ``xla_dump_hlo_as_text``, of
+    `jax.stages.Lowered.compile`, for a GPU that is not here too: but then without a driver, whose version decides
+    whether loops, branches and libraries' calls can be captured.
+    """
+    kinds: collections.Counter[str] = collections.Counter()
+    captured, within = 0, None  # indentation of the command buffer that we are in
+    for line in text.splitlines():
+        found = _THUNK.match(line)
+        if found is None:
+            continue
+        depth, kind = len(found[1]), found[2]
+        if within is not None and depth <= within:
+            within = None
+        kinds[kind] += 1
+        captured += within is not None and kind not in _CONTAINERS
+        if kind == "kCommandBuffer":
+            within = depth
+    launches = sum(count for kind, count in kinds.items() if kind not in _CONTAINERS)
+    return Thunks(launches, captured, kinds["kCommandBuffer"], kinds["kConditional"])

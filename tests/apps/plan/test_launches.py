@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dsvl2_jax.apps.plan.launches import count_launches
+from dsvl2_jax.apps.plan.launches import Thunks, count_launches, count_thunks
 
 # Two turns of a loop with a fused sort, within it a branch whose dearer side sorts by a library; a captured fusion; a
 # copy to the host.
@@ -84,3 +84,25 @@ def test_a_compiled_program():
 def test_a_text_that_is_no_program():
     with pytest.raises(ValueError, match="no entry computation"):
         count_launches("nothing")
+
+
+THUNKS = """000: kCommandBuffer      [source       | next=007 (1)]
+    001: kCopy         [source | sink] kCopy
+    002: kCustomKernel [source | sink] first grid: [1, 1, 1]
+003: kWhile         [prev=000 (1) | sink        ]
+condition:
+    004: kCustomKernel [source | sink] compare grid: [1, 1, 1]
+  body:
+    000: kCommandBuffer [source | sink]
+        005: kCustomKernel [source       | next=012 (3) ] second grid: [1, 1, 1]
+    006: kConditional   [prev=000 (1) | next=000 (1)]
+      false_branch:
+        007: kCopy         [source       | next=043 (1)] kCopy
+      true_branch:
+        008: kCopy [source | sink] kCopy
+009: kCopy          [source       | sink        ] kCopy
+"""
+
+
+def test_steps_within_command_buffers_and_beside_them():
+    assert count_thunks(THUNKS) == Thunks(launches=7, captured=3, command_buffers=2, conditionals=1)
