@@ -9,7 +9,7 @@ EXAMPLES ?= 1200
 CKPT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv constraints run test chaos soak test-fast test-exhaustive test-newest test-fuzz fuzz test-pods test-gpu-compile compile-tests lint lint-imports docs \
+.PHONY: help .venv constraints run test chaos soak test-fast test-exhaustive test-newest test-fuzz fuzz test-pods test-gpu-compile compile-tests test-gpu bench-gpu gpu-python lint lint-imports docs \
 	audit sbom licences train-micro eval-micro clean
 
 help:
@@ -22,6 +22,8 @@ help:
 	@echo "make fuzz    broken files of every kind that is read, MINUTES=10 of them"
 	@echo "make test-pods    compile for TPU topologies, whole models included (no TPU needed; more than half an hour)"
 	@echo "make test-gpu-compile   the same for H100s (no GPU needed; fetches 4 GB into .venv-gpu; a quarter of an hour)"
+	@echo "make test-gpu     on a machine with an NVIDIA GPU: kernels, golden outputs and gradients there"
+	@echo "make bench-gpu    test-gpu and dsvl2 bench model for the three sizes in ten minutes; JSON lines in $(OUT)/gpu"
 	@echo "make chaos   200 kills at random moments over every command that writes, full and failing disks; KILLS=20 FAULTS=0"
 	@echo "make soak    10,000 generate calls and 5,000 training steps, whose memory must stay flat; CALLS=500 STEPS=500"
 	@echo "make eval-micro   ask the bundled model 500 held-out questions a task (CKPT=DIR asks another)"
@@ -137,6 +139,41 @@ test-gpu-compile:
 # -m "" : the slow tests too.
 compile-tests: $(VENV)/.compile-installed-$(INTERPRETER) $(VENV)/.$(EXTRA)-installed-$(INTERPRETER)
 	$(BIN)/python -m pytest -m "" $(ARGS) $(FILES)
+
+# A Python whose jax sees a GPU and that can run the tests is taken as it is, with the package laid out by links; else one is
+# set up, as make test-gpu-compile does. -P: the folder dsvl2_jax here is a part of the package alone.
+GPU_OUT := $(abspath $(OUT))/gpu
+SEES_GPU := import hypothesis, jax, orbax.checkpoint, pytest, tyro; raise SystemExit(jax.default_backend() != "gpu")
+gpu-python:
+	@mkdir -p $(GPU_OUT)/package/dsvl2_jax
+	@ln -sfn $(abspath $(wildcard dsvl2_jax/*) configs convert infer train) $(GPU_OUT)/package/dsvl2_jax/
+	@if $(PYTHON) -c '$(SEES_GPU)' 2>/dev/null; then \
+		echo "PYTHONPATH=$(GPU_OUT)/package $(PYTHON) -P" > $(GPU_OUT)/python; \
+	else \
+		$(MAKE) gpu-environment VENV=.venv-gpu && echo "$(abspath .venv-gpu)/bin/python -P" > $(GPU_OUT)/python; \
+	fi
+
+gpu-environment: $(VENV)/.compile-installed-$(INTERPRETER) $(VENV)/.cuda-installed-$(INTERPRETER)
+
+# The golden outputs are those of test_golden.py and test_loss.py, here on the GPU.
+GPU_PYTHON = env JAX_COMPILATION_CACHE_DIR=$(GPU_OUT)/xla $$(cat $(GPU_OUT)/python)
+GPU_TESTS := tests/kernels/test_device.py tests/test_golden.py tests/train/test_loss.py \
+	-k "test_device or equal_the_official or bfloat16 or golden_ones or golden_norm"
+RUN_GPU_TESTS = DSVL2_TEST_PLATFORM=cuda $(GPU_PYTHON) -m pytest -m "" $(GPU_TESTS)
+test-gpu: gpu-python
+	$(RUN_GPU_TESTS) $(ARGS)
+
+# Ten minutes at most. What matters most comes first, and each part ends in time: a run that is cut off keeps its lines.
+BENCH = $(GPU_PYTHON) -m dsvl2_jax bench model
+LINES := $(GPU_OUT)/bench.jsonl
+bench-gpu: gpu-python
+	-timeout 150 $(BENCH) tiny --jobs decode,prefill,encode,train --set optimizer.state_dtype=bfloat16 --profile decode \
+		--budget 130 --json >> $(LINES)
+	-timeout 140 $(BENCH) small --jobs decode,prefill --profile decode --budget 120 --json >> $(LINES)
+	-timeout 130 $(BENCH) base --jobs decode,prefill --slots 1,64 --budget 110 --json >> $(LINES)
+	-timeout 100 env $(RUN_GPU_TESTS) > $(GPU_OUT)/tests.txt 2>&1
+	-timeout 70 $(BENCH) small --jobs kernels --budget 55 --json >> $(LINES)
+	@echo "$(LINES) and $(GPU_OUT)/tests.txt"
 
 # schemathesis only sends requests: it has an environment of its own, so that it chooses no release of ours.
 FUZZ := .venv-fuzz/bin/schemathesis

@@ -24,6 +24,7 @@ class Generation:
       malformed_boxes: how many more the model wrote that are none; see `count_malformed_boxes`.
       logprobs: the model's log-probability of each token, or None when not asked for.
       prompt_tokens, image_tokens: length of the prompt, and how many of its tokens are image rows.
+      drafted_tokens, accepted_tokens: with speculation, how many tokens were proposed, and were right.
     """
 
     token_ids: list[int]
@@ -34,6 +35,8 @@ class Generation:
     prompt_tokens: int
     image_tokens: int
     malformed_boxes: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class AnswerBuilder:

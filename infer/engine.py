@@ -31,12 +31,15 @@ from dsvl2_jax.infer.request import Request
 from dsvl2_jax.infer.sampling import SamplingParams
 from dsvl2_jax.infer.scheduler import Scheduler, Ticket
 from dsvl2_jax.infer.slots import PAGE
+from dsvl2_jax.infer.speculation import check_drafts
 from dsvl2_jax.inputs.batch import Batch, collate
 from dsvl2_jax.inputs.processor import ModelInputs, Processor
+from dsvl2_jax.kernels.tuning import table_digest
 from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import Params
 from dsvl2_jax.runtime.compile_cache import enable_compilation_cache
+from dsvl2_jax.runtime.malloc import keep_freed_memory
 from dsvl2_jax.runtime.stored_programs import StoredPrograms
 from dsvl2_jax.runtime.timing import Timing, compile_log
 
@@ -64,6 +67,7 @@ def load(
     """
     compile_log()
     enable_compilation_cache()
+    keep_freed_memory()
     directory = resolve(path)
     if verify:
         tell(directory, verify_files(directory))
@@ -102,7 +106,7 @@ class Model:
             device.process_index == jax.process_index() for device in devices
         ):
             sources = [Path(dsvl2_jax.__file__).parent, Path(__file__).parent]
-            self._programs = StoredPrograms(list(devices), sources, folder)
+            self._programs = StoredPrograms(list(devices), sources, folder, tuning=table_digest())
 
     def run(self, function: Callable, static: Mapping[str, Any], **arrays: Any) -> Any:
         """A jitted function of keyword arguments, of which ``static`` are the static ones, on the model's mesh."""
@@ -157,6 +161,7 @@ class Model:
         chunk_size: int | None = None,
         logprobs: bool = False,
         slots: int = SLOTS,
+        speculate: int = 0,
         on_text: Callable[[int, str], None] | None = None,
         timing: Timing | None = None,
     ) -> Generation | list[Generation]:
@@ -171,6 +176,8 @@ class Model:
           chunk_size: how many prompt tokens to prefill at a time, to bound memory; at most 512, and None means that.
           logprobs: also return each token's log-probability.
           slots: how many answers grow at a time; a slot that becomes free takes the next prompt.
+          speculate: the most tokens that a step drafts from what the prompt and the answer have already, so that text
+            which repeats comes faster; see `dsvl2_jax.infer.speculation`. 0: none.
           on_text: called with (index of the prompt, new text) while the answers grow.
           timing: filled with the seconds of encode, prefill, decode and compile.
 
@@ -180,7 +187,7 @@ class Model:
         Raises:
           ConversationError: a prompt does not fit the context.
           FailedError: the model computed what is no number.
-          UsageError: max_new_tokens, chunk_size or slots is not positive.
+          UsageError: max_new_tokens, chunk_size or slots is not positive, or speculate out of range.
         """
         single = isinstance(inputs, ModelInputs)
         prompts = [inputs] if single else list(inputs)
@@ -201,7 +208,9 @@ class Model:
             timing.setdefault(phase, 0.0)
         longest = max(map(self.last_position, requests))
         answers: dict[int, Generation] = {}
-        for index, news in self.answers(requests, slots, longest, chunk_size=chunk_size, timing=timing):
+        for index, news in self.answers(
+            requests, slots, longest, chunk_size=chunk_size, speculate=speculate, timing=timing
+        ):
             if isinstance(news, DSVL2Error):
                 raise news
             if isinstance(news, Generation):
@@ -217,6 +226,7 @@ class Model:
         last_position: int = 0,
         *,
         chunk_size: int | None = None,
+        speculate: int = 0,
         timing: Timing | None = None,
     ) -> Iterator[tuple[int, str | Generation | DSVL2Error]]:
         """Answers requests, each as soon as a slot is free; they are taken from the iterator as they are needed.
@@ -225,7 +235,7 @@ class Model:
           requests: any number. Longer ones first are answered faster: the cache is made for those that have come.
           slots: how many answers grow at a time.
           last_position: the largest `last_position` that is to be expected.
-          chunk_size, timing: as `generate` has them.
+          chunk_size, speculate, timing: as `generate` has them.
 
         Yields:
           (index of the request, new text of its answer), and in the end (index, the whole `Generation`) or (index, why
@@ -233,7 +243,9 @@ class Model:
 
         Raises:
           ConversationError: a prompt does not fit the context.
+          UsageError: speculate is out of range.
         """
+        check_drafts("speculate", speculate)
         chunk = PAGE if chunk_size is None else min(chunk_size, PAGE)
         indices: dict[Ticket, int] = {}
         scheduler: Scheduler | None = None
@@ -246,7 +258,7 @@ class Model:
                 if scheduler is None or last_position > scheduler.last_position:
                     if scheduler is not None and not scheduler.idle:
                         break  # what has begun ends in the cache that it has
-                    scheduler = self._scheduler(slots, last_position, chunk, timing)
+                    scheduler = self._scheduler(slots, last_position, chunk, speculate, timing)
                 indices[scheduler.submit(request)] = index
                 upcoming = next(waiting, None)
             for ticket, delta in scheduler.turn():
@@ -255,14 +267,18 @@ class Model:
                     continue
                 yield indices[ticket], delta.text
                 if delta.finish_reason is not None:
-                    yield indices.pop(ticket), ticket.answer.generation(ticket.request.inputs, True)
+                    answer = ticket.answer.generation(ticket.request.inputs, True)
+                    drafts = {"drafted_tokens": ticket.drafted, "accepted_tokens": ticket.accepted}
+                    yield indices.pop(ticket), dataclasses.replace(answer, **drafts)
 
-    def _scheduler(self, slots: int, last_position: int, chunk: int, timing: Timing | None) -> Scheduler:
+    def _scheduler(
+        self, slots: int, last_position: int, chunk: int, speculate: int, timing: Timing | None
+    ) -> Scheduler:
         # A chunk that begins within a page may reach into the next one.
         spare = 0 if chunk == PAGE else PAGE
         length = cache_bucket(last_position, PAGE, self.config.language.max_position_embeddings) + spare
         slots = self.whole_slots(slots)
-        return Scheduler(self, slots, length, feature_bytes=FEATURE_BYTES, chunk=chunk, timing=timing)
+        return Scheduler(self, slots, length, feature_bytes=FEATURE_BYTES, chunk=chunk, timing=timing, drafts=speculate)
 
     def last_position(self, request: Request) -> int:
         """The last position that a token of the answer may have."""

@@ -6,6 +6,7 @@ Arguments are numbers and numpy arrays, so that what one process does another ca
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Protocol
@@ -15,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dsvl2_jax.infer import slots
+from dsvl2_jax.infer import slots, speculation
 from dsvl2_jax.infer.buckets import tile_bucket
 from dsvl2_jax.infer.sampling import SamplingArrays, SamplingParams
 from dsvl2_jax.infer.slots import PAGE, Steps
 from dsvl2_jax.inputs.processor import ModelInputs, Processor
 from dsvl2_jax.model import deepseek_vl2 as model
+from dsvl2_jax.model import gpu_decode
 from dsvl2_jax.model.cache import cache_layout, init_cache
 from dsvl2_jax.model.config import TEXT_POSITION, Config
 from dsvl2_jax.model.deepseek_vl2 import Params
@@ -28,16 +30,21 @@ from dsvl2_jax.model.deepseek_vl2 import Params
 CHUNKS = (64, 128, 256, PAGE)  # lengths of a prompt's chunks
 
 adapt_tiles = jax.jit(model.adapt_tiles, static_argnames="config")
-_init_slots = jax.jit(slots.init_slots, static_argnames=("config", "slots", "cache_length", "dtype"))
+init_slots = jax.jit(slots.init_slots, static_argnames=("config", "slots", "cache_length", "dtype", "drafts"))
 _init_features = jax.jit(slots.init_features, static_argnames=("config", "tiles", "dtype"))
-_init_row = jax.jit(init_cache, static_argnames=("config", "slots", "cache_length", "dtype"))
+init_row = jax.jit(init_cache, static_argnames=("config", "slots", "cache_length", "dtype"))
 _place_features = jax.jit(slots.place_features, donate_argnames="table")
-_prefill_chunk = jax.jit(slots.prefill_chunk, static_argnames=("config", "read_length"), donate_argnames="row")
+prefill_chunk = jax.jit(slots.prefill_chunk, static_argnames=("config", "read_length"), donate_argnames="row")
 _take_page = jax.jit(slots.take_page)
 _put_page = jax.jit(slots.put_page, donate_argnames="row")
 _insert = jax.jit(slots.insert, static_argnames="eos", donate_argnames="state")
-_decode_group = jax.jit(
-    slots.decode_group, static_argnames=("config", "eos", "cache_length", "top"), donate_argnames="state"
+decode_group = jax.jit(
+    slots.decode_group, static_argnames=("config", "eos", "cache_length", "top", "greedy"), donate_argnames="state"
+)
+_speculative_group = jax.jit(
+    speculation.speculative_group,
+    static_argnames=("config", "eos", "cache_length", "top", "drafts"),
+    donate_argnames="state",
 )
 
 
@@ -70,12 +77,14 @@ class Executor:
 
     Attributes:
       slots: decode rows. cache_length: positions of each, a multiple of `PAGE`.
+      drafts: the most tokens that a step drafts for a row; 0: none.
     """
 
-    def __init__(self, owner: LoadedModel, slots: int, cache_length: int):
+    def __init__(self, owner: LoadedModel, slots: int, cache_length: int, drafts: int = 0):
         self.model = owner
         self.slots = slots
         self.cache_length = cache_length
+        self.drafts = drafts
         self.eos = owner.processor.tokenizer.eos_id
         config, per_tile = owner.config, owner.config.tokens_per_tile
         # A prompt has at most so many tiles, and the last picture's are padded to their bucket.
@@ -88,7 +97,8 @@ class Executor:
         """Makes everything anew, after a failure of the device."""
         self._features.clear()
         self._pages.clear()
-        self._state = self._empty(_init_slots, slots=self.slots, cache_length=self.cache_length)
+        self._state = self._empty(init_slots, slots=self.slots, cache_length=self.cache_length, drafts=self.drafts > 0)
+        self._draws = np.zeros(self.slots, np.bool_)  # slots whose tokens are drawn, or have biases
         self._table = self._empty(_init_features, tiles=self._tiles)
         self.new_row()
 
@@ -97,7 +107,7 @@ class Executor:
 
         So nothing of an earlier prompt stays in either: zero times a number that is none would be none.
         """
-        self._row = self._empty(_init_row, slots=1, cache_length=self.cache_length)
+        self._row = self._empty(init_row, slots=1, cache_length=self.cache_length)
 
     def _empty(self, function: Callable, **sizes: int) -> Any:
         """What ``function`` makes, bound to the model's device as all results of programs are.
@@ -143,9 +153,22 @@ class Executor:
 
     @functools.cached_property
     def decode_lengths(self) -> list[int]:
-        """The same for decoding: one, where `decode_attention` reads no more of the cache than is needed."""
-        loops = self.model.mesh is None and self._device.platform == "cpu"
-        return [self.cache_length] if loops else self._read_lengths
+        """The same for decoding: one, where attention reads no more of the cache than is needed."""
+        platform = self._device.platform if self.model.mesh is None else ""
+        loops = platform == "cpu"
+        skips = (
+            platform == "gpu"
+            and not self.drafts
+            and gpu_decode.is_supported(
+                self.model.config.language, self.slots, *(a.dtype for a in jax.tree.leaves(self._state.cache))
+            )
+        )
+        return [self.cache_length] if loops or skips else self._read_lengths
+
+    @functools.cached_property
+    def _asks_here(self) -> bool:
+        """Whether a group that draws no tokens has a program of its own: on GPUs, where asking on the device costs."""
+        return self._device.platform == "gpu" and not self.drafts
 
     def encode(self, key: Hashable, tiles: np.ndarray) -> None:
         """u8[N, S, S, 3] → features, kept under ``key`` until `drop_features`."""
@@ -179,7 +202,7 @@ class Executor:
         index_bt = np.pad(image_index, pad, constant_values=TEXT_POSITION)[None]
         read = None if start == 0 else next(n for n in self._read_lengths if start + size <= n)
         self._logits, self._row = self.model.run(
-            _prefill_chunk,
+            prefill_chunk,
             {"config": self.model.config, "read_length": read},
             params=self.model.params,
             ids_bt=ids_bt.astype(np.int32),
@@ -194,16 +217,27 @@ class Executor:
         self,
         slot: int,
         ids: np.ndarray,
+        is_text: np.ndarray,
         limit: int,
         sampling: SamplingParams,
         choice: int,
         allowed: np.ndarray | None,
     ) -> Steps:
-        """Puts the prefilled prompt, i32[T], into a slot; returns its first token, [1, 1], still on the device."""
+        """Puts the prefilled prompt into a slot; returns its first token, [1, 1], still on the device.
+
+        Args:
+          ids: i32[T], of the prompt. is_text: bool[T], where they are not of a picture.
+          limit, allowed: see `dsvl2_jax.infer.slots.insert`.
+        """
         vocab = self.model.config.language.vocab_size
         seen = np.zeros((1, vocab), np.bool_)
         seen[0, ids] = True
+        self._draws[slot] = sampling.temperature > 0 or bool(sampling.logit_bias)
         allowed_bv = np.ones((1, vocab), np.bool_) if allowed is None else allowed[None]
+        ids_bs = None
+        if self.drafts:
+            ids_bs = np.full((1, self.cache_length), -1, np.int32)
+            ids_bs[0, : len(ids)] = np.where(is_text, ids, -1)
         self._state, step = self.model.run(
             _insert,
             {"eos": self.eos},
@@ -216,31 +250,38 @@ class Executor:
             sampling=SamplingArrays.of([sampling], [choice]),
             length=np.int32(len(ids)),
             limit=np.int32(limit),
+            ids_bs=ids_bs,
         )
         return step
 
-    def decode(self, budget: np.ndarray, allowed: np.ndarray | None, needed: int, *, top: bool) -> Steps:
+    def decode(
+        self,
+        budget: np.ndarray,
+        allowed: np.ndarray | None,
+        needed: int,
+        *,
+        top: bool,
+        may_draft: np.ndarray | None = None,
+    ) -> Steps:
         """A group of steps, still on the device.
 
         Args:
           budget: i32[slots]; see `decode_group`. allowed: bool[slots, V] or None.
           needed: positions that the steps read or write.
           top: whether the most likely tokens are told; with ``allowed`` they always are.
+          may_draft: bool[slots], for which rows tokens may be drafted; None: for none.
         """
         length = next(n for n in self.decode_lengths if needed <= n)
-        self._state, steps = self.model.run(
-            _decode_group,
-            {
-                "config": self.model.config,
-                "eos": self.eos,
-                "cache_length": length,
-                "top": top or allowed is not None,
-            },
-            params=self.model.params,
-            state=self._state,
-            budget_b=budget,
-            allowed_bv=allowed,
-        )
+        static = {"config": self.model.config, "eos": self.eos, "cache_length": length}
+        static["top"] = top or allowed is not None
+        arrays = {"params": self.model.params, "state": self._state, "budget_b": budget, "allowed_bv": allowed}
+        if self.drafts:
+            static["drafts"] = self.drafts
+            arrays["may_draft_b"] = np.zeros(self.slots, np.bool_) if may_draft is None else may_draft
+        else:
+            static["greedy"] = self._asks_here and not (self._draws & (budget > 0)).any()
+        function = _speculative_group if self.drafts else decode_group
+        self._state, steps = self.model.run(function, static, **arrays)
         return steps
 
     def fetch(self, steps: Steps) -> Steps:
@@ -273,11 +314,14 @@ class Executor:
         self.take_page(None, 0)
         self.put_page(None, 0)
         self.drop_page(None)
-        self.fetch(self.insert(0, np.zeros(1, np.int32), 1, SamplingParams(), 0, None))
-        budget = np.zeros(self.slots, np.int32)
-        for length in self.decode_lengths:
-            for top, allowed in ((False, None), (True, None), (True, np.ones((self.slots, vocab), np.bool_))):
-                say(f"decoding, cache of {length}" + (", log-probabilities" if top else ""))
-                self.fetch(self.decode(budget, allowed, length, top=top))
+        prompt = np.zeros(1, np.int32), np.ones(1, np.bool_)
+        self.fetch(self.insert(0, *prompt, 1, SamplingParams(), 0, None))
+        budget = np.ones(self.slots, np.int32)  # of rows that have ended, so that none takes a step
+        mask = np.ones((self.slots, vocab), np.bool_)
+        kinds = itertools.product(self.decode_lengths, ((False, None), (True, None), (True, mask)))
+        for (length, (top, allowed)), draws in itertools.product(kinds, (False, True)[: 1 + self._asks_here]):
+            say(f"decoding, cache of {length}" + (", log-probabilities" if top else "") + (", draws" if draws else ""))
+            self._draws[:] = draws
+            self.fetch(self.decode(budget, allowed, length, top=top))
         self.reset()
         self.wait()

@@ -30,7 +30,8 @@ class LoadOptions:
 def load(ckpt: str | None, options: LoadOptions) -> Model:
     """`engine.load` with the command line's options; raises what it raises.
 
-    Among several processes all must call it, with the same checkpoint and a mesh of all their devices.
+    The model's programs are kept on disk for the next start. Among several processes all must call it, with the same
+    checkpoint and a mesh of all their devices.
     """
     if options.mesh is None and processes.joined():
         raise UsageError(
@@ -41,6 +42,7 @@ def load(ckpt: str | None, options: LoadOptions) -> Model:
     if processes.joined():
         processes.same_everywhere("the checkpoint", description(resolve(ckpt)))
     model = engine.load(ckpt, dtype=options.dtype, mesh=mesh, verify=options.verify)
+    model.store_programs()
     model.processor.as_seen = options.as_seen
     model.processor.warns = False  # the commands count pictures, and name their own option
     model.processor.strict_special_tokens = options.strict_special_tokens

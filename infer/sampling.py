@@ -131,23 +131,33 @@ def penalise(logits_bv: jax.Array, seen_bv: jax.Array, penalty_b: jax.Array) -> 
     return jnp.where(seen_bv, penalised_bv, logits_bv)
 
 
-def adjust(logits_bv: jax.Array, seen_bv: jax.Array, counts_bv: jax.Array, sampling: SamplingArrays) -> jax.Array:
+def adjust(
+    logits_bv: jax.Array, seen_bv: jax.Array, counts_bv: jax.Array, sampling: SamplingArrays, *, biased: bool = True
+) -> jax.Array:
     """f32[B, V] logits after penalties and bias; where a row has none of them, its logits as they were, bit for bit.
 
     Args:
       logits_bv: f32[B, V].
       seen_bv: bool[B, V], tokens of the prompt and of the answer so far.
       counts_bv: i32[B, V], how often the answer has each token so far.
+      biased: static; False: no row has a bias.
     """
     logits_bv = penalise(logits_bv, seen_bv, sampling.repetition_penalty)
     logits_bv -= counts_bv * sampling.frequency_penalty[:, None]
     logits_bv -= (counts_bv > 0) * sampling.presence_penalty[:, None]
+    if not biased:
+        return logits_bv
     rows = jnp.arange(logits_bv.shape[0])[:, None]
     return jax.lax.cond(
         jnp.any(sampling.biases != 0),
         lambda: logits_bv.at[rows, sampling.bias_ids].add(sampling.biases, mode="drop"),
         lambda: logits_bv,
     )
+
+
+def most_likely(logits_bv: jax.Array) -> jax.Array:
+    """i32[B], the first of each row's largest logits: f32[B, V]."""
+    return jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
 
 
 def choose(logits_bv: jax.Array, sampling: SamplingArrays, step_b: jax.Array) -> jax.Array:
@@ -160,7 +170,7 @@ def choose(logits_bv: jax.Array, sampling: SamplingArrays, step_b: jax.Array) ->
     Returns:
       i32[B].
     """
-    greedy_b = jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
+    greedy_b = most_likely(logits_bv)
     return jax.lax.cond(
         jnp.any(sampling.temperature > 0),
         lambda: jnp.where(sampling.temperature > 0, _draw(logits_bv, sampling, step_b), greedy_b),

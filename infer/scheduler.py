@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import time
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -53,7 +54,9 @@ class Ticket:
     done: bool = False
     cached_tokens: int = 0
     times: dict[str, float] = dataclasses.field(default_factory=dict)
-    position: int = 0  # an upper bound of the newest token's
+    given: int = 0  # decode steps whose tokens are not fetched yet
+    drafted: int = 0  # tokens that were proposed
+    accepted: int = 0  # those of them that the answer has
     allowed: np.ndarray | None = (
         None  # bool[V], what a grammar allows next; None: nothing is known before a token comes
     )
@@ -65,6 +68,11 @@ class Ticket:
     @property
     def length(self) -> int:
         return len(self.request.inputs.input_ids)
+
+    def position(self, tokens_a_step: int = 1) -> int:
+        """The newest token's, if each step that was given has made so many."""
+        known = self.length + max(len(self.answer.tokens) - 1, 0)
+        return min(known + self.given * tokens_a_step, self.limit)
 
     def follow_grammar(self, tokens: Sequence[int]) -> None:
         """Looks at the answer's new tokens, and at what may come next."""
@@ -84,6 +92,15 @@ class _Prefill:
     pages: list[bytes]  # keys of its full pages
     first_tiles: np.ndarray  # of each picture, among the prompt's tiles
     pictures: collections.deque[int]  # whose features are to be placed yet
+
+
+class _Row(NamedTuple):
+    """What steps are about."""
+
+    row: int  # in the steps
+    slot: int
+    ticket: Ticket
+    budget: int  # decode steps that the ticket was given
 
 
 Event = tuple[Ticket, Delta | None]  # None: the ticket's error says why it ended
@@ -134,6 +151,7 @@ class Scheduler:
       feature_bytes: of pictures' features that are kept there.
       chunk: tokens of a prompt to prefill at a time, at most `PAGE`.
       timing: filled with the seconds of encode, prefill, decode and compile; each is then waited for.
+      drafts: the most tokens that a step drafts for an answer (see `dsvl2_jax.infer.speculation`); 0: none.
     """
 
     def __init__(
@@ -146,9 +164,10 @@ class Scheduler:
         feature_bytes: int = 0,
         chunk: int = PAGE,
         timing: Timing | None = None,
+        drafts: int = 0,
     ):
         self.model = model
-        self.executor = Executor(model, slots, cache_length)
+        self.executor = Executor(model, slots, cache_length, drafts)
         self.chunk = chunk
         # The largest position that a token may have: a chunk that begins within a page may reach into the next one.
         self.last_position = cache_length - (0 if chunk == PAGE else PAGE)
@@ -159,10 +178,9 @@ class Scheduler:
         self.features = Store(feature_bytes, self.executor.drop_features)
         # How much was done: tiles encoded; prompt tokens, and those of them that kept pages had.
         self.tiles = self.prompt_tokens = self.cached_tokens = 0
+        self.drafted = self.accepted = 0  # tokens that were proposed; those of them that answers have
         self._prefill: _Prefill | None = None
-        self._given: list[
-            tuple[Steps, list[tuple[int, int, Ticket]]]
-        ] = []  # (steps, (its row, slot, ticket)) not fetched
+        self._given: list[tuple[Steps, list[_Row]]] = []  # not fetched
 
     @property
     def idle(self) -> bool:
@@ -280,9 +298,10 @@ class Scheduler:
     def _insert(self, job: _Prefill) -> None:
         ticket, request = job.ticket, job.ticket.request
         ids, sampling = request.inputs.input_ids, request.sampling
-        step = self.executor.insert(job.slot, ids, ticket.limit, sampling, request.choice, ticket.allowed)
-        ticket.position, ticket.allowed = ticket.length, None
-        self._given.append((step, [(0, job.slot, ticket)]))
+        is_text = ~request.inputs.image_mask
+        step = self.executor.insert(job.slot, ids, is_text, ticket.limit, sampling, request.choice, ticket.allowed)
+        ticket.allowed = None
+        self._given.append((step, [_Row(0, job.slot, ticket, 0)]))
         self._prefill = None
 
     # Decode
@@ -306,42 +325,43 @@ class Scheduler:
         return turns <= _SHORT_PROMPT
 
     def _decode(self) -> None:
-        budget = np.zeros(len(self.rows), np.int32)
         group = self._group()
         prefilling = None if self._prefill is None else self._prefill.slot
-        rows: list[tuple[int, int, Ticket]] = []
+        rows: list[_Row] = []
         for slot, ticket in enumerate(self.rows):
-            if ticket is None or slot == prefilling or ticket.position >= ticket.limit:
+            if ticket is None or slot == prefilling or ticket.position() >= ticket.limit:
                 continue
             if ticket.matcher is None:
-                budget[slot] = group
+                rows.append(_Row(slot, slot, ticket, group))
             elif ticket.allowed is not None:
-                budget[slot] = 1
-            else:
-                continue
-            rows.append((slot, slot, ticket))
+                rows.append(_Row(slot, slot, ticket, 1))
         if not rows:
             return
         allowed = None
-        if any(ticket.matcher is not None for _, _, ticket in rows):
+        if any(row.ticket.matcher is not None for row in rows):
             allowed = np.ones((len(self.rows), self.model.config.language.vocab_size), np.bool_)
-            for slot, _, ticket in rows:
-                if ticket.matcher is not None:
-                    allowed[slot], ticket.allowed = ticket.allowed, None
-        for slot, _, ticket in rows:
-            ticket.position = min(ticket.position + int(budget[slot]), ticket.limit)
-        needed = max(ticket.position for _, _, ticket in rows)
-        top = any(ticket.request.top_logprobs is not None for _, _, ticket in rows)
+        budget, may_draft = np.zeros(len(self.rows), np.int32), np.zeros(len(self.rows), np.bool_)
+        for _, slot, ticket, steps in rows:
+            budget[slot], may_draft[slot] = steps, ticket.matcher is None
+            ticket.given += steps
+            if ticket.matcher is not None:
+                allowed[slot], ticket.allowed = ticket.allowed, None
+        needed = max(row.ticket.position(1 + self.executor.drafts) for row in rows)
+        top = any(row.ticket.request.top_logprobs is not None for row in rows)
         with self._phase("decode"):
-            self._given.append((self.executor.decode(budget, allowed, needed, top=top), rows))
+            steps = self.executor.decode(budget, allowed, needed, top=top, may_draft=may_draft)
+            self._given.append((steps, rows))
 
     # Results
 
-    def _receive(self, steps: Steps, rows: list[tuple[int, int, Ticket]]) -> list[Event]:
+    def _receive(self, steps: Steps, rows: list[_Row]) -> list[Event]:
         events: list[Event] = []
-        for row, slot, ticket in rows:
+        for row, slot, ticket, budget in rows:
+            ticket.given -= budget
             if ticket.done:
                 continue
+            if steps.drafted is not None:
+                self._count_drafts(ticket, int(steps.drafted[row]), int(steps.accepted[row]))
             if steps.failed[row]:
                 self._fail(ticket)
                 events.append((ticket, None))
@@ -354,6 +374,10 @@ class Scheduler:
             if ticket.done and self.rows[slot] is ticket:
                 self.rows[slot] = None
         return events
+
+    def _count_drafts(self, ticket: Ticket, drafted: int, accepted: int) -> None:
+        ticket.drafted, ticket.accepted = ticket.drafted + drafted, ticket.accepted + accepted
+        self.drafted, self.accepted = self.drafted + drafted, self.accepted + accepted
 
     def _extend(self, ticket: Ticket, steps: Steps, row: int, count: int) -> Delta:
         answer, before = ticket.answer, len(ticket.answer.tokens)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from dsvl2_jax.infer.sampling import MAX_BIASES, MAX_TOP_LOGPROBS, SamplingArrays, adjust, choose
+from dsvl2_jax.infer.sampling import MAX_BIASES, MAX_TOP_LOGPROBS, SamplingArrays, adjust, choose, most_likely
 from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model.cache import init_cache
 from dsvl2_jax.model.config import Config
@@ -43,6 +43,7 @@ class SlotState:
     seen: jax.Array  # bool[B, V], tokens of the prompt and the answer so far
     counts: jax.Array  # i32[B, V], how often the answer has each token so far
     sampling: SamplingArrays
+    ids: jax.Array | None = None  # i32[B, cache_length], tokens by position, -1 where none is; None: no drafts are made
 
 
 @jax.tree_util.register_dataclass
@@ -57,10 +58,12 @@ class Steps:
     top_logprobs: jax.Array  # f32[B, G, MAX_TOP_LOGPROBS]
     finished: jax.Array  # bool[B]
     failed: jax.Array  # bool[B], the model's logits were no numbers
+    drafted: jax.Array | None = None  # i32[B], tokens that were proposed; None: none ever are
+    accepted: jax.Array | None = None  # i32[B], those of them that the answer has
 
 
-def init_slots(config: Config, slots: int, cache_length: int, dtype: DTypeLike) -> SlotState:
-    """Empty slots, all of them finished."""
+def init_slots(config: Config, slots: int, cache_length: int, dtype: DTypeLike, *, drafts: bool = False) -> SlotState:
+    """Empty slots, all of them finished; ``drafts``: for `dsvl2_jax.infer.speculation`."""
     vocab = config.language.vocab_size
     zeros = jnp.zeros(slots, jnp.int32)
     number, whole = jnp.zeros(slots, jnp.float32), jnp.zeros(slots, jnp.uint32)
@@ -89,6 +92,7 @@ def init_slots(config: Config, slots: int, cache_length: int, dtype: DTypeLike) 
             seen=jnp.zeros((slots, vocab), jnp.bool_),
             counts=jnp.zeros((slots, vocab), jnp.int32),
             sampling=sampling,
+            ids=jnp.full((slots, cache_length), -1, jnp.int32) if drafts else None,
         )
     )
 
@@ -174,6 +178,7 @@ def insert(
     length: jax.Array,
     limit: jax.Array,
     eos: int,
+    ids_bs: jax.Array | None = None,
 ) -> tuple[SlotState, Steps]:
     """Puts a prefilled prompt into a slot, and chooses its first token.
 
@@ -183,6 +188,7 @@ def insert(
       allowed_bv: bool[1, V], tokens that may come first.
       sampling: of one row.
       length: i32, tokens of the prompt. limit: i32, the last position that a token of the answer may have.
+      ids_bs: i32[1, cache_length], the prompt's tokens, -1 where there is none; None: no drafts are made.
 
     Returns:
       The state, and the one step of the one row: `Steps` with B = G = 1.
@@ -199,6 +205,8 @@ def insert(
         "seen": seen_bv.at[0, token_b].set(True),
         "counts": counts_bv.at[0, token_b].set(1),
     }
+    if ids_bs is not None:
+        new["ids"] = ids_bs.at[0, length].set(token_b[0], mode="drop")
 
     def put(array: jax.Array, values: jax.Array) -> jax.Array:
         return lax.dynamic_update_slice_in_dim(array, values.astype(array.dtype), slot, axis=0)
@@ -246,32 +254,49 @@ def next_state(
     allowed_bv: jax.Array | None,
     eos: int,
     top: bool,
+    greedy: bool = False,
 ) -> tuple[SlotState, Steps]:
     """One decode step of the active rows; the others keep what they have.
 
     Args:
       active_b: bool[B]. allowed_bv: bool[B, V], tokens that may come; None: all.
       top: static, whether the most likely tokens are told too.
+      greedy: static; see `decode_group`.
     """
     # A free row is as if it began: attention need not go over what is left in it.
     at_b = jnp.where(state.finished, 0, state.positions)
     logits_bv, cache = model.decode_step(params, config, state.tokens, at_b, state.cache, active_b)
     # What follows differs from program to program; the model's own part is to be compiled alike in all of them.
     logits_bv, cache = lax.optimization_barrier((logits_bv, cache))
+    return take_tokens(dataclasses.replace(state, cache=cache), logits_bv, active_b, allowed_bv, eos, top, greedy)
+
+
+def take_tokens(
+    state: SlotState,
+    logits_bv: jax.Array,
+    active_b: jax.Array,
+    allowed_bv: jax.Array | None,
+    eos: int,
+    top: bool,
+    greedy: bool = False,
+) -> tuple[SlotState, Steps]:
+    """The active rows' next tokens, from f32[B, V] logits after their newest ones; see `next_state`."""
     positions_b = state.positions + active_b
-    step = _next_tokens(logits_bv, state.seen, state.counts, allowed_bv, state.sampling, positions_b, top=top)
+    choice = state.seen, state.counts, allowed_bv, state.sampling, positions_b
+    step = _next_tokens(logits_bv, *choice, top=top, greedy=greedy)
     tokens_b = jnp.where(active_b, step.tokens[:, 0], state.tokens)
     failed_b = step.failed & active_b
     ended_b = ((tokens_b == eos) & ~state.sampling.ignore_eos) | (positions_b >= state.limits) | failed_b
     rows = jnp.arange(tokens_b.shape[0])
+    ids = None if state.ids is None else state.ids.at[rows, positions_b].set(tokens_b, mode="drop")
     state = dataclasses.replace(
         state,
-        cache=cache,
         tokens=tokens_b,
         positions=positions_b,
         finished=state.finished | (active_b & ended_b),
         seen=state.seen.at[rows, tokens_b].set(True),
         counts=state.counts.at[rows, tokens_b].add(active_b),
+        ids=ids,
     )
     return _placed(state), dataclasses.replace(step, failed=failed_b)
 
@@ -286,12 +311,13 @@ def _next_tokens(
     step_b: jax.Array,
     *,
     top: bool,
+    greedy: bool = False,
 ) -> Steps:
     """`Steps` with G = 1, of which ``counts`` and ``finished`` are yet to be told."""
-    adjusted_bv = adjust(logits_bv, seen_bv, counts_bv, sampling)
+    adjusted_bv = adjust(logits_bv, seen_bv, counts_bv, sampling, biased=not greedy)
     if allowed_bv is not None:
         adjusted_bv = jnp.where(allowed_bv, adjusted_bv, -jnp.inf)
-    tokens_b = choose(adjusted_bv, sampling, step_b)
+    tokens_b = most_likely(adjusted_bv) if greedy else choose(adjusted_bv, sampling, step_b)
     total_b1 = jax.nn.logsumexp(logits_bv, axis=-1, keepdims=True)
     logprobs_b1 = jnp.take_along_axis(logits_bv, tokens_b[:, None], axis=-1) - total_b1
     top_values, top_ids = lax.top_k(logits_bv, min(MAX_TOP_LOGPROBS, logits_bv.shape[-1]) if top else 0)
@@ -315,6 +341,7 @@ def decode_group(
     eos: int,
     cache_length: int,
     top: bool,
+    greedy: bool = False,
 ) -> tuple[SlotState, Steps]:
     """Up to `GROUP` steps, until no row has any to take.
 
@@ -324,20 +351,11 @@ def decode_group(
       allowed_bv: bool[B, V], tokens that may come; None: all.
       cache_length: static; the cache's first so many positions hold all that these steps read and write.
       top: static, whether the most likely tokens are told too.
+      greedy: static; no row that takes a step draws its token, or has a bias, and the program does not look for one.
+        On a GPU the host waits for the device wherever a program asks.
     """
-    whole = state.cache
-    state = dataclasses.replace(state, cache=jax.tree.map(lambda x: x[:, :cache_length], whole))
-    slots = budget_b.shape[0]
-    tops = min(MAX_TOP_LOGPROBS, state.seen.shape[1]) if top else 0
-    steps = Steps(
-        counts=jnp.zeros(slots, jnp.int32),
-        tokens=jnp.zeros((slots, GROUP), jnp.int32),
-        logprobs=jnp.zeros((slots, GROUP), jnp.float32),
-        top_ids=jnp.zeros((slots, GROUP, tops), jnp.int32),
-        top_logprobs=jnp.zeros((slots, GROUP, tops), jnp.float32),
-        finished=state.finished,
-        failed=jnp.zeros(slots, jnp.bool_),
-    )
+    whole, state = state.cache, first_positions(state, cache_length)
+    steps = no_steps(state, GROUP, top)
 
     def active(i: jax.Array, state: SlotState) -> jax.Array:
         return ~state.finished & (i < budget_b)
@@ -349,14 +367,39 @@ def decode_group(
     def body(carry: Any) -> Any:
         i, state, steps = carry
         active_b = active(i, state)
-        state, new = next_state(params, config, state, active_b, allowed_bv, eos, top)
-        wide = {name: getattr(steps, name).at[:, i].set(getattr(new, name)[:, 0]) for name in _OF_EACH_STEP}
+        state, new = next_state(params, config, state, active_b, allowed_bv, eos, top, greedy)
+        wide = {name: getattr(steps, name).at[:, i].set(getattr(new, name)[:, 0]) for name in OF_EACH_TOKEN}
         counts, failed = steps.counts + active_b, steps.failed | new.failed
         return i + 1, state, dataclasses.replace(steps, counts=counts, failed=failed, finished=state.finished, **wide)
 
     _, state, steps = lax.while_loop(more, body, (jnp.int32(0), state, steps))
-    cache = jax.tree.map(lambda x, part: x.at[:, :cache_length].set(part), whole, state.cache)
-    return _placed(dataclasses.replace(state, cache=cache)), steps
+    return with_whole_cache(state, whole), steps
 
 
-_OF_EACH_STEP = ("tokens", "logprobs", "top_ids", "top_logprobs")
+OF_EACH_TOKEN = ("tokens", "logprobs", "top_ids", "top_logprobs")
+
+
+def first_positions(state: SlotState, cache_length: int) -> SlotState:
+    """The state with the first ``cache_length`` positions of its cache alone."""
+    return dataclasses.replace(state, cache=jax.tree.map(lambda x: x[:, :cache_length], state.cache))
+
+
+def with_whole_cache(state: SlotState, whole: Cache) -> SlotState:
+    """The state of `first_positions`, its cache put back into the whole."""
+    cache = jax.tree.map(lambda x, part: x.at[:, : part.shape[1]].set(part), whole, state.cache)
+    return _placed(dataclasses.replace(state, cache=cache))
+
+
+def no_steps(state: SlotState, tokens: int, top: bool) -> Steps:
+    """What a group has given before its first step, with room for so many tokens a row."""
+    slots, vocab = state.seen.shape
+    wide = (slots, tokens, min(MAX_TOP_LOGPROBS, vocab) if top else 0)
+    return Steps(
+        counts=jnp.zeros(slots, jnp.int32),
+        tokens=jnp.zeros((slots, tokens), jnp.int32),
+        logprobs=jnp.zeros((slots, tokens), jnp.float32),
+        top_ids=jnp.zeros(wide, jnp.int32),
+        top_logprobs=jnp.zeros(wide, jnp.float32),
+        finished=state.finished,
+        failed=jnp.zeros(slots, jnp.bool_),
+    )

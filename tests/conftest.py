@@ -1,5 +1,9 @@
-"""Shared test set-up: eight virtual CPU devices, quick compilation, and the golden data."""
+"""Shared test set-up: eight virtual CPU devices, quick compilation, and the golden data.
 
+DSVL2_TEST_PLATFORM=cuda runs tests on a GPU instead, compiled as usual (`make test-gpu`).
+"""
+
+import functools
 import os
 import shutil
 import tempfile
@@ -7,10 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # Before jax is imported anywhere. Optimisation level 0 halves XLA's compile time, which dominates this suite.
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+os.environ["JAX_PLATFORMS"] = "cuda,cpu" if os.environ.get("DSVL2_TEST_PLATFORM") == "cuda" else "cpu"
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    )
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # One compilation cache for this run: its workers share programs, and the user's own cache stays as it was.
@@ -78,8 +83,10 @@ SLOW_FILES = (
     "kernels/test_grouped_matmul",
     "kernels/test_tpu",
     "kernels/test_attention",
+    "kernels/test_device",
     "infer/eval/test_evaluate",
     "infer/test_engine",
+    "infer/test_programs",
     "infer/test_constraints",
     "infer/test_constraints_limits",
     "infer/serve/test_async_engine",
@@ -101,6 +108,7 @@ SLOW_FILES = (
     "checkpoint/test_load",
     "checkpoint/test_remote",
     "apps/bench/test_load",
+    "apps/bench/test_model",
     "apps/bench/test_train",
     "apps/bench/test_convert",
     "apps/cli/test_main",
@@ -129,7 +137,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
         item.add_marker(pytest.mark.xdist_group("-".join([_file(item), *names])))
         if _file(item) in SLOW_FILES:
             item.add_marker(pytest.mark.slow)
+        if missing := _missing_platform():
+            item.add_marker(pytest.mark.skip(reason=missing))
     return (yield)
+
+
+@functools.cache
+def _missing_platform() -> str:
+    """Why tests cannot run on the platform that was asked for; empty where they can."""
+    if os.environ["JAX_PLATFORMS"] == "cpu":
+        return ""
+    try:
+        found = jax.default_backend()
+    except RuntimeError as error:
+        found = str(error).splitlines()[0]
+    return "" if found == "gpu" else f"DSVL2_TEST_PLATFORM=cuda: jax sees no GPU here ({found})"
 
 
 def _file(item: pytest.Item) -> str:

@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from dsvl2_jax.inputs.batch import IGNORED_LABEL
-from dsvl2_jax.model.config import TEXT_POSITION
+from dsvl2_jax.model.config import IGNORED_LABEL, TEXT_POSITION
 from dsvl2_jax.train.data.batch import TrainBatch
 
 

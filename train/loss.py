@@ -15,10 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from dsvl2_jax.inputs.batch import IGNORED_LABEL
 from dsvl2_jax.kernels.precision import matmul_precision
 from dsvl2_jax.model import deepseek_vl2 as model
-from dsvl2_jax.model.config import Config, LanguageConfig
+from dsvl2_jax.model.config import IGNORED_LABEL, Config, LanguageConfig
 from dsvl2_jax.model.decoder import hidden_states
 from dsvl2_jax.model.deepseek_vl2 import Params
 from dsvl2_jax.model.moe import Routing

@@ -24,7 +24,15 @@ HELP = """\
 /quit           leave (so does the end of input)"""
 
 
-def chat(model: Model, system: str, max_new_tokens: int, sampling: SamplingParams, lines: TextIO = sys.stdin) -> None:
+def chat(
+    model: Model,
+    system: str,
+    max_new_tokens: int,
+    sampling: SamplingParams,
+    lines: TextIO = sys.stdin,
+    *,
+    speculate: int = 0,
+) -> None:
     """Reads messages from ``lines`` and streams answers to standard output until the end of input.
 
     A message that cannot be answered (a broken image, a conversation over the context) is reported and
@@ -64,6 +72,7 @@ def chat(model: Model, system: str, max_new_tokens: int, sampling: SamplingParam
                     inputs,
                     max_new_tokens,
                     sampling,
+                    speculate=speculate,
                     on_text=lambda _, piece: print(piece, end="", flush=True),
                 )
             except DSVL2Error as error:

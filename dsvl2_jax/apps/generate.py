@@ -33,6 +33,7 @@ def generate(
     max_new_tokens: int,
     sampling: SamplingParams,
     chunk_size: int | None,
+    speculate: int,
     as_json: bool,
     draw: Path | None,
     options: LoadOptions,
@@ -42,8 +43,7 @@ def generate(
         raise UsageError("--draw needs an --image to draw on.")
     if draw is not None and processes.is_first() and not draw.parent.is_dir():
         raise UsageError(f"--draw {draw}: the directory {draw.parent} does not exist; make it first.")
-    kinds = Image.registered_extensions()
-    if draw is not None and draw.suffix.lower() not in kinds:
+    if draw is not None and draw.suffix.lower() not in Image.registered_extensions():
         raise UsageError(f"--draw {draw}: ends in no kind of picture that can be written; name a .png or .jpg file.")
     timing = Timing()
     with timing.phase("load"):
@@ -65,6 +65,7 @@ def generate(
         max_new_tokens,
         sampling,
         chunk_size=chunk_size,
+        speculate=speculate,
         on_text=None if as_json else show,
         timing=timing,
     )
@@ -75,7 +76,7 @@ def generate(
         image = load_image(images[-1], options.as_seen)
         try:
             with replacing(draw) as new:
-                draw_boxes(image, answer.boxes).save(new, kinds[draw.suffix.lower()])
+                draw_boxes(image, answer.boxes).save(new, Image.registered_extensions()[draw.suffix.lower()])
         except (OSError, ValueError) as error:
             raise DSVL2Error(f"--draw {draw}: cannot be written ({error}).") from None
         left_out = f", {answer.malformed_boxes} malformed left out" if answer.malformed_boxes else ""
@@ -94,5 +95,7 @@ def report(answer: Generation, timing: Timing) -> dict:
         "image_tokens": answer.image_tokens,
         "boxes": [dataclasses.asdict(box) for box in answer.boxes],
         "malformed_boxes": answer.malformed_boxes,
+        "drafted_tokens": answer.drafted_tokens,
+        "accepted_tokens": answer.accepted_tokens,
         "timing": seconds | {"decode_tokens_per_second": round(decoded / spent, 2) if spent else None},
     }

@@ -47,7 +47,6 @@ def serve(
     _log_to_standard_error()
     name = options.model_name or (_BUNDLED if ckpt is None else checkpoint_name(resolve(ckpt)))
     model = load(ckpt, loading)
-    model.store_programs()
     if not processes.is_first():
         follow(model, engine_options, _grammars(model))
         return

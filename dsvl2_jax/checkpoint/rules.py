@@ -22,7 +22,6 @@ import numpy as np
 from dsvl2_jax.errors import CheckpointError
 from dsvl2_jax.messages import listed
 from dsvl2_jax.model.config import Config
-from dsvl2_jax.model.deepseek_vl2 import abstract_leaves
 from dsvl2_jax.model.parameter_paths import LeafPath, path_name
 
 Shape = tuple[int, ...]
@@ -263,6 +262,8 @@ def expand(config: Config) -> tuple[Leaf, ...]:
       ValueError: the tree has a parameter that no rule, or more than one, fills; or two parameters
         would take the same tensor. That is a mistake in `RULES`, not in a checkpoint.
     """
+    from dsvl2_jax.model.deepseek_vl2 import abstract_leaves  # jax, which finding a checkpoint does without
+
     leaves = [_leaf(path, shape) for path, (shape, _) in abstract_leaves(config).items()]
     taken_by: dict[str, str] = {}
     for leaf in leaves:

@@ -10,10 +10,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from dsvl2_jax.errors import UsageError
-from dsvl2_jax.inputs.processor import ModelInputs
-from dsvl2_jax.model.config import TEXT_POSITION, Config
-
-IGNORED_LABEL = -100
+from dsvl2_jax.inputs.processor import ModelInputs, rebased
+from dsvl2_jax.model.config import IGNORED_LABEL, TEXT_POSITION, Config
 
 
 @jax.tree_util.register_dataclass
@@ -28,16 +26,6 @@ class Batch:
     )
     lengths: ArrayLike  # i32[B], real tokens of each row; 0 for a padding row
     tiles: ArrayLike  # u8[N, S, S, 3]; N = 0 for text only
-
-
-def rebased(image_index: np.ndarray, rows: ArrayLike) -> np.ndarray:
-    """``image_index`` with ``rows`` added where it names a row of the adaptor's output; its codes stay as they are.
-
-    Args:
-      image_index: i32[...].
-      rows: one whole number for all, or one for each entry.
-    """
-    return np.where(image_index >= 0, image_index + rows, image_index).astype(np.int32)
 
 
 def collate(

@@ -305,3 +305,13 @@ def extended_candidate_resolutions(max_tiles: int, tile_size: int) -> tuple[tupl
     grids = [(cols, rows) for cols in range(1, max_tiles + 1) for rows in range(1, max_tiles // cols + 1)]
     grids.sort(key=lambda grid: (grid[0] * grid[1], grid[0]))
     return tuple((cols * tile_size, rows * tile_size) for cols, rows in grids)
+
+
+def rebased(image_index: np.ndarray, rows: int | np.ndarray) -> np.ndarray:
+    """``image_index`` with ``rows`` added where it names a row of the adaptor's output; its codes stay as they are.
+
+    Args:
+      image_index: i32[...].
+      rows: one whole number for all, or one for each entry.
+    """
+    return np.where(image_index >= 0, image_index + rows, image_index).astype(np.int32)

@@ -2,8 +2,8 @@
 
 - `causal_self_attention`: rows to themselves, each token to those before it in its sample (prefill, training).
 - `self_attention`: all to all (the encoder's patches).
-- `mla_decode_attention`: one token of each row to the latents of its cache.
-- `mha_decode_attention`: one token of each row to the keys and values of its cache.
+- `mla_decode_attention`: a row's newest tokens, one or a few, to the latents of its cache.
+- `mha_decode_attention`: the same to the keys and values of its cache.
 - `decode_attention`: what these two do without a kernel.
 - `attend`: anything else, and what runs where no kernel is for an operation; in blocks of queries.
 
@@ -13,14 +13,15 @@ A kernel is chosen by the platform that the program is lowered for, by dtype and
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dsvl2_jax.kernels import gpu_attention
-from dsvl2_jax.kernels.gpu_attention import AttentionSpec, fused_attention
+from dsvl2_jax.kernels.cpu import cpu_or
+from dsvl2_jax.kernels.fused_attention import AttentionSpec, fused_attention, is_supported
 from dsvl2_jax.kernels.precision import matmul_precision
 from dsvl2_jax.kernels.tpu import ATTENTION_BLOCK, cached_attention, latent_attention, splash_attention
 from dsvl2_jax.sharding import shard_map_kernel, split_over
@@ -35,6 +36,9 @@ KEY_BLOCK = 128
 
 CAUSAL_CHUNKS = 4
 MIN_CHUNKED = 512  # shorter rows are attended to whole
+
+# Heads whose patches attend to each other at a time, on CPUs.
+HEAD_GROUP = 4
 
 KeyRange = tuple[jax.Array | None, jax.Array]
 
@@ -109,26 +113,26 @@ def decode_attention(
     queries: Sequence[jax.Array],
     keys: Sequence[jax.Array],
     values: jax.Array,
-    last_b: jax.Array,
+    last_bt: jax.Array,
     scale: float,
 ) -> jax.Array:
-    """`attend` of one new token a row, whose result does not depend on how much longer the cache is, bit for bit.
+    """`attend` of a row's newest tokens, whose result does not depend on how much longer the cache is, bit for bit.
 
     Keys are taken `KEY_BLOCK` at a time, whatever their number, and what the blocks give is added in their order: a
     block that a row does not see adds zeros. CPUs go over the blocks that some row sees, one after the other as in
     FlashAttention; elsewhere, where a loop costs more than its work, all blocks are one batch.
 
     Args:
-      queries: parts [B, 1, H, width_i].
+      queries: parts [B, T, H, width_i].
       keys: parts [B, S, H, width_i], or [B, S, width_i] where all heads share the key.
       values: [B, S, H, Dv], or [B, S, Dv] shared by all heads.
-      last_b: i32[B], the last key that each row sees.
+      last_bt: i32[B, T], the last key that each query sees.
       scale: factor on the scores.
 
     Returns:
-      [B, 1, H, Dv] in the dtype of ``values``.
+      [B, T, H, Dv] in the dtype of ``values``.
     """
-    arrays = list(queries), list(keys), values, last_b
+    arrays = list(queries), list(keys), values, last_bt
     loop, batch = (functools.partial(function, scale=scale) for function in (_decode_by_blocks, _decode_in_one))
     return lax.platform_dependent(*arrays, cpu=loop, default=batch)
 
@@ -143,10 +147,10 @@ def _product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _decode_by_blocks(
-    queries: Sequence[jax.Array], keys: Sequence[jax.Array], values: jax.Array, last_b: jax.Array, scale: float
+    queries: Sequence[jax.Array], keys: Sequence[jax.Array], values: jax.Array, last_bt: jax.Array, scale: float
 ) -> jax.Array:
     """`decode_attention`, one block after the other, up to the last that some row sees."""
-    (rows, _, heads), width, size = queries[0].shape[:3], values.shape[-1], _key_block(values.shape[1])
+    (rows, length, heads), width, size = queries[0].shape[:3], values.shape[-1], _key_block(values.shape[1])
     least = jnp.finfo(jnp.float32).min
 
     def block(x: jax.Array, i: jax.Array) -> jax.Array:
@@ -157,21 +161,22 @@ def _decode_by_blocks(
         scores_bhts = 0.0
         for q, k in zip(queries, keys, strict=True):
             scores_bhts += _product("bthd,bshd->bhts" if k.ndim == 4 else "bthd,bsd->bhts", q, block(k, i))
-        visible_bs = i * size + jnp.arange(size) <= last_b[:, None]
-        scores_bhts = jnp.where(visible_bs[:, None, None], scores_bhts * scale, least)
+        visible_bts = i * size + jnp.arange(size) <= last_bt[..., None]
+        scores_bhts = jnp.where(visible_bts[:, None], scores_bhts * scale, least)
         new_m_bhts = jnp.maximum(m_bhts, scores_bhts.max(-1, keepdims=True))
         p_bhts, share_bhts = jnp.exp(scores_bhts - new_m_bhts), jnp.exp(m_bhts - new_m_bhts)
         subscripts = "bhts,bshd->bhtd" if values.ndim == 4 else "bhts,bsd->bhtd"
         acc_bhtd = acc_bhtd * share_bhts + _product(subscripts, p_bhts.astype(values.dtype), block(values, i))
         return new_m_bhts, l_bhts * share_bhts + p_bhts.sum(-1, keepdims=True), acc_bhtd
 
-    first = jnp.full((rows, heads, 1, 1), least), jnp.zeros((rows, heads, 1, 1)), jnp.zeros((rows, heads, 1, width))
-    _, l_bhts, acc_bhtd = lax.fori_loop(0, last_b.max() // size + 1, body, first)
+    shape = (rows, heads, length)
+    first = jnp.full((*shape, 1), least), jnp.zeros((*shape, 1)), jnp.zeros((*shape, width))
+    _, l_bhts, acc_bhtd = lax.fori_loop(0, last_bt.max() // size + 1, body, first)
     return (acc_bhtd / l_bhts).swapaxes(1, 2).astype(values.dtype)
 
 
 def _decode_in_one(
-    queries: Sequence[jax.Array], keys: Sequence[jax.Array], values: jax.Array, last_b: jax.Array, scale: float
+    queries: Sequence[jax.Array], keys: Sequence[jax.Array], values: jax.Array, last_bt: jax.Array, scale: float
 ) -> jax.Array:
     """`decode_attention`, all blocks as one batch of products of one shape."""
     length, size = values.shape[1], _key_block(values.shape[1])
@@ -184,8 +189,9 @@ def _decode_in_one(
     for q, k in zip(queries, keys, strict=True):
         q_bkthd = jnp.broadcast_to(q[:, None], (q.shape[0], count, *q.shape[1:]))
         scores_bkhts += _product("bkthd,bkshd->bkhts" if k.ndim == 4 else "bkthd,bksd->bkhts", q_bkthd, split(k))
-    visible_bks = split(jnp.arange(length)[None] <= last_b[:, None])
-    scores_bkhts = jnp.where(visible_bks[:, :, None, None], scores_bkhts * scale, jnp.finfo(jnp.float32).min)
+    keys_ks = jnp.arange(length).reshape(count, size)
+    visible_bkts = keys_ks[:, None] <= last_bt[:, None, :, None]
+    scores_bkhts = jnp.where(visible_bkts[:, :, None], scores_bkhts * scale, jnp.finfo(jnp.float32).min)
     m_bhts = scores_bkhts.max((1, 4), keepdims=True)
     p_bkhts = jnp.exp(scores_bkhts - m_bhts)
     subscripts = "bkhts,bkshd->bkhtd" if values.ndim == 4 else "bkhts,bksd->bkhtd"
@@ -200,7 +206,7 @@ def causal_self_attention(
 ) -> jax.Array:
     """Attention of rows to themselves, each token to those before it in its own sample.
 
-    In bfloat16: on GPUs by the kernels of `dsvl2_jax.kernels.gpu_attention`, on TPUs by jax's splash kernel.
+    In bfloat16: on GPUs by the kernels of `dsvl2_jax.kernels.fused_attention`, on TPUs by jax's splash kernel.
 
     Args:
       q_bthd, k_bthd: [B, T, H, Dk]; v_bthd: [B, T, H, Dv].
@@ -215,12 +221,12 @@ def causal_self_attention(
     def plain(*arrays: jax.Array) -> jax.Array:
         return _attend_causal_chunks(*arrays, scale)
 
-    if not gpu_attention.is_supported(q_bthd, v_bthd):
+    if not is_supported(q_bthd, v_bthd):
         return plain(*arrays)
     axes = ("batch", "length", "heads", "head_dim")
     spec = AttentionSpec(plain, axes, scale, causal=True, name=ATTENTION_OUTPUT)
     if positions_bt.shape[1] % ATTENTION_BLOCK:
-        return fused_attention(*arrays, spec)
+        return fused_attention(arrays[:3], positions_bt, spec)
 
     def splash(*arrays: jax.Array) -> tuple[jax.Array]:
         return (splash_attention(*arrays, scale),)
@@ -228,7 +234,7 @@ def causal_self_attention(
     (out_bthd,) = lax.platform_dependent(
         *arrays,
         tpu=shard_map_kernel(splash, (axes, axes, axes, axes[:2]), (axes,)),
-        default=lambda *arrays: (fused_attention(*arrays, spec),),
+        default=lambda *arrays: (fused_attention(arrays[:3], arrays[3], spec),),
     )
     return out_bthd
 
@@ -252,22 +258,21 @@ def _attend_causal_chunks(
 
 
 @jax.named_scope("self_attention")
-def self_attention(
-    q_nphd: jax.Array, k_nphd: jax.Array, v_nphd: jax.Array, visible_np: jax.Array | None, scale: float
-) -> jax.Array:
-    """Attention of all to all, within each tile; on GPUs, in bfloat16, by `dsvl2_jax.kernels.gpu_attention`.
+def self_attention(qkv_np3hd: jax.Array, visible_np: jax.Array | None, scale: float) -> jax.Array:
+    """Attention of all to all, within each tile; on GPUs, in bfloat16, by `dsvl2_jax.kernels.fused_attention`.
 
     Args:
-      q_nphd, k_nphd, v_nphd: [N, P, H, D].
+      qkv_np3hd: [N, P, 3, H, D], queries, keys and values.
       visible_np: bool[N, P], False for patches that nothing attends to; None: all are attended to. One of each row
         must be True.
       scale: factor on the scores.
 
     Returns:
-      [N, P, H, D] in the dtype of ``v_nphd``.
+      [N, P, H, D] in the dtype of ``qkv_np3hd``.
     """
+    n, p, _, h, d = qkv_np3hd.shape
 
-    def plain(q_nphd: jax.Array, k_nphd: jax.Array, v_nphd: jax.Array, _: jax.Array | None) -> jax.Array:
+    def attend_all(q_nphd: jax.Array, k_nphd: jax.Array, v_nphd: jax.Array) -> jax.Array:
         precision = matmul_precision(v_nphd.dtype)
         scores_nhpq = jnp.einsum(
             "nphd,nqhd->nhpq", q_nphd, k_nphd, precision=precision, preferred_element_type=jnp.float32
@@ -278,11 +283,34 @@ def self_attention(
         p_nhpq = jax.nn.softmax(scores_nhpq, axis=-1).astype(v_nphd.dtype)
         return jnp.einsum("nhpq,nqhd->nphd", p_nhpq, v_nphd, precision=precision)
 
-    if visible_np is not None or not gpu_attention.is_supported(q_nphd, v_nphd):
-        return plain(q_nphd, k_nphd, v_nphd, None)
-    axes = ("tiles", None, None, None)
-    spec = AttentionSpec(plain, axes, scale, causal=False, name="vision_attention_output")
-    return fused_attention(q_nphd, k_nphd, v_nphd, jnp.zeros(q_nphd.shape[:2], jnp.int32), spec)
+    def plain(qkv: jax.Array, _: jax.Array | None) -> jax.Array:
+        parts = (qkv.reshape(n, p, 3, h, d)[:, :, i] for i in range(3))
+        if visible_np is not None:
+            return attend_all(*parts)
+        return cpu_or(functools.partial(_attend_by_heads, scale=scale), attend_all)(*parts)
+
+    if visible_np is not None or not is_supported(qkv_np3hd, qkv_np3hd):
+        return plain(qkv_np3hd, None)
+    spec = AttentionSpec(plain, ("tiles", None, None, None), scale, causal=False, name="vision_attention_output")
+    return fused_attention((qkv_np3hd.reshape(n, p, 3 * h, d),), jnp.zeros((n, p), jnp.int32), spec)
+
+
+def _attend_by_heads(q_nphd: jax.Array, k_nphd: jax.Array, v_nphd: jax.Array, scale: float) -> jax.Array:
+    """`self_attention` of few heads at a time, whose scores stay in a processor's cache."""
+    n, p, heads, width = q_nphd.shape
+    group = math.gcd(heads, HEAD_GROUP)
+
+    def split(x_nphd: jax.Array) -> jax.Array:  # → [N · H / group, group, P, D]
+        return x_nphd.swapaxes(1, 2).reshape(-1, group, p, width)
+
+    def attend_group(heads: tuple[jax.Array, ...]) -> jax.Array:
+        q_hpd, k_hpd, v_hpd = heads
+        p_hpq = jax.nn.softmax(_product("hpd,hqd->hpq", q_hpd, k_hpd), axis=-1)
+        return _product("hpq,hqd->hpd", p_hpq.astype(v_hpd.dtype), v_hpd).astype(v_hpd.dtype)
+
+    # The queries are scaled, as there are fewer of them than scores.
+    out = lax.map(attend_group, (split(q_nphd * scale), split(k_nphd), split(v_nphd)))
+    return out.reshape(n, heads, p, width).swapaxes(1, 2)
 
 
 @jax.named_scope("mla_decode_attention")
@@ -294,20 +322,20 @@ def mla_decode_attention(
     positions_bt: jax.Array,
     scale: float,
 ) -> jax.Array:
-    """Multi-head latent attention of one new token a row, in its absorbed form; on TPUs, in bfloat16, by our kernel.
+    """Multi-head latent attention of a row's newest tokens, in its absorbed form; on TPUs, in bfloat16, by our kernel.
 
     Where a row's latents are on several devices, each attends to its own, and the results are weighted by their
     shares of the softmax's sum and added.
 
     Args:
-      q_latent_bthr: [B, 1, H, R], the query's part without rotation, taken into the latent space.
-      q_rope_bthd: [B, 1, H, D], its rotated part.
+      q_latent_bthr: [B, T, H, R], the query's part without rotation, taken into the latent space.
+      q_rope_bthd: [B, T, H, D], its rotated part.
       latent_bsr: [B, S, R], keys and values; k_rope_bsd: [B, S, D], the rotated key that all heads share.
-      positions_bt: i32[B, 1], the last position of the cache that each row sees.
+      positions_bt: i32[B, T], the last position of the cache that each query sees.
       scale: factor on the scores.
 
     Returns:
-      [B, 1, H, R] in the dtype of ``q_latent_bthr``.
+      [B, T, H, R] in the dtype of ``q_latent_bthr``.
     """
     queries, cache = (q_latent_bthr, q_rope_bthd), (latent_bsr, k_rope_bsd)
 
@@ -321,15 +349,15 @@ def mla_decode_attention(
 def mha_decode_attention(
     q_bthd: jax.Array, k_bshd: jax.Array, v_bshd: jax.Array, positions_bt: jax.Array, scale: float
 ) -> jax.Array:
-    """Multi-head attention of one new token a row to its cache; as `mla_decode_attention`.
+    """Multi-head attention of the newest tokens of each row to its cache; as `mla_decode_attention`.
 
     Args:
-      q_bthd: [B, 1, H, D]. k_bshd, v_bshd: [B, S, H, D].
-      positions_bt: i32[B, 1], the last position of the cache that each row sees.
+      q_bthd: [B, T, H, D]. k_bshd, v_bshd: [B, S, H, D].
+      positions_bt: i32[B, T], the last position of the cache that each token sees.
       scale: factor on the scores.
 
     Returns:
-      [B, 1, H, D] in the dtype of ``v_bshd``.
+      [B, T, H, D] in the dtype of ``v_bshd``.
     """
 
     def plain(q: jax.Array, k: jax.Array, v: jax.Array, last: jax.Array) -> jax.Array:
@@ -344,7 +372,7 @@ def _decode_plain(
     """Without a kernel: where devices have parts of a row, each attends to its part."""
     if _length_split(values)[1] > 1:
         return attend(queries, keys, values, (None, last_bt), scale)
-    return decode_attention(queries, keys, values, last_bt[:, 0], scale)
+    return decode_attention(queries, keys, values, last_bt, scale)
 
 
 def _cache_axes(x: jax.Array) -> tuple[str | None, ...]:
@@ -364,12 +392,14 @@ def _decode_on_tpu(
     last_bt: jax.Array,
     scale: float,
 ) -> jax.Array:
-    """A decode step's attention by a kernel on TPUs, for bfloat16 caches of whole blocks; else by ``plain``.
+    """A decode step's attention by a kernel on TPUs, for bfloat16 caches of whole blocks.
+
+    Anything else goes by ``plain``.
 
     Args:
-      kernel: from queries [B, H, …], cache, i32[B] and the scale to out, f32[B, H, Dv], and lse, f32[B, H, 1].
+      kernel: from queries, cache, i32[B] and the scale to out, f32[B, T, H, Dv], and lse, f32[B, T, H, 1].
       plain: from queries, cache and ``last_bt`` to the result.
-      queries: [B, 1, H, …]. cache: [B, S, …]. last_bt: i32[B, 1].
+      queries: [B, T, H, …]. cache: [B, S, …]. last_bt: i32[B, T], consecutive in each row.
     """
     arrays = *queries, *cache, last_bt
     mesh_axes, parts = _length_split(cache[0])
@@ -380,11 +410,11 @@ def _decode_on_tpu(
     def local(*arrays: jax.Array) -> tuple[jax.Array]:
         given, last = arrays[: len(queries)], arrays[-1]
         start = lax.axis_index(mesh_axes) * local_length if mesh_axes else 0
-        out, lse = kernel(*(q[:, 0] for q in given), *arrays[len(queries) : -1], last[:, 0] - start, scale)
+        out, lse = kernel(*given, *arrays[len(queries) : -1], last[:, 0] - start, scale)
         if mesh_axes:
             weight = jnp.exp(lse - lax.pmax(lse, mesh_axes))
             out = lax.psum(out * weight, mesh_axes) / lax.psum(weight, mesh_axes)
-        return (out.astype(given[0].dtype)[:, None],)
+        return (out.astype(given[0].dtype),)
 
     query_axes = ("slots", None, None, None)
     in_axes = *(query_axes for _ in queries), *(_cache_axes(x) for x in cache), query_axes[:2]

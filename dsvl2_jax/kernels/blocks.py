@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -13,6 +15,16 @@ def row_block(rows: int, groups: int, least: int = 1) -> int:
     """Rows of a block: a power of two near the mean group, so that few rows of a block belong to the next group."""
     mean = max(1, rows // groups)
     return min(MAX_ROW_BLOCK, max(least, 1 << (mean - 1).bit_length()))
+
+
+def cpu_row_block(rows: int, groups: int) -> int:
+    """Rows of a block on CPUs: a power of two that holds most groups, since each block reads its matrix anew.
+
+    Two standard deviations above the mean of a group, were the rows dealt out at random.
+    """
+    mean = rows / groups
+    least = max(1, math.ceil(mean + 2 * math.sqrt(mean)))
+    return min(MAX_ROW_BLOCK, 1 << (least - 1).bit_length())
 
 
 def column_block(inputs: int, outputs: int, itemsize: int, most: int) -> int:

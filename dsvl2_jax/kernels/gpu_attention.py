@@ -3,10 +3,7 @@
 Softmax is taken a block of keys at a time (FlashAttention-2, arXiv 2307.08691; names follow its algorithms 1 and 2).
 A query sees one range of keys, which is what packed rows need, and blocks of keys outside the ranges of a block of
 queries cost nothing. Widths may differ between keys and values (latent attention: 192 and 128) and need not be powers
-of two: a width is taken apart into powers of two, each its own product.
-
-cuDNN's attention would need values as wide as keys, or a bias [B, 1, T, S] for packed rows, and asks the machine for
-a GPU while it is lowered, so that it cannot be compiled ahead of time.
+of two: a width is taken apart into powers of two, each its own product. `dsvl2_jax.kernels.fused_attention` calls them.
 """
 
 from __future__ import annotations
@@ -14,128 +11,26 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
-from dsvl2_jax.kernels.triton import cost_metadata, fits_int32
-from dsvl2_jax.sharding import shard_map_kernel
+from dsvl2_jax.kernels.block_sizes import TritonAttention
+from dsvl2_jax.kernels.triton import cost_metadata, fits_shared_memory
+from dsvl2_jax.runtime.lazy import LazyModule
+
+# Only what traces these kernels needs them.
+pl = LazyModule("jax.experimental.pallas")
+plgpu = LazyModule("jax.experimental.pallas.triton")
 
 MIN_PART = 16  # the least depth of a tensor core's product
-BLOCK = 64  # queries, and keys, that a program takes at a time
+FORWARD, BACKWARD = TritonAttention(), TritonAttention(warps=8)  # where nothing was measured
 MASKED = -1e30  # finite, so that a block without a visible key gives no nan
 
 Part = tuple[int, int]  # first column and number of columns, a power of two
 Lead = tuple[jax.Array, jax.Array]  # row of the batch and head; read outside of loops, where interpreting wants it
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionSpec:
-    """What `fused_attention` computes.
-
-    Attributes:
-      plain: (q_bthd, k_bthd, v_bthd, positions_bt) → out_bthd, what runs on other platforms; its gradients too come
-        from it.
-      axes: logical axes of q, k, v and the result.
-      scale: factor on the scores.
-      causal: a query sees no keys after it.
-      name: of the result, for rematerialisation policies.
-    """
-
-    plain: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
-    axes: tuple[str | None, ...]
-    scale: float
-    causal: bool
-    name: str
-
-
-def is_supported(q_bthd: jax.Array, v_bthd: jax.Array) -> bool:
-    """Whether the kernels are for these: tensor cores multiply 16 bits, and float32 is for exactness."""
-    return v_bthd.dtype == jnp.bfloat16 and fits_int32(q_bthd, v_bthd)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def fused_attention(
-    q_bthd: jax.Array, k_bthd: jax.Array, v_bthd: jax.Array, positions_bt: jax.Array, spec: AttentionSpec
-) -> jax.Array:
-    """Attention of rows to themselves: the kernels where the program is lowered for CUDA, ``spec.plain`` elsewhere.
-
-    Args:
-      q_bthd, k_bthd: [B, T, H, Dk]; v_bthd: [B, T, H, Dv]; see `is_supported`.
-      positions_bt: i32[B, T]. Causal: a token sees those since position 0 of its own sample. Else: zeros.
-
-    Returns:
-      [B, T, H, Dv].
-    """
-    kernel = lambda *arrays: _sharded(_forward, spec)(*arrays)[0]  # noqa: E731
-    return lax.platform_dependent(q_bthd, k_bthd, v_bthd, positions_bt, cuda=kernel, default=spec.plain)
-
-
-def _fused_forward(q_bthd, k_bthd, v_bthd, positions_bt, spec):
-    b, t, h, _ = q_bthd.shape
-
-    def plain(*arrays):
-        return spec.plain(*arrays), jnp.zeros((b, h, t), jnp.float32)
-
-    kernel = _sharded(_forward, spec)
-    out_bthd, lse_bht = lax.platform_dependent(q_bthd, k_bthd, v_bthd, positions_bt, cuda=kernel, default=plain)
-    # Named here, so that a policy which keeps the result does not run the kernel once more for the lse.
-    out_bthd, lse_bht = checkpoint_name(out_bthd, spec.name), checkpoint_name(lse_bht, spec.name)
-    return out_bthd, (q_bthd, k_bthd, v_bthd, positions_bt, out_bthd, lse_bht)
-
-
-def _fused_backward(spec, residuals, do_bthd):
-    def plain(q_bthd, k_bthd, v_bthd, positions_bt, out_bthd, lse_bht, do_bthd):
-        del out_bthd, lse_bht
-        return jax.vjp(lambda *arrays: spec.plain(*arrays, positions_bt), q_bthd, k_bthd, v_bthd)[1](do_bthd)
-
-    kernel = _sharded(_backward, spec)
-    return (*lax.platform_dependent(*residuals, do_bthd, cuda=kernel, default=plain), None)
-
-
-fused_attention.defvjp(_fused_forward, _fused_backward)
-
-
-def _sharded(function: Callable, spec: AttentionSpec) -> Callable:
-    """`_forward` or `_backward` on each device's own rows and heads."""
-    batch, length, heads, _ = arrays = spec.axes
-    positions, lse = (batch, length), (batch, heads, length)
-    in_axes, out_axes = (arrays, arrays, arrays, positions), (arrays, lse)
-    if function is _backward:
-        in_axes, out_axes = (*in_axes, arrays, lse, arrays), (arrays,) * 3
-    return shard_map_kernel(functools.partial(function, spec), in_axes, out_axes)
-
-
-def _forward(spec: AttentionSpec, q_bthd, k_bthd, v_bthd, positions_bt):
-    width = v_bthd.shape[-1]
-    first_bt, _ = _visible_ranges(positions_bt, spec.causal)
-    q_bthd, k_bthd, v_bthd = (padded(x) for x in (q_bthd, k_bthd, v_bthd))
-    out_bthd, lse_bht = attention_forward(q_bthd, k_bthd, v_bthd, first_bt, spec.scale, spec.causal)
-    return out_bthd[..., :width], lse_bht
-
-
-def _backward(spec: AttentionSpec, q_bthd, k_bthd, v_bthd, positions_bt, out_bthd, lse_bht, do_bthd):
-    first_bt, end_bs = _visible_ranges(positions_bt, spec.causal)
-    arrays = (padded(x) for x in (q_bthd, k_bthd, v_bthd))
-    out_bthd, do_bthd = padded(out_bthd), padded(do_bthd)
-    gradients = attention_backward(*arrays, first_bt, end_bs, out_bthd, lse_bht, do_bthd, spec.scale, spec.causal)
-    return tuple(dx[..., : x.shape[-1]] for dx, x in zip(gradients, (q_bthd, k_bthd, v_bthd), strict=True))
-
-
-def _visible_ranges(positions_bt: jax.Array, causal: bool) -> tuple[jax.Array, jax.Array]:
-    """i32[B, T] the index of the first key that a query sees; i32[B, S] the index after the last query of a key."""
-    length = positions_bt.shape[1]
-    index_bt = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), positions_bt.shape)
-    if not causal:
-        return jnp.zeros_like(index_bt), jnp.full_like(index_bt, length)
-    starts_bt = jnp.where(positions_bt == 0, index_bt, length)
-    next_bt = jnp.concatenate([starts_bt[:, 1:], jnp.full_like(starts_bt[:, :1], length)], axis=1)
-    return (index_bt - positions_bt).astype(jnp.int32), lax.cummin(next_bt, axis=1, reverse=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +45,17 @@ class _Shape:
     causal: bool
     block_q: int
     block_k: int
+    heads: int  # H
+    packed: bool  # queries, keys and values are the heads of one array, in this order
+
+    @property
+    def k_head(self) -> int:
+        """Where the heads of the keys begin."""
+        return self.heads * self.packed
+
+    @property
+    def v_head(self) -> int:
+        return 2 * self.heads * self.packed
 
     @property
     def pairs(self) -> float:
@@ -158,26 +64,36 @@ class _Shape:
 
 
 def _parts(width: int) -> tuple[Part, ...]:
-    """192 → (0, 128), (128, 64)."""
+    """192 → (0, 128), (128, 64); 72 → (0, 64), (64, 16), of which the last 8 columns are none of the array's."""
     parts, start = [], 0
     while start < width:
-        size = 1 << (width - start).bit_length() - 1
+        size = max(MIN_PART, 1 << (width - start).bit_length() - 1)
         parts.append((start, size))
         start += size
     return tuple(parts)
 
 
-def _shape(q_bthd: jax.Array, k_bshd: jax.Array, v_bshd: jax.Array, scale: float, causal: bool) -> _Shape:
-    parts = _parts(q_bthd.shape[-1]), _parts(v_bshd.shape[-1])
-    return _Shape(q_bthd.shape[1], k_bshd.shape[1], *parts, scale, causal, BLOCK, BLOCK)
+def _shape(
+    q_bthd: jax.Array,
+    k_bshd: jax.Array,
+    v_bshd: jax.Array,
+    scale: float,
+    causal: bool,
+    blocks: TritonAttention,
+    packed: bool,
+) -> _Shape:
+    parts, heads = (_parts(q_bthd.shape[-1]), _parts(v_bshd.shape[-1])), q_bthd.shape[2] // (3 if packed else 1)
+    lengths = q_bthd.shape[1], k_bshd.shape[1]
+    return _Shape(*lengths, *parts, scale, causal, blocks.queries, blocks.keys, heads, packed)
 
 
-def padded(x: jax.Array) -> jax.Array:
-    """[…, D] with zeros up to the next width that the kernels take."""
-    return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, -x.shape[-1] % MIN_PART),))
+def _params(s: _Shape, blocks: TritonAttention, streamed: str) -> plgpu.CompilerParams:
+    widths = (sum(columns for _, columns in parts) for parts in (s.key_parts, s.value_parts))
+    fits_shared_memory(blocks, blocks.shared_memory(*widths, streamed=streamed))
+    return plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "causal", "interpret"))
+@functools.partial(jax.jit, static_argnames=("scale", "causal", "blocks", "packed", "interpret"))
 def attention_forward(
     q_bthd: jax.Array,
     k_bshd: jax.Array,
@@ -186,38 +102,42 @@ def attention_forward(
     scale: float,
     causal: bool,
     *,
+    blocks: TritonAttention | None = None,
+    packed: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention (FlashAttention-2, algorithm 1).
 
     Args:
-      q_bthd: [B, T, H, Dk]; k_bshd: [B, S, H, Dk]; v_bshd: [B, S, H, Dv]. Widths are multiples of `MIN_PART`
-        (`padded`).
+      q_bthd: [B, T, H, Dk]; k_bshd: [B, S, H, Dk]; v_bshd: [B, S, H, Dv].
       first_bt: i32[B, T], the index of the first key that a query sees, at most its own when ``causal``.
       causal: a query sees keys up to its own index; else all from ``first_bt`` on.
+      blocks: None: those that run where nothing was measured.
+      packed: all three arrays are the same, [B, T, 3H, D]: the heads of the queries, the keys and the values.
       interpret: run on the CPU, for tests.
 
     Returns:
       out, [B, T, H, Dv], and lse, f32[B, H, T], the log-sum-exp of each query's scaled scores, to base 2.
     """
-    s = _shape(q_bthd, k_bshd, v_bshd, scale, causal)
-    b, t, h, _ = q_bthd.shape
+    blocks = blocks or FORWARD
+    s = _shape(q_bthd, k_bshd, v_bshd, scale, causal, blocks, packed)
+    (b, t), h = q_bthd.shape[:2], s.heads
     flops = 2.0 * s.pairs * b * h * (q_bthd.shape[-1] + v_bshd.shape[-1])
     return pl.pallas_call(
         functools.partial(_forward_kernel, s=s),
-        grid=(pl.cdiv(t, s.block_q), h, b),
+        grid=_grid(pl.cdiv(t, s.block_q), h, b, causal),
         out_shape=(
             jax.ShapeDtypeStruct((b, t, h, v_bshd.shape[-1]), v_bshd.dtype),
             jax.ShapeDtypeStruct((b, h, t), jnp.float32),
         ),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=_params(s, blocks, "keys"),
         interpret=interpret,
         metadata=cost_metadata(flops),
         name="attention_forward",
     )(q_bthd, k_bshd, v_bshd, first_bt)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "causal", "interpret"))
+@functools.partial(jax.jit, static_argnames=("scale", "causal", "blocks", "packed", "interpret"))
 def attention_backward(
     q_bthd: jax.Array,
     k_bshd: jax.Array,
@@ -230,68 +150,144 @@ def attention_backward(
     scale: float,
     causal: bool,
     *,
+    blocks: tuple[TritonAttention | None, TritonAttention | None] = (None, None),
+    packed: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients for q, k and v (FlashAttention-2, algorithm 2, as two kernels: one a block of queries, one of keys).
+    """Gradients for q, k and v (FlashAttention-2, algorithm 2), by two kernels: `attention_dq` takes blocks of queries,
+    `attention_dkv` blocks of keys.
 
     Args:
       end_bs: i32[B, S], the index after the last query that sees a key.
       out_bthd, lse_bht: of `attention_forward`. do_bthd: [B, T, H, Dv], the cotangent of ``out_bthd``.
+      blocks: of the kernel for queries, and of that for keys and values.
     """
-    s = _shape(q_bthd, k_bshd, v_bshd, scale, causal)
-    b, t, h, _ = q_bthd.shape
-    do_bthd = do_bthd.astype(q_bthd.dtype)
-    delta_bht = jnp.einsum("bthd,bthd->bht", out_bthd, do_bthd, preferred_element_type=jnp.float32)
-    inputs = (q_bthd, k_bshd, v_bshd, first_bt, end_bs, lse_bht, delta_bht, do_bthd)
-    params = plgpu.CompilerParams(num_warps=8, num_stages=2)
-    pairs = 2.0 * s.pairs * b * h
-    dq_bthd = pl.pallas_call(
+    delta_bht = attention_delta(out_bthd, do_bthd)
+    inputs = (q_bthd, k_bshd, v_bshd, first_bt, end_bs, lse_bht, delta_bht, do_bthd.astype(q_bthd.dtype))
+    dq_bthd = attention_dq(*inputs, scale, causal, blocks=blocks[0], packed=packed, interpret=interpret)
+    return dq_bthd, *attention_dkv(*inputs, scale, causal, blocks=blocks[1], packed=packed, interpret=interpret)
+
+
+def attention_delta(out_bthd: jax.Array, do_bthd: jax.Array) -> jax.Array:
+    """f32[B, H, T]: what the softmax takes off its gradient."""
+    return jnp.einsum("bthd,bthd->bht", out_bthd, do_bthd.astype(out_bthd.dtype), preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "causal", "blocks", "packed", "interpret"))
+def attention_dq(
+    q_bthd: jax.Array,
+    k_bshd: jax.Array,
+    v_bshd: jax.Array,
+    first_bt: jax.Array,
+    end_bs: jax.Array,
+    lse_bht: jax.Array,
+    delta_bht: jax.Array,
+    do_bthd: jax.Array,
+    scale: float,
+    causal: bool,
+    *,
+    blocks: TritonAttention | None = None,
+    packed: bool = False,
+    interpret: bool = False,
+) -> jax.Array:
+    """The gradient for q, in `attention_backward`; ``delta_bht`` is of `attention_delta`."""
+    blocks = blocks or BACKWARD
+    s = _shape(q_bthd, k_bshd, v_bshd, scale, causal, blocks, packed)
+    (b, t, _, key_width), h = q_bthd.shape, s.heads
+    return pl.pallas_call(
         functools.partial(_dq_kernel, s=s),
-        grid=(pl.cdiv(t, s.block_q), h, b),
-        out_shape=jax.ShapeDtypeStruct(q_bthd.shape, q_bthd.dtype),
-        compiler_params=params,
+        grid=_grid(pl.cdiv(t, s.block_q), h, b, causal),
+        out_shape=jax.ShapeDtypeStruct((b, t, h, key_width), q_bthd.dtype),
+        compiler_params=_params(s, blocks, "keys"),
         interpret=interpret,
-        metadata=cost_metadata(pairs * (2 * q_bthd.shape[-1] + v_bshd.shape[-1])),
+        metadata=cost_metadata(2.0 * s.pairs * b * h * (2 * key_width + v_bshd.shape[-1])),
         name="attention_dq",
-    )(*inputs)
-    dk_bshd, dv_bshd = pl.pallas_call(
+    )(q_bthd, k_bshd, v_bshd, first_bt, end_bs, lse_bht, delta_bht, do_bthd)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "causal", "blocks", "packed", "interpret"))
+def attention_dkv(
+    q_bthd: jax.Array,
+    k_bshd: jax.Array,
+    v_bshd: jax.Array,
+    first_bt: jax.Array,
+    end_bs: jax.Array,
+    lse_bht: jax.Array,
+    delta_bht: jax.Array,
+    do_bthd: jax.Array,
+    scale: float,
+    causal: bool,
+    *,
+    blocks: TritonAttention | None = None,
+    packed: bool = False,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients for k and v, in `attention_backward`."""
+    blocks = blocks or BACKWARD
+    s = _shape(q_bthd, k_bshd, v_bshd, scale, causal, blocks, packed)
+    (b, _, _, key_width), h = q_bthd.shape, s.heads
+    return pl.pallas_call(
         functools.partial(_dkv_kernel, s=s),
-        grid=(pl.cdiv(s.keys, s.block_k), h, b),
-        out_shape=(jax.ShapeDtypeStruct(k_bshd.shape, k_bshd.dtype), jax.ShapeDtypeStruct(v_bshd.shape, v_bshd.dtype)),
-        compiler_params=params,
+        grid=_grid(pl.cdiv(s.keys, s.block_k), h, b, causal),
+        out_shape=tuple(jax.ShapeDtypeStruct((b, s.keys, h, x.shape[-1]), x.dtype) for x in (k_bshd, v_bshd)),
+        compiler_params=_params(s, blocks, "queries"),
         interpret=interpret,
-        metadata=cost_metadata(pairs * 2 * (q_bthd.shape[-1] + v_bshd.shape[-1])),
+        metadata=cost_metadata(2.0 * s.pairs * b * h * 2 * (key_width + v_bshd.shape[-1])),
         name="attention_dkv",
-    )(*inputs)
-    return dq_bthd, dk_bshd, dv_bshd
+    )(q_bthd, k_bshd, v_bshd, first_bt, end_bs, lse_bht, delta_bht, do_bthd)
+
+
+def _grid(blocks: int, heads: int, rows: int, causal: bool) -> tuple[int, int, int]:
+    """Programs, the first dimension fastest. If not ``causal``, those of a head run together and share its keys."""
+    return (heads, rows, blocks) if causal else (blocks, heads, rows)
+
+
+def _program(s: _Shape, *, longest_last: bool) -> tuple[Lead, jax.Array]:
+    """Row and head of a program, and its block.
+
+    Causal blocks differ in work. The longest run first, over all heads: started late, one of them keeps the others
+    waiting (for 4,096 tokens and 16 heads, 264 at a time need 1.01 × the mean work this way, and 1.32 × head by head).
+    """
+    if not s.causal:
+        return (pl.program_id(2), pl.program_id(1)), pl.program_id(0)
+    block = pl.program_id(2)
+    return (pl.program_id(1), pl.program_id(0)), pl.num_programs(2) - 1 - block if longest_last else block
 
 
 # Inside a kernel, "parts" are a block's columns, taken apart as `_parts` says: a list of [rows, columns].
 
 
-def _load_parts(ref, lead: Lead, start, size: int, length: int, parts: tuple[Part, ...]) -> list[jax.Array]:
-    """Parts of rows ``start …`` of one head of one sequence, ``size`` of them, zero beyond its ``length``."""
-    row, head = lead
+def _load_parts(ref, lead: Lead, head, start, size: int, length: int, parts: tuple[Part, ...]) -> list[jax.Array]:
+    """Parts of rows ``start …`` of one head of one sequence, ``size`` of them, zero beyond its ``length``.
+
+    ``head``: where the heads begin to which ``lead``'s belongs.
+    """
     loaded = []
-    for column, columns in parts:
-        tile = ref.at[row, pl.ds(start, size), head, pl.ds(column, columns)]
-        mask = _inside(start, size, length, columns)
+    for part in parts:
+        tile, mask = _tile(ref, lead, head, start, size, length, part)
         loaded.append(tile[...] if mask is None else plgpu.load(tile, mask=mask, other=0))
     return loaded
 
 
 def _store_parts(ref, lead: Lead, values: list[jax.Array], start, size: int, length: int, parts: tuple[Part, ...]):
-    row, head = lead
-    for (column, columns), value in zip(parts, values, strict=True):
-        tile = ref.at[row, pl.ds(start, size), head, pl.ds(column, columns)]
-        plgpu.store(tile, value.astype(ref.dtype), mask=_inside(start, size, length, columns))
+    for part, value in zip(parts, values, strict=True):
+        tile, mask = _tile(ref, lead, 0, start, size, length, part)
+        plgpu.store(tile, value.astype(ref.dtype), mask=mask)
 
 
-def _inside(start, size: int, length: int, columns: int) -> jax.Array | None:
-    """bool[size, columns], which entries of a tile are in the array; None: all."""
-    if length % size == 0:
-        return None
-    return jnp.broadcast_to((start + jnp.arange(size) < length)[:, None], (size, columns))
+def _tile(ref, lead: Lead, head, start, size: int, length: int, part: Part) -> tuple[Any, jax.Array | None]:
+    """[size, columns] of an array, and which of its entries are in the array (bool); None: all."""
+    (row, own), (column, columns), width = lead, part, ref.shape[-1]
+    cut = column + columns > width
+    # A slice that is known to reach beyond the array is refused; so its start is said not to be known.
+    wide = pl.ds(own * 0 + column if cut else column, columns)
+    mask = None
+    if length % size:
+        mask = jnp.broadcast_to((start + jnp.arange(size) < length)[:, None], (size, columns))
+    if cut:
+        inside = jnp.broadcast_to((column + jnp.arange(columns) < width)[None, :], (size, columns))
+        mask = inside if mask is None else mask & inside
+    return ref.at[row, pl.ds(start, size), own + head, wide], mask
 
 
 def _load_vector(ref, lead: tuple, start, size: int, length: int, other: float | int) -> jax.Array:
@@ -327,21 +323,22 @@ def _key_blocks(q_start, first: jax.Array, s: _Shape) -> tuple[jax.Array, jax.Ar
 
 def _forward_kernel(q_ref, k_ref, v_ref, first_ref, out_ref, lse_ref, *, s: _Shape):
     """One block of queries of one head."""
-    lead = row, head = pl.program_id(2), pl.program_id(1)
-    q_start = pl.program_id(0) * s.block_q
+    lead, block = _program(s, longest_last=True)
+    row, head = lead
+    q_start = block * s.block_q
     q_index = q_start + jnp.arange(s.block_q)
-    q = _load_parts(q_ref, lead, q_start, s.block_q, s.queries, s.key_parts)
+    q = _load_parts(q_ref, lead, 0, q_start, s.block_q, s.queries, s.key_parts)
     first = _load_vector(first_ref, (row,), q_start, s.block_q, s.queries, s.keys)  # i32[block_q]
     low, high = _key_blocks(q_start, first, s)
 
     def body(j, carry):
         m, l, acc = carry  # noqa: E741  f32[block_q], f32[block_q], parts f32[block_q, columns]
         k_start = j * s.block_k
-        scores = _scores(q, _load_parts(k_ref, lead, k_start, s.block_k, s.keys, s.key_parts), s)
+        scores = _scores(q, _load_parts(k_ref, lead, s.k_head, k_start, s.block_k, s.keys, s.key_parts), s)
         scores = jnp.where(_visible(q_index, k_start + jnp.arange(s.block_k), first, s), scores, MASKED)
         m_new = jnp.maximum(m, jnp.max(scores, axis=1))
         p, alpha = jnp.exp2(scores - m_new[:, None]), jnp.exp2(m - m_new)  # f32[block_q, block_k], f32[block_q]
-        v = _load_parts(v_ref, lead, k_start, s.block_k, s.keys, s.value_parts)
+        v = _load_parts(v_ref, lead, s.v_head, k_start, s.block_k, s.keys, s.value_parts)
         p_low = p.astype(v_ref.dtype)
         acc = [a * alpha[:, None] + plgpu.dot(p_low, v_part) for a, v_part in zip(acc, v, strict=True)]
         return m_new, l * alpha + jnp.sum(p, axis=1), acc
@@ -363,11 +360,11 @@ def _load_queries(refs, lead: Lead, q_start, s: _Shape):
     q_ref, _, _, first_ref, _, lse_ref, delta_ref, do_ref = refs
     row, _ = lead
     return (
-        _load_parts(q_ref, lead, q_start, s.block_q, s.queries, s.key_parts),
+        _load_parts(q_ref, lead, 0, q_start, s.block_q, s.queries, s.key_parts),
         _load_vector(first_ref, (row,), q_start, s.block_q, s.queries, s.keys),
         _load_vector(lse_ref, lead, q_start, s.block_q, s.queries, 0.0),
         _load_vector(delta_ref, lead, q_start, s.block_q, s.queries, 0.0),
-        _load_parts(do_ref, lead, q_start, s.block_q, s.queries, s.value_parts),
+        _load_parts(do_ref, lead, 0, q_start, s.block_q, s.queries, s.value_parts),
     )
 
 
@@ -386,16 +383,16 @@ def _dq_kernel(*refs, s: _Shape):
     """The gradient of one block of queries of one head."""
     *input_refs, dq_ref = refs
     _, k_ref, v_ref, *_ = input_refs
-    lead = pl.program_id(2), pl.program_id(1)
-    q_start = pl.program_id(0) * s.block_q
+    lead, block = _program(s, longest_last=True)
+    q_start = block * s.block_q
     q_index = q_start + jnp.arange(s.block_q)
     q, first, lse, delta, do = _load_queries(input_refs, lead, q_start, s)
     low, high = _key_blocks(q_start, first, s)
 
     def body(j, dq):  # parts f32[block_q, columns]
         k_start = j * s.block_k
-        k = _load_parts(k_ref, lead, k_start, s.block_k, s.keys, s.key_parts)
-        v = _load_parts(v_ref, lead, k_start, s.block_k, s.keys, s.value_parts)
+        k = _load_parts(k_ref, lead, s.k_head, k_start, s.block_k, s.keys, s.key_parts)
+        v = _load_parts(v_ref, lead, s.v_head, k_start, s.block_k, s.keys, s.value_parts)
         visible = _visible(q_index, k_start + jnp.arange(s.block_k), first, s)
         p = _p(_scores(q, k, s), visible, lse)
         ds = _ds(p, do, v, delta, s).astype(k_ref.dtype)
@@ -410,11 +407,12 @@ def _dkv_kernel(*refs, s: _Shape):
     """The gradients of one block of keys, and of values, of one head."""
     *input_refs, dk_ref, dv_ref = refs
     _, k_ref, v_ref, _, end_ref, *_ = input_refs
-    lead = row, _ = pl.program_id(2), pl.program_id(1)
-    k_start = pl.program_id(0) * s.block_k
+    lead, block = _program(s, longest_last=False)
+    row, _ = lead
+    k_start = block * s.block_k
     k_index = k_start + jnp.arange(s.block_k)
-    k = _load_parts(k_ref, lead, k_start, s.block_k, s.keys, s.key_parts)
-    v = _load_parts(v_ref, lead, k_start, s.block_k, s.keys, s.value_parts)
+    k = _load_parts(k_ref, lead, s.k_head, k_start, s.block_k, s.keys, s.key_parts)
+    v = _load_parts(v_ref, lead, s.v_head, k_start, s.block_k, s.keys, s.value_parts)
     end = jnp.max(_load_vector(end_ref, (row,), k_start, s.block_k, s.keys, 0))
     low = k_start // s.block_q if s.causal else k_start * 0
 

@@ -18,12 +18,18 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from dsvl2_jax.kernels import gpu_grouped_matmul, tpu_grouped_matmul
-from dsvl2_jax.kernels.blocks import cut_groups, row_block
+from dsvl2_jax.kernels.block_sizes import Blocks, HopperProduct
+from dsvl2_jax.kernels.blocks import cpu_row_block, cut_groups
+from dsvl2_jax.kernels.cpu import rows_product
 from dsvl2_jax.kernels.precision import matmul_precision
 from dsvl2_jax.kernels.tpu import megablox_tgmm
 from dsvl2_jax.kernels.triton import fits_int32
+from dsvl2_jax.kernels.tuning import chosen
 
 GROUPED_PRODUCT = "expert_product"  # what rematerialisation policies call the experts' matrix products
+
+# Rows of a block from which on CPUs multiply no more quarters of it than are needed.
+LARGE_BLOCK = 64
 
 
 @jax.custom_vjp
@@ -183,13 +189,30 @@ def _tpu(x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array, transposed
 def _cuda(x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array, transposed: bool = False) -> jax.Array:
     if not fits_int32(x_mk, w_gkn):
         return _ragged(x_mk, w_gkn.swapaxes(1, 2) if transposed else w_gkn, group_sizes_g)
-    out_mn = gpu_grouped_matmul.gmm(x_mk, w_gkn, group_sizes_g, transposed=transposed)
+    operation, gmm = "gmm_transposed" if transposed else "gmm", gpu_grouped_matmul.gmm
+    blocks = _measured(operation, x_mk, w_gkn.shape)
+    if isinstance(blocks, HopperProduct):
+        from dsvl2_jax.kernels.hopper_grouped_matmul import gmm
+    out_mn = gmm(x_mk, w_gkn, group_sizes_g, blocks=blocks, transposed=transposed)
     return _zero_beyond_groups(out_mn, group_sizes_g)
 
 
 def _cuda_tgmm(x_mk: jax.Array, dout_mn: jax.Array, group_sizes_g: jax.Array) -> jax.Array:
-    function = gpu_grouped_matmul.tgmm if fits_int32(x_mk, dout_mn) else _ragged_tgmm
-    return function(x_mk, dout_mn, group_sizes_g)
+    if not fits_int32(x_mk, dout_mn):
+        return _ragged_tgmm(x_mk, dout_mn, group_sizes_g)
+    tgmm, shape = gpu_grouped_matmul.tgmm, (group_sizes_g.shape[0], x_mk.shape[1], dout_mn.shape[1])
+    blocks = _measured("tgmm", x_mk, shape)
+    if isinstance(blocks, HopperProduct):
+        from dsvl2_jax.kernels.hopper_grouped_matmul import tgmm
+    return tgmm(x_mk, dout_mn, group_sizes_g, blocks=blocks)
+
+
+def _measured(operation: str, x_mk: jax.Array, matrices: tuple[int, ...]) -> Blocks | None:
+    """``matrices``: [G, K, N], as the weights lie."""
+    if x_mk.dtype != jnp.bfloat16:
+        return None
+    groups, inner, width = matrices
+    return chosen(operation, groups=groups, inner=inner, width=width, rows=x_mk.shape[0])
 
 
 def _ragged_tgmm(x_mk: jax.Array, dout_mn: jax.Array, group_sizes_g: jax.Array) -> jax.Array:
@@ -211,19 +234,25 @@ def _blocked(x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array) -> jax
     """One block of rows at a time.
 
     The last block of a group reaches into the rows of the next one; blocks come in order, so the next block
-    overwrites those rows with their own product.
+    overwrites those rows with their own product. Of a large block only as many rows are multiplied, in quarters, as
+    belong to its group: what the last block of a group has less than the others would be half of a block.
     """
     rows, groups = x_mk.shape[0], w_gkn.shape[0]
-    block = row_block(rows, groups)
-    group, start, _, count = cut_groups(group_sizes_g, block, rows)
+    block = cpu_row_block(rows, groups)
+    group, start, stop, count = cut_groups(group_sizes_g, block, rows)
     padded_mk = jnp.pad(x_mk, ((0, block), (0, 0)))
-    precision = matmul_precision(x_mk.dtype)
+    # Few rows have one size: what a row gets must not depend on how many others its expert has (a decode step).
+    sizes = [block * quarter // 4 for quarter in (1, 2, 3, 4)] if block >= LARGE_BLOCK else [block]
+
+    def first_rows(size: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        return lambda x, w: jnp.pad(rows_product(x[:size], w), ((0, block - size), (0, 0)))
 
     def body(i: jax.Array, out_mn: jax.Array) -> jax.Array:
         x = lax.dynamic_slice_in_dim(padded_mk, start[i], block)  # [block, K]
         w = lax.dynamic_index_in_dim(w_gkn, group[i], keepdims=False)  # [K, N]
-        y = jnp.dot(x, w, precision=precision).astype(out_mn.dtype)
-        return lax.dynamic_update_slice_in_dim(out_mn, y, start[i], axis=0)
+        quarters = (stop[i] - start[i] - 1) * len(sizes) // block  # less one
+        y = lax.switch(quarters, [first_rows(size) for size in sizes], x, w)
+        return lax.dynamic_update_slice_in_dim(out_mn, y.astype(out_mn.dtype), start[i], axis=0)
 
     out_mn = lax.fori_loop(0, count, body, jnp.zeros((rows + block, w_gkn.shape[2]), x_mk.dtype))
     return _zero_beyond_groups(out_mn[:rows], group_sizes_g)
@@ -232,7 +261,7 @@ def _blocked(x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array) -> jax
 def _blocked_tgmm(x_mk: jax.Array, dout_mn: jax.Array, group_sizes_g: jax.Array) -> jax.Array:
     """As `_ragged_tgmm`, a block of rows at a time, summed in float32."""
     rows, groups = x_mk.shape[0], group_sizes_g.shape[0]
-    block = row_block(rows, groups)
+    block = cpu_row_block(rows, groups)
     group, start, stop, count = cut_groups(group_sizes_g, block, rows)
     padded_mk, padded_mn = (jnp.pad(a, ((0, block), (0, 0))) for a in (x_mk, dout_mn))
     precision = matmul_precision(x_mk.dtype)

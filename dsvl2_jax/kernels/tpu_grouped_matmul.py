@@ -12,11 +12,14 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from dsvl2_jax.kernels.blocks import LANES, column_block, row_block
 from dsvl2_jax.kernels.precision import matmul_precision
+from dsvl2_jax.runtime.lazy import LazyModule
+
+# Only what traces these kernels needs them.
+pl = LazyModule("jax.experimental.pallas")
+pltpu = LazyModule("jax.experimental.pallas.tpu")
 
 LEAST_ROWS = 16  # of a tile: bfloat16 rows lie in packs of sixteen
 FAST_MEMORY = 48 << 20  # bytes that the kernel may take: two blocks of each matrix, of rows, and of the result

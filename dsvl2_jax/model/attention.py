@@ -38,7 +38,7 @@ from dsvl2_jax.sharding import batch_axis, constrain, shard_map_kernel, split_ov
 LayerCache = dict[str, jax.Array]
 
 
-def write_cache(cache: LayerCache, new: LayerCache, positions_bt: jax.Array) -> LayerCache:
+def write_cache(cache: LayerCache, new: LayerCache, positions_bt: jax.Array, *, drafts: bool = False) -> LayerCache:
     """Writes T new entries of every row from ``positions_bt[:, 0]`` on; the positions of a row are consecutive.
 
     A dynamic slice per row (not a scatter) keeps the update in place when the cache is donated.
@@ -47,23 +47,27 @@ def write_cache(cache: LayerCache, new: LayerCache, positions_bt: jax.Array) -> 
       cache: arrays [B, S, ...].
       new: arrays [B, T, ...] of the same names.
       positions_bt: i32[B, T].
+      drafts: static. The entries may be of tokens that are taken back: those beyond the cache's end are left out, and
+        zeros stand for what is no number, which would spoil every sum that it is multiplied by zero in.
 
     Returns:
       The cache with the new entries.
     """
-    return {name: _write(cache[name], new[name], positions_bt[:, 0]) for name in cache}
+    if drafts:
+        new = {name: jnp.where(jnp.isfinite(x), x, 0) for name, x in new.items()}
+    return {name: _write(cache[name], new[name], positions_bt[:, 0], drafts) for name in cache}
 
 
-def _write(cache: jax.Array, new: jax.Array, start_b: jax.Array) -> jax.Array:
+def _write(cache: jax.Array, new: jax.Array, start_b: jax.Array, may_end: bool) -> jax.Array:
     """`write_cache` of one array, on the devices that hold the entries."""
     entry = ("kv_heads", "head_dim") if cache.ndim == 4 else ("latent",)
     axes = "slots", "cache_length", *entry
     names, _ = split_over(cache.shape, axes, 1)
 
     def row(old: jax.Array, update: jax.Array, start: jax.Array) -> jax.Array:
-        if names:
-            # This device has a part of the row, and writes those entries that belong into it.
-            start -= lax.axis_index(names) * old.shape[0]
+        if names or may_end:
+            # This device has a part of the row, or the row ends: those entries are written that belong into it.
+            start -= lax.axis_index(names) * old.shape[0] if names else 0
             length = min(len(update), len(old))
             at = jnp.clip(start, 0, len(old) - length)
             index = at - start + jnp.arange(length)
@@ -123,7 +127,7 @@ class MultiHeadAttention(nn.Module):
         new = {"key": k_bthd, "value": v_bthd}
         if cache is not None:
             with jax.named_scope("cache_write"):
-                cache = write_cache(cache, new, positions_bt)
+                cache = write_cache(cache, new, positions_bt, drafts=decode and x_btd.shape[1] > 1)
         with jax.named_scope("attention"):
             source = cache if read_cache else new
             k_bshd, v_bshd = (jnp.repeat(source[name], heads // kv_heads, axis=2) for name in ("key", "value"))
@@ -183,7 +187,7 @@ class LatentAttention(nn.Module):
           positions_bt: i32[B, T], consecutive in each row; without a cache, in each sample of a row.
           cache: this layer's cache, or None to keep nothing.
           read_cache: static. False: attend to the T tokens given only. True: to the cache, once they are in it.
-          decode: static. True in a decode step: T is 1, and the cache is read.
+          decode: static. True in a decode step: the cache is read, and the tokens after the first are drafts.
 
         Returns:
           [B, T, D] and the updated cache.
@@ -212,7 +216,7 @@ class LatentAttention(nn.Module):
         new = {"latent": latent_btr, "rope_key": rope_key}
         if cache is not None:
             with jax.named_scope("cache_write"):
-                cache = write_cache(cache, new, positions_bt)
+                cache = write_cache(cache, new, positions_bt, drafts=decode and x_btd.shape[1] > 1)
         source = cache if read_cache else new
         latent_bsr, rope_key = (source[name].astype(dtype) for name in ("latent", "rope_key"))
 

@@ -23,7 +23,7 @@ SCORING_FUNCTIONS = ("softmax", "sigmoid")
 # Codes of the merge index that the processor makes and the model reads: where a position's embedding comes from.
 # Values from 0 up are rows of the adaptor's flattened output.
 TEXT_POSITION, NEWLINE_POSITION, SEPARATOR_POSITION = -1, -2, -3
-
+IGNORED_LABEL = -100  # where there is no loss
 
 # The most that a size may be: far beyond any model, and small enough that a wrong file is refused at once, rather than
 # after hours of making names and shapes.

@@ -5,14 +5,17 @@ Tested in tests/model/test_transformers.py and tests/model/test_deepseek_vl2.py.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 
+from dsvl2_jax.model import gpu_decode
 from dsvl2_jax.model.attention import LatentAttention, LayerCache, MultiHeadAttention
 from dsvl2_jax.model.config import LanguageConfig
 from dsvl2_jax.model.layer_runs import LayerWrapper, language_runs, run_layers
@@ -102,6 +105,25 @@ def decoder(params: dict[str, Any], config: LanguageConfig) -> Decoder:
     return Decoder(config, params["embed_tokens"].dtype).bind({"params": params})
 
 
+def _dtypes(params: dict[str, Any], cache: Cache | None) -> list[jnp.dtype]:
+    """Of the embeddings, as of all weights, and of the cache."""
+    return [params["embed_tokens"].dtype, *(a.dtype for a in jax.tree.leaves(cache))]
+
+
+def _gpu_layer(config: LanguageConfig, positions_bt: jax.Array, valid_bt: jax.Array | None) -> Callable:
+    """A decode step's layer by `gpu_decode`: (parameters, [B, 1, D], cache) → ([B, 1, D], cache)."""
+    positions_b = positions_bt[:, 0].astype(jnp.int32)
+    active_b = jnp.ones_like(positions_b) if valid_bt is None else valid_bt[:, 0].astype(jnp.int32)
+    rotary = gpu_decode.rotary_of(config, positions_b)
+
+    def layer(params: Any, x_btd: jax.Array, cache: LayerCache, *, moe: bool) -> tuple[jax.Array, LayerCache]:
+        step = positions_b, active_b, rotary
+        x_bd, cache = gpu_decode.decode_layer(params, config, x_btd[:, 0], *step, cache, moe=moe)
+        return x_bd[:, None], cache
+
+    return layer
+
+
 def hidden_states(
     params: dict[str, Any],
     config: LanguageConfig,
@@ -131,17 +153,30 @@ def hidden_states(
       [B, T, D] hidden states, the updated cache, and for each run of MoE layers the reports, stacked over its layers.
     """
     x_btd = constrain(x_btd, batch_axis(decode), "length", "embed")
+    fused = decode and report is None and x_btd.shape[1] == 1
+    fused = fused and gpu_decode.is_supported(config, len(x_btd), *_dtypes(params, cache))
+    on_gpu = _gpu_layer(config, positions_bt, valid_bt) if fused else None
     new_cache, reports = [], []
     for run in language_runs(config):
         module = DecoderLayer(config, run.first, params["embed_tokens"].dtype)
 
-        def layer(
-            x: jax.Array, layer_params: Any, layer_cache: Any, module: DecoderLayer = module
+        def modules(
+            layer_params: Any, x: jax.Array, layer_cache: Any, module: DecoderLayer = module
         ) -> tuple[jax.Array, Any, Any]:
             x, layer_cache, routing = module.apply(
                 {"params": layer_params}, x, positions_bt, valid_bt, layer_cache, read_cache=read_cache, decode=decode
             )
             return x, layer_cache, None if routing is None or report is None else report(routing)
+
+        def layer(x: jax.Array, layer_params: Any, layer_cache: Any, modules=modules, run=run):
+            if not fused:
+                return modules(layer_params, x, layer_cache)
+            moe = config.is_moe_layer(run.first)
+            arrays = layer_params, x, layer_cache
+            x, layer_cache = lax.platform_dependent(
+                *arrays, cuda=functools.partial(on_gpu, moe=moe), default=lambda *arrays: modules(*arrays)[:2]
+            )
+            return x, layer_cache, None
 
         run_cache = None if cache is None else cache[run.first : run.last + 1]
         x_btd, run_cache, run_report = run_layers(run, params, layer, x_btd, states=run_cache, wrap=wrap)

@@ -7,6 +7,7 @@ run sharded by the tables of `dsvl2_jax.sharding`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -66,8 +67,22 @@ def init_params(config: Config, rng: jax.Array, mesh: Mesh | None = None) -> Par
 
 
 def abstract_params(config: Config) -> tuple[Params, Params]:
-    """(tree of `jax.ShapeDtypeStruct` in float32, tree of logical-axis tuples), nothing allocated."""
-    boxed = jax.eval_shape(functools.partial(_init, config), jax.eval_shape(lambda: jax.random.key(0)))
+    """(tree of `jax.ShapeDtypeStruct` in float32, tree of logical-axis tuples), nothing allocated.
+
+    One layer of each kind is traced, and stands for all of its kind.
+    """
+    language = config.language
+    kinds = [language.is_moe_layer(i) for i in range(language.num_hidden_layers)]
+    first = {kind: kinds.index(kind) for kind in kinds}
+    short = dataclasses.replace(
+        config,
+        language=dataclasses.replace(language, num_hidden_layers=max(first.values()) + 1),
+        vision=dataclasses.replace(config.vision, layers=1),
+    )
+    boxed = jax.eval_shape(functools.partial(_init, short), jax.eval_shape(lambda: jax.random.key(0)))
+    decoder_tree, encoder_tree = boxed["language"], boxed["vision"]
+    decoder_tree |= {f"layers_{i}": decoder_tree[f"layers_{first[kind]}"] for i, kind in enumerate(kinds)}
+    encoder_tree |= {f"blocks_{i}": encoder_tree["blocks_0"] for i in range(config.vision.layers)}
 
     def is_box(leaf: Any) -> bool:
         return isinstance(leaf, nn.LogicallyPartitioned)
@@ -238,10 +253,11 @@ def prefill(
     return _next_logits(params, config, last_bd), cache
 
 
-def _next_logits(params: Params, config: Config, hidden_bd: jax.Array) -> jax.Array:
-    """[B, D] → f32[B, V], made where the output head's parts are, then whole rows, from which tokens are chosen."""
-    logits_bv = output_logits(params, config, constrain(hidden_bd, "decode_batch", "embed"))
-    return constrain(constrain(logits_bv, "decode_batch", "vocab"), "slots", "vocab")
+def _next_logits(params: Params, config: Config, hidden: jax.Array) -> jax.Array:
+    """[B, ..., D] → f32[B, ..., V], made where the output head's parts are, then whole rows, to choose tokens from."""
+    between = (None,) * (hidden.ndim - 2)
+    logits = output_logits(params, config, constrain(hidden, "decode_batch", *between, "embed"))
+    return constrain(constrain(logits, "decode_batch", *between, "vocab"), "slots", *between, "vocab")
 
 
 def decode_step(
@@ -265,16 +281,41 @@ def decode_step(
     Returns:
       f32[B, V] logits of the next token, and the cache.
     """
-    x_btd = embed_tokens(params, config, tokens[:, None])
     valid_bt = None if active is None else active[:, None]
+    logits_btv, cache = decode_tokens(params, config, tokens[:, None], positions, cache, valid_bt)
+    return logits_btv[:, 0], cache
+
+
+def decode_tokens(
+    params: Params,
+    config: Config,
+    tokens_bt: jax.Array,
+    positions_b: jax.Array,
+    cache: Cache,
+    valid_bt: jax.Array | None = None,
+) -> tuple[jax.Array, Cache]:
+    """The newest token of every row, and drafts of those that may follow: one pass over the weights for all of them.
+
+    Args:
+      params: of the whole model, nested.
+      config: static.
+      tokens_bt: i32[B, T].
+      positions_b: i32[B], the position in the cache that each row's first token takes; the others follow. Entries of
+        drafts that turn out wrong need not be removed: nothing sees them before they are overwritten.
+      cache: holds every earlier position.
+      valid_bt: bool[B, T], False where the result does not count: such tokens visit no expert. None: all count.
+
+    Returns:
+      f32[B, T, V], the logits after each token, and the cache.
+    """
     hidden_btd, cache, _ = hidden_states(
         params["language"],
         config.language,
-        x_btd,
-        positions[:, None],
+        embed_tokens(params, config, tokens_bt),
+        positions_b[:, None] + jnp.arange(tokens_bt.shape[1]),
         valid_bt,
         cache=cache,
         read_cache=True,
         decode=True,
     )
-    return _next_logits(params, config, hidden_btd[:, 0]), cache
+    return _next_logits(params, config, hidden_btd), cache

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from dsvl2_jax.kernels.cpu import weight_einsum, weight_product
 from dsvl2_jax.kernels.grouped_matmul import grouped_matmul
-from dsvl2_jax.kernels.precision import matmul_precision
 from dsvl2_jax.sharding import batch_axis, constrain
 
 Axes = tuple[str | None, ...]
@@ -65,8 +65,7 @@ def linear(
       [..., features] in ``dtype``.
     """
     x, kernel = x.astype(dtype), kernel.astype(dtype)
-    contracted = tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract))
-    out = lax.dot_general(x, kernel, (contracted, ((), ())), precision=matmul_precision(dtype))
+    out = weight_product(x, kernel, contract)
     return out if bias is None else out + bias.astype(dtype).reshape((1,) * (out.ndim - bias.ndim) + bias.shape)
 
 
@@ -76,7 +75,7 @@ def einsum_weight(
     """``jnp.einsum(subscripts, x, weight)`` in ``dtype``; ``rows``: of the weight's second dimension, these alone."""
     weight = weight.astype(dtype)
     weight = weight if rows is None else weight[:, rows]
-    return jnp.einsum(subscripts, x.astype(dtype), weight, precision=matmul_precision(dtype))
+    return weight_einsum(subscripts, x.astype(dtype), weight)
 
 
 def grouped(x_cd: jax.Array, weights_gdf: jax.Array, group_sizes_g: jax.Array) -> jax.Array:

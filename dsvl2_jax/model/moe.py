@@ -109,6 +109,8 @@ class RoutedExperts(nn.Module):
         weights = ("gate_proj", (e, d, f), into), ("up_proj", (e, d, f), into), ("down_proj", (e, f, d), back)
         init = nn.initializers.normal(cfg.initializer_range)
         gate, up, down = (declare(self, *weight, init).astype(self.dtype) for weight in weights)
+        if self.is_initializing():  # what follows declares nothing, and takes most of the time to trace
+            return x_btd
 
         mesh_shape = ambient_mesh_shape()
         if mesh_shape is None:

@@ -8,8 +8,6 @@ import sys
 import warnings
 from pathlib import Path
 
-import jax
-
 
 def user_cache() -> Path:
     """The user's directory for what we can make again; one that cannot be made where the user has no home."""
@@ -20,6 +18,8 @@ def user_cache() -> Path:
 
 def enable_compilation_cache() -> None:
     """Turns on jax's persistent compilation cache unless the user has set one (JAX_COMPILATION_CACHE_DIR)."""
+    import jax  # not for those who only ask where the cache is
+
     if jax.config.jax_compilation_cache_dir is None:
         folder = user_cache() / "xla"
         if not _writable(folder):  # jax would warn of every program

@@ -117,12 +117,22 @@ def topology(name: str) -> Topology:
     return TOPOLOGIES[name]
 
 
-def peak_flops(device_kind: str) -> float | None:
-    """bfloat16 FLOP/s that a device can reach at most, by its `jax.Device.device_kind`; None for kinds not listed."""
+def peaks(device_kind: str) -> tuple[float, float] | None:
+    """bfloat16 FLOP/s, and bytes/s to and from its memory, that a device can reach at most.
+
+    Args:
+      device_kind: of its `jax.Device`; None for kinds not listed.
+    """
     for chip in _CHIPS.values():
         if re.fullmatch(chip.kind, device_kind):
-            return chip.flops / chip.devices
+            return chip.flops / chip.devices, chip.bandwidth / chip.devices
     return None
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """The first of `peaks`."""
+    found = peaks(device_kind)
+    return None if found is None else found[0]
 
 
 class CompilerMissing(UsageError):

@@ -19,8 +19,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-import numpy as np
-
 from dsvl2_jax.errors import DSVL2Error, UsageError
 from dsvl2_jax.messages import first_line, printable
 from dsvl2_jax.runtime.ports import Ports
@@ -116,6 +114,7 @@ def from_first(make: Callable[[], T]) -> T:
     The value travels pickled, over the devices: large arrays may be in it.
     """
     import jax
+    import numpy as np
     from jax.experimental.multihost_utils import broadcast_one_to_all
 
     if jax.process_count() == 1:

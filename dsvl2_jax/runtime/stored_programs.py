@@ -23,9 +23,10 @@ import jaxlib
 from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 
-from dsvl2_jax.runtime.compile_cache import others_may_write, private_folder, user_cache
+from dsvl2_jax.runtime.compile_cache import others_may_write, private_folder
 
 _KEPT = 30 * 86400  # seconds that a program stays which nobody uses
+_MOST_BYTES = 2 << 30  # of all programs in a folder; those that were used last stay
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS")
 
 
@@ -33,23 +34,28 @@ class StoredPrograms:
     """Calls jitted functions by the programs of a folder, which it fills.
 
     A program's file is named after all that it was made of: our sources, the versions and settings of jax, the devices,
-    the function, its static arguments, and its arrays' shapes, dtypes and places. One that cannot be read is made
-    again.
+    the table of block sizes, the function, its static arguments, and its arrays' shapes, dtypes and places. One that
+    cannot be read is made again.
 
     Args:
       devices: of the model, all of this process.
       sources: folders of all modules that the programs are written in.
-      folder: None: in the user's cache directory. Its files are executed: it is not used where others could write to it
-        (see `private_folder`).
+      folder: None: ``programs`` in that of jax's own cache, if it has one. Its files are executed: it is not used where
+        others could write to it (see `private_folder`).
+      tuning: tells the tables of block sizes apart that programs were traced with.
     """
 
-    def __init__(self, devices: Sequence[jax.Device], sources: Sequence[Path], folder: Path | None = None):
+    def __init__(
+        self, devices: Sequence[jax.Device], sources: Sequence[Path], folder: Path | None = None, *, tuning: str = ""
+    ):
         self._devices = sorted(devices, key=lambda device: device.id)
-        self._folder = private_folder(user_cache() / "programs" if folder is None else folder)
+        if folder is None and jax.config.jax_compilation_cache_dir:
+            folder = Path(jax.config.jax_compilation_cache_dir) / "programs"
+        self._folder = None if folder is None else private_folder(folder)
         self._known: dict[tuple, Callable] = {}
         self._client = self._devices[0].client
         kinds = [(device.id, device.device_kind) for device in self._devices]
-        self._environment = _environment(sources), self._client.platform_version, kinds
+        self._environment = _environment(sources), self._client.platform_version, kinds, tuning
 
     def call(self, function: Any, static: Mapping[str, Any], arrays: Mapping[str, Any]) -> Any:
         """``function(**static, **arrays)``.
@@ -122,9 +128,17 @@ class StoredPrograms:
                     raise
 
     def _forget_old(self) -> None:
+        """Removes programs that nobody has used for `_KEPT`, and of the others what exceeds `_MOST_BYTES`."""
+        files = []
         for path in self._folder.iterdir():
             with contextlib.suppress(OSError):
-                if path.stat().st_mtime < time.time() - _KEPT:
+                status = path.stat()
+                files.append((status.st_mtime, status.st_size, path))
+        total = 0
+        for used, size, path in sorted(files, reverse=True):
+            total += size
+            if total > _MOST_BYTES or used < time.time() - _KEPT:
+                with contextlib.suppress(OSError):
                     path.unlink()
 
 

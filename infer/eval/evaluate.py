@@ -50,12 +50,13 @@ class EvalOptions:
     mesh: str | None = None
     verify: bool = False
     candidates: int | None = setting(None, least=1)
+    speculate: int = setting(0, least=0)
     as_seen: bool = False
     prompt_template: str | None = None
     limit: int | None = setting(None, least=1)
     report_samples: int = setting(1000, least=0)
     as_json: bool = False
-    server: ServerOptions | None = None  # it answers; batch_size, dtype, mesh, verify and candidates are not used then
+    server: ServerOptions | None = None  # it answers, and nothing that is about a loaded model is used
 
     def __post_init__(self) -> None:
         problems = fields.check(self)
@@ -97,7 +98,7 @@ def evaluate(ckpt: str | None, data: Path, options: EvalOptions) -> dict[str, An
 
     loading = LoadOptions(options.dtype, options.mesh, verify=options.verify)
     if not processes.is_first():
-        follow(ckpt, loading, options.batch_size)
+        follow(ckpt, loading, options.batch_size, options.speculate)
         return {}
     store, samples = _read(data, options)
     model = LoadedModel(
@@ -105,6 +106,7 @@ def evaluate(ckpt: str | None, data: Path, options: EvalOptions) -> dict[str, An
         loading,
         max_new_tokens=options.max_new_tokens,
         batch_size=options.batch_size,
+        speculate=options.speculate,
         candidates=options.candidates,
     )
     return _run(model, data, store, samples, options)

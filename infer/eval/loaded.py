@@ -46,7 +46,14 @@ class LoadedModel:
     """
 
     def __init__(
-        self, ckpt: str | None, options: LoadOptions, *, max_new_tokens: int, batch_size: int, candidates: int | None
+        self,
+        ckpt: str | None,
+        options: LoadOptions,
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        speculate: int,
+        candidates: int | None,
     ):
         """Finds the checkpoint; see `dsvl2_jax.infer.eval.evaluate.EvalOptions` for the options.
 
@@ -54,6 +61,7 @@ class LoadedModel:
         """
         self._ckpt, self._options = ckpt, options
         self._max_new_tokens, self._batch_size, self._candidates = max_new_tokens, batch_size, candidates
+        self._speculate = speculate
         self._directory = locate.resolve(ckpt)
         self._model: Model | None = None  # until it is loaded
         self.name = "bundled" if ckpt is None else checkpoint_name(self._directory)
@@ -100,14 +108,14 @@ class LoadedModel:
                     yield p.request
             processes.from_first(lambda: None)  # there is no more
 
-        for index, news in model.answers(requests(), self._batch_size):
+        for index, news in model.answers(requests(), self._batch_size, speculate=self._speculate):
             if isinstance(news, Generation):
                 questions.keep([_result(asked[index], news)])
             elif isinstance(news, DSVL2Error):
                 questions.keep([unanswered(asked[index], str(news), again=True)])
 
 
-def follow(ckpt: str | None, options: LoadOptions, batch_size: int) -> None:
+def follow(ckpt: str | None, options: LoadOptions, batch_size: int, speculate: int) -> None:
     """What the other processes do while the `LoadedModel` of process 0 answers: the same turns."""
     if processes.from_first(bool):
         model = load(ckpt, options)
@@ -116,7 +124,7 @@ def follow(ckpt: str | None, options: LoadOptions, batch_size: int) -> None:
             while (work := processes.from_first(lambda: None)) is not None:
                 yield from work
 
-        for _ in model.answers(requests(), batch_size):
+        for _ in model.answers(requests(), batch_size, speculate=speculate):
             pass
 
 

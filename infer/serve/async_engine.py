@@ -27,6 +27,7 @@ from dsvl2_jax.infer.request import Delta, FailedError, RefusedError, Request
 from dsvl2_jax.infer.scheduler import Event, Scheduler
 from dsvl2_jax.infer.serve.turns import Turns, Word
 from dsvl2_jax.infer.slots import PAGE
+from dsvl2_jax.infer.speculation import MAX_DRAFTS
 from dsvl2_jax.messages import first_line
 from dsvl2_jax.runtime import processes
 from dsvl2_jax.runtime.timing import compile_log
@@ -42,6 +43,7 @@ class EngineOptions:
 
     Attributes:
       slots: answers that grow at a time.
+      speculate: the most tokens that a step drafts for an answer; see `dsvl2_jax.infer.speculation`.
       prefix_bytes: of device memory for the beginnings of prompts. feature_bytes: for pictures' features.
       max_queue: requests that may wait; max_queued_tokens: their prompts and answers together.
       max_tiles: of one request's pictures.
@@ -53,6 +55,7 @@ class EngineOptions:
     """
 
     slots: int = setting(SLOTS, least=1)
+    speculate: int = setting(0, least=0, most=MAX_DRAFTS)
     prefix_bytes: int = setting(1 << 30, least=0)
     feature_bytes: int = setting(1 << 30, least=0)
     max_queue: int = setting(256, least=0)
@@ -132,6 +135,7 @@ def make_scheduler(model: Model, options: EngineOptions) -> Scheduler:
         cache_bucket(context, PAGE, context),
         prefix_bytes=options.prefix_bytes,
         feature_bytes=options.feature_bytes,
+        drafts=options.speculate,
     )
 
 
@@ -266,6 +270,8 @@ class AsyncEngine:
             "mm_cache_queries": scheduler.features.queries,
             "mm_cache_hits": scheduler.features.hits,
             "tiles": scheduler.tiles,
+            "spec_decode_num_draft_tokens": scheduler.drafted,
+            "spec_decode_num_accepted_tokens": scheduler.accepted,
             "compilations": compile_log().count,
             "recoveries": self._recoveries,
         }

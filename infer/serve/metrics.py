@@ -27,6 +27,8 @@ ENGINE_COUNTERS = {
     "mm_cache_queries": "Pictures that were looked up in the feature store.",
     "mm_cache_hits": "Pictures that were found there.",
     "tiles": "Tiles that were encoded.",
+    "spec_decode_num_draft_tokens": "Tokens that were drafted with --speculate.",
+    "spec_decode_num_accepted_tokens": "Drafted tokens that were right, and are in answers.",
     "compilations": "Programs that were compiled; it stands still once the server is ready.",
     "recoveries": "Times that the caches were built anew after a failure of the device.",
 }

@@ -18,6 +18,7 @@ from dsvl2_jax.sharding import make_mesh
 CONFIGS = Path(configs.__file__).parent
 MICRO = CONFIGS / "micro"
 CASES = ("img_gray", "text")
+ENDLESS = dsvl2_jax.SamplingParams(ignore_eos=True)
 EXHAUSTIVE = pytest.mark.exhaustive
 MESHES = ({"data": 2, "tensor": 2, "expert": 2}, {"tensor": 2, "expert": 4}, {"data": 8}, {"tensor": 8}, {"expert": 8})
 
@@ -78,6 +79,16 @@ def test_the_bundled_model_answers_alike_on_a_mesh(bundled, sizes):
     for found, true in zip(model.logits(prompts), expected, strict=True):
         np.testing.assert_allclose(np.asarray(found), true, rtol=0, atol=2e-5 * np.abs(true).max())
     assert [answer.token_ids for answer in model.generate(prompts, max_new_tokens=16)] == answers
+
+
+@EXHAUSTIVE
+@pytest.mark.parametrize("sizes", MESHES[:3], ids=mesh_id)
+def test_drafts_change_no_answer_on_a_mesh(bundled, sizes):
+    prompts, _, _ = bundled
+    expected = dsvl2_jax.load(MICRO).generate(prompts, 40, ENDLESS)
+    drafted = dsvl2_jax.load(MICRO, mesh=make_mesh(**sizes)).generate(prompts, 40, ENDLESS, speculate=3)
+    assert [answer.token_ids for answer in drafted] == [answer.token_ids for answer in expected]
+    assert sum(answer.accepted_tokens for answer in drafted) > 3
 
 
 def test_parameters_are_split_over_the_mesh_when_loaded(checkpoints):

@@ -160,9 +160,9 @@ def test_groups_are_short_while_somebody_could_begin(model):
     engine, endless = scheduler(model, slots=4), SamplingParams(ignore_eos=True)
 
     def group() -> int:
-        before = talker.position
+        before = talker.position()
         engine.turn()
-        return talker.position - before
+        return talker.position() - before
 
     talker = engine.submit(Request(words(model, 8), 200, endless))
     engine.turn()

@@ -6,9 +6,9 @@ from golden import DATA
 from PIL import Image
 
 from dsvl2_jax.errors import UsageError
-from dsvl2_jax.inputs.batch import IGNORED_LABEL, collate
+from dsvl2_jax.inputs.batch import collate
 from dsvl2_jax.inputs.processor import Processor
-from dsvl2_jax.model.config import TEXT_POSITION, Config
+from dsvl2_jax.model.config import IGNORED_LABEL, TEXT_POSITION, Config
 
 DIRECTORY = DATA / "checkpoints" / "mini-tiny"
 

@@ -151,6 +151,34 @@ def test_decoding_token_by_token_equals_the_whole_sequence(variant):
     close(np.concatenate(steps, axis=1), whole)
 
 
+def test_a_step_with_drafts_equals_single_steps_whatever_was_taken_back(variant):
+    """Three tokens a step, of which the second and the third are wrong in the first try, and one is no number."""
+    whole, _ = variant.run(inputs())
+    cache, outs = variant.empty_cache(), []
+    for start in range(0, LENGTH, 3):
+        right = inputs()[:, start : start + 3]
+        wrong = np.concatenate([right[:, :1], -right[:, 1:]], axis=1)
+        wrong[:, 2, start] = np.nan
+        positions = np.broadcast_to(np.arange(start, start + 3, dtype=np.int32), (ROWS, 3))
+        for tokens in (wrong, right):
+            out, cache = variant.run(tokens, positions, cache, True, True)
+            close(out[:, 0], whole[:, start])
+        outs.append(out)
+    close(np.concatenate(outs, axis=1), whole)
+
+
+def test_drafts_beyond_the_end_of_the_cache_leave_what_is_in_it(variant):
+    whole, _ = variant.run(inputs())
+    _, cache = variant.run(inputs(), cache=variant.empty_cache())
+    cache = jax.tree.map(lambda x: x[:, :LENGTH], cache)
+    positions = np.broadcast_to(np.arange(LENGTH - 1, LENGTH + 3, dtype=np.int32), (ROWS, 4))
+    tokens = np.concatenate([inputs()[:, -1:], np.ones((ROWS, 3, inputs().shape[-1]), np.float32)], axis=1)
+    out, new = variant.run(tokens, positions, cache, True, True)
+    close(out[:, 0], whole[:, -1])
+    for name in cache:
+        close(new[name], cache[name])
+
+
 def test_chunks_through_the_cache_equal_the_whole_sequence(variant):
     whole, _ = variant.run(inputs())
     first, cache = variant.run(inputs()[:, :5], cache=variant.empty_cache())

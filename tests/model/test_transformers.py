@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from dsvl2_jax.inputs.batch import IGNORED_LABEL
+from dsvl2_jax.model.config import IGNORED_LABEL
 from dsvl2_jax.model.decoder import decoder, hidden_states
 from dsvl2_jax.model.vision import encode_tiles
 from dsvl2_jax.train.loss import cross_entropy

@@ -84,13 +84,15 @@ def files(base: Path, *without: Path) -> set[str]:
     return {str(path) for path in base.rglob("*") if not any(path.is_relative_to(one) for one in without)}
 
 
+PROGRAMS = {"jax", "jaxlib", "dsvl2_jax", "numpy"}
 COMMANDS = ("convert", "generate", "again", "eval", "export", "doctor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_code_from_checkpoints_and_no_unpickling(seen, command):
+    """But of the user's own compiled programs, which hold jax's objects, and arguments that are ours."""
     assert not (seen["base"] / "marker").exists()
-    assert seen[command].get("unpickled", []) == []
+    assert {name.partition(".")[0] for name in seen[command].get("unpickled", [])} <= PROGRAMS
     assert seen[command].get("started", []) == []
 
 

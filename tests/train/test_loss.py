@@ -16,11 +16,11 @@ from safetensors.numpy import load_file
 from dsvl2_jax.checkpoint import rules
 from dsvl2_jax.checkpoint.load import load_params
 from dsvl2_jax.errors import UsageError
-from dsvl2_jax.inputs.batch import IGNORED_LABEL, Batch, collate
+from dsvl2_jax.inputs.batch import Batch, collate
 from dsvl2_jax.inputs.processor import ModelInputs, Processor
 from dsvl2_jax.kernels import attention
 from dsvl2_jax.model import deepseek_vl2 as model
-from dsvl2_jax.model.config import TEXT_POSITION, Config, LanguageConfig
+from dsvl2_jax.model.config import IGNORED_LABEL, TEXT_POSITION, Config, LanguageConfig
 from dsvl2_jax.model.moe import Routing
 from dsvl2_jax.train.data.batch import one_sample_a_row
 from dsvl2_jax.train.loss import LossOptions, Sums, balance_loss, cross_entropy, loss_fn, step_totals, targets

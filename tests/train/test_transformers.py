@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from dsvl2_jax.inputs.batch import IGNORED_LABEL
-from dsvl2_jax.model.config import TEXT_POSITION
+from dsvl2_jax.model.config import IGNORED_LABEL, TEXT_POSITION
 from dsvl2_jax.model.deepseek_vl2 import abstract_params
 from dsvl2_jax.train.data.batch import TrainBatch
 from dsvl2_jax.train.objectives.language import LanguageTrainer

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dsvl2_jax.errors import SampleError
-from dsvl2_jax.inputs.batch import IGNORED_LABEL, rebased
-from dsvl2_jax.inputs.processor import ModelInputs, image_tokens
-from dsvl2_jax.model.config import TEXT_POSITION
-from dsvl2_jax.train.data.batch import PhraseBatch, TrainBatch
+from dsvl2_jax.inputs.processor import ModelInputs, image_tokens, rebased
+from dsvl2_jax.model.config import IGNORED_LABEL, TEXT_POSITION
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # jax and grain, which checking a file of samples does without
     import grain
+
+    from dsvl2_jax.train.data.batch import TrainBatch
 
 # The reasons for which whole, unbroken samples are left out.
 TOO_MANY_TOKENS, TOO_MANY_TILES = "too many tokens", "too many tiles"
@@ -150,6 +150,8 @@ def assemble(
 
     Row b of an accumulation step owns the tile places from b·tiles on, its samples' tiles one after the other.
     """
+    from dsvl2_jax.train.data.batch import PhraseBatch, TrainBatch
+
     count = len(rows)
     tokens = np.empty((3, count, shape.tokens), np.int32)
     tokens[:] = np.array(_PADDING, np.int32)[:, None, None]

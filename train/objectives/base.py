@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from dsvl2_jax.errors import SettingsError
-from dsvl2_jax.inputs.batch import rebased
+from dsvl2_jax.inputs.processor import rebased
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import Params, abstract_leaves
 from dsvl2_jax.model.parameter_paths import LeafPath, path_name

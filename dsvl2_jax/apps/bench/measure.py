@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 from pathlib import Path
@@ -23,6 +24,16 @@ def need_at_least(option: str, value: int, least: int) -> None:
     """Raises UsageError for a number that is too small; ``option`` is written as on the command line."""
     if value < least:
         raise UsageError(f"{option}: found {value}, expected at least {least}.")
+
+
+def need_torch(command: str) -> None:
+    """Raises UsageError where PyTorch, or the library of models for it, is missing."""
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"{command} compares with PyTorch, and {' and '.join(missing)} cannot be imported. Install them for this "
+            "measurement (pip install torch transformers); nothing else needs them."
+        )
 
 
 def own_bytes(field: Literal["VmRSS", "VmHWM", "rchar"]) -> int:

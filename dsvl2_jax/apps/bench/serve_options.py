@@ -20,37 +20,37 @@ class ServeLoad:
     """Options of `dsvl2 bench serve` alone. Raises UsageError for values that cannot be; all of them are listed."""
 
     only: tuple[str, ...] = setting((), choices=PARTS)
-    """for serve, parts to measure: start, throughput, half-load, gaps, second-turn, loop, soak; without it, all."""
+    """parts to measure: start, throughput, half-load, gaps, second-turn, loop, soak; without it, all."""
     clients: tuple[int, ...] = setting((1, 32), least=1, expected="one or more positive whole numbers")
-    """for serve, how many clients ask at the same time: throughput is measured with each, the rest with the last."""
+    """how many clients ask at the same time: throughput is measured with each, the rest with the last."""
     slots: int = setting(8, least=1)
-    """for serve, answers that the server writes at the same time."""
+    """answers that the server writes at the same time."""
     seconds: float = setting(20.0, above=0)
-    """for serve, how long throughput is measured with each number of clients; half load takes three times as long."""
+    """how long throughput is measured with each number of clients; half load takes three times as long."""
     input_tokens: int = setting(64, least=1)
-    """for serve, the tokens of a prompt without a picture, about."""
+    """the tokens of a prompt without a picture, about."""
     output_tokens: int = setting(64, least=2)
-    """for serve, the tokens of an answer."""
+    """the tokens of an answer."""
     picture_share: float = setting(0.5, least=0, most=1)
-    """for serve, the share of the prompts that have a picture."""
+    """the share of the prompts that have a picture."""
     trials: int = setting(5, least=1)
-    """for serve, how often what is not under load is measured, and how many long prompts and second turns there are."""
+    """how often what is not under load is measured, and how many long prompts and second turns there are."""
     long_tokens: int = setting(4000, least=64)
-    """for serve, the tokens of a long prompt."""
+    """the tokens of a long prompt."""
     megapixels: float = setting(12.0, above=0)
-    """for serve, the size of the pictures that the event loop must bear."""
+    """the size of the pictures that the event loop must bear."""
     soak: float = setting(600.0, above=0)
-    """for serve, seconds of mixed load."""
+    """seconds of mixed load."""
     soak_requests: int = setting(10_000, least=1)
-    """for serve, requests of the mixed load, spread over its seconds; more than the server can do take longer."""
+    """requests of the mixed load, spread over its seconds; more than the server can do take longer."""
     soak_distinct: int = setting(100, least=10)
-    """for serve, how many of them differ, at most; the answer to each is computed beforehand."""
+    """how many of them differ, at most; the answer to each is computed beforehand."""
     seed: int = 0
-    """for serve, of the requests."""
+    """of the requests."""
     json: bool = False
-    """for serve, print one JSON object instead of tables."""
+    """print one JSON object instead of tables."""
     plot: Path | None = None
-    """for serve, draw the figures into this PNG file."""
+    """draw the figures into this PNG file."""
 
     def __post_init__(self) -> None:
         problems = fields.check(self)

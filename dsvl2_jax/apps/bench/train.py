@@ -2,30 +2,28 @@
 
 Each side runs in a process of its own, with the same threads, batch and dtype. PyTorch is the DeepseekV3 of
 `transformers`, in the settings that can win: with each way to run the experts, with malloc as it is or keeping what it
-has, eager or compiled. Ours keeps matrix products or all of a layer for the backward pass, with either malloc. Short
-trials choose each side's quickest setting; then the sides step in turns.
+has, eager or compiled. Ours keeps matrix products or all of a layer for the backward pass, and has malloc keep what it
+has, as `dsvl2 train` does. Short trials choose each side's quickest setting; then the sides step in turns.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from dsvl2_jax.apps.bench.measure import machine, need_at_least, own_bytes
-from dsvl2_jax.errors import DSVL2Error, UsageError
+from dsvl2_jax.apps.bench.measure import machine, need_at_least, need_torch, own_bytes
+from dsvl2_jax.apps.bench.side import Answers, Side
+from dsvl2_jax.errors import DSVL2Error
 
 # Keys of `LanguageConfig` and of transformers' DeepseekV3Config alike. Routing as base's, sizes in its proportions.
 LANGUAGE = {
@@ -81,7 +79,7 @@ class Setting:
 TORCH_EAGER = [
     Setting("torch", experts, keep_memory=keep) for experts in ("eager", "grouped_mm") for keep in (False, True)
 ]
-OURS = [Setting("ours", remat=remat, keep_memory=keep) for remat in ("dots", "none") for keep in (False, True)]
+OURS = [Setting("ours", remat=remat) for remat in ("dots", "none")]
 
 
 @dataclasses.dataclass
@@ -137,12 +135,7 @@ def bench_train(*, rows: int = 2, length: int = 1024, steps: int = 3, rounds: in
     """
     for name, value, least in (("rows", rows, 1), ("length", length, 2), ("steps", steps, 1), ("rounds", rounds, 1)):
         need_at_least(f"--{name}", value, least)
-    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"bench train compares with PyTorch, and {' and '.join(missing)} cannot be imported. Install them for this "
-            "measurement (pip install torch transformers); nothing else needs them."
-        )
+    need_torch("bench train")
     print(f"{machine()}\n{rows} × {length} tokens, float32, {THREADS} threads; trials:", flush=True)
     trials: dict[Setting, Measured | str] = {}
 
@@ -196,45 +189,30 @@ def _print(result: TrainBench) -> None:
     print(f"medians of {len(ours.seconds)} steps of each side, taken in turns; peak memory is without the libraries")
 
 
-class _Worker:
+class _Worker(Side):
     """A side in its own process, which steps when told. As a context manager, it ends with the block."""
 
     def __init__(self, setting: Setting, rows: int, length: int):
+        environment = {"OMP_NUM_THREADS": str(THREADS), "JAX_PLATFORMS": "cpu"}
+        if setting.keep_memory:
+            environment |= KEEP_MEMORY
+        job = {"setting": dataclasses.asdict(setting), "rows": rows, "length": length}
+        super().__init__("dsvl2_jax.apps.bench.train", job, f"{setting.side} ({setting})", environment)
         self.setting = setting
-        self._job = {"setting": dataclasses.asdict(setting), "rows": rows, "length": length}
 
     def __enter__(self) -> _Worker:
-        environment = os.environ | {"OMP_NUM_THREADS": str(THREADS), "JAX_PLATFORMS": "cpu"}
-        if self.setting.keep_memory:
-            environment |= KEEP_MEMORY
-        self._errors = tempfile.TemporaryFile("w+")  # a pipe would fill, and nobody reads it meanwhile
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "dsvl2_jax.apps.bench.train", json.dumps(self._job)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            env=environment,
-        )
         try:
-            self.measured = Measured(self.setting, **self._read())
+            self.measured = Measured(self.setting, **self.answer())
             if not math.isfinite(self.measured.loss):
-                raise DSVL2Error(f"{self.setting.side} ({self.setting}): the first loss is {self.measured.loss}.")
+                raise DSVL2Error(f"{self.name}: the first loss is {self.measured.loss}.")
         except BaseException:
             self.__exit__()
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._errors.close()
-
     def run(self, steps: int) -> None:
         """Takes ``steps`` steps and adds their times."""
-        self._process.stdin.write(f"{steps}\n")
-        self._process.stdin.flush()
-        answer = self._read()
+        answer = self.ask(steps)
         self.measured.seconds += answer["seconds"]
         self.measured.peak = answer["peak"]
         self._steps = steps
@@ -243,21 +221,10 @@ class _Worker:
         """Median step time of the latest turn."""
         return statistics.median(self.measured.seconds[-self._steps :])
 
-    def _read(self) -> dict[str, Any]:
-        line = self._process.stdout.readline()
-        if line:
-            return json.loads(line)
-        self._process.wait()
-        self._errors.seek(0)
-        lines = self._errors.read().strip().splitlines()
-        reason = lines[-1] if lines else f"ended with status {self._process.returncode}"
-        raise DSVL2Error(f"{self.setting.side} ({self.setting}): {reason}")
-
 
 def _work(job: dict[str, Any]) -> None:
     """The process of one side: makes its model, warms up, and steps as often as standard input says."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print goes elsewhere
+    answers = Answers()
     if hasattr(os, "sched_setaffinity"):  # XLA takes as many threads as it may use processors
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
     setting = Setting(**job["setting"])
@@ -265,14 +232,14 @@ def _work(job: dict[str, Any]) -> None:
     make = _ours if setting.side == "ours" else _torch
     step, parameters, base = make(ids.astype(np.int32), setting)
     loss, *_ = [step() for _ in range(WARM_UP)]
-    print(json.dumps({"parameters": parameters, "loss": loss, "base": base}), file=answers)
-    for line in sys.stdin:
+    answers.give({"parameters": parameters, "loss": loss, "base": base})
+    for steps in answers.questions():
         seconds = []
-        for _ in range(int(line)):
+        for _ in range(steps):
             started = time.perf_counter()
             step()
             seconds.append(time.perf_counter() - started)
-        print(json.dumps({"seconds": seconds, "peak": own_bytes("VmHWM") / 2**30}), file=answers)
+        answers.give({"seconds": seconds, "peak": own_bytes("VmHWM") / 2**30})
 
 
 def _torch(ids: np.ndarray, setting: Setting) -> tuple[Callable[[], float], int, float]:
@@ -308,6 +275,7 @@ def _ours(ids: np.ndarray, setting: Setting) -> tuple[Callable[[], float], int, 
 
     from dsvl2_jax.model import deepseek_vl2 as model
     from dsvl2_jax.model.config import TEXT_POSITION, Config
+    from dsvl2_jax.runtime.malloc import keep_freed_memory
     from dsvl2_jax.train.data.batch import TrainBatch
     from dsvl2_jax.train.objectives.language import LanguageTrainer
     from dsvl2_jax.train.settings.schema import (
@@ -351,7 +319,7 @@ def _ours(ids: np.ndarray, setting: Setting) -> tuple[Callable[[], float], int, 
         with_images=np.zeros((1, rows, length), bool),
         tiles=np.zeros((1, 0, 28, 28, 3), np.uint8),
     )
-    jax.devices()
+    keep_freed_memory()
     base = own_bytes("VmRSS") / 2**30
     half = np.full(3, 0.5, np.float32)
     trainer = LanguageTrainer(config, settings, half, half, None)

@@ -28,6 +28,7 @@ def evaluate(
     out: Path | None = None,
     batch_size: int | None = None,
     max_new_tokens: int = 128,
+    speculate: int | None = None,
     dtype: Dtype | None = None,
     mesh: str | None = None,
     verify: bool = False,
@@ -57,6 +58,7 @@ def evaluate(
         out: directory for results.jsonl, summary.json and report.html; without it, eval/CHECKPOINT/DATA.
         batch_size: questions answered together; 16 without it.
         max_new_tokens: the most tokens of an answer.
+        speculate: draft this many tokens a step where the text repeats its prompt or itself; none without it.
         dtype: in which the model computes; float32 without it.
         mesh: shard over devices, e.g. data=2,tensor=2,expert=2.
         verify: read every file of the checkpoint first and compare it with its digest.
@@ -75,6 +77,7 @@ def evaluate(
         extra_body: further fields of every request, as in '{"skip_special_tokens": false}'.
     """
     loaded_only = {"batch_size": batch_size, "dtype": dtype, "mesh": mesh, "candidates": candidates}
+    loaded_only["speculate"] = speculate
     loaded_only["verify"] = verify or None
     server_only = {
         "server_model": server_model,

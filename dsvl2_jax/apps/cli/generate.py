@@ -57,6 +57,7 @@ def generate(
         max_new_tokens=answering.max_new_tokens,
         sampling=answering.sampling(stop),
         chunk_size=chunk_size,
+        speculate=answering.speculate,
         as_json=json,
         draw=draw,
         options=loading.load_options(),
@@ -77,5 +78,5 @@ def chat(
     from dsvl2_jax.apps.chat import chat as run
     from dsvl2_jax.infer.loading import load
 
-    sampling = answering.sampling()
-    run(load(ckpt, loading.load_options()), answering.system, answering.max_new_tokens, sampling)
+    model, sampling = load(ckpt, loading.load_options()), answering.sampling()
+    run(model, answering.system, answering.max_new_tokens, sampling, speculate=answering.speculate)

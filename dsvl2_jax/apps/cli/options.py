@@ -77,6 +77,8 @@ class Answering:
     """above 1 makes repeating less likely."""
     seed: int = 0
     """of sampling."""
+    speculate: int = 0
+    """draft this many tokens a step where text repeats its prompt or itself: the same answer, sooner; 0 for none."""
 
     def sampling(self, stop: tuple[str, ...] = ()) -> SamplingParams:
         """How tokens are chosen; raises UsageError for a number out of its range."""

@@ -46,6 +46,8 @@ class Limits:
 
     slots: int = 8
     """answers that are written at the same time; the option plan says how many fit."""
+    speculate: int = 0
+    """draft this many tokens a step where text repeats its prompt or itself: the same answers, sooner; 0 for none."""
     prefix_bytes: str = "1GiB"
     """memory of the device for the beginnings of prompts, to be used again."""
     feature_bytes: str = "1GiB"
@@ -133,6 +135,7 @@ def serve(
     loading = dataclasses.replace(computing.load_options(), strict_special_tokens=behaving.strict_special_tokens)
     engine_options = EngineOptions(
         slots=limits.slots,
+        speculate=limits.speculate,
         prefix_bytes=parse_bytes(limits.prefix_bytes),
         feature_bytes=parse_bytes(limits.feature_bytes),
         max_queue=limits.max_queue,

@@ -1,8 +1,8 @@
 """What calls into GPU libraries and Triton kernels cost, as their text in an optimized program says.
 
 XLA's GPU compiler writes matrix products that it leaves to cuBLAS, and attention that it leaves to cuDNN, as custom
-calls without a cost: FLOPs follow from their shapes. Our own Triton kernels carry theirs
-(`dsvl2_jax.kernels.triton.cost_metadata`).
+calls without a cost: FLOPs follow from their shapes. Our own kernels carry theirs
+(`dsvl2_jax.kernels.triton.cost_metadata`, `dsvl2_jax.kernels.hopper.cost_scope`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,22 @@ from typing import Any
 from dsvl2_jax.kernels.tpu import ATTENTION_BLOCK
 
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
-# {"flops": "123"} within a string whose quotes are escaped as \22.
-_DECLARED = re.compile(r'serialized_metadata = "[^"]*\\22flops\\22: \\22(\d+)\\22')
+# {"flops": "123", "bytes_accessed": "456"} within a string whose quotes are escaped as \22.
+_METADATA = re.compile(r'serialized_metadata = "([^"]*)"')
+_DECLARED = re.compile(r"\\22(flops|bytes_accessed)\\22: \\22(\d+)\\22")
 TRITON = "__gpu$xla.gpu.triton"
+MOSAIC = "mosaic_gpu"  # and a version
+_SCOPE = re.compile(r'op_name="[^"]*\bflops=(\d+)/')
+
+
+def declared_cost(attributes: str) -> dict[str, str]:
+    """What a Triton kernel of ours says of its ``flops`` and ``bytes_accessed``; empty for any other call.
+
+    Args:
+      attributes: text after the call's operands.
+    """
+    metadata = _METADATA.search(attributes) if f'"{TRITON}"' in attributes else None
+    return dict(_DECLARED.findall(metadata[1])) if metadata else {}
 
 
 def custom_call_flops(attributes: str, config: Mapping[str, Any], shapes: Sequence[tuple[int, ...]]) -> float | None:
@@ -33,8 +46,8 @@ def custom_call_flops(attributes: str, config: Mapping[str, Any], shapes: Sequen
     """
     named = _TARGET.search(attributes)
     target = named[1] if named else ""
-    if target == TRITON:
-        declared = _DECLARED.search(attributes)
+    if target.startswith(MOSAIC):
+        declared = _SCOPE.search(attributes)
         return float(declared[1]) if declared else None
     if target.startswith("__cublas$") and "gemm_backend_config" in config:
         return _gemm(config["gemm_backend_config"]["dot_dimension_numbers"], shapes)

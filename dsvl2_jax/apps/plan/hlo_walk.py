@@ -15,11 +15,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dsvl2_jax.apps.plan.hlo_gpu import custom_call_flops, splash_flops
+from dsvl2_jax.apps.plan.hlo_gpu import custom_call_flops, declared_cost, splash_flops
 from dsvl2_jax.apps.plan.hlo_text import Computation, Instruction, parse
 
 # Names for values or reinterpretations of them: nothing is moved.
-_FREE = frozenset(
+FREE = frozenset(
     [
         "parameter",
         "constant",
@@ -35,7 +35,7 @@ _FREE = frozenset(
         "get-dimension-size",
     ]
 )
-_FREE_TARGETS = frozenset(
+FREE_TARGETS = frozenset(
     {"AllocateBuffer", "ConcatBitcast", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"}
 )
 _VALUE_PRESERVING = frozenset({"bitcast", "copy", "convert", "reshape", "optimization-barrier", "opt-barrier"})
@@ -98,10 +98,10 @@ def walk(text: str, unknown_trip_count: float = 1.0) -> Cost:
       ValueError: the text has no entry computation.
     """
     computations, entry = parse(text)
-    return _Walk(computations, unknown_trip_count).computation(entry, {})
+    return Walk(computations, unknown_trip_count).computation(entry, {})
 
 
-class _Walk:
+class Walk:
     """One walk over a program. ``bound``: tuple index → value, of a loop's parameters that are known constants."""
 
     def __init__(self, computations: Mapping[str, Computation], unknown_trip_count: float):
@@ -118,7 +118,7 @@ class _Walk:
         return cost
 
     def _cost(self, i: Instruction, inside: Computation, bound: Mapping[int, int]) -> Cost:
-        if i.opcode in _FREE or i.opcode.endswith("-done") or i.opcode.endswith("-update"):
+        if i.opcode in FREE or i.opcode.endswith("-done") or i.opcode.endswith("-update"):
             return Cost()
         if i.opcode == "while":
             return self._loop(i, inside, bound)
@@ -287,7 +287,7 @@ class _Walk:
         for i in self._all[name].values():
             if i.opcode == "fusion":
                 cost += sum((self._fused_arithmetic(called) for called in i.called), Cost())
-            elif i.opcode not in _FREE and not self._is_continued(i, name):
+            elif i.opcode not in FREE and not self._is_continued(i, name):
                 cost += self._arithmetic(i, self._all[name])
         return cost
 
@@ -324,14 +324,14 @@ class _Walk:
     def _cost_metadata(i: Instruction) -> dict[str, str]:
         """What a kernel declares to cost."""
         call = i.config.get("custom_call_config")
-        return call.get("cost_estimate", {}) if isinstance(call, dict) else {}
+        return call.get("cost_estimate", {}) if isinstance(call, dict) else declared_cost(i.attributes)
 
     # ---- memory
 
     def _moved(self, i: Instruction, inside: Computation) -> float:
         """Bytes of an operation that is not fused."""
         if i.opcode == "custom-call":
-            if any(f'"{target}"' in i.attributes for target in _FREE_TARGETS):
+            if any(f'"{target}"' in i.attributes for target in FREE_TARGETS):
                 return 0.0
             if accessed := self._cost_metadata(i).get("bytes_accessed"):
                 arrays = (*i.arrays, *(array for operand in i.operands for array in inside[operand].arrays))

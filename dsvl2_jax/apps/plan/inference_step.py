@@ -16,12 +16,15 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from dsvl2_jax.infer.slots import init_slots, next_state
+from dsvl2_jax.infer.slots import SlotState, init_slots, next_state
+from dsvl2_jax.infer.speculation import speculative_group
 from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model.cache import cache_layout
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.parameter_paths import stays_float32
 from dsvl2_jax.sharding import ACTIVATION_RULES, partition_spec
+
+DRAFTS = 4  # of "speculate"
 
 
 def lower_inference(
@@ -31,9 +34,15 @@ def lower_inference(
 
     Args:
       job: "prefill" (``batch`` prompts of ``sequence`` tokens into an empty cache), "decode" (one token for each of
-        ``batch`` slots with a cache of ``sequence``), or "encode" (``batch`` tiles).
+        ``batch`` slots with a cache of ``sequence``), "speculate" (a group of such steps, with `DRAFTS` drafts or
+        without), or "encode" (``batch`` tiles).
     """
-    jobs: dict[str, Callable[..., jax.stages.Lowered]] = {"prefill": _prefill, "decode": _decode, "encode": _encode}
+    jobs: dict[str, Callable[..., jax.stages.Lowered]] = {
+        "prefill": _prefill,
+        "decode": _decode,
+        "speculate": _speculate,
+        "encode": _encode,
+    }
     with jax.set_mesh(mesh):
         return jobs[job](config, mesh, batch, sequence, dtype)
 
@@ -74,20 +83,40 @@ def _prefill(config: Config, mesh: Mesh, batch: int, sequence: int, dtype: DType
     return function.lower(abstract_parameters(config, mesh, dtype), config, embeddings, lengths, cache)
 
 
-def _decode(config: Config, mesh: Mesh, batch: int, sequence: int, dtype: DTypeLike) -> jax.stages.Lowered:
-    def whole(x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+def _whole(mesh: Mesh, x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
+
+def _state(
+    config: Config, mesh: Mesh, batch: int, sequence: int, dtype: DTypeLike, *, drafts: bool = False
+) -> SlotState:
     def by_token(dtype: DTypeLike) -> jax.ShapeDtypeStruct:
         return _array(mesh, dtype, (batch, config.language.vocab_size), "slots", "vocab")
 
-    state = jax.tree.map(whole, jax.eval_shape(lambda: init_slots(config, batch, sequence, dtype)))
-    state = dataclasses.replace(
-        state, cache=_cache(config, mesh, batch, sequence, dtype), seen=by_token(jnp.bool_), counts=by_token(jnp.int32)
+    shapes = jax.eval_shape(lambda: init_slots(config, batch, sequence, dtype, drafts=drafts))
+    return dataclasses.replace(
+        jax.tree.map(functools.partial(_whole, mesh), shapes),
+        cache=_cache(config, mesh, batch, sequence, dtype),
+        seen=by_token(jnp.bool_),
+        counts=by_token(jnp.int32),
     )
-    active = whole(jax.ShapeDtypeStruct((batch,), jnp.bool_))
-    function = jax.jit(next_state, static_argnames=("config", "eos", "top"), donate_argnames="state")
-    return function.lower(abstract_parameters(config, mesh, dtype), config, state, active, None, eos=1, top=False)
+
+
+def _decode(config: Config, mesh: Mesh, batch: int, sequence: int, dtype: DTypeLike) -> jax.stages.Lowered:
+    state = _state(config, mesh, batch, sequence, dtype)
+    active = _whole(mesh, jax.ShapeDtypeStruct((batch,), jnp.bool_))
+    function = jax.jit(next_state, static_argnames=("config", "eos", "top", "greedy"), donate_argnames="state")
+    # On GPUs tokens that nobody draws have a program of their own.
+    static = {"eos": 1, "top": False, "greedy": mesh.devices.flat[0].platform in ("gpu", "cuda")}
+    return function.lower(abstract_parameters(config, mesh, dtype), config, state, active, None, **static)
+
+
+def _speculate(config: Config, mesh: Mesh, batch: int, sequence: int, dtype: DTypeLike) -> jax.stages.Lowered:
+    state = _state(config, mesh, batch, sequence, dtype, drafts=True)
+    rows = [_whole(mesh, jax.ShapeDtypeStruct((batch,), kind)) for kind in (jnp.int32, jnp.bool_)]
+    static = {"eos": 1, "cache_length": sequence, "top": False, "drafts": DRAFTS}
+    function = jax.jit(speculative_group, static_argnames=("config", *static), donate_argnames="state")
+    return function.lower(abstract_parameters(config, mesh, dtype), config, state, *rows, None, **static)
 
 
 def _encode(config: Config, mesh: Mesh, batch: int, sequence: int, dtype: DTypeLike) -> jax.stages.Lowered:

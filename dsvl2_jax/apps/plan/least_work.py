@@ -49,14 +49,18 @@ def encode_work(config: Config, tiles: int, itemsize: int = 2) -> Work:
     return Work(_forward(config).per_tile * tiles, weights * itemsize + tiles * (pixels + made))
 
 
-def prefill_work(config: Config, rows: int, length: int, itemsize: int = 2) -> Work:
-    """Prompts of ``length`` tokens each into an empty cache; logits of the last token alone."""
+def prefill_work(config: Config, rows: int, length: int, itemsize: int = 2, *, before: int = 0) -> Work:
+    """Prompts of ``length`` tokens each into the cache; logits of the last token alone.
+
+    Args:
+      before: tokens of each prompt that are in the cache already, to which the others attend.
+    """
     weights, forward = _language(config), _forward(config)
     per_token = forward.per_token - 2.0 * weights.head
-    pairs = rows * length * (length + 1) / 2
+    pairs = rows * length * ((length + 1) / 2 + before)
     flops = rows * length * per_token + rows * 2.0 * weights.head + forward.per_pair * pairs
     moved = weights.whole + _experts(config.language, weights, rows * length) + rows * length * weights.row
-    cache = rows * length * cache_width(config.language) * config.language.num_hidden_layers
+    cache = rows * (before + length) * cache_width(config.language) * config.language.num_hidden_layers
     return Work(flops, itemsize * (moved + cache))
 
 

@@ -59,7 +59,7 @@ VERIFYING = COMPUTING | {"--verify": "False"}
 LOADING = VERIFYING | {"--as-seen": "False", "--strict-special-tokens": "False"}
 ANSWERING = {
     "--system": "''", "--max-new-tokens": "512", "--temperature": "0.0", "--top-p": "1.0", "--top-k": "50",
-    "--repetition-penalty": "1.0", "--seed": "0",
+    "--repetition-penalty": "1.0", "--seed": "0", "--speculate": "0",
 }  # fmt: skip
 OPTIONS = {
     "convert": {"--dtype": "None", "--max-memory": "1GiB"},
@@ -72,7 +72,8 @@ OPTIONS = {
     "serve": {
         "--plan": "False", "--host": "127.0.0.1", "--port": "8000", "--api-key-file": "None",
         "--cors-origin": "repeatable", "--ssl-certfile": "None", "--ssl-keyfile": "None", "--ssl-ca-certs": "None",
-        "--shutdown-timeout": "25.0", "--slots": "8", "--prefix-bytes": "1GiB", "--feature-bytes": "1GiB",
+        "--shutdown-timeout": "25.0", "--slots": "8", "--speculate": "0", "--prefix-bytes": "1GiB",
+        "--feature-bytes": "1GiB",
         "--max-queue": "256", "--max-queued-tokens": "1048576", "--max-tiles": "64", "--max-wait": "120.0",
         "--hang-timeout": "300.0", "--max-body": "32MiB", "--max-images": "16", "--max-image-bytes": "32MiB",
         "--max-image-pixels": "50000000", "--max-request-pixels": "200000000", "--model-name": "''",
@@ -94,21 +95,30 @@ OPTIONS = {
         "--max-new-tokens": "128", "--dtype": "None", "--mesh": "None", "--verify": "False", "--candidates": "None",
         "--prompt-template": "None", "--limit": "None", "--report-samples": "1000", "--json": "False",
         "--server": "None", "--server-model": "None", "--api-key-file": "None", "--concurrency": "None",
-        "--timeout": "None", "--extra-body": "None", "--as-seen": "False", **TOGETHER,
+        "--timeout": "None", "--extra-body": "None", "--as-seen": "False", "--speculate": "None", **TOGETHER,
     },
     "plan": {
         "--topology": "None", "--job": "None", "--batch": "None", "--sequence": "None", "--slots": "None",
         "--micro": "None", "--set": "repeatable", "--mesh": "auto", "--csv": "None", "--no-cache": "False",
         "--json": "False",
     },
-    "bench": {
-        "--size": "None", "--layers": "None", "--directory": "None", "--keep": "None", "--repeats": "2",
-        "--new-tokens": "32", "--processes": "2", "--rows": "2", "--length": "1024", "--steps": "3", "--rounds": "3",
+    "bench convert": {"--size": "tiny", "--directory": "None", "--keep": "None", "--repeats": "2"},
+    "bench generate": {"--new-tokens": "32", **COMPUTING},
+    "bench load": {"--size": "tiny", "--directory": "None", "--processes": "2", **COMPUTING},
+    "bench model": {
+        "--layers": "None", "--jobs": "decode,prefill,encode", "--slots": "1,16,64", "--context": "1024",
+        "--tokens": "1024,4096", "--tiles": "10", "--set": "repeatable", "--dtype": "None", "--against": "None",
+        "--profile": "None", "--budget": "None", "--json": "False", "--plot": "None",
+    },
+    "bench serve": {
+        "--size": "None", "--layers": "None", "--directory": "None",
         "--only": "", "--clients": "1 32", "--slots": "8", "--seconds": "20.0", "--input-tokens": "64",
         "--output-tokens": "64", "--picture-share": "0.5", "--trials": "5", "--long-tokens": "4000",
         "--megapixels": "12.0", "--soak": "600.0", "--soak-requests": "10000", "--soak-distinct": "100",
         "--seed": "0", "--json": "False", "--plot": "None", **COMPUTING,
     },
+    "bench tune": {"--size": "None", "--json": "False", "--out": "None"},
+    "bench train": {"--rows": "2", "--length": "1024", "--steps": "3", "--rounds": "3"},
     "micro start": {},
     "micro data": {"--workers": "2"},
     "micro questions": {"--seed": str(EVALUATION_SEED), "--samples": str(EVALUATION_SAMPLES)},
@@ -331,7 +341,7 @@ def test_chat_says_once_that_pictures_are_read_otherwise_than_seen(mini, capsys,
 
 
 def test_bench_generate_prints_its_figures(run, mini):
-    status, out, _ = run("bench", "generate", mini, "--new-tokens", 4)
-    assert status == 0
+    status, out, _ = run("bench", "generate", mini, "--new-tokens", 4, "--speculate", 2)
+    assert status == 0 and "the same tokens with drafts" in out
     for figure in ("parameters", "load", "compile", "encode", "prefill", "tokens/s", "GiB resident"):
         assert figure in out

@@ -21,13 +21,18 @@ from jax.sharding import SingleDeviceSharding
 from dsvl2_jax.apps.plan import planner
 from dsvl2_jax.apps.plan.hlo_text import buffers
 from dsvl2_jax.apps.plan.hlo_walk import walk
+from dsvl2_jax.apps.plan.inference_step import abstract_parameters, lower_inference
 from dsvl2_jax.apps.plan.job import Job, parse_job
-from dsvl2_jax.kernels import gpu_grouped_matmul
+from dsvl2_jax.apps.plan.launches import count_launches, count_thunks
+from dsvl2_jax.apps.plan.least_work import decode_work
+from dsvl2_jax.infer.slots import decode_group, init_slots
+from dsvl2_jax.kernels import gpu_grouped_matmul, hopper_attention, hopper_grouped_matmul
+from dsvl2_jax.kernels.block_sizes import SHARED_MEMORY, HopperProduct, TritonProduct
 from dsvl2_jax.kernels.gpu_attention import attention_backward, attention_forward
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.released import released_config
 from dsvl2_jax.runtime.hardware import compile_devices, topology
-from dsvl2_jax.sharding import batch_parts
+from dsvl2_jax.sharding import batch_parts, make_mesh
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None,
@@ -104,6 +109,60 @@ def test_attention_and_its_gradients_hold_no_scores(length, heads, key, value):
     assert walk(forward.as_text()).flops == 2 * pairs * (key + value)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_grouped_products_for_hopper(transposed):
+    blocks, x = HopperProduct(2, 256, 3), (ROWS, WIDTH if transposed else INNER)
+    program = compiled(
+        lambda *a: hopper_grouped_matmul.gmm(*a, blocks=blocks, transposed=transposed),
+        x,
+        (EXPERTS, INNER, WIDTH),
+        SIZES,
+    )
+    assert "mosaic_gpu" in program.as_text() and not dense_products(program.as_text(), EXPERTS, ROWS)
+    assert walk(program.as_text()).flops == 2.0 * ROWS * INNER * WIDTH
+    gradient = compiled(lambda *a: hopper_grouped_matmul.tgmm(*a, blocks=blocks), (ROWS, INNER), (ROWS, WIDTH), SIZES)
+    assert walk(gradient.as_text()).flops == 2.0 * ROWS * INNER * WIDTH
+
+
+@pytest.mark.parametrize(
+    ("length", "heads", "key", "value"), [(4096, 16, 192, 128), (1024, 10, 128, 128), (729, 16, 80, 80)]
+)
+def test_attention_for_hopper(length, heads, key, value):
+    causal, q = length != 729, (1, length, heads, key)
+    program = compiled(
+        lambda *a: hopper_attention.attention_forward(*a, 0.1, causal),
+        q, q, (1, length, heads, value), ((1, length), jnp.int32),
+    )  # fmt: skip
+    assert "mosaic_gpu" in program.as_text() and not whole_scores(program.as_text(), length, heads)
+    pairs = heads * (length * (length + 1) / 2 if causal else length * length)
+    assert walk(program.as_text()).flops == 2 * pairs * (key + value)
+
+
+def test_block_sizes_say_what_the_compiler_asks_for():
+    """More than fits is refused in the compiler's words, and by us before."""
+    for blocks in (TritonProduct(128, stages=7), TritonProduct(128, stages=8)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gpu_grouped_matmul, "fits_shared_memory", lambda *_: None)
+            fits, problem = blocks.shared_memory() <= SHARED_MEMORY, None
+            try:
+                compiled(
+                    lambda *a, b=blocks: gpu_grouped_matmul.gmm(*a, blocks=b),
+                    (ROWS, INNER),
+                    (8, INNER, WIDTH),
+                    ((8,), jnp.int32),
+                )
+            except jax.errors.JaxRuntimeError as error:
+                problem = str(error)
+            assert fits == (problem is None)
+            assert fits or f"requested {blocks.shared_memory()}" in problem
+    with pytest.raises(ValueError, match="shared memory"):
+        jax.eval_shape(
+            lambda *a: gpu_grouped_matmul.gmm(*a, blocks=TritonProduct(128, stages=8)),
+            *(jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((64, 64), (8, 64, 64))),
+            jax.ShapeDtypeStruct((8,), jnp.int32),
+        )
+
+
 def test_library_attention_is_counted():
     """cuDNN's, on a program of our own: none of the model's uses it."""
 
@@ -147,10 +206,10 @@ def checked(monkeypatch: pytest.MonkeyPatch, config: Config, job: Job, place: st
     return found
 
 
-def shallow(size: str) -> Config:
-    """A released model's layers, one dense and one of experts, and one of the encoder's."""
+def shallow(size: str, layers: int = 2) -> Config:
+    """A released model's first layers, of which one is dense, and one of the encoder's."""
     config = Config.from_dict(released_config(size))
-    language = dataclasses.replace(config.language, num_hidden_layers=2)
+    language = dataclasses.replace(config.language, num_hidden_layers=layers)
     return dataclasses.replace(config, language=language, vision=dataclasses.replace(config.vision, layers=1))
 
 
@@ -168,6 +227,51 @@ WHOLE = [
     *(("h100-1", size, kind) for size in ("tiny", "small") for kind in ("prefill", "decode", "encode", "sft")),
     *(("h100-8", size, kind) for size in ("tiny", "small", "base") for kind in ("prefill", "decode", "encode", "sft")),
 ]
+
+
+# Kernels that a dense layer and one of experts launch, and what a step launches beside its layers.
+LAUNCHES = {"tiny": (6, 9), "small": (7, 10), "base": (7, 10)}
+AROUND = 26
+
+
+@pytest.mark.parametrize("slots", [1, 16, 64])
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_a_decode_step_is_few_launches_that_read_little_more_than_they_must(size, slots):
+    config = shallow(size, layers=3)
+    mesh = make_mesh(devices=compile_devices(topology("h100-1")))
+    text = lower_inference("decode", config, mesh, batch=slots, sequence=2176).compile().as_text()
+    found, (dense, moe) = count_launches(text, scope_depth=1), LAUNCHES[size]
+    assert found.sorts == 0 and found.host_transfers == 0
+    assert all(found.by_scope[f"layers_{i}"] <= (moe if i else dense) for i in range(3)), found.by_scope
+    assert found.total <= dense + 2 * moe + AROUND
+    cost, least = walk(text), decode_work(config, slots, 2176)
+    assert cost.bytes <= 1.2 * least.bytes and 0.95 <= cost.flops / least.flops <= 1.05
+
+
+def test_a_step_of_the_decode_loop_is_one_command_buffer(tmp_path):
+    """The loop itself is not captured by default; its condition is the one thing of a step that the host waits for."""
+    config, (device,) = shallow("tiny"), compile_devices(topology("h100-1"))
+    mesh = make_mesh(devices=[device])
+    place = SingleDeviceSharding(device)
+
+    def here(tree: Any) -> Any:
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree)
+
+    state = here(jax.eval_shape(lambda: init_slots(config, 4, 1024, jnp.bfloat16)))
+    budget = here(jax.ShapeDtypeStruct((4,), jnp.int32))
+    function = jax.jit(
+        decode_group, static_argnames=("config", "eos", "cache_length", "top", "greedy"), donate_argnames="state"
+    )
+    static = {"eos": 1, "cache_length": 1024, "top": False, "greedy": True}
+    params = here(abstract_parameters(config, mesh, jnp.bfloat16))
+    options = {"xla_dump_to": str(tmp_path), "xla_dump_hlo_as_text": True}
+    program = function.lower(params, config, state, budget, None, **static).compile(compiler_options=options)
+    (written,) = tmp_path.glob("*thunk_sequence_after_thunk_passes.txt")
+    found = count_thunks(written.read_text())
+    assert found.command_buffers <= 2 and found.conditionals == 0  # what begins the loop, and the loop's body
+    assert found.captured >= found.launches - 6
+    assert count_launches(program.as_text()).host_transfers == 1
+    assert program.memory_analysis().temp_size_in_bytes < 0.01 * GB  # no copy of the cache
 
 
 @pytest.mark.gpu

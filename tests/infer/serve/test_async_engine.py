@@ -101,6 +101,16 @@ def test_an_answer_tells_its_times_and_what_was_cached(model):
     asyncio.run(main())
 
 
+def test_drafts_are_made_and_counted_when_they_are_asked_for(model):
+    engine = AsyncEngine(model, EngineOptions(slots=1, speculate=4))
+    assert engine._scheduler.executor.drafts == 4
+    engine._scheduler.drafted, engine._scheduler.accepted = 7, 5
+    statistics = engine.statistics()
+    assert [statistics[f"spec_decode_num_{what}_tokens"] for what in ("draft", "accepted")] == [7, 5]
+    with pytest.raises(UsageError, match="--speculate: found 17, expected"):
+        EngineOptions(speculate=17)
+
+
 def test_a_cancelled_answer_frees_its_slot(model):
     async def main():
         async with running(model, slots=1) as engine:

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from packed import sources, unpack
 
 from dsvl2_jax.errors import SampleError
-from dsvl2_jax.inputs.batch import IGNORED_LABEL
 from dsvl2_jax.inputs.processor import ModelInputs, image_positions
-from dsvl2_jax.model.config import TEXT_POSITION
+from dsvl2_jax.model.config import IGNORED_LABEL, TEXT_POSITION
 from dsvl2_jax.train.data.packing import Row, RowShape, assemble, element, fit, pack
 
 SIDE, TILE = 2, 3  # adaptor tokens a side, pixels a side

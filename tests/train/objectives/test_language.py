@@ -14,10 +14,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dsvl2_jax import sharding
 from dsvl2_jax.errors import SettingsError
-from dsvl2_jax.inputs.batch import IGNORED_LABEL
 from dsvl2_jax.inputs.processor import ModelInputs, image_positions
 from dsvl2_jax.model import deepseek_vl2 as model
-from dsvl2_jax.model.config import TEXT_POSITION, Config
+from dsvl2_jax.model.config import IGNORED_LABEL, TEXT_POSITION, Config
 from dsvl2_jax.model.parameter_paths import path_name
 from dsvl2_jax.sharding import make_mesh
 from dsvl2_jax.train.data.batch import TrainBatch

@@ -1,0 +1,214 @@
+"""What a decode step's attention needs of its new tokens, on NVIDIA GPUs: Pallas Triton kernels.
+
+`heads_into_cache` (multi-head attention) makes queries, keys and values of the residual stream in one launch: norm,
+products, rotary, and the new entries written into the cache in place. `latent_into_cache` (latent attention) does what
+follows the projections: it takes queries into the latent space, norms and rotates, and writes the cache.
+
+Tested in tests/kernels/test_gpu_decode.py; `dsvl2_jax.model.gpu_decode` calls them.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dsvl2_jax.kernels.gpu_few_rows import STAGES, depth_step, load_tile, multiply, row_count, row_mask
+from dsvl2_jax.kernels.triton import cost_metadata
+from dsvl2_jax.runtime.lazy import LazyModule
+
+# Only what traces these kernels needs them.
+pl = LazyModule("jax.experimental.pallas")
+plgpu = LazyModule("jax.experimental.pallas.triton")
+
+PAIR_BLOCK = 16  # pairs of columns that a program of `heads_into_cache` makes
+
+
+@functools.partial(jax.jit, static_argnames=("eps", "interpret"))
+def heads_into_cache(
+    x_md: jax.Array,
+    scale_d: jax.Array,
+    weights: tuple[jax.Array, jax.Array, jax.Array],
+    rotary: tuple[jax.Array, jax.Array],
+    positions_m: jax.Array,
+    cache: tuple[jax.Array, jax.Array],
+    *,
+    eps: float,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values of one token a row after an RMS norm; keys and values go into the cache.
+
+    Args:
+      x_md: [M, D], D a multiple of 16. scale_d: [D], the norm's weight. eps: its epsilon.
+      weights: of queries [D, H, w], keys and values [D, G, w]; w is a multiple of 32.
+      rotary: cos and sin, f32[M, w/2], by which queries and keys are rotated, in pairs (i, i + w/2).
+      positions_m: i32[M], where in the cache a row's entry goes.
+      cache: keys and values, [M, S, G, w] each.
+
+    Returns:
+      Queries [M, H, w], and the cache, changed in place.
+    """
+    (m, d), (_, heads, width), groups = x_md.shape, weights[0].shape, weights[1].shape[1]
+    half, rows = width // 2, row_count(x_md.shape[0])
+    of_head = half // PAIR_BLOCK
+    step = depth_step(d, rows, 2 * PAIR_BLOCK, x_md.dtype.itemsize)
+
+    def kernel(x_ref, scale_ref, q_w, k_w, v_w, cos_ref, sin_ref, at_ref, _keys, _values, q_ref, k_ref, v_ref):
+        program, all_rows = pl.program_id(0), pl.ds(0, rows)
+        inside = row_mask(m, rows, PAIR_BLOCK)
+
+        def load_x(start: jax.Array) -> jax.Array:
+            return load_tile(x_ref, (all_rows, pl.ds(start, step)), row_mask(m, rows, step))
+
+        def halves(w_ref, head: jax.Array, pair: jax.Array) -> list[jax.Array]:
+            loads = [
+                lambda start, at=at: w_ref[pl.ds(start, step), head, pl.ds(at, PAIR_BLOCK)]
+                for at in (pair, half + pair)
+            ]
+            return multiply(load_x, loads, d, step, (rows, PAIR_BLOCK), norm=(scale_ref, eps))
+
+        def rotated(first: jax.Array, second: jax.Array, pair: jax.Array) -> tuple[jax.Array, jax.Array]:
+            cos, sin = (load_tile(ref, (all_rows, pl.ds(pair, PAIR_BLOCK)), inside) for ref in (cos_ref, sin_ref))
+            return first * cos - second * sin, second * cos + first * sin
+
+        def place(begin: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return begin // of_head, begin % of_head * PAIR_BLOCK
+
+        @pl.when(program < heads * of_head)
+        def _():
+            head, pair = place(program)
+            for at, value in zip((pair, half + pair), rotated(*halves(q_w, head, pair), pair), strict=True):
+                where = q_ref.at[all_rows, head, pl.ds(at, PAIR_BLOCK)]
+                plgpu.store(where, value.astype(q_ref.dtype), mask=inside)
+
+        for number, (w_ref, out_ref) in enumerate(((k_w, k_ref), (v_w, v_ref))):
+            begin = program - (heads + number * groups) * of_head
+
+            @pl.when((begin >= 0) & (begin < groups * of_head))
+            def _(w_ref=w_ref, out_ref=out_ref, begin=begin, number=number):
+                head, pair = place(begin)
+                values = halves(w_ref, head, pair)
+                if not number:
+                    values = rotated(*values, pair)
+                row = jnp.arange(rows)
+                there = row < m
+                position = plgpu.load(at_ref.at[all_rows], mask=there, other=0)
+                for at, value in zip((pair, half + pair), values, strict=True):
+                    column = at + jnp.arange(PAIR_BLOCK)
+                    index = (row[:, None], position[:, None], head, column[None, :])
+                    index = jnp.broadcast_arrays(*(jnp.asarray(i) for i in index))
+                    mask = jnp.broadcast_to(there[:, None], (rows, PAIR_BLOCK))
+                    plgpu.store(out_ref.at[tuple(index)], value.astype(out_ref.dtype), mask=mask)
+
+    q = jax.ShapeDtypeStruct((m, heads, width), x_md.dtype)
+    moved = [x_md, scale_d, *weights, *rotary, q]
+    entries = 2 * m * groups * width * cache[0].dtype.itemsize
+    return pl.pallas_call(
+        kernel,
+        grid=((heads + 2 * groups) * of_head,),
+        out_shape=(q, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in cache)),
+        input_output_aliases={8: 1, 9: 2},
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=STAGES),
+        interpret=interpret,
+        metadata=cost_metadata(2.0 * m * sum(w.size for w in weights), moved, entries),
+        name="heads_into_cache",
+    )(x_md, scale_d, *weights, *rotary, positions_m, *cache)
+
+
+@functools.partial(jax.jit, static_argnames=("eps", "interpret"))
+def latent_into_cache(
+    q_mhd: jax.Array,
+    compressed_mc: jax.Array,
+    scale_r: jax.Array,
+    kv_b_hor: jax.Array,
+    rotary: tuple[jax.Array, jax.Array],
+    positions_m: jax.Array,
+    cache: tuple[jax.Array, jax.Array],
+    *,
+    eps: float,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Queries for the latent cache, and the cache with the new tokens' entries.
+
+    Args:
+      q_mhd: [M, H, nope + rope], rope and the latent's R powers of two, nope a multiple of 16.
+      compressed_mc: [M, R + rope], latents before their norm, and keys before rotation.
+      scale_r: [R], weight of the latents' norm. eps: its epsilon.
+      kv_b_hor: [H, O, R], whose first ``nope`` rows of a head take its queries into the latent space.
+      rotary: cos and sin, f32[M, rope/2]; pairs (2i, 2i + 1) are rotated, and written as halves.
+      positions_m: i32[M], where in the cache a row's entry goes.
+      cache: latents [M, S, R] and rotated keys [M, S, rope].
+
+    Returns:
+      Queries in the latent space [M, H, R] and rotated ones [M, H, rope], and the cache, changed in place.
+    """
+    (m, heads, _), rank, half = q_mhd.shape, kv_b_hor.shape[2], rotary[0].shape[1]
+    rope, rows = 2 * half, row_count(m)
+    nope, head_rows = q_mhd.shape[2] - rope, row_count(heads)
+    block = min(128, rank)
+    columns = rank // block
+    step = depth_step(nope, rows, block, q_mhd.dtype.itemsize)
+
+    def kernel(
+        q_ref, new_ref, scale_ref, w_ref, cos_ref, sin_ref, at_ref, _latents, _keys,
+        latent_q_ref, rope_q_ref, latent_ref, key_ref,
+    ):  # fmt: skip
+        program = pl.program_id(0)
+
+        @pl.when(program < heads * columns)
+        def _():
+            head, column = program // columns, pl.ds(program % columns * block, block)
+
+            def load_q(start: jax.Array) -> jax.Array:
+                return load_tile(q_ref, (pl.ds(0, rows), head, pl.ds(start, step)), row_mask(m, rows, step))
+
+            (out,) = multiply(
+                load_q, [lambda start: w_ref[head, pl.ds(start, step), column]], nope, step, (rows, block)
+            )
+            where = latent_q_ref.at[pl.ds(0, rows), head, column]
+            plgpu.store(where, out.astype(latent_q_ref.dtype), mask=row_mask(m, rows, block))
+
+        @pl.when(program >= heads * columns)
+        def _():
+            row = program - heads * columns
+            position, pairs = at_ref[row], jnp.arange(half)
+            cos, sin = cos_ref[row, pl.ds(0, half)], sin_ref[row, pl.ds(0, half)]
+            latent = new_ref[row, pl.ds(0, rank)].astype(jnp.float32)
+            latent = latent * lax.rsqrt(jnp.sum(latent * latent) / rank + eps)
+            latent = latent.astype(new_ref.dtype) * scale_ref[pl.ds(0, rank)].astype(new_ref.dtype)
+            latent_ref[row, position, pl.ds(0, rank)] = latent.astype(latent_ref.dtype)
+            at = jnp.broadcast_to(row, (half,))
+            first, second = (new_ref[at, rank + 2 * pairs + odd].astype(jnp.float32) for odd in (0, 1))
+            key_ref[row, position, pl.ds(0, half)] = (first * cos - second * sin).astype(key_ref.dtype)
+            key_ref[row, position, pl.ds(half, half)] = (second * cos + first * sin).astype(key_ref.dtype)
+
+            head = jnp.broadcast_to(jnp.arange(head_rows)[:, None], (head_rows, half))
+            there = head < heads
+            at = jnp.broadcast_to(row, (head_rows, half))
+            first, second = (
+                plgpu.load(
+                    q_ref.at[at, head, jnp.broadcast_to((nope + 2 * pairs + odd)[None, :], (head_rows, half))],
+                    mask=there,
+                    other=0,
+                ).astype(jnp.float32)
+                for odd in (0, 1)
+            )
+            rotated = first * cos[None, :] - second * sin[None, :], second * cos[None, :] + first * sin[None, :]
+            for begin, value in zip((0, half), rotated, strict=True):
+                where = rope_q_ref.at[row, pl.ds(0, head_rows), pl.ds(begin, half)]
+                plgpu.store(where, value.astype(rope_q_ref.dtype), mask=there)
+
+    made = [jax.ShapeDtypeStruct((m, heads, width), q_mhd.dtype) for width in (rank, rope)]
+    entries = m * (rank + rope) * cache[0].dtype.itemsize + heads * nope * rank * kv_b_hor.dtype.itemsize
+    return pl.pallas_call(
+        kernel,
+        grid=(heads * columns + m,),
+        out_shape=(*made, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in cache)),
+        input_output_aliases={7: 2, 8: 3},
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=STAGES),
+        interpret=interpret,
+        metadata=cost_metadata(2.0 * m * heads * nope * rank, [q_mhd, compressed_mc, *made], entries),
+        name="latent_into_cache",
+    )(q_mhd, compressed_mc, scale_r, kv_b_hor, *rotary, positions_m, *cache)

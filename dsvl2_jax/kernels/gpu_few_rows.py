@@ -1,0 +1,209 @@
+"""Products of few rows on NVIDIA GPUs, for decode steps: Pallas Triton kernels that read each weight once.
+
+A decode step multiplies a row for each slot with all weights, so that it takes as long as reading them, and beyond that
+as long as launching its kernels. Hence one launch does what stands around a product too: the norm before it, SiLU, the
+residual after it; weights with the same input share a launch. XLA writes out the products of a single row and a weight
+before it adds them.
+
+A norm's factor is applied after the product: the rows times the norm's weight go into it, while their squares are added
+up.
+
+Tested in tests/kernels/test_gpu_decode.py; `dsvl2_jax.model.gpu_decode` calls them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dsvl2_jax.kernels.precision import matmul_precision
+from dsvl2_jax.kernels.triton import cost_metadata
+from dsvl2_jax.runtime.lazy import LazyModule
+
+# Only what traces these kernels needs them.
+pl = LazyModule("jax.experimental.pallas")
+plgpu = LazyModule("jax.experimental.pallas.triton")
+
+MAX_ROWS = 128  # rows of a product here
+MIN_ROWS = 16  # the least that a tensor core's product takes
+MULTIPROCESSORS = 132  # of an H100: programs that a launch should have at least
+STAGE_BYTES = 20 << 10  # of weights and rows that a stage of a program's pipeline holds
+STAGES = 4
+
+# From the first of `step` inputs on: rows [rows, step], or a weight's [step, columns].
+Load = Callable[[jax.Array], jax.Array]
+
+
+def row_count(rows: int) -> int:
+    """Rows of a program's product: a power of two that holds so many."""
+    return max(MIN_ROWS, 1 << (rows - 1).bit_length())
+
+
+def column_block(columns: int) -> int:
+    """Columns of a program, of so many that a launch makes in all: as few as keep every multiprocessor busy."""
+    return next((size for size in (128, 64) if columns >= size * MULTIPROCESSORS), 32)
+
+
+def depth_step(inner: int, rows: int, columns: int, itemsize: int) -> int:
+    """Inputs of a step of a product: a power of two that divides them, so that a stage fits."""
+    most = max(MIN_ROWS, min(128, STAGE_BYTES // (itemsize * (rows + columns))))
+    return min(inner & -inner, 1 << most.bit_length() - 1)
+
+
+def multiply(
+    load_x: Load,
+    weights: Sequence[Load],
+    inner: int,
+    step: int,
+    shape: tuple[int, int],
+    *,
+    norm: tuple[jax.Array, float] | None = None,
+) -> list[jax.Array]:
+    """Inside a kernel: rows times each of the weights.
+
+    Args:
+      load_x, weights: as `Load` says. A float32 weight with bfloat16 rows is multiplied to float32's accuracy.
+      inner: inputs, a multiple of ``step``.
+      shape: (rows, columns) of a product.
+      norm: reference to the weight [inner] of the RMS norm before the product, and its epsilon.
+
+    Returns:
+      f32[rows, columns] for each weight.
+    """
+
+    def body(i: jax.Array, carry: tuple[list[jax.Array], jax.Array]) -> tuple[list[jax.Array], jax.Array]:
+        accs, squares = carry
+        x = load_x(i * step)  # [rows, step]
+        if norm is not None:
+            x32 = x.astype(jnp.float32)
+            squares += jnp.sum(x32 * x32, axis=1)
+            x = (x32 * norm[0][pl.ds(i * step, step)].astype(jnp.float32)[None, :]).astype(x.dtype)
+        return [acc + _dot(x, load(i * step)) for acc, load in zip(accs, weights, strict=True)], squares
+
+    first = [jnp.zeros(shape, jnp.float32) for _ in weights], jnp.zeros(shape[:1], jnp.float32)
+    accs, squares = lax.fori_loop(0, inner // step, body, first)
+    if norm is None:
+        return accs
+    factor = lax.rsqrt(squares / inner + norm[1])[:, None]
+    return [acc * factor for acc in accs]
+
+
+def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    """f32[rows, columns]; a float32 weight of bfloat16 rows as three bfloat16 ones, of which it is the sum."""
+    if x.dtype == w.dtype or x.dtype == jnp.float32:
+        return plgpu.dot(x, w.astype(x.dtype), precision=matmul_precision(x.dtype))
+    total = None
+    for _ in range(3):
+        part = w.astype(x.dtype)
+        w = w - part.astype(jnp.float32)
+        product = plgpu.dot(x, part)
+        total = product if total is None else total + product
+    return total
+
+
+def load_tile(ref, index: tuple, inside: jax.Array | None) -> jax.Array:
+    """Part of an array, zero where not ``inside``; None: all of it is."""
+    return ref[index] if inside is None else plgpu.load(ref.at[index], mask=inside, other=0)
+
+
+def row_mask(rows: int, size: int, width: int) -> jax.Array | None:
+    """bool[size, width], True for the first ``rows``; None: all are."""
+    return None if rows == size else jnp.broadcast_to((jnp.arange(size) < rows)[:, None], (size, width))
+
+
+def column_mask(first: jax.Array, size: int, columns: int, height: int) -> jax.Array | None:
+    """bool[height, size], True for those of ``size`` columns from ``first`` on that are below ``columns``."""
+    if columns % size == 0:
+        return None
+    return jnp.broadcast_to((first + jnp.arange(size) < columns)[None, :], (height, size))
+
+
+def both(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
+    """True where both masks are."""
+    return b if a is None else a if b is None else a & b
+
+
+@functools.partial(jax.jit, static_argnames=("eps", "interpret"))
+def project(
+    x_mk: jax.Array,
+    weights: Sequence[jax.Array | tuple[jax.Array, jax.Array]],
+    scale_k: jax.Array | None = None,
+    residual_mn: jax.Array | None = None,
+    *,
+    eps: float = 0.0,
+    interpret: bool = False,
+) -> list[jax.Array]:
+    """Multiplies rows by several weights in one launch.
+
+    Args:
+      x_mk: [M, K], M up to `MAX_ROWS`, K a multiple of 16.
+      weights: each [K, N_i], or a pair of them: the gate's and the other's of a gated MLP.
+      scale_k: [K], weight of an RMS norm of the rows; None: there is none.
+      residual_mn: [M, N], added to the one product; None: nothing is.
+      eps: of the norm.
+      interpret: run on the CPU, for tests.
+
+    Returns:
+      [M, N_i] for each weight, SiLU(gate) · other for a pair: in the dtype of ``x_mk``, float32 for a float32 weight.
+    """
+    weights = [w if isinstance(w, tuple) else (w,) for w in weights]
+    (m, inner), rows = x_mk.shape, row_count(x_mk.shape[0])
+    widths = [w[0].shape[1] for w in weights]
+    block = column_block(sum(widths))
+    counts = [pl.cdiv(width, block) for width in widths]
+    dtypes = [jnp.float32 if w[0].dtype == jnp.float32 else x_mk.dtype for w in weights]
+    flat = [a for pair in weights for a in pair]
+    extras = [a for a in (scale_k, residual_mn) if a is not None]
+
+    def kernel(x_ref, *refs):
+        w_refs, refs = refs[: len(flat)], refs[len(flat) :]
+        (scale_ref, *refs) = refs if scale_k is not None else (None, *refs)
+        (residual_ref, *outs) = refs if residual_mn is not None else (None, *refs)
+        program, first, at = pl.program_id(0), 0, 0
+
+        def load_x(step: int) -> Load:
+            mask = row_mask(m, rows, step)
+            return lambda start: load_tile(x_ref, (pl.ds(0, rows), pl.ds(start, step)), mask)
+
+        for pair, width, count, out_ref in zip(weights, widths, counts, outs, strict=True):
+            mine = w_refs[at : at + len(pair)]
+            begin = program - first
+
+            @pl.when((begin >= 0) & (begin < count))
+            def _(mine=mine, width=width, begin=begin, out_ref=out_ref):
+                itemsize = max(w.dtype.itemsize for w in mine)
+                step = depth_step(inner, rows, block * len(mine), itemsize)
+                columns = pl.ds(begin * block, block)
+
+                def load(ref) -> Load:
+                    mask = column_mask(begin * block, block, width, step)
+                    return lambda start: load_tile(ref, (pl.ds(start, step), columns), mask)
+
+                norm = None if scale_ref is None else (scale_ref, eps)
+                out, *others = multiply(
+                    load_x(step), [load(ref) for ref in mine], inner, step, (rows, block), norm=norm
+                )
+                if others:
+                    out = out * jax.nn.sigmoid(out) * others[0]
+                mask = both(row_mask(m, rows, block), column_mask(begin * block, block, width, rows))
+                if residual_ref is not None:
+                    out = out + load_tile(residual_ref, (pl.ds(0, rows), columns), mask).astype(jnp.float32)
+                plgpu.store(out_ref.at[pl.ds(0, rows), columns], out.astype(out_ref.dtype), mask=mask)
+
+            first, at = first + count, at + len(pair)
+
+    made = [jax.ShapeDtypeStruct((m, width), dtype) for width, dtype in zip(widths, dtypes, strict=True)]
+    moved = [x_mk, *flat, *extras, *made]
+    return pl.pallas_call(
+        kernel,
+        grid=(sum(counts),),
+        out_shape=made,
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=STAGES),
+        interpret=interpret,
+        metadata=cost_metadata(2.0 * m * sum(w.size for w in flat), moved),
+        name="few_rows",
+    )(x_mk, *flat, *extras)

@@ -1,0 +1,208 @@
+"""A decoder layer's decode step on one NVIDIA GPU, in bfloat16, as few launches: nine to eleven, where XLA makes 45.
+
+The same parameters, cache and results as `dsvl2_jax.model.decoder.DecoderLayer` with ``decode``, by the kernels of
+`dsvl2_jax.kernels`: the order of operations is that of the modules, and what stands around a product is part of its
+launch. `dsvl2_jax.model.decoder.hidden_states` chooses it where a program is lowered for CUDA.
+
+Tested in tests/model/test_gpu_decode.py and tests/apps/plan/test_gpu_compile.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from dsvl2_jax.kernels import gpu_experts
+from dsvl2_jax.kernels.gpu_decode_attention import attend_splits, combine, combine_latent
+from dsvl2_jax.kernels.gpu_decode_inputs import heads_into_cache, latent_into_cache
+from dsvl2_jax.kernels.gpu_few_rows import MAX_ROWS, project
+from dsvl2_jax.model.attention import LayerCache
+from dsvl2_jax.model.config import LanguageConfig
+from dsvl2_jax.model.layers import rotary_tables
+from dsvl2_jax.sharding import ambient_mesh_shape
+
+Rotary = tuple[jax.Array, jax.Array]
+LATENT_NORM_EPS = 1e-6
+
+
+def is_supported(config: LanguageConfig, slots: int, *dtypes: DTypeLike) -> bool:
+    """Whether the kernels are for this model, so many slots, and the dtypes of its parameters and cache.
+
+    Tensor cores multiply 16 bits, and float32 is for exactness; their tiles want widths that 16 divides, and powers of
+    two where a tile is as wide as a head.
+    """
+    cfg = config
+    if any(dtype != jnp.bfloat16 for dtype in dtypes) or slots > MAX_ROWS or ambient_mesh_shape() is not None:
+        return False
+    grouped = cfg.topk_method in ("group_limited_greedy", "noaux_tc") and cfg.n_group > 1
+    if cfg.attention_bias or cfg.q_lora_rank is not None or grouped:
+        return False
+    if cfg.use_mla:
+        tiles = (cfg.kv_lora_rank, 16), (cfg.qk_rope_head_dim, 32)
+        widths = [cfg.qk_nope_head_dim, cfg.v_head_dim]
+    else:
+        tiles, widths = ((cfg.head_dim, 32),), []
+    widths += [cfg.hidden_size, cfg.intermediate_size, cfg.moe_intermediate_size or 16]
+    whole = cfg.num_attention_heads % cfg.kv_heads == 0
+    return whole and all(w % 16 == 0 for w in widths) and all(w >= least and not w & w - 1 for w, least in tiles)
+
+
+def rotary_of(config: LanguageConfig, positions_b: jax.Array) -> Rotary:
+    """cos and sin, f32[B, width/2], that all layers of a step share."""
+    width = config.qk_rope_head_dim if config.use_mla else config.head_dim
+    return rotary_tables(positions_b, width, config.rope_theta)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "moe", "interpret"))
+def decode_layer(
+    params: dict[str, Any],
+    config: LanguageConfig,
+    x_bd: jax.Array,
+    positions_b: jax.Array,
+    active_b: jax.Array,
+    rotary: Rotary,
+    cache: LayerCache,
+    *,
+    moe: bool,
+    interpret: bool = False,
+) -> tuple[jax.Array, LayerCache]:
+    """One layer for one token of each slot.
+
+    Args:
+      params: of the layer.
+      x_bd: [B, D], the residual stream.
+      positions_b: i32[B], the position in the cache that each token takes.
+      active_b: i32[B], 0 for rows whose result does not count: they visit no expert.
+      rotary: of `rotary_of`.
+      cache: of the layer.
+      moe: static, whether the layer has experts.
+
+    Returns:
+      [B, D], and the cache with the new entries.
+    """
+    attention = _latent_attention if config.use_mla else _multi_head_attention
+    out_bhd, cache = attention(params, config, x_bd, positions_b, rotary, cache, interpret)
+    o_proj = params["self_attn"]["o_proj"]["kernel"]
+    with jax.named_scope("self_attn/o_proj"):
+        flat = out_bhd.reshape(len(x_bd), -1), [o_proj.reshape(-1, o_proj.shape[-1])]
+        (x_bd,) = project(*flat, residual_mn=x_bd, interpret=interpret)
+    scale_d = params["post_attention_layernorm"]["scale"]
+    with jax.named_scope("mlp"):
+        if moe:
+            return _experts(params["mlp"], config, x_bd, scale_d, active_b, interpret), cache
+        gate, up, down = (params["mlp"][name]["kernel"] for name in ("gate_proj", "up_proj", "down_proj"))
+        (hidden_bf,) = project(x_bd, [(gate, up)], scale_d, eps=config.rms_norm_eps, interpret=interpret)
+        (x_bd,) = project(hidden_bf, [down], residual_mn=x_bd, interpret=interpret)
+        return x_bd, cache
+
+
+@jax.named_scope("self_attn")
+def _multi_head_attention(
+    params: dict[str, Any],
+    config: LanguageConfig,
+    x_bd: jax.Array,
+    positions_b: jax.Array,
+    rotary: Rotary,
+    cache: LayerCache,
+    interpret: bool,
+) -> tuple[jax.Array, LayerCache]:
+    """[B, H, Dv], and the cache."""
+    weights = tuple(params["self_attn"][name]["kernel"] for name in ("q_proj", "k_proj", "v_proj"))
+    q_bhd, keys, values = heads_into_cache(
+        x_bd,
+        params["input_layernorm"]["scale"],
+        weights,
+        rotary,
+        positions_b,
+        (cache["key"], cache["value"]),
+        eps=config.rms_norm_eps,
+        interpret=interpret,
+    )
+    scale = config.head_dim**-0.5
+    split = attend_splits([q_bhd], [keys], values, positions_b, scale=scale, interpret=interpret)
+    return combine(*split, dtype=x_bd.dtype, interpret=interpret), {"key": keys, "value": values}
+
+
+@jax.named_scope("self_attn")
+def _latent_attention(
+    params: dict[str, Any],
+    config: LanguageConfig,
+    x_bd: jax.Array,
+    positions_b: jax.Array,
+    rotary: Rotary,
+    cache: LayerCache,
+    interpret: bool,
+) -> tuple[jax.Array, LayerCache]:
+    """[B, H, Dv], and the cache."""
+    attn, cfg = params["self_attn"], config
+    width, nope = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim, cfg.qk_nope_head_dim
+    q_proj, kv_a = attn["q_proj"]["kernel"], attn["kv_a_proj_with_mqa"]["kernel"]
+    weights = [q_proj.reshape(len(q_proj), -1), kv_a]
+    scale_d = params["input_layernorm"]["scale"]
+    q_bm, compressed_bc = project(x_bd, weights, scale_d, eps=cfg.rms_norm_eps, interpret=interpret)
+    q_latent_bhr, q_rope_bhd, latent_bsr, key_bsd = latent_into_cache(
+        q_bm.reshape(len(x_bd), -1, width),
+        compressed_bc,
+        attn["kv_a_layernorm"]["scale"],
+        attn["kv_b_proj"],
+        rotary,
+        positions_b,
+        (cache["latent"], cache["rope_key"]),
+        eps=LATENT_NORM_EPS,
+        interpret=interpret,
+    )
+    queries, keys = [q_latent_bhr, q_rope_bhd], [a[:, :, None] for a in (latent_bsr, key_bsd)]  # one head of keys
+    split = attend_splits(queries, keys, None, positions_b, scale=width**-0.5, interpret=interpret)
+    out_bhd = combine_latent(*split, attn["kv_b_proj"], first_row=nope, interpret=interpret)
+    return out_bhd, {"latent": latent_bsr, "rope_key": key_bsd}
+
+
+def _experts(
+    params: dict[str, Any],
+    config: LanguageConfig,
+    x_bd: jax.Array,
+    scale_d: jax.Array,
+    active_b: jax.Array,
+    interpret: bool,
+) -> jax.Array:
+    """[B, D], with what the experts give added."""
+    cfg, routed = config, params["experts"]
+    weights = [params["router"]["kernel"].astype(jnp.float32)]
+    if cfg.n_shared_experts:
+        shared = params["shared_experts"]
+        weights.append((shared["gate_proj"]["kernel"], shared["up_proj"]["kernel"]))
+    logits_be, *shared_bf = project(x_bd, weights, scale_d, eps=cfg.rms_norm_eps, interpret=interpret)
+    bias_e = params["router"]["correction_bias"].astype(jnp.float32) if cfg.topk_method == "noaux_tc" else None
+    experts_bk, weights_bk = gpu_experts.choose_experts(
+        logits_be,
+        bias_e,
+        active_b,
+        count=cfg.num_experts_per_tok,
+        scoring=cfg.scoring_func,
+        normalize=cfg.norm_topk_prob and cfg.num_experts_per_tok > 1,
+        factor=cfg.routed_scaling_factor,
+        interpret=interpret,
+    )
+    into = routed["gate_proj"], routed["up_proj"]
+    hidden_cf = gpu_experts.gate_up(x_bd, scale_d, *into, experts_bk, eps=cfg.rms_norm_eps, interpret=interpret)
+    shared_down = shared["down_proj"]["kernel"] if cfg.n_shared_experts else None
+    out_bkd, shared_nbd = gpu_experts.down(
+        hidden_cf,
+        routed["down_proj"],
+        experts_bk,
+        weights_bk,
+        shared_bf[0] if shared_bf else None,
+        shared_down,
+        interpret=interpret,
+    )
+    # Added one by one, which XLA makes one pass of.
+    total_bd = x_bd.astype(jnp.float32)
+    for k in range(cfg.num_experts_per_tok):
+        total_bd += jnp.where(experts_bk[:, k, None] < cfg.n_routed_experts, out_bkd[:, k], 0)
+    for n in range(cfg.n_shared_experts or 0):
+        total_bd += shared_nbd[n]
+    return total_bd.astype(x_bd.dtype)

@@ -1,0 +1,40 @@
+"""Memory that a program has freed, kept by the C library for the next one."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+
+import jax
+
+# Numbers of glibc's mallopt(3).
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
+_M_ARENA_MAX = -8
+
+# What a user may have chosen himself: these are then left as they are.
+_CHOSEN = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX")
+
+
+def keep_freed_memory() -> bool:
+    """Has glibc keep large arrays that are freed, and give them out again; where programs run on CPUs.
+
+    XLA takes and frees its temporary arrays in every execution. glibc would return them to the system at once, which
+    clears all their pages before it gives them out again: a tenth of the time of encoding a picture. The process then
+    stays as large as it was at most. To be called before the first program runs: threads keep what they began with.
+
+    Returns:
+      Whether it does: not where programs run elsewhere, not without glibc, nor where GLIBC_TUNABLES or MALLOC_*
+      variables say how memory is kept.
+    """
+    if jax.default_backend() != "cpu":
+        return False
+    if "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(name in os.environ for name in _CHOSEN):
+        return False
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    # One arena, since others cannot hold arrays of more than 64 MB; no array in a mapping of its own; nothing returned.
+    settings = (_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)
+    mallopt = ctypes.CDLL(None).mallopt
+    return all(mallopt(name, value) for name, value in settings)

@@ -1,0 +1,115 @@
+"""A decode step's layer by the GPU kernels, interpreted, against the modules; and what is lowered for CUDA."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import unflatten_dict
+
+from dsvl2_jax.infer.slots import decode_group, init_slots
+from dsvl2_jax.model import deepseek_vl2 as model
+from dsvl2_jax.model import gpu_decode
+from dsvl2_jax.model.cache import cache_layout
+from dsvl2_jax.model.config import Config, LanguageConfig
+from dsvl2_jax.model.decoder import DecoderLayer
+from dsvl2_jax.model.parameter_paths import stays_float32
+from dsvl2_jax.model.released import released_config
+
+SMALL = {"vocab_size": 64, "hidden_size": 48, "intermediate_size": 80, "moe_intermediate_size": 32}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+LATENT = {
+    "kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 16, "v_head_dim": 16, "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+}  # fmt: skip
+
+
+def language(size: str) -> LanguageConfig:
+    """A released model's, with small widths."""
+    config = Config.from_dict(released_config(size)).language
+    widths = {**SMALL, **(LATENT if config.use_mla else {**HEADS, "hidden_size": 128})}
+    counts = {"num_hidden_layers": 2, "n_routed_experts": 12, "num_experts_per_tok": 2}
+    return dataclasses.replace(config, **widths | counts)
+
+
+@pytest.mark.parametrize(("size", "rows"), [("tiny", 5), ("base", 20)])
+def test_a_layer_gives_what_the_modules_give(size, rows):
+    """Five rows visit fewer experts than there are, twenty all of them."""
+    config, length = language(size), 70
+    rng = np.random.default_rng(rows)
+
+    def normal(a: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.asarray(rng.normal(size=a.shape), jnp.float32)
+
+    module = DecoderLayer(config, 1, jnp.float32)
+    x = normal(jax.ShapeDtypeStruct((rows, 1, config.hidden_size), jnp.float32))
+    positions = jnp.asarray(rng.integers(0, length, size=rows), jnp.int32)
+    active = jnp.arange(rows) % 3 != 1  # the second row visits no expert
+    cache = jax.tree.map(
+        normal,
+        {
+            name: jax.ShapeDtypeStruct((rows, length, *shape), jnp.float32)
+            for name, (shape, _) in cache_layout(config).items()
+        },
+    )
+    given = x, positions[:, None], active[:, None], cache
+    static = {"read_cache": True, "decode": True}
+    shapes = jax.eval_shape(functools.partial(module.init, **static), jax.random.key(0), *given)["params"]
+    params = jax.tree.map(lambda a: 0.3 * normal(a), nn.unbox(shapes))
+    expected, expected_cache, _ = jax.jit(functools.partial(module.apply, **static))({"params": params}, *given)
+    step = positions, active.astype(jnp.int32), gpu_decode.rotary_of(config, positions)
+    out, new = gpu_decode.decode_layer(params, config, x[:, 0], *step, cache, moe=True, interpret=True)
+    assert close(out, expected[:, 0])
+    assert all(close(new[name], expected_cache[name]) for name in cache)
+
+
+def close(a: jax.Array, b: jax.Array) -> bool:
+    return bool(jnp.abs(a - b).max() <= 2e-5 * jnp.maximum(jnp.abs(b).max(), 1.0))
+
+
+def test_what_is_lowered_for_cuda_sorts_nothing_and_asks_nothing():
+    """Two layers, one dense and one of experts: seven launches and ten, of which one is XLA's."""
+    config = dataclasses.replace(Config.from_dict(released_config("base")), language=language("base"))
+    flat = {
+        path: jax.ShapeDtypeStruct(shape, jnp.float32 if stays_float32(path) else jnp.bfloat16)
+        for path, (shape, _) in model.abstract_leaves(config).items()
+    }
+    state = jax.eval_shape(lambda: init_slots(config, 4, 512, jnp.bfloat16))
+    budget = jax.ShapeDtypeStruct((4,), jnp.int32)
+    function = jax.jit(decode_group, static_argnames=("config", "eos", "cache_length", "top", "greedy"))
+    static = {"eos": 1, "cache_length": 512, "top": False, "greedy": True}
+    traced = function.trace(unflatten_dict(flat), config, state, budget, None, **static)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "stablehlo.sort" not in text
+    assert set(re.findall(r"chlo.top_k\(.*k = (\d+)", text)) <= {"0"}  # of a group that tells no log-probabilities
+    kernels = re.findall(r'name = "(\w+)"', text)
+    assert set(kernels) == {
+        "few_rows", "latent_into_cache", "attend_splits", "combine_latent", "choose_experts", "experts_gate_up",
+        "experts_down",
+    }  # fmt: skip
+
+
+SUPPORTED = Config.from_dict(released_config("base")).language
+
+
+@pytest.mark.parametrize(
+    ("fields", "slots", "dtype"),
+    [
+        ({"attention_bias": True}, 1, jnp.bfloat16),
+        ({"q_lora_rank": 64}, 1, jnp.bfloat16),
+        ({"n_group": 8, "topk_group": 4}, 1, jnp.bfloat16),
+        ({"kv_lora_rank": 384}, 1, jnp.bfloat16),
+        ({"moe_intermediate_size": 1400}, 1, jnp.bfloat16),
+        ({}, 129, jnp.bfloat16),
+        ({}, 1, jnp.float32),
+    ],
+)
+def test_what_the_kernels_are_not_for(fields, slots, dtype):
+    assert gpu_decode.is_supported(SUPPORTED, 128, jnp.bfloat16, jnp.bfloat16)
+    assert not gpu_decode.is_supported(dataclasses.replace(SUPPORTED, **fields), slots, jnp.bfloat16, dtype)
