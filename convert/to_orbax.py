@@ -6,12 +6,11 @@ is being written, the next is read and transposed; `max_memory` bounds what is h
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +35,6 @@ from dsvl2_jax.checkpoint.staging import refuse_existing, staged
 from dsvl2_jax.checkpoint.verify import tell
 from dsvl2_jax.convert.sizes import parse_bytes
 from dsvl2_jax.errors import CheckpointError, UsageError
-from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import entry_axes
 from dsvl2_jax.model.parameter_paths import LeafPath, path_name
 from dsvl2_jax.runtime.progress import progress
@@ -113,16 +111,30 @@ def convert(
             )
         with staged(dst, total, last=MANIFEST_NAME) as partial:
             carry_files(directory, partial)
-            with _writing(partial / PARAMS_NAME, config) as writer, progress("convert", total) as advance:
-                _write_parameters(source, leaves, plan, writer, limit, advance)
-                writer.finalize()
-            # Now that both are in the system's cache, as far as it has room; beside the conversion, reading the source
-            # a second time made the conversion wait for the disk.
-            known = source.digests  # of SHA256SUMS, and compared
-            names = [file.name for file in source.files]
-            source_digests = digests.of_files(directory, [name for name in names if name not in known])
-            source_digests |= {name: known[name] for name in names if name in known}
-            write_manifest(partial, plan, source=str(src), mixed=mixed, notes=notes, source_digests=source_digests)
+            with digests.Flushing(partial) as flushing:
+                with (
+                    orbax_io.ParamWriter(partial / PARAMS_NAME, entry_axes(config)) as writer,
+                    progress("convert", total) as advance,
+                ):
+                    _write_parameters(source, leaves, plan, writer, limit, advance, flushing.take)
+                    writer.finalize()
+                # Now that the source is in the system's cache, as far as it has room; beside the conversion, reading
+                # it a second time made the conversion wait for the disk.
+                flushing.take()
+                known = source.digests  # of SHA256SUMS, and compared
+                names = [file.name for file in source.files]
+                source_digests = digests.of_files(directory, [name for name in names if name not in known])
+                source_digests |= {name: known[name] for name in names if name in known}
+                own_digests = flushing.finish()
+            write_manifest(
+                partial,
+                plan,
+                source=str(src),
+                mixed=mixed,
+                notes=notes,
+                own_digests=own_digests,
+                source_digests=source_digests,
+            )
     parameters = sum(math.prod(shape) for shape, _ in plan.values())
     seconds = time.monotonic() - started
     tell(directory, notes)
@@ -154,8 +166,12 @@ def _write_parameters(
     writer: orbax_io.ParamWriter,
     limit: int,
     advance: Callable[[int], None],
+    written: Callable[[], None],
 ) -> None:
-    """Reads batches of parameters and gives them to ``writer``, one being written while the next is read."""
+    """Reads batches of parameters and gives them to ``writer``, one being written while the next is read.
+
+    ``written`` is called when a batch has been written and the next one has not begun.
+    """
     memory, writing, in_flight = _Memory(), None, 0
     by_size = dict(sorted(plan.items(), key=lambda item: -leaf_bytes(*item[1])))
     for batch in batches(by_size, min(WRITE_BATCH_BYTES, limit // 2)):
@@ -169,7 +185,9 @@ def _write_parameters(
         arrays = _carve(block, {path: plan[path] for path in batch})
         for path, array in arrays.items():
             source.read_into(leaves[path], array)
-        writer.write(arrays)  # waits for the batch before
+        writer.wait()
+        written()
+        writer.write(arrays)
         if writing is not None:
             memory.give_back(writing)
         writing, in_flight = block, needed
@@ -204,24 +222,13 @@ def _carve(block: np.ndarray, plan: Leaves) -> dict[LeafPath, np.ndarray]:
     return arrays
 
 
-@contextlib.contextmanager
-def _writing(path: Path, config: Config) -> Iterator[orbax_io.ParamWriter]:
-    """A writer that is not writing any more when the block is left, however it is left."""
-    writer = orbax_io.ParamWriter(path, entry_axes(config))
-    try:
-        yield writer
-    except BaseException:
-        with contextlib.suppress(Exception):  # the first error is the one to report
-            writer.wait()
-        raise
-
-
 def write_manifest(
     directory: Path,
     plan: Leaves,
     *,
     source: str,
     mixed: Mapping[str, str],
+    own_digests: Mapping[str, str],
     notes: Sequence[str] = (),
     source_digests: Mapping[str, str] | None = None,
 ) -> None:
@@ -230,6 +237,7 @@ def write_manifest(
     Args:
       mixed: tensors of a stacked parameter whose dtype is not the parameter's, with their own dtype, so that export
         can give it back.
+      own_digests: file → SHA-256 of every file of the directory.
       notes: what was tolerated in the source.
       source_digests: file → SHA-256 of the source.
     """
@@ -244,7 +252,7 @@ def write_manifest(
         "notes": list(notes),
         # A configuration may be edited on purpose, so that its size is not checked each time, as its digest can be.
         "files": {name: size for name, size in files.items() if name.startswith(f"{PARAMS_NAME}/")},
-        "sha256": digests.of_files(directory, files),
+        "sha256": dict(own_digests),
         "source_sha256": dict(source_digests or {}),
     }
     (directory / MANIFEST_NAME).write_text(digests.sealed(manifest), encoding="utf-8")

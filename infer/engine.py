@@ -39,6 +39,7 @@ from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import Params
 from dsvl2_jax.runtime.compile_cache import enable_compilation_cache
+from dsvl2_jax.runtime.malloc import keep_freed_memory
 from dsvl2_jax.runtime.stored_programs import StoredPrograms
 from dsvl2_jax.runtime.timing import Timing, compile_log
 
@@ -66,6 +67,7 @@ def load(
     """
     compile_log()
     enable_compilation_cache()
+    keep_freed_memory()
     directory = resolve(path)
     if verify:
         tell(directory, verify_files(directory))

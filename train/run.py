@@ -37,6 +37,7 @@ from dsvl2_jax.model.deepseek_vl2 import entry_axes, init_params
 from dsvl2_jax.model.released import variant
 from dsvl2_jax.runtime import processes
 from dsvl2_jax.runtime.compile_cache import enable_compilation_cache
+from dsvl2_jax.runtime.malloc import keep_freed_memory
 from dsvl2_jax.sharding import make_mesh, parse_mesh
 from dsvl2_jax.train.data.pipeline import (
     BatchShard,
@@ -90,6 +91,7 @@ def train(config: str | Path, overrides: Sequence[str] = (), *, verify: bool = F
     """
     settings = load(config, overrides)
     enable_compilation_cache()
+    keep_freed_memory()
     mesh = training_mesh(settings)
     shard = batch_shard(settings, mesh)
     with _Signals() as signals, opened(settings.run.directory) as run:

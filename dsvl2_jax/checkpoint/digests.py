@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,49 @@ def files_below(directory: Path) -> dict[str, int]:
         return remote.file_sizes(directory)
     files = (file for file in sorted(directory.rglob("*")) if file.is_file())
     return {str(file.relative_to(directory)): file.stat().st_size for file in files}
+
+
+class Flushing:
+    """Puts the files of a directory on the disk and computes their digests, while others are being written.
+
+    So the disk is never idle, and a file is read again while the system still has it in its cache. To be left as a
+    context manager, which waits for what is under way.
+    """
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="dsvl2-digest")
+        self._known: dict[tuple[int, int, int], Future[str]] = {}  # a renamed file has the same inode
+
+    def __enter__(self) -> Flushing:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def take(self) -> None:
+        """Begins with the files that are new or have changed. None may be half written."""
+        for file in (file for file in self._directory.rglob("*") if file.is_file()):
+            self._begin(file)
+
+    def finish(self) -> dict[str, str]:
+        """Name → digest of every file of the directory, all of which are on the disk. Raises OSError."""
+        begun = {name: self._begin(self._directory / name) for name in files_below(self._directory)}
+        return {name: future.result() for name, future in begun.items()}
+
+    def _begin(self, file: Path) -> Future[str]:
+        status = file.stat()
+        key = status.st_ino, status.st_size, status.st_mtime_ns
+        if key not in self._known:
+            descriptor = os.open(file, os.O_RDONLY)  # it may be renamed before its turn comes
+            self._known[key] = self._pool.submit(_flush_and_digest, descriptor)
+        return self._known[key]
+
+
+def _flush_and_digest(descriptor: int) -> str:
+    with os.fdopen(descriptor, "rb") as file:
+        os.fsync(descriptor)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check(directory: Path, expected: Mapping[str, str], source: str, advice: str) -> None:

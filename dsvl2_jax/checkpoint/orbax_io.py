@@ -28,6 +28,7 @@ from dsvl2_jax.runtime.lazy import LazyModule
 # What neither reads nor writes such checkpoints does without.
 jax = LazyModule("jax")
 ocp = LazyModule("orbax.checkpoint.experimental.v1")
+tensorstore_utils = LazyModule("orbax.checkpoint._src.serialization.tensorstore_utils")
 traverse_util = LazyModule("flax.traverse_util")
 
 # Larger leaves are cut into pieces of at most this size, so that a sharded restore reads little more than
@@ -44,7 +45,8 @@ class ParamWriter:
     """Writes a tree of parameters to ``path``, which appears when `finalize` is called.
 
     At most one batch is being written while the next is prepared; arrays are not copied, so they must
-    not change before `wait` returns. Data files are flushed to disk as they are written.
+    not change before `wait` returns. Nothing is flushed to disk: whoever writes does so, while the next batch is
+    prepared. To be left as a context manager, after which nothing is written any more.
     """
 
     def __init__(self, path: Path, entries: Mapping[LeafPath, int]):
@@ -54,6 +56,15 @@ class ParamWriter:
         self._show_late_errors = _hide_late_errors()
         self._context = _saving_context(entries)
         self._context.memory_options.deepcopy_host_arrays = False
+        self._flush_again = _leave_flushing_to_the_caller()
+
+    def __enter__(self) -> ParamWriter:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        with contextlib.suppress(Exception):  # the first error is the one to report
+            self.wait()
+        self._flush_again()
 
     def write(self, leaves: Mapping[LeafPath, np.ndarray]) -> None:
         """Starts to write a batch, after the previous one has been written."""
@@ -62,7 +73,7 @@ class ParamWriter:
             self._pending = ocp.partial.save_async(self._path, traverse_util.unflatten_dict(leaves))
 
     def wait(self) -> None:
-        """Returns when everything given to `write` is on disk. Raises what the write raised."""
+        """Returns when everything given to `write` is in files. Raises what the write raised."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
@@ -120,6 +131,23 @@ class Saving:
             self.seconds = time.monotonic() - self._started
             self._show_late_errors()
         return True
+
+
+def _leave_flushing_to_the_caller() -> Callable[[], None]:
+    """tensorstore flushes each file before it goes on, for which a conversion waited most of its time.
+
+    Orbax has no setting for it, so that its own default is changed; what is returned changes it back. Another release
+    of Orbax may keep it elsewhere, and is slower then.
+    """
+    defaults = [getattr(tensorstore_utils, name, {}) for name in ("_BASE_TS_CONTEXT", "_DEFAULT_OCDBT_TS_CONTEXT")]
+    for default in defaults:
+        default["file_io_sync"] = False
+
+    def undo() -> None:
+        for default in defaults:
+            default.pop("file_io_sync", None)
+
+    return undo
 
 
 def _is_not_raised_too(record: logging.LogRecord) -> bool:

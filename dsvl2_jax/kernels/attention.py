@@ -206,7 +206,7 @@ def causal_self_attention(
 ) -> jax.Array:
     """Attention of rows to themselves, each token to those before it in its own sample.
 
-    In bfloat16: on GPUs by the kernels of `dsvl2_jax.kernels.gpu_attention`, on TPUs by jax's splash kernel.
+    In bfloat16: on GPUs by the kernels of `dsvl2_jax.kernels.fused_attention`, on TPUs by jax's splash kernel.
 
     Args:
       q_bthd, k_bthd: [B, T, H, Dk]; v_bthd: [B, T, H, Dv].
@@ -226,7 +226,7 @@ def causal_self_attention(
     axes = ("batch", "length", "heads", "head_dim")
     spec = AttentionSpec(plain, axes, scale, causal=True, name=ATTENTION_OUTPUT)
     if positions_bt.shape[1] % ATTENTION_BLOCK:
-        return fused_attention(*arrays, spec)
+        return fused_attention(arrays[:3], positions_bt, spec)
 
     def splash(*arrays: jax.Array) -> tuple[jax.Array]:
         return (splash_attention(*arrays, scale),)
@@ -234,7 +234,7 @@ def causal_self_attention(
     (out_bthd,) = lax.platform_dependent(
         *arrays,
         tpu=shard_map_kernel(splash, (axes, axes, axes, axes[:2]), (axes,)),
-        default=lambda *arrays: (fused_attention(*arrays, spec),),
+        default=lambda *arrays: (fused_attention(arrays[:3], arrays[3], spec),),
     )
     return out_bthd
 
@@ -258,22 +258,21 @@ def _attend_causal_chunks(
 
 
 @jax.named_scope("self_attention")
-def self_attention(
-    q_nphd: jax.Array, k_nphd: jax.Array, v_nphd: jax.Array, visible_np: jax.Array | None, scale: float
-) -> jax.Array:
-    """Attention of all to all, within each tile; on GPUs, in bfloat16, by `dsvl2_jax.kernels.gpu_attention`.
+def self_attention(qkv_np3hd: jax.Array, visible_np: jax.Array | None, scale: float) -> jax.Array:
+    """Attention of all to all, within each tile; on GPUs, in bfloat16, by `dsvl2_jax.kernels.fused_attention`.
 
     Args:
-      q_nphd, k_nphd, v_nphd: [N, P, H, D].
+      qkv_np3hd: [N, P, 3, H, D], queries, keys and values.
       visible_np: bool[N, P], False for patches that nothing attends to; None: all are attended to. One of each row
         must be True.
       scale: factor on the scores.
 
     Returns:
-      [N, P, H, D] in the dtype of ``v_nphd``.
+      [N, P, H, D] in the dtype of ``qkv_np3hd``.
     """
+    n, p, _, h, d = qkv_np3hd.shape
 
-    def attend_all(q_nphd: jax.Array, k_nphd: jax.Array, v_nphd: jax.Array, _: jax.Array | None) -> jax.Array:
+    def attend_all(q_nphd: jax.Array, k_nphd: jax.Array, v_nphd: jax.Array) -> jax.Array:
         precision = matmul_precision(v_nphd.dtype)
         scores_nhpq = jnp.einsum(
             "nphd,nqhd->nhpq", q_nphd, k_nphd, precision=precision, preferred_element_type=jnp.float32
@@ -284,21 +283,19 @@ def self_attention(
         p_nhpq = jax.nn.softmax(scores_nhpq, axis=-1).astype(v_nphd.dtype)
         return jnp.einsum("nhpq,nqhd->nphd", p_nhpq, v_nphd, precision=precision)
 
-    def plain(*arrays: jax.Array) -> jax.Array:
+    def plain(qkv: jax.Array, _: jax.Array | None) -> jax.Array:
+        parts = (qkv.reshape(n, p, 3, h, d)[:, :, i] for i in range(3))
         if visible_np is not None:
-            return attend_all(*arrays)
-        return cpu_or(functools.partial(_attend_by_heads, scale=scale), attend_all)(*arrays)
+            return attend_all(*parts)
+        return cpu_or(functools.partial(_attend_by_heads, scale=scale), attend_all)(*parts)
 
-    if visible_np is not None or not is_supported(q_nphd, v_nphd):
-        return plain(q_nphd, k_nphd, v_nphd, None)
-    axes = ("tiles", None, None, None)
-    spec = AttentionSpec(plain, axes, scale, causal=False, name="vision_attention_output")
-    return fused_attention(q_nphd, k_nphd, v_nphd, jnp.zeros(q_nphd.shape[:2], jnp.int32), spec)
+    if visible_np is not None or not is_supported(qkv_np3hd, qkv_np3hd):
+        return plain(qkv_np3hd, None)
+    spec = AttentionSpec(plain, ("tiles", None, None, None), scale, causal=False, name="vision_attention_output")
+    return fused_attention((qkv_np3hd.reshape(n, p, 3 * h, d),), jnp.zeros((n, p), jnp.int32), spec)
 
 
-def _attend_by_heads(
-    q_nphd: jax.Array, k_nphd: jax.Array, v_nphd: jax.Array, _: jax.Array | None, scale: float
-) -> jax.Array:
+def _attend_by_heads(q_nphd: jax.Array, k_nphd: jax.Array, v_nphd: jax.Array, scale: float) -> jax.Array:
     """`self_attention` of few heads at a time, whose scores stay in a processor's cache."""
     n, p, heads, width = q_nphd.shape
     group = math.gcd(heads, HEAD_GROUP)
@@ -325,7 +322,7 @@ def mla_decode_attention(
     positions_bt: jax.Array,
     scale: float,
 ) -> jax.Array:
-    """Multi-head latent attention of a row's newest tokens, in its absorbed form; of one, on TPUs, by our kernel.
+    """Multi-head latent attention of a row's newest tokens, in its absorbed form; on TPUs, in bfloat16, by our kernel.
 
     Where a row's latents are on several devices, each attends to its own, and the results are weighted by their
     shares of the softmax's sum and added.
@@ -395,30 +392,29 @@ def _decode_on_tpu(
     last_bt: jax.Array,
     scale: float,
 ) -> jax.Array:
-    """A decode step's attention by a kernel on TPUs, for one token a row and bfloat16 caches of whole blocks.
+    """A decode step's attention by a kernel on TPUs, for bfloat16 caches of whole blocks.
 
     Anything else goes by ``plain``.
 
     Args:
-      kernel: from queries [B, H, …], cache, i32[B] and the scale to out, f32[B, H, Dv], and lse, f32[B, H, 1].
+      kernel: from queries, cache, i32[B] and the scale to out, f32[B, T, H, Dv], and lse, f32[B, T, H, 1].
       plain: from queries, cache and ``last_bt`` to the result.
-      queries: [B, T, H, …]. cache: [B, S, …]. last_bt: i32[B, T].
+      queries: [B, T, H, …]. cache: [B, S, …]. last_bt: i32[B, T], consecutive in each row.
     """
     arrays = *queries, *cache, last_bt
     mesh_axes, parts = _length_split(cache[0])
     local_length = cache[0].shape[1] // parts
-    few = last_bt.shape[1] == 1 and cache[0].dtype == jnp.bfloat16
-    if not few or local_length % min(local_length, ATTENTION_BLOCK):
+    if cache[0].dtype != jnp.bfloat16 or local_length % min(local_length, ATTENTION_BLOCK):
         return plain(*arrays)
 
     def local(*arrays: jax.Array) -> tuple[jax.Array]:
         given, last = arrays[: len(queries)], arrays[-1]
         start = lax.axis_index(mesh_axes) * local_length if mesh_axes else 0
-        out, lse = kernel(*(q[:, 0] for q in given), *arrays[len(queries) : -1], last[:, 0] - start, scale)
+        out, lse = kernel(*given, *arrays[len(queries) : -1], last[:, 0] - start, scale)
         if mesh_axes:
             weight = jnp.exp(lse - lax.pmax(lse, mesh_axes))
             out = lax.psum(out * weight, mesh_axes) / lax.psum(weight, mesh_axes)
-        return (out.astype(given[0].dtype)[:, None],)
+        return (out.astype(given[0].dtype),)
 
     query_axes = ("slots", None, None, None)
     in_axes = *(query_axes for _ in queries), *(_cache_axes(x) for x in cache), query_axes[:2]

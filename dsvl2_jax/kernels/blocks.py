@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 LANES = 128  # columns of a TPU register
 MAX_ROW_BLOCK = 128
-MAX_MATRIX_BLOCK_BYTES = 12 << 20  # of matrices in fast memory on TPUs; the pipeline holds two such blocks
 
 
 def row_block(rows: int, groups: int, least: int = 1) -> int:
@@ -28,12 +27,12 @@ def cpu_row_block(rows: int, groups: int) -> int:
     return min(MAX_ROW_BLOCK, 1 << (least - 1).bit_length())
 
 
-def column_block(inputs: int, outputs: int, itemsize: int) -> int:
-    """The widest column block of a matrix that fits, a multiple of the lanes that divides; else the whole matrix."""
+def column_block(inputs: int, outputs: int, itemsize: int, most: int) -> int:
+    """The widest column block of ``most`` bytes, a multiple of the lanes that divides; else all columns."""
     fitting = [
         width
         for width in range(LANES, outputs + 1, LANES)
-        if outputs % width == 0 and inputs * width * itemsize <= MAX_MATRIX_BLOCK_BYTES
+        if outputs % width == 0 and inputs * width * itemsize <= most
     ]
     return max(fitting, default=outputs)
 

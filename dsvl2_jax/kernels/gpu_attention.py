@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,17 @@ class _Shape:
     causal: bool
     block_q: int
     block_k: int
+    heads: int  # H
+    packed: bool  # queries, keys and values are the heads of one array, in this order
+
+    @property
+    def k_head(self) -> int:
+        """Where the heads of the keys begin."""
+        return self.heads * self.packed
+
+    @property
+    def v_head(self) -> int:
+        return 2 * self.heads * self.packed
 
     @property
     def pairs(self) -> float:
@@ -52,34 +64,37 @@ class _Shape:
 
 
 def _parts(width: int) -> tuple[Part, ...]:
-    """192 → (0, 128), (128, 64)."""
+    """192 → (0, 128), (128, 64); 72 → (0, 64), (64, 16), of which the last 8 columns are none of the array's."""
     parts, start = [], 0
     while start < width:
-        size = 1 << (width - start).bit_length() - 1
+        size = max(MIN_PART, 1 << (width - start).bit_length() - 1)
         parts.append((start, size))
         start += size
     return tuple(parts)
 
 
 def _shape(
-    q_bthd: jax.Array, k_bshd: jax.Array, v_bshd: jax.Array, scale: float, causal: bool, blocks: TritonAttention
+    q_bthd: jax.Array,
+    k_bshd: jax.Array,
+    v_bshd: jax.Array,
+    scale: float,
+    causal: bool,
+    blocks: TritonAttention,
+    packed: bool,
 ) -> _Shape:
-    parts = _parts(q_bthd.shape[-1]), _parts(v_bshd.shape[-1])
-    return _Shape(q_bthd.shape[1], k_bshd.shape[1], *parts, scale, causal, blocks.queries, blocks.keys)
+    parts, heads = (_parts(q_bthd.shape[-1]), _parts(v_bshd.shape[-1])), q_bthd.shape[2] // (3 if packed else 1)
+    lengths = q_bthd.shape[1], k_bshd.shape[1]
+    return _Shape(*lengths, *parts, scale, causal, blocks.queries, blocks.keys, heads, packed)
 
 
-def _params(s: _Shape, blocks: TritonAttention, streamed: str) -> plgpu.CompilerParams:
+def _params(s: _Shape, blocks: TritonAttention, part: str) -> plgpu.CompilerParams:
+    """``part``: forward, dq or dkv."""
     widths = (sum(columns for _, columns in parts) for parts in (s.key_parts, s.value_parts))
-    fits_shared_memory(blocks, blocks.shared_memory(*widths, streamed=streamed))
+    fits_shared_memory(blocks, blocks.shared_memory(part, *widths))
     return plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages)
 
 
-def padded(x: jax.Array) -> jax.Array:
-    """[…, D] with zeros up to the next width that the kernels take."""
-    return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, -x.shape[-1] % MIN_PART),))
-
-
-@functools.partial(jax.jit, static_argnames=("scale", "causal", "blocks", "interpret"))
+@functools.partial(jax.jit, static_argnames=("scale", "causal", "blocks", "packed", "interpret"))
 def attention_forward(
     q_bthd: jax.Array,
     k_bshd: jax.Array,
@@ -89,24 +104,25 @@ def attention_forward(
     causal: bool,
     *,
     blocks: TritonAttention | None = None,
+    packed: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention (FlashAttention-2, algorithm 1).
 
     Args:
-      q_bthd: [B, T, H, Dk]; k_bshd: [B, S, H, Dk]; v_bshd: [B, S, H, Dv]. Widths are multiples of `MIN_PART`
-        (`padded`).
+      q_bthd: [B, T, H, Dk]; k_bshd: [B, S, H, Dk]; v_bshd: [B, S, H, Dv].
       first_bt: i32[B, T], the index of the first key that a query sees, at most its own when ``causal``.
       causal: a query sees keys up to its own index; else all from ``first_bt`` on.
       blocks: None: those that run where nothing was measured.
+      packed: all three arrays are the same, [B, T, 3H, D]: the heads of the queries, the keys and the values.
       interpret: run on the CPU, for tests.
 
     Returns:
       out, [B, T, H, Dv], and lse, f32[B, H, T], the log-sum-exp of each query's scaled scores, to base 2.
     """
     blocks = blocks or FORWARD
-    s = _shape(q_bthd, k_bshd, v_bshd, scale, causal, blocks)
-    b, t, h, _ = q_bthd.shape
+    s = _shape(q_bthd, k_bshd, v_bshd, scale, causal, blocks, packed)
+    (b, t), h = q_bthd.shape[:2], s.heads
     flops = 2.0 * s.pairs * b * h * (q_bthd.shape[-1] + v_bshd.shape[-1])
     return pl.pallas_call(
         functools.partial(_forward_kernel, s=s),
@@ -115,14 +131,14 @@ def attention_forward(
             jax.ShapeDtypeStruct((b, t, h, v_bshd.shape[-1]), v_bshd.dtype),
             jax.ShapeDtypeStruct((b, h, t), jnp.float32),
         ),
-        compiler_params=_params(s, blocks, "keys"),
+        compiler_params=_params(s, blocks, "forward"),
         interpret=interpret,
         metadata=cost_metadata(flops),
         name="attention_forward",
     )(q_bthd, k_bshd, v_bshd, first_bt)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "causal", "blocks", "interpret"))
+@functools.partial(jax.jit, static_argnames=("scale", "causal", "blocks", "packed", "interpret"))
 def attention_backward(
     q_bthd: jax.Array,
     k_bshd: jax.Array,
@@ -136,6 +152,7 @@ def attention_backward(
     causal: bool,
     *,
     blocks: tuple[TritonAttention | None, TritonAttention | None] = (None, None),
+    packed: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients for q, k and v (FlashAttention-2, algorithm 2), by two kernels: `attention_dq` takes blocks of queries,
@@ -148,8 +165,8 @@ def attention_backward(
     """
     delta_bht = attention_delta(out_bthd, do_bthd)
     inputs = (q_bthd, k_bshd, v_bshd, first_bt, end_bs, lse_bht, delta_bht, do_bthd.astype(q_bthd.dtype))
-    dq_bthd = attention_dq(*inputs, scale, causal, blocks=blocks[0], interpret=interpret)
-    return dq_bthd, *attention_dkv(*inputs, scale, causal, blocks=blocks[1], interpret=interpret)
+    dq_bthd = attention_dq(*inputs, scale, causal, blocks=blocks[0], packed=packed, interpret=interpret)
+    return dq_bthd, *attention_dkv(*inputs, scale, causal, blocks=blocks[1], packed=packed, interpret=interpret)
 
 
 def attention_delta(out_bthd: jax.Array, do_bthd: jax.Array) -> jax.Array:
@@ -157,7 +174,7 @@ def attention_delta(out_bthd: jax.Array, do_bthd: jax.Array) -> jax.Array:
     return jnp.einsum("bthd,bthd->bht", out_bthd, do_bthd.astype(out_bthd.dtype), preferred_element_type=jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "causal", "blocks", "interpret"))
+@functools.partial(jax.jit, static_argnames=("scale", "causal", "blocks", "packed", "interpret"))
 def attention_dq(
     q_bthd: jax.Array,
     k_bshd: jax.Array,
@@ -171,24 +188,25 @@ def attention_dq(
     causal: bool,
     *,
     blocks: TritonAttention | None = None,
+    packed: bool = False,
     interpret: bool = False,
 ) -> jax.Array:
     """The gradient for q, in `attention_backward`; ``delta_bht`` is of `attention_delta`."""
     blocks = blocks or BACKWARD
-    s = _shape(q_bthd, k_bshd, v_bshd, scale, causal, blocks)
-    b, t, h, key_width = q_bthd.shape
+    s = _shape(q_bthd, k_bshd, v_bshd, scale, causal, blocks, packed)
+    (b, t, _, key_width), h = q_bthd.shape, s.heads
     return pl.pallas_call(
         functools.partial(_dq_kernel, s=s),
         grid=_grid(pl.cdiv(t, s.block_q), h, b, causal),
-        out_shape=jax.ShapeDtypeStruct(q_bthd.shape, q_bthd.dtype),
-        compiler_params=_params(s, blocks, "keys"),
+        out_shape=jax.ShapeDtypeStruct((b, t, h, key_width), q_bthd.dtype),
+        compiler_params=_params(s, blocks, "dq"),
         interpret=interpret,
         metadata=cost_metadata(2.0 * s.pairs * b * h * (2 * key_width + v_bshd.shape[-1])),
         name="attention_dq",
     )(q_bthd, k_bshd, v_bshd, first_bt, end_bs, lse_bht, delta_bht, do_bthd)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "causal", "blocks", "interpret"))
+@functools.partial(jax.jit, static_argnames=("scale", "causal", "blocks", "packed", "interpret"))
 def attention_dkv(
     q_bthd: jax.Array,
     k_bshd: jax.Array,
@@ -202,17 +220,18 @@ def attention_dkv(
     causal: bool,
     *,
     blocks: TritonAttention | None = None,
+    packed: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """The gradients for k and v, in `attention_backward`."""
     blocks = blocks or BACKWARD
-    s = _shape(q_bthd, k_bshd, v_bshd, scale, causal, blocks)
-    b, _, h, key_width = q_bthd.shape
+    s = _shape(q_bthd, k_bshd, v_bshd, scale, causal, blocks, packed)
+    (b, _, _, key_width), h = q_bthd.shape, s.heads
     return pl.pallas_call(
         functools.partial(_dkv_kernel, s=s),
         grid=_grid(pl.cdiv(s.keys, s.block_k), h, b, causal),
-        out_shape=(jax.ShapeDtypeStruct(k_bshd.shape, k_bshd.dtype), jax.ShapeDtypeStruct(v_bshd.shape, v_bshd.dtype)),
-        compiler_params=_params(s, blocks, "queries"),
+        out_shape=tuple(jax.ShapeDtypeStruct((b, s.keys, h, x.shape[-1]), x.dtype) for x in (k_bshd, v_bshd)),
+        compiler_params=_params(s, blocks, "dkv"),
         interpret=interpret,
         metadata=cost_metadata(2.0 * s.pairs * b * h * 2 * (key_width + v_bshd.shape[-1])),
         name="attention_dkv",
@@ -239,29 +258,37 @@ def _program(s: _Shape, *, longest_last: bool) -> tuple[Lead, jax.Array]:
 # Inside a kernel, "parts" are a block's columns, taken apart as `_parts` says: a list of [rows, columns].
 
 
-def _load_parts(ref, lead: Lead, start, size: int, length: int, parts: tuple[Part, ...]) -> list[jax.Array]:
-    """Parts of rows ``start …`` of one head of one sequence, ``size`` of them, zero beyond its ``length``."""
-    row, head = lead
+def _load_parts(ref, lead: Lead, head, start, size: int, length: int, parts: tuple[Part, ...]) -> list[jax.Array]:
+    """Parts of rows ``start …`` of one head of one sequence, ``size`` of them, zero beyond its ``length``.
+
+    ``head``: where the heads begin to which ``lead``'s belongs.
+    """
     loaded = []
-    for column, columns in parts:
-        tile = ref.at[row, pl.ds(start, size), head, pl.ds(column, columns)]
-        mask = _inside(start, size, length, columns)
+    for part in parts:
+        tile, mask = _tile(ref, lead, head, start, size, length, part)
         loaded.append(tile[...] if mask is None else plgpu.load(tile, mask=mask, other=0))
     return loaded
 
 
 def _store_parts(ref, lead: Lead, values: list[jax.Array], start, size: int, length: int, parts: tuple[Part, ...]):
-    row, head = lead
-    for (column, columns), value in zip(parts, values, strict=True):
-        tile = ref.at[row, pl.ds(start, size), head, pl.ds(column, columns)]
-        plgpu.store(tile, value.astype(ref.dtype), mask=_inside(start, size, length, columns))
+    for part, value in zip(parts, values, strict=True):
+        tile, mask = _tile(ref, lead, 0, start, size, length, part)
+        plgpu.store(tile, value.astype(ref.dtype), mask=mask)
 
 
-def _inside(start, size: int, length: int, columns: int) -> jax.Array | None:
-    """bool[size, columns], which entries of a tile are in the array; None: all."""
-    if length % size == 0:
-        return None
-    return jnp.broadcast_to((start + jnp.arange(size) < length)[:, None], (size, columns))
+def _tile(ref, lead: Lead, head, start, size: int, length: int, part: Part) -> tuple[Any, jax.Array | None]:
+    """[size, columns] of an array, and which of its entries are in the array (bool); None: all."""
+    (row, own), (column, columns), width = lead, part, ref.shape[-1]
+    cut = column + columns > width
+    # A slice that is known to reach beyond the array is refused; so its start is said not to be known.
+    wide = pl.ds(own * 0 + column if cut else column, columns)
+    mask = None
+    if length % size:
+        mask = jnp.broadcast_to((start + jnp.arange(size) < length)[:, None], (size, columns))
+    if cut:
+        inside = jnp.broadcast_to((column + jnp.arange(columns) < width)[None, :], (size, columns))
+        mask = inside if mask is None else mask & inside
+    return ref.at[row, pl.ds(start, size), own + head, wide], mask
 
 
 def _load_vector(ref, lead: tuple, start, size: int, length: int, other: float | int) -> jax.Array:
@@ -301,18 +328,18 @@ def _forward_kernel(q_ref, k_ref, v_ref, first_ref, out_ref, lse_ref, *, s: _Sha
     row, head = lead
     q_start = block * s.block_q
     q_index = q_start + jnp.arange(s.block_q)
-    q = _load_parts(q_ref, lead, q_start, s.block_q, s.queries, s.key_parts)
+    q = _load_parts(q_ref, lead, 0, q_start, s.block_q, s.queries, s.key_parts)
     first = _load_vector(first_ref, (row,), q_start, s.block_q, s.queries, s.keys)  # i32[block_q]
     low, high = _key_blocks(q_start, first, s)
 
     def body(j, carry):
         m, l, acc = carry  # noqa: E741  f32[block_q], f32[block_q], parts f32[block_q, columns]
         k_start = j * s.block_k
-        scores = _scores(q, _load_parts(k_ref, lead, k_start, s.block_k, s.keys, s.key_parts), s)
+        scores = _scores(q, _load_parts(k_ref, lead, s.k_head, k_start, s.block_k, s.keys, s.key_parts), s)
         scores = jnp.where(_visible(q_index, k_start + jnp.arange(s.block_k), first, s), scores, MASKED)
         m_new = jnp.maximum(m, jnp.max(scores, axis=1))
         p, alpha = jnp.exp2(scores - m_new[:, None]), jnp.exp2(m - m_new)  # f32[block_q, block_k], f32[block_q]
-        v = _load_parts(v_ref, lead, k_start, s.block_k, s.keys, s.value_parts)
+        v = _load_parts(v_ref, lead, s.v_head, k_start, s.block_k, s.keys, s.value_parts)
         p_low = p.astype(v_ref.dtype)
         acc = [a * alpha[:, None] + plgpu.dot(p_low, v_part) for a, v_part in zip(acc, v, strict=True)]
         return m_new, l * alpha + jnp.sum(p, axis=1), acc
@@ -334,11 +361,11 @@ def _load_queries(refs, lead: Lead, q_start, s: _Shape):
     q_ref, _, _, first_ref, _, lse_ref, delta_ref, do_ref = refs
     row, _ = lead
     return (
-        _load_parts(q_ref, lead, q_start, s.block_q, s.queries, s.key_parts),
+        _load_parts(q_ref, lead, 0, q_start, s.block_q, s.queries, s.key_parts),
         _load_vector(first_ref, (row,), q_start, s.block_q, s.queries, s.keys),
         _load_vector(lse_ref, lead, q_start, s.block_q, s.queries, 0.0),
         _load_vector(delta_ref, lead, q_start, s.block_q, s.queries, 0.0),
-        _load_parts(do_ref, lead, q_start, s.block_q, s.queries, s.value_parts),
+        _load_parts(do_ref, lead, 0, q_start, s.block_q, s.queries, s.value_parts),
     )
 
 
@@ -365,8 +392,8 @@ def _dq_kernel(*refs, s: _Shape):
 
     def body(j, dq):  # parts f32[block_q, columns]
         k_start = j * s.block_k
-        k = _load_parts(k_ref, lead, k_start, s.block_k, s.keys, s.key_parts)
-        v = _load_parts(v_ref, lead, k_start, s.block_k, s.keys, s.value_parts)
+        k = _load_parts(k_ref, lead, s.k_head, k_start, s.block_k, s.keys, s.key_parts)
+        v = _load_parts(v_ref, lead, s.v_head, k_start, s.block_k, s.keys, s.value_parts)
         visible = _visible(q_index, k_start + jnp.arange(s.block_k), first, s)
         p = _p(_scores(q, k, s), visible, lse)
         ds = _ds(p, do, v, delta, s).astype(k_ref.dtype)
@@ -385,8 +412,8 @@ def _dkv_kernel(*refs, s: _Shape):
     row, _ = lead
     k_start = block * s.block_k
     k_index = k_start + jnp.arange(s.block_k)
-    k = _load_parts(k_ref, lead, k_start, s.block_k, s.keys, s.key_parts)
-    v = _load_parts(v_ref, lead, k_start, s.block_k, s.keys, s.value_parts)
+    k = _load_parts(k_ref, lead, s.k_head, k_start, s.block_k, s.keys, s.key_parts)
+    v = _load_parts(v_ref, lead, s.v_head, k_start, s.block_k, s.keys, s.value_parts)
     end = jnp.max(_load_vector(end_ref, (row,), k_start, s.block_k, s.keys, 0))
     low = k_start // s.block_q if s.causal else k_start * 0
 

@@ -18,7 +18,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from dsvl2_jax.kernels import gpu_grouped_matmul, tpu_grouped_matmul
-from dsvl2_jax.kernels.block_sizes import Blocks, HopperProduct
+from dsvl2_jax.kernels.block_sizes import CORE_ROWS, Blocks, HopperProduct
 from dsvl2_jax.kernels.blocks import cpu_row_block, cut_groups
 from dsvl2_jax.kernels.cpu import rows_product
 from dsvl2_jax.kernels.precision import matmul_precision
@@ -89,7 +89,7 @@ def grouped_swiglu(x_mk: jax.Array, gate_gkn: jax.Array, up_gkn: jax.Array, grou
       group_sizes_g: i32[G], with a sum ≤ M.
 
     Returns:
-      [M, N] in the dtype of ``x_mk``; rows beyond the last group are undefined.
+      [M, N] in the dtype of ``x_mk``; rows beyond the last group are zero.
     """
 
     def fused(x_mk: jax.Array, gate_gkn: jax.Array, up_gkn: jax.Array, group_sizes_g: jax.Array) -> jax.Array:
@@ -123,7 +123,7 @@ grouped_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 def grouped_weighted(
     x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array, row_weights_m: jax.Array
 ) -> jax.Array:
-    """`grouped_matmul` times f32[M], as f32[M, N]; rows beyond the last group are undefined. It has no gradient."""
+    """`grouped_matmul` times f32[M], as f32[M, N]; on TPUs one kernel, which has no gradient."""
 
     def tpu(x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array, row_weights_m: jax.Array) -> jax.Array:
         return tpu_grouped_matmul.gmm(x_mk, (w_gkn,), group_sizes_g, row_weights_m)
@@ -183,8 +183,7 @@ def _ragged(x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array) -> jax.
 
 
 def _tpu(x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array, transposed: bool = False) -> jax.Array:
-    out_mn = tpu_grouped_matmul.gmm(x_mk, (w_gkn,), group_sizes_g, transposed=transposed)
-    return _zero_beyond_groups(out_mn, group_sizes_g)
+    return tpu_grouped_matmul.gmm(x_mk, (w_gkn,), group_sizes_g, transposed=transposed)
 
 
 def _cuda(x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array, transposed: bool = False) -> jax.Array:
@@ -213,7 +212,10 @@ def _measured(operation: str, x_mk: jax.Array, matrices: tuple[int, ...]) -> Blo
     if x_mk.dtype != jnp.bfloat16:
         return None
     groups, inner, width = matrices
-    return chosen(operation, groups=groups, inner=inner, width=width, rows=x_mk.shape[0])
+    blocks = chosen(operation, groups=groups, inner=inner, width=width, rows=x_mk.shape[0])
+    if isinstance(blocks, HopperProduct) and x_mk.shape[0] % CORE_ROWS:
+        return None
+    return blocks
 
 
 def _ragged_tgmm(x_mk: jax.Array, dout_mn: jax.Array, group_sizes_g: jax.Array) -> jax.Array:

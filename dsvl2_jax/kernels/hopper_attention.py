@@ -29,11 +29,6 @@ BLOCK = ROWS * WARPGROUPS
 MASKED = -1e30  # finite, so that a block without a visible key gives no nan
 
 
-def fits_attention(key_width: int, value_width: int) -> bool:
-    """Whether the kernel takes these widths: whole steps of the matrix unit."""
-    return key_width % 16 == 0 and value_width % 16 == 0
-
-
 @functools.partial(jax.jit, static_argnames=("scale", "causal", "blocks"))
 def attention_forward(
     q_bthd: jax.Array,
@@ -45,18 +40,19 @@ def attention_forward(
     *,
     blocks: HopperAttention | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `gpu_attention.attention_forward`, of bfloat16 arrays of widths that `fits_attention` accepts.
+    """As `gpu_attention.attention_forward`, of bfloat16 arrays.
 
     ``first_bt`` must not fall along a row (it does not, as samples follow each other), and is zero if not ``causal``.
     """
     blocks = blocks or HopperAttention()
-    (b, t, h, key_width), length, value_width = q_bthd.shape, k_bshd.shape[1], v_bshd.shape[-1]
+    (b, t, h, _), length, out_width = q_bthd.shape, k_bshd.shape[1], v_bshd.shape[-1]
     tiles, base2 = pl.cdiv(t, BLOCK), scale * math.log2(math.e)
-    # TMA wants rows of 16 bytes, and whole core matrices of 8 rows.
+    # TMA wants rows of 16 bytes and whole core matrices of 8 rows, products whole steps.
     first_bt = jnp.pad(first_bt, ((0, 0), (0, tiles * BLOCK - t)), mode="edge")
     q_bthd, k_bshd, v_bshd = (
-        jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0))) for x in (q_bthd, k_bshd, v_bshd)
+        jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, -x.shape[-1] % 16))) for x in (q_bthd, k_bshd, v_bshd)
     )
+    key_width, value_width = q_bthd.shape[-1], v_bshd.shape[-1]
 
     def body(q_ref, k_ref, v_ref, first_ref, out_ref, lse_ref, q_smem, k_smem, v_smem, first_smem, lse_smem, *barriers):
         q_loaded, k_loaded, k_used, v_loaded, v_used, turn = barriers
@@ -110,10 +106,15 @@ def attention_forward(
                 scores = hopper.product(q, k_smem.at[slot], transposed=True, meanwhile=take_turns)
                 k_ring.release(j - low)
                 if masked:
-                    scores = jnp.where(visible(j), scores, MASKED)
-                m_new = jnp.maximum(m, scores.max(axis=1) * base2)
+                    # Scaled before it is masked: with one rounding for a product and a difference, a hidden score
+                    # less itself, times the scale, is far from zero.
+                    scores = jnp.where(visible(j), scores * base2, MASKED)
+                    m_new = jnp.maximum(m, scores.max(axis=1))
+                    p = jnp.exp2(scores - hopper.beside(m_new, blocks.keys))
+                else:
+                    m_new = jnp.maximum(m, scores.max(axis=1) * base2)
+                    p = jnp.exp2(scores * base2 - hopper.beside(m_new, blocks.keys))
                 alpha = jnp.exp2(m - m_new)
-                p = jnp.exp2(scores * base2 - hopper.beside(m_new, blocks.keys))
                 l = l * alpha + p.sum(axis=1)  # noqa: E741
                 acc = acc * hopper.beside(alpha, value_width)
                 p = p.astype(v_ref.dtype)
@@ -183,4 +184,4 @@ def attention_forward(
             thread_name="warpgroup",
             compiler_params=compiler_params(),
         )(q_bthd, k_bshd, v_bshd, first_bt)
-    return out_bthd[:, :t], lse_bht[..., :t]
+    return out_bthd[:, :t, :, :out_width], lse_bht[..., :t]

@@ -75,8 +75,8 @@ def splash_attention(
 
 
 def latent_attention(
-    q_latent_bhr: jax.Array,
-    q_rope_bhd: jax.Array,
+    q_latent_bthr: jax.Array,
+    q_rope_bthd: jax.Array,
     latent_bsr: jax.Array,
     k_rope_bsd: jax.Array,
     positions_b: jax.Array,
@@ -90,28 +90,29 @@ def latent_attention(
     and unnormalized output acc.
 
     Args:
-      q_latent_bhr: [B, H, R]; q_rope_bhd: [B, H, D]. latent_bsr: [B, S, R]; k_rope_bsd: [B, S, D]. S is at most, or a
-        multiple of, `ATTENTION_BLOCK`.
-      positions_b: i32[B], the last position that each row sees, negative for none; blocks after it are not read.
+      q_latent_bthr: [B, T, H, R]; q_rope_bthd: [B, T, H, D]. latent_bsr: [B, S, R]; k_rope_bsd: [B, S, D]. S is at
+        most, or a multiple of, `ATTENTION_BLOCK`.
+      positions_b: i32[B], the last position that each row's first query sees, negative for none; each query after it
+        sees one more. Blocks that none sees are not read.
 
     Returns:
-      out, f32[B, H, R], zero for rows that see nothing, and lse, f32[B, H, 1], the log-sum-exp of the scaled scores,
-      -inf for rows that see nothing.
+      out, f32[B, T, H, R], zero for queries that see nothing, and lse, f32[B, T, H, 1], the log-sum-exp of the scaled
+      scores, -inf for queries that see nothing.
     """
-    (b, h, r), d, length = q_latent_bhr.shape, q_rope_bhd.shape[-1], latent_bsr.shape[1]
-    block = min(ATTENTION_BLOCK, length)
+    (b, t, heads, r), d, length = q_latent_bthr.shape, q_rope_bthd.shape[-1], latent_bsr.shape[1]
+    block, h = min(ATTENTION_BLOCK, length), t * heads
 
     def of_row(i, j, last):
         return i, 0, 0
 
     def of_visible_block(i, j, last):
-        return i, jnp.minimum(j, jnp.maximum(last[i], 0) // block), 0
+        return i, jnp.minimum(j, jnp.maximum(last[i] + t - 1, 0) // block), 0
 
     itemsize = latent_bsr.dtype.itemsize
     if not interpret:
         latent_bsr, k_rope_bsd = (pltpu.with_memory_space_constraint(a, pltpu.HBM) for a in (latent_bsr, k_rope_bsd))
-    return pl.pallas_call(
-        functools.partial(_latent_kernel, scale=scale, block=block),
+    out, lse = pl.pallas_call(
+        functools.partial(_latent_kernel, scale=scale, block=block, heads=heads),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(b, length // block),
@@ -132,18 +133,23 @@ def latent_attention(
         ),
         interpret=interpret,
         name="latent_attention",
-    )(positions_b, q_latent_bhr, q_rope_bhd, latent_bsr, k_rope_bsd)
+    )(positions_b, q_latent_bthr.reshape(b, h, r), q_rope_bthd.reshape(b, h, d), latent_bsr, k_rope_bsd)
+    return out.reshape(b, t, heads, r), lse.reshape(b, t, heads, 1)
 
 
 def _latent_kernel(
-    last_ref, q_latent_ref, q_rope_ref, latent_ref, k_rope_ref, out_ref, lse_ref, m_ref, l_ref, acc_ref, *, scale, block
-):
+    last_ref, q_latent_ref, q_rope_ref, latent_ref, k_rope_ref, out_ref, lse_ref, m_ref, l_ref, acc_ref,
+    *, scale, block, heads,
+):  # fmt: skip
     """All heads of one row and one block of positions: FlashAttention's inner loop, a step of the grid at a time.
+
+    H are the heads of all T queries, one query after the other.
 
     Shapes: q_latent [1, H, R], q_rope [1, H, D], latent [1, block, R], k_rope [1, block, D]; f32: out [1, H, R],
     lse [1, H, 1], and kept between the steps of a row m, l [H, 1] and acc [H, R].
     """
     last, j = last_ref[pl.program_id(0)], pl.program_id(1)
+    more = q_latent_ref.shape[1] // heads - 1
     precision = matmul_precision(latent_ref.dtype)
 
     @pl.when(j == 0)
@@ -152,7 +158,7 @@ def _latent_kernel(
         l_ref[...] = jnp.zeros_like(l_ref)
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
-    @pl.when(j * block <= last)
+    @pl.when(j * block <= last + more)
     def _():
         def products(q, k):  # [H, width], [block, width] → f32[H, block]
             dims = (((1,), (1,)), ((), ()))
@@ -164,7 +170,8 @@ def _latent_kernel(
         def weigh(p):
             return jnp.dot(p.astype(latent.dtype), latent, precision=precision, preferred_element_type=jnp.float32)
 
-        _add_block(scores * scale, weigh, j * block, last, m_ref, l_ref, acc_ref)
+        query = lax.broadcasted_iota(jnp.int32, (scores.shape[0], 1), 0) // heads if more else 0
+        _add_block(scores * scale, weigh, j * block, last + query, m_ref, l_ref, acc_ref)
 
     @pl.when(j == pl.num_programs(1) - 1)
     def _():
@@ -177,20 +184,22 @@ def _add_block(scores, weigh, start, last, m_ref, l_ref, acc_ref):
     """FlashAttention's step: the softmax so far, with one more block of keys, of which those up to ``last`` are seen.
 
     Args:
+      last: i32, or i32[…, 1].
       scores: f32[…, block], of keys from position ``start`` on. weigh: from weights of that shape to f32[…, Dv].
       m_ref, l_ref: f32[…, 1]. acc_ref: f32[…, Dv].
     """
     position = start + lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
     scores = jnp.where(position <= last, scores, -jnp.inf)
     m = jnp.maximum(m_ref[...], scores.max(-1, keepdims=True))
-    alpha, p = jnp.exp(m_ref[...] - m), jnp.exp(scores - m)
+    above = jnp.where(m == -jnp.inf, 0, m)  # of a query that has seen nothing yet
+    alpha, p = jnp.exp(m_ref[...] - above), jnp.exp(scores - above)
     m_ref[...] = m
     l_ref[...] = l_ref[...] * alpha + p.sum(-1, keepdims=True)
     acc_ref[...] = acc_ref[...] * alpha + weigh(p)
 
 
 def cached_attention(
-    q_bhd: jax.Array,
+    q_bthd: jax.Array,
     k_bshd: jax.Array,
     v_bshd: jax.Array,
     positions_b: jax.Array,
@@ -201,13 +210,13 @@ def cached_attention(
     """A decode step's multi-head attention over the cache, which is read once and as it lies; as `latent_attention`.
 
     Args:
-      q_bhd: [B, H, D]; k_bshd, v_bshd: [B, S, H, D]. S is at most, or a multiple of, `ATTENTION_BLOCK`.
-      positions_b: i32[B], the last position that each row sees, negative for none; blocks after it are not read.
+      q_bthd: [B, T, H, D]; k_bshd, v_bshd: [B, S, H, D]. S is at most, or a multiple of, `ATTENTION_BLOCK`.
+      positions_b: i32[B], the last position that each row's first query sees; see `latent_attention`.
 
     Returns:
-      out, f32[B, H, D], and lse, f32[B, H, 1]; see `latent_attention`.
+      out, f32[B, T, H, D], and lse, f32[B, T, H, 1]; see `latent_attention`.
     """
-    (b, h, d), length = q_bhd.shape, k_bshd.shape[1]
+    (b, t, h, d), length = q_bthd.shape, k_bshd.shape[1]
     block = min(ATTENTION_BLOCK, length)
     # The compiler keeps ten heads before positions, so that nothing is padded: this moves nothing.
     k_bhsd, v_bhsd = (x.swapaxes(1, 2) for x in (k_bshd, v_bshd))
@@ -218,36 +227,37 @@ def cached_attention(
         return i, 0, 0, 0
 
     def of_visible_block(i, j, last):
-        return i, 0, jnp.minimum(j, jnp.maximum(last[i], 0) // block), 0
+        return i, 0, jnp.minimum(j, jnp.maximum(last[i] + t - 1, 0) // block), 0
 
     out, lse = pl.pallas_call(
         functools.partial(_cached_kernel, scale=scale, block=block),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(b, length // block),
-            in_specs=[pl.BlockSpec((1, h, 1, d), of_row)] + [pl.BlockSpec((1, h, block, d), of_visible_block)] * 2,
-            out_specs=[pl.BlockSpec((1, h, 1, d), of_row), pl.BlockSpec((1, h, 1, 1), of_row)],
-            scratch_shapes=[pltpu.VMEM((h, 1, width), jnp.float32) for width in (1, 1, d)],
+            in_specs=[pl.BlockSpec((1, h, t, d), of_row)] + [pl.BlockSpec((1, h, block, d), of_visible_block)] * 2,
+            out_specs=[pl.BlockSpec((1, h, t, d), of_row), pl.BlockSpec((1, h, t, 1), of_row)],
+            scratch_shapes=[pltpu.VMEM((h, t, width), jnp.float32) for width in (1, 1, d)],
         ),
-        out_shape=[jax.ShapeDtypeStruct((b, h, 1, width), jnp.float32) for width in (d, 1)],
+        out_shape=[jax.ShapeDtypeStruct((b, h, t, width), jnp.float32) for width in (d, 1)],
         cost_estimate=pl.CostEstimate(
-            flops=4 * b * h * length * d,
-            transcendentals=b * h * length,
-            bytes_accessed=k_bhsd.dtype.itemsize * b * h * d * (2 * length + 1) + 4 * b * h * (d + 1),
+            flops=4 * b * t * h * length * d,
+            transcendentals=b * t * h * length,
+            bytes_accessed=k_bhsd.dtype.itemsize * b * h * d * (2 * length + t) + 4 * b * t * h * (d + 1),
         ),
         interpret=interpret,
         name="cached_attention",
-    )(positions_b, q_bhd[:, :, None], k_bhsd, v_bhsd)
-    return out[:, :, 0], lse[:, :, 0]
+    )(positions_b, q_bthd.swapaxes(1, 2), k_bhsd, v_bhsd)
+    return out.swapaxes(1, 2), lse.swapaxes(1, 2)
 
 
 def _cached_kernel(last_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, m_ref, l_ref, acc_ref, *, scale, block):
     """All heads of one row and one block of positions.
 
-    Shapes: q [1, H, 1, D], k, v [1, H, block, D]; f32: out [1, H, 1, D], lse [1, H, 1, 1], and kept between the steps
-    of a row m, l [H, 1, 1] and acc [H, 1, D].
+    Shapes: q [1, H, T, D], k, v [1, H, block, D]; f32: out [1, H, T, D], lse [1, H, T, 1], and kept between the steps
+    of a row m, l [H, T, 1] and acc [H, T, D].
     """
     last, j = last_ref[pl.program_id(0)], pl.program_id(1)
+    more = q_ref.shape[2] - 1
     options = {"precision": matmul_precision(k_ref.dtype), "preferred_element_type": jnp.float32}
 
     @pl.when(j == 0)
@@ -256,7 +266,7 @@ def _cached_kernel(last_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, m_ref, l_ref
         l_ref[...] = jnp.zeros_like(l_ref)
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
-    @pl.when(j * block <= last)
+    @pl.when(j * block <= last + more)
     def _():
         values = v_ref[0]
         scores = lax.dot_general(q_ref[0], k_ref[0], (((2,), (2,)), ((0,), (0,))), **options)
@@ -264,7 +274,8 @@ def _cached_kernel(last_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, m_ref, l_ref
         def weigh(p):
             return lax.dot_general(p.astype(values.dtype), values, (((2,), (1,)), ((0,), (0,))), **options)
 
-        _add_block(scores * scale, weigh, j * block, last, m_ref, l_ref, acc_ref)
+        query = lax.broadcasted_iota(jnp.int32, (1, more + 1, 1), 1) if more else 0
+        _add_block(scores * scale, weigh, j * block, last + query, m_ref, l_ref, acc_ref)
 
     @pl.when(j == pl.num_programs(1) - 1)
     def _():

@@ -191,9 +191,10 @@ def run_experts(
     with jax.named_scope("mlp"):
         out_cd = named_product(grouped_swiglu(rows_cd, gate_gdf, up_gdf, group_sizes_g), down_gfd, group_sizes_g)
     with jax.named_scope("combine"):
-        out_btkd = out_cd[_sorted_by(order, 0)].reshape(b, t, top_k, d).astype(jnp.float32)
-        mixed = jnp.einsum("btkd,btk->btd", out_btkd, weights_btk, precision=lax.Precision.HIGHEST)
-        return mixed.astype(x_btd.dtype)
+        # The K choices lead, so that a register holds rows of tokens, and the sum over them is one pass.
+        out_ktd = out_cd[_sorted_by(order, 0).reshape(-1, top_k).T].astype(jnp.float32)
+        mixed_td = (out_ktd * weights_btk.reshape(-1, top_k).T[..., None]).sum(0)
+        return mixed_td.reshape(b, t, d).astype(x_btd.dtype)
 
 
 def _sorted_by(keys: jax.Array, most: int) -> jax.Array:
@@ -272,9 +273,7 @@ def _run_chunked(
             hidden_cf = grouped_swiglu(rows_cd, gate_gdf, up_gdf, chunk.group_sizes)
             out_cd = grouped_weighted(hidden_cf, down_gfd, chunk.group_sizes, chunk.weights[:, 0])
         with jax.named_scope("combine"):
-            # Rows beyond the last group, which are undefined, go to no token.
-            to = jnp.where(chunk.inside, chunk.tokens, sums_td.shape[0])
-            return sums_td.at[to].add(out_cd, mode="drop")
+            return sums_td.at[chunk.tokens].add(out_cd)
 
     return lax.fori_loop(0, count, body, jnp.zeros(x_td.shape, jnp.float32))
 

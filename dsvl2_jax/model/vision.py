@@ -47,9 +47,8 @@ class VisionAttention(nn.Module):
         cfg = self.config
         axes = ("vision_embed", None, "vision_heads", "head_dim")
         qkv = Linear((3, cfg.heads, cfg.head_dim), axes, self.dtype, INIT_STD, bias=True, name="qkv")(x_npw)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [N, P, H, Dh]
         with jax.named_scope("attention"):
-            out = self_attention(q, k, v, visible_np, cfg.head_dim**-0.5)
+            out = self_attention(qkv, visible_np, cfg.head_dim**-0.5)
         axes = ("vision_heads", "head_dim", "vision_embed")
         return Linear(cfg.width, axes, self.dtype, INIT_STD, contract=2, bias=True, name="proj")(out)
 

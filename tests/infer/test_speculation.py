@@ -21,7 +21,7 @@ from dsvl2_jax.infer.slots import PAGE
 from dsvl2_jax.infer.speculation import LONGEST_MATCH, SHORTEST_MATCH, propose
 
 IMAGES = Path(configs.__file__).parent / "images"
-SLOTS, DRAFTS, MIXES = 4, 4, 8
+SLOTS, DRAFTS, MIXES = 4, 4, 5
 ENDLESS = SamplingParams(ignore_eos=True)
 
 
@@ -46,10 +46,8 @@ def draft(ids: list[int], count: int) -> list[int]:
     return drafted[: drafted.index(-1)] if -1 in drafted else drafted
 
 
-@settings(max_examples=150, deadline=None)
-@given(
-    st.lists(st.lists(st.integers(-1, 3), min_size=1, max_size=31), min_size=4, max_size=4), st.sampled_from([1, 4, 12])
-)
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.integers(-1, 3), min_size=1, max_size=31), min_size=4, max_size=4), st.sampled_from([4, 9]))
 def test_a_draft_goes_on_after_the_longest_match_of_the_newest_tokens(texts, count):
     ids = np.full((4, 32), -1, np.int32)
     for row, text in zip(ids, texts, strict=True):
@@ -92,7 +90,7 @@ def requests(model):
         prompt(model, "Describe."),
         prompt(model, "What colour is the circle?", "shapes.png"),
     ]
-    for number in range(14):
+    for number in range(12):
         kept = {
             "repetition_penalty": choose.choice([1.0, 1.1]),
             "presence_penalty": choose.choice([0.0, 0.3]),
@@ -105,7 +103,7 @@ def requests(model):
             kept |= {"temperature": choose.choice([0.3, 1.0]), "top_p": choose.choice([1.0, 0.9])}
             kept |= {"top_k": choose.choice([0, 20]), "min_p": choose.choice([0.0, 0.02]), "seed": number}
         sampling = SamplingParams() if number < len(prompts) else SamplingParams(**kept)
-        length = choose.choice([1, 2, 20, 40])
+        length = choose.choice([2, 12, 30])
         out.append(Request(prompts[number % 4], length, sampling, choice=number % 3))
     return out
 

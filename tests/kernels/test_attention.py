@@ -31,13 +31,13 @@ def test_query_blocks_equal_one_block(length, monkeypatch):
     np.testing.assert_allclose(in_blocks, whole, rtol=0, atol=2e-5 * np.abs(whole).max())
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-def test_latents_of_a_row_on_several_devices_are_attended_to_where_they_are(monkeypatch, rows):
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 3), (4, 1)])
+def test_latents_of_a_row_on_several_devices_are_attended_to_where_they_are(monkeypatch, rows, tokens):
     monkeypatch.setattr(attention, "latent_attention", functools.partial(latent_attention, interpret=True))
     rng = np.random.default_rng(0)
-    sizes = (rows, 1, 3, 48), (rows, 1, 3, 8), (rows, 2048, 48), (rows, 2048, 8)
+    sizes = (rows, tokens, 3, 48), (rows, tokens, 3, 8), (rows, 2048, 48), (rows, 2048, 8)
     arrays = [jnp.asarray(rng.normal(size=size), jnp.bfloat16) for size in sizes]
-    last = jnp.asarray(rng.integers(0, 2048, (rows, 1)), jnp.int32)
+    last = jnp.asarray(rng.integers(0, 2046, (rows, 1)) + np.arange(tokens), jnp.int32)
     expected = attend(arrays[:2], arrays[2:], arrays[2], (None, last), 0.2).astype(jnp.float32)
 
     def chosen(*arrays, tpu, default):

@@ -15,7 +15,7 @@ from dsvl2_jax.kernels.fused_attention import (
     fused_attention,
     visible_ranges,
 )
-from dsvl2_jax.kernels.gpu_attention import attention_backward, attention_forward, padded
+from dsvl2_jax.kernels.gpu_attention import attention_backward, attention_forward
 from dsvl2_jax.kernels.grouped_matmul import _blocked, _blocked_tgmm
 from dsvl2_jax.sharding import make_mesh
 
@@ -90,20 +90,29 @@ def test_a_key_is_seen_until_its_sample_ends():
     assert first.tolist() == [[0, 0, 0, 3, 3, 5]] and end.tolist() == [[3, 3, 3, 5, 5, 6]]
 
 
-def test_widths_are_padded_to_what_the_kernels_take():
-    assert [padded(jnp.ones((1, 2, width))).shape[-1] for width in (72, 128, 5)] == [80, 128, 16]
-    assert float(padded(jnp.ones((1, 2, 5)))[..., 5:].sum()) == 0
+def test_heads_of_one_array():
+    """Queries, keys and values as one product makes them, 24 wide: parts of 16, the second of which reaches beyond."""
+    qkv, g, scale = normal(0, 2, 70, 6, 24), normal(1, 2, 70, 2, 24), 24**-0.5
+    positions = jnp.zeros((2, 70), jnp.int32)
+    first, end = visible_ranges(positions, False)
+    split = lambda qkv: jnp.split(qkv, 3, axis=2)  # noqa: E731
+    expected, pullback = jax.vjp(lambda qkv: plain(*split(qkv), positions, scale, False), qkv)
+    options = {"packed": True, "interpret": True}
+    out, lse = attention_forward(qkv, qkv, qkv, first, scale, False, **options)
+    assert close(out, expected)
+    gradients = attention_backward(qkv, qkv, qkv, first, end, out, lse, g, scale, False, **options)
+    assert close(jnp.concatenate(gradients, axis=2), pullback(g)[0])
 
 
 def test_elsewhere_the_plain_function_runs_and_gives_the_gradients():
     q, k, v, g = (normal(i, 1, 48, 2, 16) for i in range(4))
     positions = positions_of(48, [0, 20])[None]
     spec = AttentionSpec(lambda *a: plain(*a, 0.25, True), ("batch", "length", "heads", "head_dim"), 0.25, True, "out")
-    out, gradients = jax.vjp(lambda *arrays: fused_attention(*arrays, positions, spec), q, k, v)
+    out, gradients = jax.vjp(lambda *arrays: fused_attention(arrays, positions, spec), q, k, v)
     expected, theirs = jax.vjp(lambda *arrays: plain(*arrays, positions, 0.25, True), q, k, v)
     assert close(out, expected)
     assert all(close(a, b) for a, b in zip(gradients(g), theirs(g), strict=True))
-    kept, residuals = _fused_forward(q, k, v, positions, spec)
+    kept, residuals = _fused_forward((q, k, v), positions, spec)
     assert close(kept, expected) and _fused_backward(spec, residuals, g)[-1] is None
 
 
@@ -114,7 +123,7 @@ def test_on_a_mesh_each_device_attends_to_its_own_rows_and_heads():
     spec = AttentionSpec(lambda *a: plain(*a, 0.25, True), ("batch", "length", "heads", "head_dim"), 0.25, True, "out")
 
     def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return fused_attention(q, k, v, positions, spec).astype(jnp.float32).sum()
+        return fused_attention((q, k, v), positions, spec).astype(jnp.float32).sum()
 
     alone = jax.jit(jax.grad(total, (0, 1, 2)))(q, k, v)
     with jax.set_mesh(make_mesh(data=2, tensor=2, expert=2)):

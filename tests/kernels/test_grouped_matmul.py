@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dsvl2_jax.kernels import grouped_matmul as kernels
-from dsvl2_jax.kernels.grouped_matmul import _zero_beyond_groups, grouped_matmul, tgmm
+from dsvl2_jax.kernels.grouped_matmul import grouped_matmul, grouped_swiglu, grouped_weighted, tgmm
 from dsvl2_jax.kernels.tpu import megablox_tgmm
 from dsvl2_jax.kernels.tpu_grouped_matmul import gmm
 
@@ -24,7 +24,7 @@ TOLERANCES = {"float32": 2e-6, "bfloat16": 1.01 * 2**-8}
 
 
 def tpu(rows, weights, group_sizes, **options):
-    return _zero_beyond_groups(gmm(rows, (weights,), group_sizes, interpret=True, **options), group_sizes)
+    return gmm(rows, (weights,), group_sizes, interpret=True, **options)
 
 
 def tpu_transposed(rows, weights, group_sizes):
@@ -131,6 +131,32 @@ def test_groups_of_many_blocks(sizes):
 @pytest.mark.parametrize("sizes", [[0, 1, 0], [0, 0, 0], [0, 0, 1]])
 def test_one_row(sizes):
     check("one row", "float32", sizes)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("sizes", [[5, 0, 3, 0, 1], [0, 0, 24, 0, 0], [0, 0, 0, 0, 0]], ids=str)
+def test_the_kernel_of_two_matrices_is_swiglu_and_that_of_factors_multiplies(dtype, sizes):
+    rows, gate, cotangent = arrays("small", dtype)
+    up, factors = gate[::-1] * 0.5, jnp.linspace(-1, 1, rows.shape[0])
+    group_sizes = jnp.asarray(sizes, jnp.int32)
+
+    def product(weights) -> np.ndarray:
+        return dense(rows, weights, cotangent, sizes)[0]
+
+    def check_both(swiglu, weighted, roundings: int) -> None:
+        first, second = product(gate), product(up)
+        assert swiglu.dtype == dtype and weighted.dtype == jnp.float32
+        assert_close(swiglu, (first / (1 + np.exp(-first)) * second), dtype, roundings)
+        expected = product(gate) * np.asarray(factors)[:, None]
+        assert_close(weighted, expected, dtype, roundings)
+
+    by_kernel = (
+        gmm(rows, (gate, up), group_sizes, interpret=True),
+        gmm(rows, (gate,), group_sizes, factors, interpret=True),
+    )
+    check_both(*by_kernel, roundings=1)
+    plain = grouped_swiglu(rows, gate, up, group_sizes), grouped_weighted(rows, gate, group_sizes, factors)
+    check_both(*plain, roundings=4)
 
 
 def test_no_product_leaks_into_the_rows_of_another_group():

@@ -43,43 +43,46 @@ def test_splash_attention_and_its_gradients_are_those_of_plain_attention(lengths
         np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE * np.abs(b).max(), err_msg=name)
 
 
-def test_latent_attention_is_plain_attention_of_one_token_a_row():
+def seen(last, tokens):
+    """i32[B, T], the last position that each query sees."""
+    return last[:, None] + jnp.arange(tokens)
+
+
+def close_where_something_is_seen(found, scores_bhts, out_bthd, last):
+    """The kernel's results, against scaled scores of all keys and plain attention; nothing seen is zero and -inf."""
+    out, lse = found
+    visible = jnp.arange(scores_bhts.shape[-1]) <= last[..., None]
+    expected = jax.nn.logsumexp(jnp.where(visible[:, None], scores_bhts, -jnp.inf), -1).swapaxes(1, 2)[..., None]
+    sees = last >= 0
+    for a, b in ((out, out_bthd), (lse, expected)):
+        np.testing.assert_allclose(a[sees], b[sees], rtol=0, atol=TOLERANCE * np.abs(b[sees]).max())
+    assert not out[~sees].any() and (lse[~sees] == -jnp.inf).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_latent_attention_is_plain_attention_of_a_row_s_newest_tokens(tokens):
     rng = np.random.default_rng(0)
-    last = jnp.asarray([0, 511, 512, 1000], jnp.int32)
-    sizes = (4, 3, 48), (4, 3, 8), (4, 2 * ATTENTION_BLOCK, 48), (4, 2 * ATTENTION_BLOCK, 8)
-    query, rope_query, latent, rope_key = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in sizes)
-    out, lse = latent_attention(query, rope_query, latent, rope_key, last, 0.2, interpret=True)
-    key_range = None, last[:, None]
-    expected = attend([query[:, None], rope_query[:, None]], [latent, rope_key], latent, key_range, 0.2)[:, 0]
-    np.testing.assert_allclose(out, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
-    scores = jnp.einsum("bhd,bsd->bhs", query, latent) + jnp.einsum("bhd,bsd->bhs", rope_query, rope_key)
-    visible = jnp.arange(2 * ATTENTION_BLOCK) <= last[:, None, None]
-    expected = jax.nn.logsumexp(jnp.where(visible, 0.2 * scores, -jnp.inf), -1, keepdims=True)
-    np.testing.assert_allclose(lse, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+    first = jnp.asarray([0, 511, 512, 1000, 510, -1, -9], jnp.int32)
+    sizes = (tokens, 3, 48), (tokens, 3, 8), (2 * ATTENTION_BLOCK, 48), (2 * ATTENTION_BLOCK, 8)
+    arrays = (jnp.asarray(rng.normal(size=(len(first), *size)), jnp.float32) for size in sizes)
+    query, rope_query, latent, rope_key = arrays
+    found = latent_attention(query, rope_query, latent, rope_key, first, 0.2, interpret=True)
+    last = seen(first, tokens)
+    expected = attend([query, rope_query], [latent, rope_key], latent, (None, last), 0.2)
+    scores = jnp.einsum("bthd,bsd->bhts", query, latent) + jnp.einsum("bthd,bsd->bhts", rope_query, rope_key)
+    close_where_something_is_seen(found, 0.2 * scores, expected, last)
 
 
-def test_latent_attention_of_a_row_that_sees_nothing_is_zero_and_weighs_nothing():
-    ones = (jnp.ones(shape) for shape in ((1, 3, 48), (1, 3, 8), (1, ATTENTION_BLOCK, 48), (1, ATTENTION_BLOCK, 8)))
-    out, lse = latent_attention(*ones, jnp.asarray([-1]), 0.2, interpret=True)
-    assert not out.any() and (lse == -jnp.inf).all()
-
-
-def test_cached_attention_is_plain_attention_of_one_token_a_row():
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_cached_attention_is_plain_attention_of_a_row_s_newest_tokens(tokens):
     rng = np.random.default_rng(0)
-    last = jnp.asarray([0, 511, 512, 1000, -1], jnp.int32)
-    query, key, value = (
-        jnp.asarray(rng.normal(size=size), jnp.float32)
-        for size in ((5, HEADS, KEYS), *((5, 2 * ATTENTION_BLOCK, HEADS, KEYS),) * 2)
-    )
-    out, lse = cached_attention(query, key, value, last, 0.2, interpret=True)
-    expected = attend([query[:, None]], [key], value, (None, last[:, None]), 0.2)[:, 0]
-    np.testing.assert_allclose(out[:4], expected[:4], rtol=0, atol=TOLERANCE * np.abs(expected).max())
-    scores = jnp.where(
-        jnp.arange(2 * ATTENTION_BLOCK) <= last[:, None, None], 0.2 * jnp.einsum("bhd,bshd->bhs", query, key), -jnp.inf
-    )
-    expected = jax.nn.logsumexp(scores, -1, keepdims=True)[:4]
-    np.testing.assert_allclose(lse[:4], expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
-    assert not out[4].any() and (lse[4] == -jnp.inf).all()
+    first = jnp.asarray([0, 511, 512, 1000, 510, -1, -9], jnp.int32)
+    sizes = (tokens, HEADS, KEYS), *((2 * ATTENTION_BLOCK, HEADS, KEYS),) * 2
+    query, key, value = (jnp.asarray(rng.normal(size=(len(first), *size)), jnp.float32) for size in sizes)
+    found = cached_attention(query, key, value, first, 0.2, interpret=True)
+    last = seen(first, tokens)
+    expected = attend([query], [key], value, (None, last), 0.2)
+    close_where_something_is_seen(found, 0.2 * jnp.einsum("bthd,bshd->bhts", query, key), expected, last)
 
 
 def test_splash_kernels_cost_their_products_in_the_blocks_that_causality_leaves():

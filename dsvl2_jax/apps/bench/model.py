@@ -277,6 +277,8 @@ class _Bench:
                     self.compiled[name] = done.result()
                 except Exception as error:  # the compiler's own
                     self._fail(programs[name], error)
+                else:
+                    self.report.add({"job": "compiled", "program": name, "compile_seconds": self.compiled[name][1]})
         except concurrent.futures.TimeoutError:
             pass
         pool.shutdown(wait=False, cancel_futures=True)
@@ -311,8 +313,6 @@ class _Bench:
         if program.job == "decode":
             self._fill(params)
         running = program.start(compiled, params)
-        if isinstance(running, Prefilling):
-            self.rows.setdefault(sum(program.sizes.values()), running)
         series, theirs = self._series(program, running)
         row = self._row(program, statistics.median(series), theirs)
         row |= self._program(program, compiled) | {

@@ -192,13 +192,13 @@ def _cudnn(causal: bool, scale: float, q: jax.Array, k: jax.Array, v: jax.Array)
 def decoding(config: Config, slots: int, context: int, dtype: Any) -> Kernel:
     """A decode step's attention of one layer to caches of ``context`` tokens."""
     language = config.language
-    heads, last = language.num_attention_heads, jnp.full(slots, context - 1, jnp.int32)
+    heads, last = language.num_attention_heads, jnp.full((slots, 1), context - 1, jnp.int32)
     if language.use_mla:
         rank, rope = language.kv_lora_rank, language.qk_rope_head_dim
         sizes = (slots, 1, heads, rank), (slots, 1, heads, rope), (slots, context, rank), (slots, context, rope)
         arrays = [_normal(i, size, dtype) for i, size in enumerate(sizes)]
         scale = (language.qk_nope_head_dim + rope) ** -0.5
-        function = jax.jit(lambda *a: mla_decode_attention(*a, last[:, None], scale))
+        function = jax.jit(lambda *a: mla_decode_attention(*a, last, scale))
         q_latent, q_rope, latent, k_rope = (x.astype(jnp.float32) for x in arrays)
         scores = jnp.einsum("bthr,bsr->bhts", q_latent, latent, precision="highest")
         scores += jnp.einsum("bthd,bsd->bhts", q_rope, k_rope, precision="highest")

@@ -16,9 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsvl2_jax.kernels import gpu_attention, gpu_grouped_matmul
-from dsvl2_jax.kernels.block_sizes import Blocks, HopperAttention, HopperProduct, TritonAttention, TritonProduct
+from dsvl2_jax.kernels.block_sizes import (
+    CORE_ROWS,
+    HOPPER_STEP,
+    Blocks,
+    HopperAttention,
+    HopperProduct,
+    TritonAttention,
+    TritonProduct,
+)
 from dsvl2_jax.kernels.fused_attention import visible_ranges
-from dsvl2_jax.kernels.gpu_attention import MIN_PART
 from dsvl2_jax.kernels.grouped_matmul import _blocked, _blocked_tgmm
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.released import released_config
@@ -65,8 +72,7 @@ def released_cases(size: str) -> list[Case]:
                 cases.append(product_case(operation, language.n_routed_experts, inner, width, rows))
         parts = ("forward", "dq", "dkv") if length == LENGTHS[-1] else ("forward",)
         cases += [attention_case(part, key, value, length, language.num_attention_heads, causal=True) for part in parts]
-    width = vision.head_dim + -vision.head_dim % MIN_PART
-    heads = TILES * vision.heads
+    width, heads = vision.head_dim, TILES * vision.heads
     cases += [attention_case(p, width, width, vision.patches, heads, causal=False) for p in ("forward", "dq", "dkv")]
     return cases
 
@@ -95,14 +101,11 @@ def candidates(case: Case, capability: str, shared_memory: int) -> Iterator[Bloc
     shape, hopper = case.shape, capability.startswith("9.")
     yield default_blocks(case)
     if case.operation.startswith("attention"):
-        streamed = "queries" if case.operation == "attention_dkv" else "keys"
+        part = case.operation.removeprefix("attention_")
         widths = shape["key_width"], shape["value_width"]
         for queries, keys, warps, stages in itertools.product((32, 64, 128), (32, 64, 128), WARPS, STAGES):
             blocks = TritonAttention(queries, keys, warps, stages)
-            if (
-                blocks.shared_memory(*widths, streamed=streamed) <= shared_memory
-                and queries * keys <= 64 * 16 * 4 * warps
-            ):
+            if blocks.shared_memory(part, *widths) <= shared_memory and queries * keys <= 64 * 16 * 4 * warps:
                 yield blocks
         if hopper and case.operation == "attention_forward":
             for keys, stages in itertools.product((64, 128), (2, 3, 4)):
@@ -114,7 +117,7 @@ def candidates(case: Case, capability: str, shared_memory: int) -> Iterator[Bloc
         blocks = TritonProduct(rows, columns, step, warps, stages)
         if blocks.shared_memory() <= shared_memory and rows * columns <= 64 * 64 * warps:  # sums in registers
             yield blocks
-    if hopper and shape["inner"] % 64 == shape["width"] % 64 == shape["rows"] % 8 == 0:
+    if hopper and shape["inner"] % HOPPER_STEP == shape["width"] % HOPPER_STEP == shape["rows"] % CORE_ROWS == 0:
         for warpgroups, columns, stages in itertools.product((1, 2), (64, 128, 256), (3, 4, 5)):
             blocks = HopperProduct(warpgroups, columns, stages)
             if blocks.shared_memory() <= shared_memory:

@@ -343,8 +343,10 @@ class Walk:
             return i.arrays[0].bytes + inside[i.operands[0]].bytes
         if i.opcode.endswith("-start"):
             return i.bytes
-        read = sum(self._read(i, at, inside) for at in range(len(i.operands)))
-        return read + self._written(i, inside)
+        at = range(len(i.operands))
+        if i.opcode == "custom-call":  # one that is given an array twice reads other parts of it
+            at = [n for n in at if i.operands[n] not in i.operands[:n]]
+        return sum(self._read(i, n, inside) for n in at) + self._written(i, inside)
 
     def _read(self, i: Instruction, at: int, inside: Computation) -> float:
         """Bytes that an operation reads of one of its operands."""
@@ -369,18 +371,29 @@ class Walk:
     def _fusion_bytes(self, i: Instruction, inside: Computation, called: str) -> float:
         """Bytes that a fused operation reads and writes."""
         fused, moved = self._all[called], 0.0
+        if '"AsyncCollectiveDone"' in fused.root.attributes:
+            return 0.0
+        if '"AsyncCollectiveStart"' in fused.root.attributes:  # counts what all the collective's parts read and write
+            received = sum(fused[name].bytes for name in fused.root.operands)
+            return received + sum(inside[name].bytes for name in i.operands)
+        in_place = "output_to_operand_aliasing" in i.attributes
         for at, name in enumerate(i.operands):
             whole = inside[name].bytes
             if whole:
-                moved += min(whole, self._used(fused.parameters[at], fused))
+                moved += min(whole, self._used(fused.parameters[at], fused, called))
         results = fused.root.operands if fused.root.opcode == "tuple" else (fused.root.name,)
         for array, name in zip(i.arrays, results, strict=False):
+            if in_place and fused[name].opcode == "parameter":
+                continue
             if not array.space and not self._is_continued(fused[name], called):
                 moved += min(array.size, self._result(name, fused))
         return moved
 
-    def _used(self, parameter: Instruction, fused: Computation) -> float:
-        """Bytes that a fused computation takes of a parameter: the slices, when slices are all it takes."""
+    def _used(self, parameter: Instruction, fused: Computation, called: str) -> float:
+        """Bytes that a fused computation takes of a parameter: the slices, when slices are all it takes.
+
+        ``called``: the computation's name.
+        """
         total = 0.0
         for user in fused.users.get(parameter.name, ()):
             if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == parameter.name:
@@ -388,17 +401,17 @@ class Walk:
             elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
                 continue  # changed in place
             elif user.opcode == "bitcast" and not user.root:
-                total += self._used(user, fused)
+                total += self._used(user, fused, called)
             elif user.opcode == "fusion":
                 (name,) = user.called
                 inner = self._all[name]
                 positions = [at for at, operand in enumerate(user.operands) if operand == parameter.name]
                 received = [inner.parameters[at] for at in positions]
                 if all(self._is_only_reshaped(value, inner) for value in received):
-                    total += self._used(user, fused)
+                    total += self._used(user, fused, called)
                 else:
-                    total += sum(self._used(value, inner) for value in received)
-            elif user.opcode == "tuple" or user.opcode == "get-tuple-element":
+                    total += sum(self._used(value, inner, name) for value in received)
+            elif user.opcode in ("tuple", "get-tuple-element") or self._is_continued(user, called):
                 continue
             else:
                 return math.inf

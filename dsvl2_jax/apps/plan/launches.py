@@ -18,6 +18,7 @@ HOST_SPACE = 5  # memory space of arrays in the host's memory
 _TRANSFERS = frozenset({"infeed", "outfeed", "send", "recv"})
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CONTROL = re.compile(r"cond|while|body|branch_\d+_fun|closed_call|checkpoint|rematted_computation")
+_TRANSFORMED = re.compile(r"((?:transpose|jvp|vmap)\()+(\w+)\)+")
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
 
 
@@ -145,7 +146,7 @@ def _parts(name: str) -> Iterator[str]:
     """
     if "transpose(" in name:
         yield "backward"
-    parts = re.sub(r"\b(?:transpose|jvp|vmap)\((.*?)\)+", r"\1", name).split("/")
+    parts = [_TRANSFORMED.sub(r"\2", part) for part in name.split("/")]
     for part in parts[:-1] if len(parts) > 1 else parts:
         if "(" not in part and part[:1].islower() and not _CONTROL.fullmatch(part):
             yield part

@@ -15,7 +15,7 @@ from dsvl2_jax.apps.plan.hlo_walk import Cost, Walk
 from dsvl2_jax.apps.plan.launches import count_launches, scope_of
 
 _DEPTH = 16  # more parts than a name has
-_ADDED = re.compile(r"while|body|cond|closed_call|checkpoint|rematted_computation|branch_\d+_fun|.*,.*|.*->.*")
+_ADDED = re.compile(r".*,.*|.*->.*")
 _LAYER = re.compile(r"^(layers|blocks)_\d+(_to_\d+)?")
 
 
@@ -54,7 +54,7 @@ def scopes_of(text: str) -> dict[str, Scope]:
 
 
 def _merged(name: str) -> str:
-    """Without numbers of layers, and without what jax's control flow and einsum add to names."""
+    """Without numbers of layers, and without what einsum adds to names."""
     parts = (_LAYER.sub(r"\1", part) for part in name.split("/"))
     return "/".join(part for part in parts if not _ADDED.fullmatch(part)) or "unnamed"
 

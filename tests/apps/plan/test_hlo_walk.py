@@ -232,12 +232,61 @@ ENTRY %main (w: bf16[64,32], x: bf16[8,64], part: bf16[16,8], table: bf16[64,8])
 def test_what_is_prefetched_or_only_reshaped_counts_once():
     cost = walk(PREFETCHED)
     assert cost.flops == matmul(8, 64, 32) + 1000
-    fetched, part = 2 * 16 * 8, 2 * 2 * 16 * 8  # the slice; the part that is gathered, by both fusions
+    fetched, part = 2 * 16 * 8, 2 * 16 * 8  # the slice; the part that is gathered, which the first fusion reads
     kernel = 2000 - 2 * 16 * 8  # without the operand in fast memory
     product = 2 * (64 * 32 + 8 * 64 + 8 * 32)
     assert cost.bytes == fetched + part + kernel + product
     gathered = cost.collectives["all-gather"]
     assert (gathered.count, gathered.bytes) == (1, 2 * 64 * 8)
+
+
+# A gathering that begins, goes on beside a product in whose fusion its buffers are, and ends.
+CARRIED = """HloModule jit_step, is_scheduled=true
+
+%begin (p: bf16[16,8]) -> (bf16[16,8], bf16[64,8], u32[]) {
+  %p = bf16[16,8]{1,0} parameter(0)
+  %all-gather.1 = bf16[64,8]{1,0} all-gather(%p), channel_id=7, dimensions={0}
+  ROOT %started = (bf16[16,8]{1,0}, bf16[64,8]{1,0}, u32[]{:S(2)}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (p.1: bf16[16,8], p.2: bf16[64,8], p.3: bf16[8,64], p.4: bf16[64,32]) -> (bf16[8,32], bf16[16,8], bf16[64,8], bf16[64,8]) {
+  %p.1 = bf16[16,8]{1,0} parameter(0)
+  %p.2 = bf16[64,8]{1,0} parameter(1)
+  %p.3 = bf16[8,64]{1,0} parameter(2)
+  %p.4 = bf16[64,32]{1,0} parameter(3)
+  %dot.1 = bf16[8,32]{1,0} dot(%p.3, %p.4), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %all-gather.2 = bf16[64,8]{1,0} all-gather(%p.1), channel_id=7, dimensions={0}
+  ROOT %both = (bf16[8,32]{1,0}, bf16[16,8]{1,0}, bf16[64,8]{1,0}, bf16[64,8]{1,0}) tuple(%dot.1, %p.1, %p.2, %all-gather.2)
+}
+
+%end (p.5: bf16[16,8], p.6: bf16[64,8]) -> bf16[64,8] {
+  %p.5 = bf16[16,8]{1,0} parameter(0)
+  %p.6 = bf16[64,8]{1,0} parameter(1)
+  %all-gather.3 = bf16[64,8]{1,0} all-gather(%p.5), channel_id=7, dimensions={0}
+  ROOT %ended = bf16[64,8]{1,0} custom-call(%p.5, %p.6, %all-gather.3), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (part: bf16[16,8], x: bf16[8,64], w: bf16[64,32]) -> (bf16[8,32], bf16[64,8]) {
+  %part = bf16[16,8]{1,0} parameter(0)
+  %x = bf16[8,64]{1,0} parameter(1)
+  %w = bf16[64,32]{1,0} parameter(2)
+  %start = (bf16[16,8]{1,0}, bf16[64,8]{1,0}, u32[]{:S(2)}) fusion(%part), kind=kCustom, output_to_operand_aliasing={{0}: (0, {})}, calls=%begin
+  %own = bf16[16,8]{1,0} get-tuple-element(%start), index=0
+  %all = bf16[64,8]{1,0} get-tuple-element(%start), index=1
+  %product = (bf16[8,32]{1,0}, bf16[16,8]{1,0}, bf16[64,8]{1,0}, bf16[64,8]{1,0}) fusion(%own, %all, %x, %w), kind=kOutput, output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {}), {3}: (1, {})}, calls=%beside
+  %out = bf16[8,32]{1,0} get-tuple-element(%product), index=0
+  %carried = bf16[16,8]{1,0} get-tuple-element(%product), index=1
+  %filled = bf16[64,8]{1,0} get-tuple-element(%product), index=2
+  %done = bf16[64,8]{1,0} fusion(%carried, %filled), kind=kCustom, output_to_operand_aliasing={{}: (1, {})}, calls=%end
+  ROOT %result = (bf16[8,32]{1,0}, bf16[64,8]{1,0}) tuple(%out, %done)
+}
+"""  # noqa: E501
+
+
+def test_a_collective_beside_other_work_moves_its_bytes_once():
+    cost = walk(CARRIED)
+    assert cost.bytes == 2 * (16 * 8 + 64 * 8) + 2 * (8 * 64 + 64 * 32 + 8 * 32)
+    assert cost.collectives["all-gather"].count == 1
 
 
 def test_collectives_are_counted_by_kind_with_their_bytes():

@@ -86,21 +86,6 @@ def test_many_answers_at_once_are_those_that_each_gets_alone(model):
     asyncio.run(main())
 
 
-def test_drafts_change_no_answer_and_are_counted(model):
-    async def main():
-        text = "one two three four " * 12
-        request = Request(model.processor([{"role": "user", "content": text}]), 60, ENDLESS)
-        alone = model.generate(request.inputs, 60, ENDLESS, slots=2)
-        async with running(model, speculate=4) as engine:
-            _, tokens, _ = await collect(engine.submit(request))
-            assert tokens == alone.token_ids and engine.compiled_since_ready == 0
-            statistics = engine.statistics()
-            drafted, accepted = (statistics[f"spec_decode_num_{what}_tokens"] for what in ("draft", "accepted"))
-            assert drafted >= accepted > 10
-
-    asyncio.run(main())
-
-
 def test_an_answer_tells_its_times_and_what_was_cached(model):
     async def main():
         inputs = model.processor([{"role": "user", "content": "one two three " * 80}])
@@ -114,6 +99,16 @@ def test_an_answer_tells_its_times_and_what_was_cached(model):
             assert engine.statistics()["prefix_cache_hits"] == 512
 
     asyncio.run(main())
+
+
+def test_drafts_are_made_and_counted_when_they_are_asked_for(model):
+    engine = AsyncEngine(model, EngineOptions(slots=1, speculate=4))
+    assert engine._scheduler.executor.drafts == 4
+    engine._scheduler.drafted, engine._scheduler.accepted = 7, 5
+    statistics = engine.statistics()
+    assert [statistics[f"spec_decode_num_{what}_tokens"] for what in ("draft", "accepted")] == [7, 5]
+    with pytest.raises(UsageError, match="--speculate: found 17, expected"):
+        EngineOptions(speculate=17)
 
 
 def test_a_cancelled_answer_frees_its_slot(model):
