@@ -5,7 +5,7 @@ sees are split among several: `attend_splits` gives each split's output and log-
 `combine_latent` their sum. Splits follow from the row's own length and the number of rows alone, so that what a row
 computes depends neither on other rows nor on how much longer the cache is; positions beyond the last cost nothing.
 
-Tested in tests/kernels/test_gpu_decode.py; `dsvl2_jax.model.gpu_decode` calls them.
+Tested in tests/model/test_gpu_decode.py and tests/kernels/test_gpu_decode.py; `dsvl2_jax.model.gpu_decode` calls them.
 """
 
 from __future__ import annotations

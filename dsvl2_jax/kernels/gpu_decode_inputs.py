@@ -4,7 +4,7 @@
 products, rotary, and the new entries written into the cache in place. `latent_into_cache` (latent attention) does what
 follows the projections: it takes queries into the latent space, norms and rotates, and writes the cache.
 
-Tested in tests/kernels/test_gpu_decode.py; `dsvl2_jax.model.gpu_decode` calls them.
+Tested in tests/model/test_gpu_decode.py; `dsvl2_jax.model.gpu_decode` calls them.
 """
 
 from __future__ import annotations

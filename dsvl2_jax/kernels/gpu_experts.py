@@ -4,7 +4,7 @@
 A program finds the rows that visit its expert by itself, so that nothing is sorted, gathered or scattered back, and an
 expert's weights are read once for all of its rows.
 
-Tested in tests/kernels/test_gpu_decode.py; `dsvl2_jax.model.gpu_decode` calls them.
+Tested in tests/model/test_gpu_decode.py and tests/kernels/test_gpu_decode.py; `dsvl2_jax.model.gpu_decode` calls them.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ before it adds them.
 A norm's factor is applied after the product: the rows times the norm's weight go into it, while their squares are added
 up.
 
-Tested in tests/kernels/test_gpu_decode.py; `dsvl2_jax.model.gpu_decode` calls them.
+Tested in tests/model/test_gpu_decode.py; `dsvl2_jax.model.gpu_decode` calls them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def row_count(rows: int) -> int:
 
 
 def column_block(columns: int) -> int:
-    """Columns of a program, of so many that a launch makes in all: as few as keep every multiprocessor busy."""
+    """Columns of a program, of so many that a launch makes in all: the most that leave one for each multiprocessor."""
     return next((size for size in (128, 64) if columns >= size * MULTIPROCESSORS), 32)
 
 
