@@ -188,7 +188,8 @@ def test_missing_pytorch_is_named_before_anything_is_made(monkeypatch, capsys):
     assert "compares with PyTorch, and torch cannot be imported" in captured.err and not captured.out
 
 
-def test_what_there_is_no_time_for_is_said(tmp_path, capsys):
+def test_what_there_is_no_time_for_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ceilings, "SMALL_PRODUCT", 64)
     name = toy(tmp_path)
     assert main(["bench", "model", name, "--budget", "1e-9", "--jobs", "encode", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["skipped"] == "no time was left"
