@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from dsvl2_jax.kernels.cpu import take_rows
 from dsvl2_jax.model.attention import LatentAttention, LayerCache, MultiHeadAttention
 from dsvl2_jax.model.config import LanguageConfig
 from dsvl2_jax.model.layer_runs import LayerWrapper, language_runs, run_layers
@@ -79,7 +80,7 @@ class Decoder(nn.Module):
     def embed(self, ids: jax.Array) -> jax.Array:
         """i32[...] token ids → [..., D]."""
         with jax.named_scope("embed_tokens"):
-            return jnp.take(self.embed_tokens.astype(self.dtype), ids, axis=0)
+            return take_rows(self.embed_tokens.astype(self.dtype), ids)
 
     def final_norm(self, x_btd: jax.Array) -> jax.Array:
         """[B, T, D] of the last layer → [B, T, D], what the head takes."""
