@@ -2,7 +2,8 @@
 
 bfloat16 operands whose sums are asked for in float32 go to its kernels, which multiply bfloat16 as it lies in memory,
 with the processor's own instructions where it has some. Asked for bfloat16 sums, it first makes float32 copies of both
-operands, weights included.
+operands, weights included. This holds for products of two matrices; with heads beside them there are some that it
+accepts and then cannot run (jaxlib 0.10.2: "Unsupported element type for DotThunk").
 """
 
 from __future__ import annotations
@@ -51,18 +52,6 @@ def weight_product(x: jax.Array, kernel: jax.Array, contract: int) -> jax.Array:
         return rows_product(x.reshape(-1, inputs), kernel.reshape(inputs, -1)).reshape(*rows, *features)
 
     return (cpu_or(cpu, plain) if x.dtype == jnp.bfloat16 else plain)(x, kernel)
-
-
-def weight_einsum(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-    """``jnp.einsum(subscripts, x, weight)`` in their common dtype."""
-
-    def plain(x: jax.Array, weight: jax.Array) -> jax.Array:
-        return jnp.einsum(subscripts, x, weight, precision=matmul_precision(x.dtype))
-
-    def cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
-        return jnp.einsum(subscripts, x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
-
-    return (cpu_or(cpu, plain) if x.dtype == jnp.bfloat16 else plain)(x, weight)
 
 
 def as_bits(x: jax.Array) -> jax.Array:
