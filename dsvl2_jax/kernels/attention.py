@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dsvl2_jax.kernels.cpu import cpu_or
+from dsvl2_jax.kernels.cpu import bits_to_slice, cpu_or, from_bits
 from dsvl2_jax.kernels.fused_attention import AttentionSpec, fused_attention, is_supported
 from dsvl2_jax.kernels.precision import matmul_precision
 from dsvl2_jax.kernels.tpu import ATTENTION_BLOCK, cached_attention, latent_attention, splash_attention
@@ -154,7 +154,7 @@ def _decode_by_blocks(
     least = jnp.finfo(jnp.float32).min
 
     def block(x: jax.Array, i: jax.Array) -> jax.Array:
-        return lax.dynamic_slice_in_dim(x, i * size, size, axis=1)
+        return from_bits(lax.dynamic_slice_in_dim(bits_to_slice(x, i), i * size, size, axis=1))
 
     def body(i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         m_bhts, l_bhts, acc_bhtd = carry

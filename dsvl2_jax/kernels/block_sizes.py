@@ -11,6 +11,7 @@ import dataclasses
 SHARED_MEMORY = 227 << 10  # bytes that a block of an H100 may have
 BFLOAT16 = 2  # bytes
 WARPGROUP_ROWS = 64  # rows of a warpgroup's product on Hopper
+CORE_ROWS = 8  # of a core matrix there, in whole ones of which arrays are fetched
 HOPPER_STEP = 64  # depth of its step: 128 bytes of bfloat16, the widest swizzle
 
 
@@ -37,12 +38,15 @@ class TritonAttention:
     warps: int = 4
     stages: int = 2
 
-    def shared_memory(self, key_width: int, value_width: int, *, streamed: str, itemsize: int = BFLOAT16) -> int:
-        """Bytes of a block. ``streamed``: what it goes through stage by stage, "keys" or "queries"; the other stays."""
-        row = (key_width + value_width) * itemsize
-        if streamed == "keys":
-            return row * (self.queries + self.stages * self.keys)
-        return row * (self.keys + self.stages * self.queries)
+    def shared_memory(self, part: str, key_width: int, value_width: int) -> int:
+        """Bytes of a block. ``part``: forward and dq go through keys stage by stage, dkv through queries."""
+        row = (key_width + value_width) * BFLOAT16
+        if part == "forward":
+            return self.queries * key_width * BFLOAT16 + self.stages * self.keys * row
+        if part == "dq":
+            return (self.queries + self.stages * self.keys) * row
+        vectors = 3 * 4 * (self.stages - 1) * self.queries  # first, lse and delta
+        return (self.keys + self.stages * self.queries) * row + self.queries * self.keys * BFLOAT16 + vectors
 
 
 @dataclasses.dataclass(frozen=True)

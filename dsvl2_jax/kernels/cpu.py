@@ -2,7 +2,8 @@
 
 bfloat16 operands whose sums are asked for in float32 go to its kernels, which multiply bfloat16 as it lies in memory,
 with the processor's own instructions where it has some. Asked for bfloat16 sums, it first makes float32 copies of both
-operands, weights included.
+operands, weights included. This holds for products of two matrices; with heads beside them there are some that it
+accepts and then cannot run (jaxlib 0.10.2: "Unsupported element type for DotThunk").
 """
 
 from __future__ import annotations
@@ -53,16 +54,37 @@ def weight_product(x: jax.Array, kernel: jax.Array, contract: int) -> jax.Array:
     return (cpu_or(cpu, plain) if x.dtype == jnp.bfloat16 else plain)(x, kernel)
 
 
-def weight_einsum(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-    """``jnp.einsum(subscripts, x, weight)`` in their common dtype."""
+def as_bits(x: jax.Array) -> jax.Array:
+    """bfloat16 as uint16, anything else as it is.
 
-    def plain(x: jax.Array, weight: jax.Array) -> jax.Array:
-        return jnp.einsum(subscripts, x, weight, precision=matmul_precision(x.dtype))
+    XLA's compiler for CPUs slices and gathers bfloat16 in float32: it converts the whole array before.
+    """
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
 
-    def cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
-        return jnp.einsum(subscripts, x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
 
-    return (cpu_or(cpu, plain) if x.dtype == jnp.bfloat16 else plain)(x, weight)
+def bits_to_slice(x: jax.Array, at: jax.Array) -> jax.Array:
+    """`as_bits` of an array that is then sliced at what ``at`` gives, without a copy of the whole.
+
+    The compiler must not take the array's bits out of a loop, where they would be a copy.
+    """
+    return as_bits(lax.optimization_barrier((x, at))[0])
+
+
+def from_bits(x: jax.Array) -> jax.Array:
+    """What `as_bits` was given."""
+    return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+
+
+def take_rows(table: jax.Array, index: jax.Array) -> jax.Array:
+    """[V, D], i32[...] → [..., D], as `jnp.take`."""
+
+    def plain(table: jax.Array, index: jax.Array) -> jax.Array:
+        return jnp.take(table, index, axis=0)
+
+    def cpu(table: jax.Array, index: jax.Array) -> jax.Array:
+        return from_bits(jnp.take(bits_to_slice(table, index), index, axis=0))
+
+    return (cpu_or(cpu, plain) if table.dtype == jnp.bfloat16 else plain)(table, index)
 
 
 def rows_product(x_mk: jax.Array, w_kn: jax.Array) -> jax.Array:

@@ -87,9 +87,10 @@ def _shape(
     return _Shape(*lengths, *parts, scale, causal, blocks.queries, blocks.keys, heads, packed)
 
 
-def _params(s: _Shape, blocks: TritonAttention, streamed: str) -> plgpu.CompilerParams:
+def _params(s: _Shape, blocks: TritonAttention, part: str) -> plgpu.CompilerParams:
+    """``part``: forward, dq or dkv."""
     widths = (sum(columns for _, columns in parts) for parts in (s.key_parts, s.value_parts))
-    fits_shared_memory(blocks, blocks.shared_memory(*widths, streamed=streamed))
+    fits_shared_memory(blocks, blocks.shared_memory(part, *widths))
     return plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages)
 
 
@@ -130,7 +131,7 @@ def attention_forward(
             jax.ShapeDtypeStruct((b, t, h, v_bshd.shape[-1]), v_bshd.dtype),
             jax.ShapeDtypeStruct((b, h, t), jnp.float32),
         ),
-        compiler_params=_params(s, blocks, "keys"),
+        compiler_params=_params(s, blocks, "forward"),
         interpret=interpret,
         metadata=cost_metadata(flops),
         name="attention_forward",
@@ -198,7 +199,7 @@ def attention_dq(
         functools.partial(_dq_kernel, s=s),
         grid=_grid(pl.cdiv(t, s.block_q), h, b, causal),
         out_shape=jax.ShapeDtypeStruct((b, t, h, key_width), q_bthd.dtype),
-        compiler_params=_params(s, blocks, "keys"),
+        compiler_params=_params(s, blocks, "dq"),
         interpret=interpret,
         metadata=cost_metadata(2.0 * s.pairs * b * h * (2 * key_width + v_bshd.shape[-1])),
         name="attention_dq",
@@ -230,7 +231,7 @@ def attention_dkv(
         functools.partial(_dkv_kernel, s=s),
         grid=_grid(pl.cdiv(s.keys, s.block_k), h, b, causal),
         out_shape=tuple(jax.ShapeDtypeStruct((b, s.keys, h, x.shape[-1]), x.dtype) for x in (k_bshd, v_bshd)),
-        compiler_params=_params(s, blocks, "queries"),
+        compiler_params=_params(s, blocks, "dkv"),
         interpret=interpret,
         metadata=cost_metadata(2.0 * s.pairs * b * h * 2 * (key_width + v_bshd.shape[-1])),
         name="attention_dkv",

@@ -5,7 +5,7 @@ sees are split among several: `attend_splits` gives each split's output and log-
 `combine_latent` their sum. Splits follow from the row's own length and the number of rows alone, so that what a row
 computes depends neither on other rows nor on how much longer the cache is; positions beyond the last cost nothing.
 
-Tested in tests/kernels/test_gpu_decode.py; `dsvl2_jax.model.gpu_decode` calls them.
+Tested in tests/model/test_gpu_decode.py and tests/kernels/test_gpu_decode.py; `dsvl2_jax.model.gpu_decode` calls them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsvl2_jax.kernels.gpu_attention import MASKED
-from dsvl2_jax.kernels.gpu_few_rows import MIN_ROWS, STAGES, load_tile, multiply, row_count, row_mask
+from dsvl2_jax.kernels.gpu_few_rows import MIN_ROWS, compiler_params, load_tile, multiply, row_count, row_mask
 from dsvl2_jax.kernels.precision import matmul_precision
 from dsvl2_jax.kernels.triton import cost_metadata
 from dsvl2_jax.runtime.lazy import LazyModule
@@ -201,7 +201,7 @@ def combine_latent(
         kernel,
         grid=(width // block, heads),
         out_shape=made,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=STAGES),
+        compiler_params=compiler_params((step, rows, block, kv_b_hor.dtype.itemsize)),
         interpret=interpret,
         metadata=cost_metadata(2.0 * b * heads * width * rank, [out_bshr, lse_bsh, made], weight_bytes),
         name="combine_latent",

@@ -4,7 +4,7 @@
 products, rotary, and the new entries written into the cache in place. `latent_into_cache` (latent attention) does what
 follows the projections: it takes queries into the latent space, norms and rotates, and writes the cache.
 
-Tested in tests/kernels/test_gpu_decode.py; `dsvl2_jax.model.gpu_decode` calls them.
+Tested in tests/model/test_gpu_decode.py; `dsvl2_jax.model.gpu_decode` calls them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dsvl2_jax.kernels.gpu_few_rows import STAGES, depth_step, load_tile, multiply, row_count, row_mask
+from dsvl2_jax.kernels.gpu_few_rows import compiler_params, depth_step, load_tile, multiply, row_count, row_mask
 from dsvl2_jax.kernels.triton import cost_metadata
 from dsvl2_jax.runtime.lazy import LazyModule
 
@@ -110,7 +110,7 @@ def heads_into_cache(
         grid=((heads + 2 * groups) * of_head,),
         out_shape=(q, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in cache)),
         input_output_aliases={8: 1, 9: 2},
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=STAGES),
+        compiler_params=compiler_params((step, rows, 2 * PAIR_BLOCK, x_md.dtype.itemsize)),
         interpret=interpret,
         metadata=cost_metadata(2.0 * m * sum(w.size for w in weights), moved, entries),
         name="heads_into_cache",
@@ -207,7 +207,7 @@ def latent_into_cache(
         grid=(heads * columns + m,),
         out_shape=(*made, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in cache)),
         input_output_aliases={7: 2, 8: 3},
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=STAGES),
+        compiler_params=compiler_params((step, rows, block, q_mhd.dtype.itemsize)),
         interpret=interpret,
         metadata=cost_metadata(2.0 * m * heads * nope * rank, [q_mhd, compressed_mc, *made], entries),
         name="latent_into_cache",

@@ -4,7 +4,7 @@
 A program finds the rows that visit its expert by itself, so that nothing is sorted, gathered or scattered back, and an
 expert's weights are read once for all of its rows.
 
-Tested in tests/kernels/test_gpu_decode.py; `dsvl2_jax.model.gpu_decode` calls them.
+Tested in tests/model/test_gpu_decode.py and tests/kernels/test_gpu_decode.py; `dsvl2_jax.model.gpu_decode` calls them.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from jax import lax
 
 from dsvl2_jax.kernels.gpu_few_rows import (
     MIN_ROWS,
-    STAGES,
     both,
     column_block,
     column_mask,
+    compiler_params,
     depth_step,
     load_tile,
     multiply,
@@ -213,7 +213,7 @@ def gate_up(
         kernel,
         grid=(pl.cdiv(f, block), places),
         out_shape=out,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=STAGES),
+        compiler_params=compiler_params((step, MIN_ROWS, 2 * block, x_md.dtype.itemsize)),
         interpret=interpret,
         metadata=moved,
         name="experts_gate_up",
@@ -301,7 +301,9 @@ def down(
         kernel,
         grid=(pl.cdiv(d, block), places + shared),
         out_shape=outs,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=STAGES),
+        compiler_params=compiler_params(
+            (step, MIN_ROWS, block, hidden_cf.dtype.itemsize), (shared_step, rows, block, hidden_cf.dtype.itemsize)
+        ),
         interpret=interpret,
         metadata=cost_metadata(2.0 * m * (count + shared) * d * f, [*inputs, *outs], _expert_bytes(m, count, down_gfd)),
         name="experts_down",

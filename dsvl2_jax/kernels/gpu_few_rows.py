@@ -8,7 +8,7 @@ before it adds them.
 A norm's factor is applied after the product: the rows times the norm's weight go into it, while their squares are added
 up.
 
-Tested in tests/kernels/test_gpu_decode.py; `dsvl2_jax.model.gpu_decode` calls them.
+Tested in tests/model/test_gpu_decode.py; `dsvl2_jax.model.gpu_decode` calls them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ MAX_ROWS = 128  # rows of a product here
 MIN_ROWS = 16  # the least that a tensor core's product takes
 MULTIPROCESSORS = 132  # of an H100: programs that a launch should have at least
 STAGE_BYTES = 20 << 10  # of weights and rows that a stage of a program's pipeline holds
-STAGES = 4
+PIPELINE_BYTES = 4 * STAGE_BYTES  # of all its stages: what every GPU with bfloat16 has, Ada the least with 99 KB
+STAGES = 2, 8  # the fewest and the most of them
 
 # From the first of `step` inputs on: rows [rows, step], or a weight's [step, columns].
 Load = Callable[[jax.Array], jax.Array]
@@ -44,7 +45,7 @@ def row_count(rows: int) -> int:
 
 
 def column_block(columns: int) -> int:
-    """Columns of a program, of so many that a launch makes in all: as few as keep every multiprocessor busy."""
+    """Columns of a program, of so many that a launch makes in all: the most that leave one for each multiprocessor."""
     return next((size for size in (128, 64) if columns >= size * MULTIPROCESSORS), 32)
 
 
@@ -52,6 +53,13 @@ def depth_step(inner: int, rows: int, columns: int, itemsize: int) -> int:
     """Inputs of a step of a product: a power of two that divides them, so that a stage fits."""
     most = max(MIN_ROWS, min(128, STAGE_BYTES // (itemsize * (rows + columns))))
     return min(inner & -inner, 1 << most.bit_length() - 1)
+
+
+def compiler_params(*tiles: tuple[int, int, int, int]) -> plgpu.CompilerParams:
+    """Warps, and as many stages as fit, of a kernel with loops over such (step, rows, columns, itemsize)."""
+    largest = max(step * (rows + columns) * itemsize for step, rows, columns, itemsize in tiles)
+    least, most = STAGES
+    return plgpu.CompilerParams(num_warps=4, num_stages=max(least, min(most, PIPELINE_BYTES // largest)))
 
 
 def multiply(
@@ -157,6 +165,11 @@ def project(
     counts = [pl.cdiv(width, block) for width in widths]
     dtypes = [jnp.float32 if w[0].dtype == jnp.float32 else x_mk.dtype for w in weights]
     flat = [a for pair in weights for a in pair]
+
+    def tile(pair: tuple[jax.Array, ...]) -> tuple[int, int, int, int]:
+        shape = rows, block * len(pair), max(w.dtype.itemsize for w in pair)
+        return depth_step(inner, *shape), *shape
+
     extras = [a for a in (scale_k, residual_mn) if a is not None]
 
     def kernel(x_ref, *refs):
@@ -174,9 +187,8 @@ def project(
             begin = program - first
 
             @pl.when((begin >= 0) & (begin < count))
-            def _(mine=mine, width=width, begin=begin, out_ref=out_ref):
-                itemsize = max(w.dtype.itemsize for w in mine)
-                step = depth_step(inner, rows, block * len(mine), itemsize)
+            def _(pair=pair, mine=mine, width=width, begin=begin, out_ref=out_ref):
+                step = tile(pair)[0]
                 columns = pl.ds(begin * block, block)
 
                 def load(ref) -> Load:
@@ -202,7 +214,7 @@ def project(
         kernel,
         grid=(sum(counts),),
         out_shape=made,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=STAGES),
+        compiler_params=compiler_params(*map(tile, weights)),
         interpret=interpret,
         metadata=cost_metadata(2.0 * m * sum(w.size for w in flat), moved),
         name="few_rows",

@@ -18,9 +18,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from dsvl2_jax.kernels import gpu_grouped_matmul, tpu_grouped_matmul
-from dsvl2_jax.kernels.block_sizes import Blocks, HopperProduct
+from dsvl2_jax.kernels.block_sizes import CORE_ROWS, Blocks, HopperProduct
 from dsvl2_jax.kernels.blocks import cpu_row_block, cut_groups
-from dsvl2_jax.kernels.cpu import rows_product
+from dsvl2_jax.kernels.cpu import as_bits, bits_to_slice, from_bits, rows_product
 from dsvl2_jax.kernels.precision import matmul_precision
 from dsvl2_jax.kernels.tpu import megablox_tgmm
 from dsvl2_jax.kernels.triton import fits_int32
@@ -212,7 +212,10 @@ def _measured(operation: str, x_mk: jax.Array, matrices: tuple[int, ...]) -> Blo
     if x_mk.dtype != jnp.bfloat16:
         return None
     groups, inner, width = matrices
-    return chosen(operation, groups=groups, inner=inner, width=width, rows=x_mk.shape[0])
+    blocks = chosen(operation, groups=groups, inner=inner, width=width, rows=x_mk.shape[0])
+    if isinstance(blocks, HopperProduct) and x_mk.shape[0] % CORE_ROWS:
+        return None
+    return blocks
 
 
 def _ragged_tgmm(x_mk: jax.Array, dout_mn: jax.Array, group_sizes_g: jax.Array) -> jax.Array:
@@ -240,22 +243,25 @@ def _blocked(x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array) -> jax
     rows, groups = x_mk.shape[0], w_gkn.shape[0]
     block = cpu_row_block(rows, groups)
     group, start, stop, count = cut_groups(group_sizes_g, block, rows)
-    padded_mk = jnp.pad(x_mk, ((0, block), (0, 0)))
+    padded_mk = as_bits(jnp.pad(x_mk, ((0, block), (0, 0))))
     # Few rows have one size: what a row gets must not depend on how many others its expert has (a decode step).
     sizes = [block * quarter // 4 for quarter in (1, 2, 3, 4)] if block >= LARGE_BLOCK else [block]
 
     def first_rows(size: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        return lambda x, w: jnp.pad(rows_product(x[:size], w), ((0, block - size), (0, 0)))
+        def product(x: jax.Array, w: jax.Array) -> jax.Array:
+            return jnp.pad(as_bits(rows_product(from_bits(x[:size]), from_bits(w))), ((0, block - size), (0, 0)))
+
+        return product
 
     def body(i: jax.Array, out_mn: jax.Array) -> jax.Array:
         x = lax.dynamic_slice_in_dim(padded_mk, start[i], block)  # [block, K]
-        w = lax.dynamic_index_in_dim(w_gkn, group[i], keepdims=False)  # [K, N]
+        w = lax.dynamic_index_in_dim(bits_to_slice(w_gkn, i), group[i], keepdims=False)  # [K, N]
         quarters = (stop[i] - start[i] - 1) * len(sizes) // block  # less one
         y = lax.switch(quarters, [first_rows(size) for size in sizes], x, w)
-        return lax.dynamic_update_slice_in_dim(out_mn, y.astype(out_mn.dtype), start[i], axis=0)
+        return lax.dynamic_update_slice_in_dim(out_mn, y, start[i], axis=0)
 
-    out_mn = lax.fori_loop(0, count, body, jnp.zeros((rows + block, w_gkn.shape[2]), x_mk.dtype))
-    return _zero_beyond_groups(out_mn[:rows], group_sizes_g)
+    out_mn = lax.fori_loop(0, count, body, as_bits(jnp.zeros((rows + block, w_gkn.shape[2]), x_mk.dtype)))
+    return _zero_beyond_groups(from_bits(out_mn[:rows]), group_sizes_g)
 
 
 def _blocked_tgmm(x_mk: jax.Array, dout_mn: jax.Array, group_sizes_g: jax.Array) -> jax.Array:

@@ -27,16 +27,6 @@ plgpu = LazyModule("jax.experimental.pallas.mosaic_gpu")
 _REGISTERS = {1: 240, 2: 232}  # of a thread that multiplies, beside 40 of one that fetches
 
 
-def fits_gmm(inner: int, width: int) -> bool:
-    """Whether the kernels take matrices [inner, width]: rows of 16 bytes, which TMA wants, in whole steps."""
-    return inner % STEP == 0 and width % 8 == 0
-
-
-def fits_tgmm(inner: int, width: int) -> bool:
-    """Whether the kernel takes widths: rows of 16 bytes, which TMA wants."""
-    return inner % 8 == 0 and width % 8 == 0
-
-
 @functools.partial(jax.jit, static_argnames=("blocks", "transposed"))
 def gmm(
     x_mk: jax.Array,
@@ -46,7 +36,7 @@ def gmm(
     blocks: HopperProduct | None = None,
     transposed: bool = False,
 ) -> jax.Array:
-    """As `gpu_grouped_matmul.gmm`, of bfloat16 arrays that `fits_gmm` accepts."""
+    """As `gpu_grouped_matmul.gmm`, of bfloat16 arrays: K and N multiples of 64, M of `CORE_ROWS`."""
     blocks = blocks or HopperProduct()
     rows, inner = x_mk.shape
     width = w_gkn.shape[1 if transposed else 2]
@@ -132,7 +122,7 @@ def gmm(
 def tgmm(
     x_mk: jax.Array, dout_mn: jax.Array, group_sizes_g: jax.Array, *, blocks: HopperProduct | None = None
 ) -> jax.Array:
-    """As `gpu_grouped_matmul.tgmm`, of bfloat16 arrays of widths that `fits_tgmm` accepts.
+    """As `gpu_grouped_matmul.tgmm`, of bfloat16 arrays: K and N multiples of 64, M of `CORE_ROWS`.
 
     A group's last step may read rows of the next group: those of ``x_mk`` are set to zero, and those of ``dout_mn``
     must be finite.

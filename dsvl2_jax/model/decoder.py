@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from dsvl2_jax.kernels.cpu import take_rows
 from dsvl2_jax.model import gpu_decode
 from dsvl2_jax.model.attention import LatentAttention, LayerCache, MultiHeadAttention
 from dsvl2_jax.model.config import LanguageConfig
@@ -82,7 +83,7 @@ class Decoder(nn.Module):
     def embed(self, ids: jax.Array) -> jax.Array:
         """i32[...] token ids → [..., D]."""
         with jax.named_scope("embed_tokens"):
-            return jnp.take(self.embed_tokens.astype(self.dtype), ids, axis=0)
+            return take_rows(self.embed_tokens.astype(self.dtype), ids)
 
     def final_norm(self, x_btd: jax.Array) -> jax.Array:
         """[B, T, D] of the last layer → [B, T, D], what the head takes."""

@@ -22,8 +22,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from dsvl2_jax.kernels.cpu import weight_einsum, weight_product
+from dsvl2_jax.kernels.cpu import weight_product
 from dsvl2_jax.kernels.grouped_matmul import grouped_matmul
+from dsvl2_jax.kernels.precision import matmul_precision
 from dsvl2_jax.sharding import batch_axis, constrain
 
 Axes = tuple[str | None, ...]
@@ -75,7 +76,7 @@ def einsum_weight(
     """``jnp.einsum(subscripts, x, weight)`` in ``dtype``; ``rows``: of the weight's second dimension, these alone."""
     weight = weight.astype(dtype)
     weight = weight if rows is None else weight[:, rows]
-    return weight_einsum(subscripts, x.astype(dtype), weight)
+    return jnp.einsum(subscripts, x.astype(dtype), weight, precision=matmul_precision(dtype))
 
 
 def grouped(x_cd: jax.Array, weights_gdf: jax.Array, group_sizes_g: jax.Array) -> jax.Array:

@@ -8,12 +8,16 @@ import shutil
 import struct
 import subprocess
 
+import hypothesis.strategies as st
+import ml_dtypes
+import numpy as np
 import pytest
 import released_checkpoint
+from hypothesis import given
 
 import dsvl2_jax
 from dsvl2_jax.checkpoint.digests import SUMS_NAME, check_sums, sums
-from dsvl2_jax.checkpoint.safetensors_source import Source
+from dsvl2_jax.checkpoint.safetensors_source import Source, copy_rows
 from dsvl2_jax.convert.to_orbax import convert
 from dsvl2_jax.errors import CheckpointError
 
@@ -247,3 +251,22 @@ def test_a_shard_that_shrinks_while_it_is_read_is_named(mini):
         name = next(name for name, tensor in source.tensors.items() if tensor.file == shard(mini, 0))
         with pytest.raises(CheckpointError, match="while it is being read"):
             list(source.blocks(name))
+
+
+DTYPES = st.sampled_from([np.dtype(name) for name in (ml_dtypes.bfloat16, np.float16, np.float32)])
+
+
+@given(st.lists(st.integers(1, 70), min_size=1, max_size=3), st.randoms(), DTYPES, DTYPES)
+def test_copies_between_any_orders_of_axes_and_dtypes_are_numpys_own(shape, random, of, into):
+    bits = np.random.default_rng(random.randrange(2**32)).integers(0, 256, (*shape, of.itemsize), np.uint8)
+    rows = bits.view(of)[..., 0]  # every number there is, such as NaN and the smallest
+    axes = random.sample(range(len(shape)), len(shape))
+    out = np.empty([shape[axis] for axis in axes], into).transpose(np.argsort(axes))
+    with np.errstate(all="ignore"):
+        copy_rows(out, rows)
+        expected = rows.astype(into)
+    whole = np.dtype(f"u{into.itemsize}")
+    np.testing.assert_array_equal(np.ascontiguousarray(out).view(whole), np.ascontiguousarray(expected).view(whole))
+    back = np.empty(shape, into)
+    copy_rows(back, out)
+    np.testing.assert_array_equal(back.view(whole), np.ascontiguousarray(out).view(whole))

@@ -106,6 +106,28 @@ def test_an_answer_is_the_same_in_any_company_and_on_cache_hits_bit_for_bit_and_
     assert compile_log().count == compiled
 
 
+def test_groups_that_draw_no_token_have_a_program_of_their_own_on_gpus_with_the_same_answers(
+    model, requests, monkeypatch
+):
+    chosen = SamplingParams(), SamplingParams(logit_bias=((20, 3.0),)), SamplingParams(temperature=1.0, seed=3)
+    kinds = [Request(requests[0].inputs, 20, sampling) for sampling in chosen]
+    alone = [result(run(scheduler(model), [request])[0]) for request in kinds]
+    used, original = [], type(model).run
+
+    def spy(self, function, static, **arrays):
+        used.append(static.get("greedy"))
+        return original(self, function, static, **arrays)
+
+    monkeypatch.setattr(type(model), "run", spy)
+    for mixed in ([0], [2], [0, 1]):
+        engine = scheduler(model)
+        engine.executor._asks_here = True  # as on a GPU
+        used.clear()
+        tickets = run(engine, [kinds[i] for i in mixed])
+        assert [result(ticket) for ticket in tickets] == [alone[i] for i in mixed]
+        assert (True in used) and (False in used) if mixed[0] != mixed[-1] else {*used} == {None, mixed[0] == 0}
+
+
 def test_a_second_turn_about_a_picture_neither_encodes_nor_prefills_it_again(model):
     question = {"role": "user", "content": "<image>\n" * 6 + "Describe. " * 90, "images": PICTURES * 2}
     engine = scheduler(model, prefix_bytes=STORE, feature_bytes=STORE)

@@ -16,7 +16,7 @@ from dsvl2_jax.apps.bench.model_kernels import attention, decoding, grouped
 from dsvl2_jax.apps.plan.command import config_of
 
 # ‖Δ‖/‖reference‖: rounding of the inputs' products' sums, and for bfloat16 that of the results and probabilities.
-MOST = {"float32": 1e-5, "bfloat16": 1e-2}
+MOST = {"float32": 1e-5, "bfloat16": 5e-3}
 
 released = pytest.mark.skipif(jax.default_backend() == "cpu", reason="the released shapes need a GPU: make test-gpu")
 

@@ -42,6 +42,7 @@ from dsvl2_jax.model.config import Config
 from dsvl2_jax.runtime.hardware import peaks
 
 MOST_MEMORY = 0.95  # of a device, for parameters and a program
+FOR_PARAMETERS = 2 / 3  # of that memory, in what is advised; the rest is for caches and temporaries
 COMPILING = 0.7  # of the budget
 OTHERS = 0.4  # of the budget, for the other side where it runs before ours
 
@@ -241,16 +242,16 @@ class _Bench:
 
     def _check_memory(self) -> None:
         """Raises UsageError when the parameters do not fit the device."""
-        most, needed = MOST_MEMORY * self._memory(), bytes_of(shapes_of(self.config, self.dtype, self._parts()))
+
+        def size(layers: int | None) -> int:
+            return bytes_of(shapes_of(with_layers(self.config, layers), self.dtype, self._parts()))
+
+        most, needed = MOST_MEMORY * self._memory(), size(None)
         if needed <= most:
             return
-        layers = max(self.config.language.num_hidden_layers, self.config.vision.layers)
-        fitting = [
-            n
-            for n in range(1, layers)
-            if bytes_of(shapes_of(with_layers(self.config, n), self.dtype, self._parts())) <= most / 1.5
-        ]
-        advice = f"try --layers {fitting[-1]}" if fitting else "choose a smaller one"
+        two, three = size(2), size(3)
+        fitting = 2 + int((most * FOR_PARAMETERS - two) // max(1, three - two))
+        advice = f"try --layers {fitting}" if fitting >= 2 else "choose a smaller one"
         raise UsageError(
             f"{self.name} in {self.dtype.name} takes {needed / 1e9:.1f} GB, and the device has {most / 1e9:.1f} GB to "
             f"give; {advice}."
@@ -277,6 +278,8 @@ class _Bench:
                     self.compiled[name] = done.result()
                 except Exception as error:  # the compiler's own
                     self._fail(programs[name], error)
+                else:
+                    self.report.add({"job": "compiled", "program": name, "compile_seconds": self.compiled[name][1]})
         except concurrent.futures.TimeoutError:
             pass
         pool.shutdown(wait=False, cancel_futures=True)
@@ -311,8 +314,6 @@ class _Bench:
         if program.job == "decode":
             self._fill(params)
         running = program.start(compiled, params)
-        if isinstance(running, Prefilling):
-            self.rows.setdefault(sum(program.sizes.values()), running)
         series, theirs = self._series(program, running)
         row = self._row(program, statistics.median(series), theirs)
         row |= self._program(program, compiled) | {

@@ -152,12 +152,15 @@ def attention(
     packed = whole - jnp.max(jnp.where(whole[..., None] >= starts, starts, 0), axis=-1)
     scale = key**-0.5
 
-    def forward(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
-        return causal_self_attention(q, k, v, positions, scale) if causal else self_attention(q, k, v, None, scale)
+    # The encoder's product makes queries, keys and values as one array.
+    given = (q, k, v) if causal else (jnp.stack((q, k, v), axis=2),)
+
+    def forward(given: tuple[jax.Array, ...], positions: jax.Array) -> jax.Array:
+        return causal_self_attention(*given, positions, scale) if causal else self_attention(*given, None, scale)
 
     @jax.jit
-    def pulled(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> Any:
-        return jax.vjp(lambda *arrays: forward(*arrays, positions), q, k, v)
+    def pulled(given: tuple[jax.Array, ...], positions: jax.Array) -> Any:
+        return jax.vjp(lambda given: forward(given, positions), given)
 
     pull_back = jax.jit(lambda pull, ct: pull(ct))
 
@@ -165,18 +168,19 @@ def attention(
         return x[:1, :, :CHECKED_HEADS].astype(jnp.float32)
 
     expected, gradients = jax.vjp(lambda *a: plain_attention(*a, packed[:1], causal), few(q), few(k), few(v))
-    out, pull = pulled(q, k, v, packed)
+    out, pull = pulled(given, packed)
     error = relative_error(few(out), expected)
     pairs = batch * heads * (length * (length + 1) / 2 if causal else length**2)
     moved = sum(x.nbytes for x in (q, k, v, out))
     name = "causal attention" if causal else "encoder attention"
     shape = {"batch": batch, "length": length, "heads": heads, "key": key, "value": value}
-    call = functools.partial(jax.jit(forward), q, k, v, whole)
+    call = functools.partial(jax.jit(forward), given, whole)
     library = functools.partial(_cudnn, causal, scale, q, k, v) if jax.devices()[0].platform == "gpu" else None
     yield Kernel(name, shape, error, call, 2.0 * pairs * (key + value), moved, library)
-    found = pull_back(pull, ct)
+    (found,) = pull_back(pull, ct)
+    found = found if causal else [found[0][:, :, i] for i in range(3)]
     errors = [relative_error(few(x), e) for x, e in zip(found, gradients(few(ct)), strict=True)]
-    _, pull = pulled(q, k, v, whole)
+    _, pull = pulled(given, whole)
     call = functools.partial(pull_back, pull, ct)
     # Scores once more, and a product each for the gradients of scores, queries, keys and values.
     yield Kernel(f"{name}, backward", shape, max(errors), call, 2.0 * pairs * (3 * key + 2 * value), 2 * moved)
@@ -192,13 +196,13 @@ def _cudnn(causal: bool, scale: float, q: jax.Array, k: jax.Array, v: jax.Array)
 def decoding(config: Config, slots: int, context: int, dtype: Any) -> Kernel:
     """A decode step's attention of one layer to caches of ``context`` tokens."""
     language = config.language
-    heads, last = language.num_attention_heads, jnp.full(slots, context - 1, jnp.int32)
+    heads, last = language.num_attention_heads, jnp.full((slots, 1), context - 1, jnp.int32)
     if language.use_mla:
         rank, rope = language.kv_lora_rank, language.qk_rope_head_dim
         sizes = (slots, 1, heads, rank), (slots, 1, heads, rope), (slots, context, rank), (slots, context, rope)
         arrays = [_normal(i, size, dtype) for i, size in enumerate(sizes)]
         scale = (language.qk_nope_head_dim + rope) ** -0.5
-        function = jax.jit(lambda *a: mla_decode_attention(*a, last[:, None], scale))
+        function = jax.jit(lambda *a: mla_decode_attention(*a, last, scale))
         q_latent, q_rope, latent, k_rope = (x.astype(jnp.float32) for x in arrays)
         scores = jnp.einsum("bthr,bsr->bhts", q_latent, latent, precision="highest")
         scores += jnp.einsum("bthd,bsd->bhts", q_rope, k_rope, precision="highest")
@@ -210,9 +214,7 @@ def decoding(config: Config, slots: int, context: int, dtype: Any) -> Kernel:
         q, k, v = arrays = [_normal(i, size, dtype) for i, size in enumerate(sizes)]
         groups, scale = heads // kv, width**-0.5
         function = jax.jit(
-            lambda q, k, v: mha_decode_attention(
-                q, jnp.repeat(k, groups, 2), jnp.repeat(v, groups, 2), last[:, None], scale
-            )
+            lambda q, k, v: mha_decode_attention(q, jnp.repeat(k, groups, 2), jnp.repeat(v, groups, 2), last, scale)
         )
         q, k, v = (x.astype(jnp.float32) for x in (q, jnp.repeat(k, groups, 2), jnp.repeat(v, groups, 2)))
         scores = jnp.einsum("bthd,bshd->bhts", q, k, precision="highest")

@@ -10,6 +10,8 @@ HEADER = (
     f"{'':34}{'time':>12}{'speed':>20}{'limit':>8}{'reached':>9}{'FLOPs':>8}{'bytes':>8}{'launches':>10}{'sorts':>7}"
 )
 
+LEAST_SHARE = 0.002  # of a scope that has a line of its own
+
 
 class Report:
     """Prints each figure as soon as it is there."""
@@ -34,6 +36,8 @@ class Report:
             return [
                 f"dense product {row['product_flops'] / 1e12:.3g} TFLOP/s, copy {row['copy_bandwidth'] / 1e9:.4g} GB/s"
             ]
+        if job == "compiled":
+            return [f"compiled in {row['compile_seconds']:.1f} s: {row['program']}"]
         name = _name(row)
         if job == "check":
             distances = ", ".join(f"{output} {distance:.1e}" for output, distance in row["distances"].items())
@@ -42,8 +46,6 @@ class Report:
             return [f"{name:34}  {'failed: ' + row['error'] if 'error' in row else 'left out: ' + row['skipped']}"]
         if "scopes" in row:
             return _scope_lines(name, row["scopes"])
-        if "seconds" not in row:
-            return [f"{name:34}  compiled in {row['compile_seconds']:.1f} s"]
         if job == "kernel":
             return [_kernel_line(name, row)]
         return self._job_lines(name, row)
@@ -80,10 +82,14 @@ def _kernel_line(name: str, row: Mapping[str, Any]) -> str:
 
 def _scope_lines(name: str, scopes: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [f"{name}, by named scope", f"  {'':52}{'launches':>10}{'FLOPs':>10}{'bytes':>10}{'share':>8}"]
-    for scope in scopes:
+    shown = [scope for scope in scopes if scope["share"] >= LEAST_SHARE]
+    if rest := [scope for scope in scopes if scope["share"] < LEAST_SHARE]:
+        sums = {key: sum(scope[key] for scope in rest) for key in ("launches", "flops", "bytes", "share")}
+        shown.append({"scope": f"{len(rest)} others"} | sums)
+    for scope in shown:
         lines.append(
             f"  {scope['scope'][-52:]:52}{scope['launches']:>10}{scope['flops']:>10.2e}{scope['bytes']:>10.2e}"
-            f"{_share(scope['share']):>8}"
+            f"{_share(scope['share']):>9}"
         )
     return lines
 

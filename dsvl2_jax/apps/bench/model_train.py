@@ -17,8 +17,7 @@ from dsvl2_jax.apps.bench.model_jobs import HALF, Program, Repeated, random_ids,
 from dsvl2_jax.apps.bench.model_options import ModelOptions
 from dsvl2_jax.apps.bench.random_params import random_params, shapes_of
 from dsvl2_jax.apps.plan.training_step import preset_settings, training_work
-from dsvl2_jax.inputs.batch import IGNORED_LABEL
-from dsvl2_jax.model.config import TEXT_POSITION, Config
+from dsvl2_jax.model.config import IGNORED_LABEL, TEXT_POSITION, Config
 from dsvl2_jax.model.released import SIZES, variant
 from dsvl2_jax.train.data.batch import TrainBatch
 from dsvl2_jax.train.objectives.language import LanguageTrainer

@@ -25,8 +25,7 @@ from dsvl2_jax.apps.bench.side import Answers
 from dsvl2_jax.apps.bench.torch_model import EXPERTS, Model, new_cache, quiet
 from dsvl2_jax.apps.plan.command import config_of
 from dsvl2_jax.infer.slots import GROUP
-from dsvl2_jax.inputs.batch import IGNORED_LABEL
-from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.config import IGNORED_LABEL, Config
 
 LEARNING_RATE = 1e-5
 

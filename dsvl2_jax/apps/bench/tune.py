@@ -6,8 +6,10 @@ writes the table that `dsvl2_jax.kernels.tuning` reads. Tested in tests/apps/ben
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -29,8 +31,8 @@ SIZES = ("tiny", "small", "base")
 CALLS, RUNS = 20, 5  # calls of a program, and runs of it, whose median counts
 TOLERANCE = 0.01  # of the norm: bfloat16's rounding gives 0.003
 
-# (function of arrays, the arrays) → seconds of a call.
-Measure = Callable[[Callable[..., Any], tuple[jax.Array, ...]], float]
+Program = Callable[[], Any]  # makes `CALLS` calls, and returns what the last one gave
+Measure = Callable[[Program], float]  # seconds of a call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +108,10 @@ def tune(
     Raises:
       DSVL2Error: none is right.
     """
-    work = prepare(case, interpret=interpret)
-    trials = [_try(work, candidate, measure or seconds_of_a_call) for candidate in dict.fromkeys(blocks)]
+    work, tried = prepare(case, interpret=interpret), list(dict.fromkeys(blocks))
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # compilers use one core each
+        programs = [pool.submit(calls, work.run(candidate), work.arrays) for candidate in tried]
+    trials = [_try(work, candidate, program, measure) for candidate, program in zip(tried, programs, strict=True)]
     right = [trial for trial in trials if trial.seconds is not None]
     if not right:
         raise DSVL2Error(f"{case.name}: no kernel gave the right result. The first one: {trials[0].problem}")
@@ -130,38 +134,45 @@ def tune(
     }
 
 
-def _try(work: Work, blocks: Blocks, measure: Measure) -> Trial:
-    function = work.run(blocks)
+def _try(work: Work, blocks: Blocks, compiled: concurrent.futures.Future[Program], measure: Measure | None) -> Trial:
     try:
-        found = work.compared(jax.jit(function)(*work.arrays))
-        for mine, right in zip(found, work.expected, strict=True):
+        program = compiled.result()
+        for mine, right in zip(work.compared(program()), work.expected, strict=True):
             error = float(jnp.linalg.norm(mine.astype(jnp.float32) - right) / jnp.linalg.norm(right))
             if not error <= TOLERANCE:  # nan is wrong too
                 return Trial(blocks, None, f"differs from float32 by {error:.2g} of its norm")
-        return Trial(blocks, measure(function, work.arrays))
+        return Trial(blocks, (measure or seconds_of_a_call)(program))
     except Exception as error:  # a compiler that cannot, a launch that is refused
         return Trial(blocks, None, f"{type(error).__name__}: {first_line(error)}")
 
 
-def seconds_of_a_call(function: Callable[..., Any], arrays: tuple[jax.Array, ...]) -> float:
-    """The median of some runs of a program that calls it over and over, so that launching from here costs nothing.
+def calls(function: Callable[..., Any], arrays: tuple[jax.Array, ...]) -> Program:
+    """Compiles a program that calls a function over and over, so that launching from here costs nothing.
 
     Each call needs the result of the one before, through its first argument, which is of whole numbers.
     """
 
-    @jax.jit
-    def program(*arrays: jax.Array) -> jax.Array:
-        def call(_: jax.Array, numbers: jax.Array) -> jax.Array:
-            first = jax.tree.leaves(function(numbers, *arrays[1:]))[0]
-            return numbers + jnp.isnan(first[(0,) * first.ndim]).astype(numbers.dtype)
+    def program(*arrays: jax.Array) -> Any:
+        def call(_: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+            numbers, result = carry
+            first = jax.tree.leaves(result)[0]
+            numbers = numbers + jnp.isnan(first[(0,) * first.ndim]).astype(numbers.dtype)
+            return numbers, function(numbers, *arrays[1:])
 
-        return lax.fori_loop(0, CALLS, call, arrays[0])
+        shapes = jax.eval_shape(function, *arrays)
+        nothing = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+        return lax.fori_loop(0, CALLS, call, (arrays[0], nothing))[1]
 
-    program(*arrays).block_until_ready()
+    compiled = jax.jit(program).lower(*arrays).compile()
+    return lambda: jax.block_until_ready(compiled(*arrays))
+
+
+def seconds_of_a_call(program: Program) -> float:
+    """The median of some runs."""
     times = []
     for _ in range(RUNS):
         start = time.perf_counter()
-        program(*arrays).block_until_ready()
+        program()
         times.append((time.perf_counter() - start) / CALLS)
     return statistics.median(times)
 

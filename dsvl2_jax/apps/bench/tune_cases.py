@@ -16,7 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsvl2_jax.kernels import gpu_attention, gpu_grouped_matmul
-from dsvl2_jax.kernels.block_sizes import Blocks, HopperAttention, HopperProduct, TritonAttention, TritonProduct
+from dsvl2_jax.kernels.block_sizes import (
+    CORE_ROWS,
+    HOPPER_STEP,
+    Blocks,
+    HopperAttention,
+    HopperProduct,
+    TritonAttention,
+    TritonProduct,
+)
 from dsvl2_jax.kernels.fused_attention import visible_ranges
 from dsvl2_jax.kernels.grouped_matmul import _blocked, _blocked_tgmm
 from dsvl2_jax.model.config import Config
@@ -24,7 +32,10 @@ from dsvl2_jax.model.released import released_config
 
 LENGTHS = 1024, 4096  # tokens of a prompt; the longer one is a training sequence too
 TILES = 10  # of an encoder's call
-WARPS, STAGES = (4, 8), (2, 3, 4)
+WARPS = 4, 8
+# Each a compilation: few enough for all three sizes to be measured in some minutes.
+TRITON_TILES = tuple(itertools.product((64, 128), (128, 256)))  # rows, columns
+TRITON_BLOCKS = (32, 64), (64, 32), (64, 64), (64, 128), (128, 32), (128, 64), (128, 128)  # queries, keys
 CHECKED_HEADS = 2  # of an attention, whose scores the reference holds
 
 
@@ -93,27 +104,24 @@ def candidates(case: Case, capability: str, shared_memory: int) -> Iterator[Bloc
     shape, hopper = case.shape, capability.startswith("9.")
     yield default_blocks(case)
     if case.operation.startswith("attention"):
-        streamed = "queries" if case.operation == "attention_dkv" else "keys"
+        part = case.operation.removeprefix("attention_")
         widths = shape["key_width"], shape["value_width"]
-        for queries, keys, warps, stages in itertools.product((32, 64, 128), (32, 64, 128), WARPS, STAGES):
+        for (queries, keys), warps, stages in itertools.product(TRITON_BLOCKS, WARPS, (2, 3)):
             blocks = TritonAttention(queries, keys, warps, stages)
-            if (
-                blocks.shared_memory(*widths, streamed=streamed) <= shared_memory
-                and queries * keys <= 64 * 16 * 4 * warps
-            ):
+            if blocks.shared_memory(part, *widths) <= shared_memory and queries * keys <= 64 * 16 * 4 * warps:
                 yield blocks
         if hopper and case.operation == "attention_forward":
-            for keys, stages in itertools.product((64, 128), (2, 3, 4)):
+            for keys, stages in itertools.product((64, 128), (2, 3)):
                 blocks = HopperAttention(keys, stages)
                 if blocks.shared_memory(*widths) <= shared_memory:
                     yield blocks
         return
-    for rows, columns, step, warps, stages in itertools.product((64, 128), (64, 128, 256), (32, 64), WARPS, (3, 4, 5)):
-        blocks = TritonProduct(rows, columns, step, warps, stages)
+    for (rows, columns), warps, stages in itertools.product(TRITON_TILES, WARPS, (3, 4)):
+        blocks = TritonProduct(rows, columns, warps=warps, stages=stages)
         if blocks.shared_memory() <= shared_memory and rows * columns <= 64 * 64 * warps:  # sums in registers
             yield blocks
-    if hopper and shape["inner"] % 64 == shape["width"] % 64 == shape["rows"] % 8 == 0:
-        for warpgroups, columns, stages in itertools.product((1, 2), (64, 128, 256), (3, 4, 5)):
+    if hopper and shape["inner"] % HOPPER_STEP == shape["width"] % HOPPER_STEP == shape["rows"] % CORE_ROWS == 0:
+        for warpgroups, columns, stages in itertools.product((1, 2), (128, 256), (3, 4)):
             blocks = HopperProduct(warpgroups, columns, stages)
             if blocks.shared_memory() <= shared_memory:
                 yield blocks

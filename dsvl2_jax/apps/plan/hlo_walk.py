@@ -343,8 +343,10 @@ class Walk:
             return i.arrays[0].bytes + inside[i.operands[0]].bytes
         if i.opcode.endswith("-start"):
             return i.bytes
-        read = sum(self._read(i, at, inside) for at in range(len(i.operands)))
-        return read + self._written(i, inside)
+        at = range(len(i.operands))
+        if i.opcode == "custom-call":  # one that is given an array twice reads other parts of it
+            at = [n for n in at if i.operands[n] not in i.operands[:n]]
+        return sum(self._read(i, n, inside) for n in at) + self._written(i, inside)
 
     def _read(self, i: Instruction, at: int, inside: Computation) -> float:
         """Bytes that an operation reads of one of its operands."""

