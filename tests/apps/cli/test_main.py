@@ -103,7 +103,7 @@ OPTIONS = {
         "--json": "False",
     },
     "bench convert": {"--size": "tiny", "--directory": "None", "--keep": "None", "--repeats": "2"},
-    "bench generate": {"--new-tokens": "32", **COMPUTING},
+    "bench generate": {"--new-tokens": "32", "--speculate": "0", **COMPUTING},
     "bench load": {"--size": "tiny", "--directory": "None", "--processes": "2", **COMPUTING},
     "bench model": {
         "--layers": "None", "--jobs": "decode,prefill,encode", "--slots": "1,16,64", "--context": "1024",
