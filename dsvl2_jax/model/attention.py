@@ -58,16 +58,20 @@ def write_cache(cache: LayerCache, new: LayerCache, positions_bt: jax.Array, *, 
     return {name: _write(cache[name], new[name], positions_bt[:, 0], drafts) for name in cache}
 
 
-def _write(cache: jax.Array, new: jax.Array, start_b: jax.Array, may_end: bool) -> jax.Array:
+def _write(cache: jax.Array, new: jax.Array, start_b: jax.Array, drafts: bool) -> jax.Array:
     """`write_cache` of one array, on the devices that hold the entries."""
     entry = ("kv_heads", "head_dim") if cache.ndim == 4 else ("latent",)
     axes = "slots", "cache_length", *entry
     names, _ = split_over(cache.shape, axes, 1)
 
     def row(old: jax.Array, update: jax.Array, start: jax.Array) -> jax.Array:
-        if names or may_end:
-            # This device has a part of the row, or the row ends: those entries are written that belong into it.
-            start -= lax.axis_index(names) * old.shape[0] if names else 0
+        if names:
+            # This device has a part of the row, and writes those entries that belong into it.
+            start -= lax.axis_index(names) * old.shape[0]
+        if drafts:
+            index = start + jnp.arange(len(update))
+            return old.at[jnp.where(index < 0, len(old), index)].set(update, mode="drop")  # else -1 is the last one
+        if names:
             length = min(len(update), len(old))
             at = jnp.clip(start, 0, len(old) - length)
             index = at - start + jnp.arange(length)

@@ -1,7 +1,11 @@
-"""Drafts from the text itself: what they are, that they change no answer, and that they are taken."""
+"""Drafts from the text itself: what they are, and that they change no answer.
+
+An answer that is in the prompt already: docs/python.md, whose blocks run as a test.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from pathlib import Path
 
@@ -21,13 +25,17 @@ from dsvl2_jax.infer.slots import PAGE
 from dsvl2_jax.infer.speculation import LONGEST_MATCH, SHORTEST_MATCH, propose
 
 IMAGES = Path(configs.__file__).parent / "images"
-SLOTS, DRAFTS, MIXES = 4, 4, 5
+SLOTS, DRAFTS, MIXES = 4, 4, 3
 ENDLESS = SamplingParams(ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
 def model():
-    return dsvl2_jax.load(None)
+    """The bundled model's first two layers, which repeat themselves soon; few layers compile sooner."""
+    whole = dsvl2_jax.load(None)
+    language = {name: part for name, part in whole.params["language"].items() if name not in ("layers_2", "layers_3")}
+    config = dataclasses.replace(whole.config, language=dataclasses.replace(whole.config.language, num_hidden_layers=2))
+    return dsvl2_jax.Model(config, {**whole.params, "language": language}, whole.processor)
 
 
 def draft(ids: list[int], count: int) -> list[int]:
@@ -90,7 +98,7 @@ def requests(model):
         prompt(model, "Describe."),
         prompt(model, "What colour is the circle?", "shapes.png"),
     ]
-    for number in range(12):
+    for number in range(10):
         kept = {
             "repetition_penalty": choose.choice([1.0, 1.1]),
             "presence_penalty": choose.choice([0.0, 0.3]),
@@ -126,15 +134,6 @@ def test_answers_are_those_without_drafts_and_the_same_in_any_company_bit_for_bi
         tickets = run(engine, [requests[i] for i in chosen], lambda pace=pace: choose.random() < pace)
         for i, ticket in zip(chosen, tickets, strict=True):
             assert result(ticket) == result(alone[i]), (mix, chosen, i)
-
-
-def test_an_answer_that_is_in_the_prompt_is_drafted_from_there(model):
-    first = model.generate(prompt(model, "Describe the image.", "chart.png"), 64, slots=SLOTS)
-    again = prompt(model, "Describe the image.", "chart.png", first.text)
-    answer = model.generate(again, 64, slots=SLOTS, speculate=DRAFTS)
-    assert answer.text == first.text and len(answer.token_ids) > 20
-    assert answer.accepted_tokens > 0.7 * len(answer.token_ids)
-    assert answer.accepted_tokens >= 0.9 * answer.drafted_tokens
 
 
 def test_the_last_position_of_the_cache_is_reached_with_drafts_as_without(model):

@@ -238,3 +238,17 @@ def test_a_cache_whose_rows_are_split_is_written_as_a_whole_one(rows, tokens, en
             found = write(cache, new, positions)
         assert found.sharding.shard_shape(found.shape)[:2] == (1, 32 // (8 // rows))
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_drafts_are_written_wherever_a_row_lies_and_not_beyond_its_end(rows):
+    rng = np.random.default_rng(0)
+    cache, new = (rng.normal(size=(rows, n, 6)).astype(np.float32) for n in (32, 5))
+    write = jax.jit(lambda *arrays: write_cache({"a": arrays[0]}, {"a": arrays[1]}, arrays[2], drafts=True)["a"])
+    for start in (0, 2, 27, 30, 31):
+        expected = cache.copy()
+        expected[:, start : start + 5] = new[:, : 32 - start]
+        positions = np.broadcast_to(start + np.arange(5, dtype=np.int32), (rows, 5))
+        np.testing.assert_array_equal(write(cache, new, positions), expected)
+        with jax.set_mesh(make_mesh(data=2, tensor=2, expert=2)):
+            np.testing.assert_array_equal(write(cache, new, positions), expected)

@@ -107,7 +107,7 @@ def test_drafts_are_made_and_counted_when_they_are_asked_for(model):
     engine._scheduler.drafted, engine._scheduler.accepted = 7, 5
     statistics = engine.statistics()
     assert [statistics[f"spec_decode_num_{what}_tokens"] for what in ("draft", "accepted")] == [7, 5]
-    with pytest.raises(UsageError, match="--speculate: found 17, expected"):
+    with pytest.raises(UsageError, match="--speculate: must be from 0 to 16, not 17"):
         EngineOptions(speculate=17)
 
 
