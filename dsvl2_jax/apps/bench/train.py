@@ -67,7 +67,7 @@ class Setting:
     experts: str = ""  # PyTorch: which of transformers' ways to run the routed experts
     compiled: bool = False  # PyTorch
     remat: str = ""  # ours: compute.remat
-    keep_memory: bool = False
+    keep_memory: bool = False  # PyTorch; ours always does, as `keep_freed_memory` has it
 
     def __str__(self) -> str:
         how = f"remat {self.remat}" if self.remat else "compiled" if self.compiled else "eager"
