@@ -50,7 +50,8 @@ DOCS_INSTALLED := $(VENV)/.docs-installed-$(INTERPRETER)
 # The release of every package and the hashes of its files, for the Python versions that have such a file. uv holds to
 # them in an editable installation too, where pip refuses hashes.
 CONSTRAINTS := $(wildcard constraints/py$(subst .,,$(INTERPRETER)).txt)
-INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python \
+# Byte code is made once, here: a start that compiles its libraries' sources takes twice as long.
+INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python \
 	$(if $(CONSTRAINTS),--constraint $(CONSTRAINTS) --build-constraint $(CONSTRAINTS))
 
 # uv reads none of pip's settings: whoever told pip of another index, or of folders with wheels, need not tell uv.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import os
@@ -14,10 +15,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from dsvl2_jax.apps.bench.measure import drop_from_page_cache, machine, need_at_least, own_bytes
 from dsvl2_jax.apps.bench.random_checkpoint import random_checkpoint
-from dsvl2_jax.checkpoint.load import load_params
-from dsvl2_jax.checkpoint.locate import kind, open_model, resolve
+from dsvl2_jax.checkpoint.leaves import leaf_bytes
+from dsvl2_jax.checkpoint.load import load_params, open_orbax
+from dsvl2_jax.checkpoint.locate import PARAMS_NAME, kind, open_model, resolve
+from dsvl2_jax.checkpoint.rules import FLOAT_DTYPES
+from dsvl2_jax.checkpoint.safetensors_source import READ_BYTES, Source, numpy_dtype
 from dsvl2_jax.convert.to_orbax import convert
 from dsvl2_jax.errors import DSVL2Error
 from dsvl2_jax.model.released import released_config
@@ -56,7 +62,8 @@ def bench_load(
     """Loads a checkpoint onto a mesh of ``count`` processes with one CPU device each, and prints a table.
 
     The files are not in the page cache at the start. Peaks are the kernel's high-water marks, so nothing is missed
-    between samples; files are read, not mapped, so that resident memory is the processes' own.
+    between samples; files are read, not mapped, so that resident memory is the processes' own. With one process, the
+    time is compared with that of reading the same files and casting what is in them, by numpy, in one thread.
 
     Args:
       ckpt: a checkpoint in either layout; None makes a random one of ``size`` and loads it from both.
@@ -125,7 +132,39 @@ def _load(directory: Path, count: int, sizes: Mapping[str, int], dtype: str | No
             + f"{one.ratio:8.3f}{one.read / 1e9:8.3f}{one.seconds:8.1f}",
             flush=True,
         )
+    if count == 1:
+        drop_from_page_cache(directory)
+        job = {"directory": str(directory.absolute()), "plain": True, "dtype": dtype}
+        command = [sys.executable, "-m", "dsvl2_jax.apps.bench.load", json.dumps(job)]
+        plain = float(subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True).stdout)
+        print(
+            f"reading the files and casting: {plain:.1f} s; loading takes {measured[0].seconds / plain:.2f} × as long"
+        )
     return measured
+
+
+def _read_and_cast(directory: Path, dtype: str | None) -> float:
+    """Seconds to read the files of the weights one after the other and to cast all that is in them, which is kept."""
+    config, _ = open_model(directory)
+    if kind(directory) == "released":
+        with Source(directory) as source:
+            files = source.files
+            sizes = collections.Counter()
+            for tensor in source.tensors.values():
+                sizes[numpy_dtype(FLOAT_DTYPES[tensor.dtype])] += tensor.size
+    else:
+        files = [file for file in sorted((directory / PARAMS_NAME).rglob("*")) if file.is_file()]
+        sizes = collections.Counter()
+        for shape, stored in open_orbax(directory, config)[1].values():
+            sizes[stored] += leaf_bytes(shape, stored)
+    stored = sizes.most_common(1)[0][0]
+    target = stored if dtype is None else numpy_dtype(dtype)
+    started, kept, buffer = time.perf_counter(), [], np.empty(READ_BYTES, np.uint8)
+    for file in files:
+        with file.open("rb", buffering=0) as opened:
+            while count := opened.readinto(buffer) // stored.itemsize * stored.itemsize:
+                kept.append(buffer[:count].view(stored).astype(target))
+    return time.perf_counter() - started
 
 
 def _measure(directory: Path, sizes: Mapping[str, int], dtype: str | None) -> Loaded:
@@ -153,6 +192,9 @@ def _measure(directory: Path, sizes: Mapping[str, int], dtype: str | None) -> Lo
 
 def _work(job: dict[str, Any]) -> int:
     """The command of one process: prints what it measured as JSON."""
+    if "plain" in job:
+        print(_read_and_cast(Path(job["directory"]), job["dtype"]))
+        return 0
     try:
         processes.Processes(**job["together"]).join({})
         measured = _measure(Path(job["directory"]), job["sizes"], job["dtype"])
