@@ -29,7 +29,7 @@ from dsvl2_jax.apps.bench import model_jobs
 from dsvl2_jax.apps.bench.ceilings import SERIES
 from dsvl2_jax.apps.bench.measure import need_torch
 from dsvl2_jax.apps.bench.model_jobs import Program
-from dsvl2_jax.apps.bench.model_options import ModelOptions
+from dsvl2_jax.apps.bench.model_options import ModelOptions, with_layers
 from dsvl2_jax.apps.bench.random_params import random_params, shapes_of
 from dsvl2_jax.apps.bench.side import Side
 from dsvl2_jax.apps.bench.train import KEEP_MEMORY
@@ -126,7 +126,7 @@ class TorchSide(contextlib.AbstractContextManager):
 
 def _write_check(folder: Path, config: Config, options: ModelOptions) -> None:
     """Weights under their released names, and what our programs give with them."""
-    config = _with_layers(config)
+    config = with_layers(config, CHECK_LAYERS)
     dtype = jnp.dtype(jnp.float32)
     parts = {"language"} if {"decode", "prefill", "chunk"} & set(options.jobs) else set()
     parts |= {"vision"} if "encode" in options.jobs else set()
@@ -162,12 +162,6 @@ def _write_check(folder: Path, config: Config, options: ModelOptions) -> None:
         training = model_train.train(config, settings, dtype)
         keep(training, training.start(training.lower().compile(), None).outputs())
     (folder / "programs.json").write_text(json.dumps(described))
-
-
-def _with_layers(config: Config) -> Config:
-    from dsvl2_jax.apps.bench.model import with_layers
-
-    return with_layers(config, CHECK_LAYERS)
 
 
 def _first_step(program: Program, outputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:

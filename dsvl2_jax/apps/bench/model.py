@@ -27,7 +27,7 @@ from dsvl2_jax.apps.bench.against import Timed, TorchSide
 from dsvl2_jax.apps.bench.ceilings import LONG_SECONDS, SERIES, Speeds, ceilings
 from dsvl2_jax.apps.bench.measure import machine, need_torch, own_bytes
 from dsvl2_jax.apps.bench.model_jobs import Prefilling, Program, Running
-from dsvl2_jax.apps.bench.model_options import Budget, ModelOptions
+from dsvl2_jax.apps.bench.model_options import Budget, ModelOptions, with_layers
 from dsvl2_jax.apps.bench.model_report import Report
 from dsvl2_jax.apps.bench.random_params import bytes_of, random_params, shapes_of
 from dsvl2_jax.apps.bench.serve_plot import check_plot
@@ -73,17 +73,6 @@ def bench_model(name: str, options: ModelOptions) -> int:
     bench = _Bench(name, config, options, dtype, report, budget)
     report.add(bench.about())
     return bench.run()
-
-
-def with_layers(config: Config, layers: int | None) -> Config:
-    """The same model with so many layers, at most, in its language model and in its encoder; None: all."""
-    if layers is None:
-        return config
-    language, vision = config.language, config.vision
-    language = dataclasses.replace(language, num_hidden_layers=min(layers, language.num_hidden_layers))
-    return dataclasses.replace(
-        config, language=language, vision=dataclasses.replace(vision, layers=min(layers, vision.layers))
-    )
 
 
 def _check_lengths(config: Config, options: ModelOptions) -> None:

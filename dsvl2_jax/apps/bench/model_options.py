@@ -9,6 +9,7 @@ from pathlib import Path
 from dsvl2_jax.apps.bench.measure import need_at_least
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.messages import did_you_mean
+from dsvl2_jax.model.config import Config
 
 # In the order in which they are measured: what a cut-off run should have comes first.
 JOBS = ("decode", "prefill", "encode", "train", "chunk", "kernels")
@@ -123,3 +124,14 @@ class Budget:
     @property
     def left(self) -> float:
         return float("inf") if self._seconds is None else self._seconds - self.spent
+
+
+def with_layers(config: Config, layers: int | None) -> Config:
+    """The same model with so many layers, at most, in its language model and in its encoder; None: all."""
+    if layers is None:
+        return config
+    language, vision = config.language, config.vision
+    language = dataclasses.replace(language, num_hidden_layers=min(layers, language.num_hidden_layers))
+    return dataclasses.replace(
+        config, language=language, vision=dataclasses.replace(vision, layers=min(layers, vision.layers))
+    )

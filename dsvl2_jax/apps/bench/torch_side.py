@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from dsvl2_jax.apps.bench.model import with_layers
 from dsvl2_jax.apps.bench.model_jobs import random_ids, random_tiles
-from dsvl2_jax.apps.bench.model_options import GROUPS
+from dsvl2_jax.apps.bench.model_options import GROUPS, with_layers
 from dsvl2_jax.apps.bench.side import Answers
 from dsvl2_jax.apps.bench.torch_model import EXPERTS, Model, new_cache, quiet
 from dsvl2_jax.apps.plan.command import config_of
