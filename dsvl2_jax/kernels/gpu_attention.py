@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsvl2_jax.kernels.block_sizes import TritonAttention
-from dsvl2_jax.kernels.triton import cost_metadata, fits_shared_memory
+from dsvl2_jax.kernels.triton import cost_metadata, fewer_stages, fits_shared_memory
 from dsvl2_jax.runtime.lazy import LazyModule
 
 # Only what traces these kernels needs them.
@@ -87,6 +87,13 @@ def _shape(
     return _Shape(*lengths, *parts, scale, causal, blocks.queries, blocks.keys, heads, packed)
 
 
+def _default(part: str, q_bthd: jax.Array, v_bshd: jax.Array) -> TritonAttention:
+    """What runs where nothing was measured. ``part``: forward, dq or dkv."""
+    widths = q_bthd.shape[-1], v_bshd.shape[-1]
+    blocks = FORWARD if part == "forward" else BACKWARD
+    return fewer_stages(blocks, lambda blocks: blocks.shared_memory(part, *widths))
+
+
 def _params(s: _Shape, blocks: TritonAttention, part: str) -> plgpu.CompilerParams:
     """``part``: forward, dq or dkv."""
     widths = (sum(columns for _, columns in parts) for parts in (s.key_parts, s.value_parts))
@@ -120,7 +127,7 @@ def attention_forward(
     Returns:
       out, [B, T, H, Dv], and lse, f32[B, H, T], the log-sum-exp of each query's scaled scores, to base 2.
     """
-    blocks = blocks or FORWARD
+    blocks = blocks or _default("forward", q_bthd, v_bshd)
     s = _shape(q_bthd, k_bshd, v_bshd, scale, causal, blocks, packed)
     (b, t), h = q_bthd.shape[:2], s.heads
     flops = 2.0 * s.pairs * b * h * (q_bthd.shape[-1] + v_bshd.shape[-1])
@@ -192,7 +199,7 @@ def attention_dq(
     interpret: bool = False,
 ) -> jax.Array:
     """The gradient for q, in `attention_backward`; ``delta_bht`` is of `attention_delta`."""
-    blocks = blocks or BACKWARD
+    blocks = blocks or _default("dq", q_bthd, v_bshd)
     s = _shape(q_bthd, k_bshd, v_bshd, scale, causal, blocks, packed)
     (b, t, _, key_width), h = q_bthd.shape, s.heads
     return pl.pallas_call(
@@ -224,7 +231,7 @@ def attention_dkv(
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """The gradients for k and v, in `attention_backward`."""
-    blocks = blocks or BACKWARD
+    blocks = blocks or _default("dkv", q_bthd, v_bshd)
     s = _shape(q_bthd, k_bshd, v_bshd, scale, causal, blocks, packed)
     (b, _, _, key_width), h = q_bthd.shape, s.heads
     return pl.pallas_call(

@@ -17,7 +17,7 @@ from jax import lax
 from dsvl2_jax.kernels.block_sizes import TritonProduct
 from dsvl2_jax.kernels.blocks import cut_groups, row_block
 from dsvl2_jax.kernels.precision import matmul_precision
-from dsvl2_jax.kernels.triton import cost_metadata, fits_shared_memory
+from dsvl2_jax.kernels.triton import cost_metadata, fewer_stages, fits_shared_memory
 from dsvl2_jax.runtime.lazy import LazyModule
 
 # Only what traces these kernels needs them.
@@ -31,7 +31,8 @@ MIN_ROW_BLOCK = 16  # the least that a tensor core's product takes
 def _default(dtype: jnp.dtype, rows: int) -> TritonProduct:
     """What runs where nothing was measured: warps and stages such that the stages fit in shared memory."""
     step, stages = (32, 2) if jnp.dtype(dtype).itemsize > 2 else (64, 4)
-    return TritonProduct(rows, COLUMNS, step, 8 if rows >= 128 else 4, stages)
+    blocks = TritonProduct(rows, COLUMNS, step, 8 if rows >= 128 else 4, stages)
+    return fewer_stages(blocks, lambda blocks: blocks.shared_memory(jnp.dtype(dtype).itemsize))
 
 
 def default_blocks(operation: str, rows: int, groups: int) -> TritonProduct:

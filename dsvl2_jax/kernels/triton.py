@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jax
 
-from dsvl2_jax.kernels.block_sizes import SHARED_MEMORY
+from dsvl2_jax.kernels.block_sizes import SHARED_MEMORY, TritonAttention, TritonProduct
+
+T = TypeVar("T", TritonAttention, TritonProduct)
 
 
 def cost_metadata(
@@ -26,13 +30,21 @@ def cost_metadata(
 
 
 def fits_shared_memory(blocks: object, taken: int) -> None:
-    """Raises ValueError for block sizes that take more shared memory than a block may have on the GPU that is here.
+    """Raises ValueError for block sizes that take more shared memory than a block may have (see `_limit`)."""
+    if taken > _limit():
+        raise ValueError(f"{blocks} takes {taken} bytes of shared memory; a block may have {_limit()}.")
 
-    Where none is, more than on an H100.
-    """
-    limit = getattr(jax.local_devices()[0], "shared_memory_per_block_optin", SHARED_MEMORY)
-    if taken > limit:
-        raise ValueError(f"{blocks} takes {taken} bytes of shared memory; a block may have {limit}.")
+
+def fewer_stages(blocks: T, taken: Callable[[T], int]) -> T:
+    """Block sizes with as many of their stages as fit: GPUs other than an H100 have less shared memory."""
+    while blocks.stages > 1 and taken(blocks) > _limit():
+        blocks = dataclasses.replace(blocks, stages=blocks.stages - 1)
+    return blocks
+
+
+def _limit() -> int:
+    """Bytes of shared memory that a block may have on the GPU that is here; on an H100 where none is."""
+    return getattr(jax.local_devices()[0], "shared_memory_per_block_optin", SHARED_MEMORY)
 
 
 def fits_int32(*arrays: jax.Array) -> bool:

@@ -14,13 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams, force_gpu_interpret_mode
 
 from dsvl2_jax.kernels import hopper, hopper_attention, hopper_grouped_matmul
 from dsvl2_jax.kernels.block_sizes import HopperAttention, HopperProduct
 from dsvl2_jax.kernels.fused_attention import visible_ranges
 from dsvl2_jax.kernels.grouped_matmul import _blocked, _blocked_tgmm
+
+# jax has no public name for it.
+interpreter = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
+gpu_callbacks = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks")
 
 
 def _product(a, b, acc=None, *, transposed=False, meanwhile=None):
@@ -64,7 +66,7 @@ def interpreted(monkeypatch):
 
     @contextlib.contextmanager
     def context() -> Iterator[None]:
-        with force_gpu_interpret_mode(InterpretGPUParams(detect_races=True)):
+        with interpreter.force_gpu_interpret_mode(interpreter.InterpretGPUParams(detect_races=True)):
             yield
         assert not gpu_callbacks.get_races().races_found
 

@@ -10,6 +10,7 @@ import pytest
 
 from dsvl2_jax.kernels import tuning
 from dsvl2_jax.kernels.block_sizes import SHARED_MEMORY, HopperAttention, HopperProduct, TritonAttention, TritonProduct
+from dsvl2_jax.kernels.triton import fewer_stages
 from dsvl2_jax.kernels.tuning import Gpu, chosen, current_table, entry_json, read_table, table_digest, write_table
 
 GPU = Gpu("NVIDIA H100 80GB HBM3", "9.0")
@@ -109,3 +110,9 @@ def test_shared_memory_of_blocks():
         <= SHARED_MEMORY
         < HopperAttention(128, 3).shared_memory(192, 128)
     )
+
+
+def test_where_less_fits_the_default_has_fewer_stages(monkeypatch):
+    monkeypatch.setattr("dsvl2_jax.kernels.triton.SHARED_MEMORY", 99 << 10)  # of a GPU for desktops
+    assert fewer_stages(TritonProduct(128), TritonProduct.shared_memory) == TritonProduct(128, stages=3)
+    assert fewer_stages(TritonProduct(64), TritonProduct.shared_memory) == TritonProduct(64)
