@@ -44,6 +44,7 @@ ALLOWED = {
     ("dsvl2_jax/checkpoint/pytorch_file.py", "pickle"): "an unpickler that finds nothing but functions of its own",
     ("dsvl2_jax/checkpoint/pytorch_file.py", "zipfile"): "entries are read by name, and nothing is unpacked",
     ("dsvl2_jax/checkpoint/remote.py", "fsspec"): "the buckets that a gs:// or s3:// path names",
+    ("dsvl2_jax/runtime/malloc.py", "ctypes"): "how the C library keeps freed memory (mallopt)",
     ("dsvl2_jax/checkpoint/orbax_io.py", "ctypes"): "gives freed memory back (malloc_trim)",
     ("infer/eval/client.py", "httpx2"): "asks the server that --server names",
     ("infer/serve/run.py", "socket"): "the port of dsvl2 serve, at --host",
