@@ -26,7 +26,9 @@ from dsvl2_jax.kernels.attention import (
     mla_decode_attention,
     self_attention,
 )
+from dsvl2_jax.kernels.gpu_decode_attention import attend_splits, combine
 from dsvl2_jax.kernels.grouped_matmul import grouped_matmul, grouped_transposed, tgmm
+from dsvl2_jax.model import gpu_decode
 from dsvl2_jax.model.config import Config
 
 CHECKED_HEADS = 2  # of attention, whose reference holds all scores
@@ -193,16 +195,29 @@ def _cudnn(causal: bool, scale: float, q: jax.Array, k: jax.Array, v: jax.Array)
     return jax.nn.dot_product_attention(q, k, v, is_causal=causal, scale=scale, implementation="cudnn")
 
 
+def _split(queries: list, keys: list, values: jax.Array | None, last: jax.Array, scale: float) -> jax.Array:
+    """As `dsvl2_jax.model.gpu_decode` attends, without what it joins to the sum of the splits."""
+    split = attend_splits(queries, keys, values, last[:, 0], scale=scale)
+    return combine(*split, dtype=queries[0].dtype)[:, None]
+
+
 def decoding(config: Config, slots: int, context: int, dtype: Any) -> Kernel:
     """A decode step's attention of one layer to caches of ``context`` tokens."""
     language = config.language
+    split = jax.default_backend() == "gpu" and gpu_decode.is_supported(language, slots, dtype)
     heads, last = language.num_attention_heads, jnp.full((slots, 1), context - 1, jnp.int32)
     if language.use_mla:
         rank, rope = language.kv_lora_rank, language.qk_rope_head_dim
         sizes = (slots, 1, heads, rank), (slots, 1, heads, rope), (slots, context, rank), (slots, context, rope)
         arrays = [_normal(i, size, dtype) for i, size in enumerate(sizes)]
         scale = (language.qk_nope_head_dim + rope) ** -0.5
-        function = jax.jit(lambda *a: mla_decode_attention(*a, last, scale))
+
+        def attention(q_latent: jax.Array, q_rope: jax.Array, latent: jax.Array, k_rope: jax.Array) -> jax.Array:
+            if split:
+                keys = [a[:, :, None] for a in (latent, k_rope)]
+                return _split([q_latent[:, 0], q_rope[:, 0]], keys, None, last, scale)
+            return mla_decode_attention(q_latent, q_rope, latent, k_rope, last, scale)
+
         q_latent, q_rope, latent, k_rope = (x.astype(jnp.float32) for x in arrays)
         scores = jnp.einsum("bthr,bsr->bhts", q_latent, latent, precision="highest")
         scores += jnp.einsum("bthd,bsd->bhts", q_rope, k_rope, precision="highest")
@@ -213,14 +228,17 @@ def decoding(config: Config, slots: int, context: int, dtype: Any) -> Kernel:
         sizes = (slots, 1, heads, width), (slots, context, kv, width), (slots, context, kv, width)
         q, k, v = arrays = [_normal(i, size, dtype) for i, size in enumerate(sizes)]
         groups, scale = heads // kv, width**-0.5
-        function = jax.jit(
-            lambda q, k, v: mha_decode_attention(q, jnp.repeat(k, groups, 2), jnp.repeat(v, groups, 2), last, scale)
-        )
+
+        def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            if split:
+                return _split([q[:, 0]], [k], v, last, scale)
+            return mha_decode_attention(q, jnp.repeat(k, groups, 2), jnp.repeat(v, groups, 2), last, scale)
+
         q, k, v = (x.astype(jnp.float32) for x in (q, jnp.repeat(k, groups, 2), jnp.repeat(v, groups, 2)))
         scores = jnp.einsum("bthd,bshd->bhts", q, k, precision="highest")
         expected = jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores * scale), v, precision="highest")
         flops, cache = 4.0 * slots * heads * context * width, arrays[1:]
-    call = functools.partial(function, *arrays)
+    call = functools.partial(jax.jit(attention), *arrays)
     moved = sum(math.prod(x.shape) * dtype.itemsize for x in cache)
     return Kernel(
         "decode attention", {"slots": slots, "context": context}, relative_error(call(), expected), call, flops, moved
