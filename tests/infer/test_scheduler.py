@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engine_turns import result, run
 
 import dsvl2_jax
 from dsvl2_jax import SamplingParams, configs
 from dsvl2_jax.errors import ConversationError, UsageError
 from dsvl2_jax.infer.executor import CHUNKS
 from dsvl2_jax.infer.request import FailedError, Request
-from dsvl2_jax.infer.scheduler import FairQueue, Scheduler, Ticket, page_keys
+from dsvl2_jax.infer.scheduler import FairQueue, Scheduler, page_keys
 from dsvl2_jax.infer.slots import GROUP, PAGE
 from dsvl2_jax.runtime.timing import compile_log
 
@@ -43,21 +44,6 @@ def about(model, pictures: list, question: str):
 
 def scheduler(model, slots: int = 8, **options) -> Scheduler:
     return Scheduler(model, slots, CONTEXT, **options)
-
-
-def run(engine: Scheduler, requests: list[Request], arrive=lambda: True) -> list[Ticket]:
-    """Submits requests, each in a turn in which ``arrive`` says so, and makes turns until all have ended."""
-    tickets, left = [], list(requests)
-    while left or not engine.idle:
-        while left and arrive():
-            tickets.append(engine.submit(left.pop(0)))
-        engine.turn()
-    return tickets
-
-
-def result(ticket: Ticket):
-    assert ticket.done and ticket.error is None
-    return ticket.answer.tokens, ticket.answer.logprobs, ticket.answer.text, ticket.answer.stopped
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engine_turns import result, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +21,7 @@ import dsvl2_jax
 from dsvl2_jax import SamplingParams, configs
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.infer.request import Request
-from dsvl2_jax.infer.scheduler import Scheduler, Ticket
+from dsvl2_jax.infer.scheduler import Scheduler
 from dsvl2_jax.infer.slots import PAGE
 from dsvl2_jax.infer.speculation import LONGEST_MATCH, SHORTEST_MATCH, propose
 
@@ -72,20 +73,6 @@ def prompt(model, question: str, picture: str | None = None, answer: str | None 
     turn = {"role": "user", "content": "<image>\n" * len(images) + question, "images": images}
     again = [{"role": "assistant", "content": answer}, {"role": "user", "content": question}]
     return model.processor([turn, *(again if answer else ())])
-
-
-def run(engine: Scheduler, requests: list[Request], arrive=lambda: True) -> list[Ticket]:
-    tickets, left = [], list(requests)
-    while left or not engine.idle:
-        while left and arrive():
-            tickets.append(engine.submit(left.pop(0)))
-        engine.turn()
-    return tickets
-
-
-def result(ticket: Ticket):
-    assert ticket.done and ticket.error is None
-    return ticket.answer.tokens, ticket.answer.logprobs, ticket.answer.text, ticket.answer.stopped
 
 
 @pytest.fixture(scope="module")
