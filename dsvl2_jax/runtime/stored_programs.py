@@ -27,6 +27,9 @@ from dsvl2_jax.runtime.compile_cache import others_may_write, private_folder
 
 _KEPT = 30 * 86400  # seconds that a program stays which nobody uses
 _MOST_BYTES = 2 << 30  # of all programs in a folder; those that were used last stay
+# An option's default. jax keeps in memory, by module and options, what this process has compiled or read from jax's
+# cache on disk: a program asked for with options of its own is compiled.
+_APART = {"xla_dump_max_hlo_modules": -1}
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS")
 
 
@@ -78,7 +81,7 @@ class StoredPrograms:
         program = self._load(path)
         if program is None:
             with _no_compilation_cache():
-                program = function.lower(**static, **arrays).compile()
+                program = function.lower(**static, **arrays).compile(compiler_options=_APART)
             try:
                 content = pickle.dumps(serialize_executable.serialize(program))
             except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from dsvl2_jax.runtime import stored_programs
 from dsvl2_jax.runtime.stored_programs import StoredPrograms
@@ -145,3 +146,29 @@ def test_a_folder_and_a_file_of_somebody_else_are_not_read(programs, tmp_path, m
     monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
     with pytest.warns(UserWarning, match=f"it belongs to user {owner} "):
         programs()
+
+
+def test_what_jax_read_from_its_own_cache_is_not_stored(programs, tmp_path):
+    """A program that is read from there lacks its functions when it is written again."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path / "xla"),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    x = np.arange(4096, dtype=np.float32)
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        for _ in range(2):  # the second time it is read
+            jax.clear_caches()
+            advance(state=np.float32(1), x={"x": x}, power=2)[1].block_until_ready()
+        assert any((tmp_path / "xla").glob("jit_advance*"))
+        call(programs(), power=2, size=4096)
+        jax.clear_caches()
+        call(programs(), power=2, size=4096)
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()

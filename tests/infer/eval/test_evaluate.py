@@ -57,7 +57,7 @@ class Parrot:
     def __init__(self):
         self.processor = open_model(resolve(None))[1]
         self.asked: list = []
-        self.slots = None
+        self.slots = self.drafts = None
         self.context = 4096
         self.dies_at = None
 
@@ -65,8 +65,8 @@ class Parrot:
         if len(inputs.input_ids) > self.context:
             raise ConversationError("too long")
 
-    def answers(self, requests, slots):
-        self.slots = slots
+    def answers(self, requests, slots, *, speculate):
+        self.slots, self.drafts = slots, speculate
         for index, request in enumerate(requests):
             if len(self.asked) == self.dies_at:
                 raise KeyboardInterrupt
@@ -187,10 +187,10 @@ def test_without_out_results_go_below_eval(questions, tmp_path, parrot, monkeypa
 
 
 def test_the_largest_come_first_and_as_many_grow_as_are_wanted(questions, tmp_path, parrot):
-    evaluate.evaluate(None, questions, options(tmp_path))
+    evaluate.evaluate(None, questions, options(tmp_path, speculate=3))
     tiles = [len(inputs.tiles) for inputs in parrot.asked]
     assert tiles == sorted(tiles, reverse=True) and len(tiles) == 7
-    assert parrot.slots == 2
+    assert parrot.slots == 2 and parrot.drafts == 3
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(questions, tmp_path, parrot):
