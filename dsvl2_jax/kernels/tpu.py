@@ -152,11 +152,7 @@ def _latent_kernel(
     more = q_latent_ref.shape[1] // heads - 1
     precision = matmul_precision(latent_ref.dtype)
 
-    @pl.when(j == 0)
-    def _():
-        m_ref[...] = jnp.full_like(m_ref, -jnp.inf)
-        l_ref[...] = jnp.zeros_like(l_ref)
-        acc_ref[...] = jnp.zeros_like(acc_ref)
+    _begin_row(j, m_ref, l_ref, acc_ref)
 
     @pl.when(j * block <= last + more)
     def _():
@@ -172,6 +168,22 @@ def _latent_kernel(
 
         query = lax.broadcasted_iota(jnp.int32, (scores.shape[0], 1), 0) // heads if more else 0
         _add_block(scores * scale, weigh, j * block, last + query, m_ref, l_ref, acc_ref)
+
+    _end_row(j, out_ref, lse_ref, m_ref, l_ref, acc_ref)
+
+
+def _begin_row(j, m_ref, l_ref, acc_ref):
+    """In a row's first step j: the softmax of no keys yet."""
+
+    @pl.when(j == 0)
+    def _():
+        m_ref[...] = jnp.full_like(m_ref, -jnp.inf)
+        l_ref[...] = jnp.zeros_like(l_ref)
+        acc_ref[...] = jnp.zeros_like(acc_ref)
+
+
+def _end_row(j, out_ref, lse_ref, m_ref, l_ref, acc_ref):
+    """In a row's last step j: its output, and the log-sum-exp of its scores."""
 
     @pl.when(j == pl.num_programs(1) - 1)
     def _():
@@ -260,11 +272,7 @@ def _cached_kernel(last_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, m_ref, l_ref
     more = q_ref.shape[2] - 1
     options = {"precision": matmul_precision(k_ref.dtype), "preferred_element_type": jnp.float32}
 
-    @pl.when(j == 0)
-    def _():
-        m_ref[...] = jnp.full_like(m_ref, -jnp.inf)
-        l_ref[...] = jnp.zeros_like(l_ref)
-        acc_ref[...] = jnp.zeros_like(acc_ref)
+    _begin_row(j, m_ref, l_ref, acc_ref)
 
     @pl.when(j * block <= last + more)
     def _():
@@ -277,8 +285,4 @@ def _cached_kernel(last_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, m_ref, l_ref
         query = lax.broadcasted_iota(jnp.int32, (1, more + 1, 1), 1) if more else 0
         _add_block(scores * scale, weigh, j * block, last + query, m_ref, l_ref, acc_ref)
 
-    @pl.when(j == pl.num_programs(1) - 1)
-    def _():
-        total = l_ref[...]
-        out_ref[0] = acc_ref[...] / jnp.where(total > 0, total, 1)
-        lse_ref[0] = m_ref[...] + jnp.log(total)
+    _end_row(j, out_ref, lse_ref, m_ref, l_ref, acc_ref)

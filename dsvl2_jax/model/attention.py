@@ -37,6 +37,8 @@ from dsvl2_jax.sharding import batch_axis, constrain, shard_map_kernel, split_ov
 
 LayerCache = dict[str, jax.Array]
 
+LATENT_NORM_EPS = 1e-6  # of the norms of latents, whatever the configuration says of the others
+
 
 def write_cache(cache: LayerCache, new: LayerCache, positions_bt: jax.Array, *, drafts: bool = False) -> LayerCache:
     """Writes T new entries of every row from ``positions_bt[:, 0]`` on; the positions of a row are consecutive.
@@ -204,7 +206,7 @@ class LatentAttention(nn.Module):
         q_input, q_axis, q_name = x_btd, "embed", "q_proj"
         if cfg.q_lora_rank is not None:
             q_input = Linear(cfg.q_lora_rank, ("embed", "latent"), dtype, std, bias=bias, name="q_a_proj")(x_btd)
-            q_input = RMSNorm(1e-6, "latent", name="q_a_layernorm")(q_input)
+            q_input = RMSNorm(LATENT_NORM_EPS, "latent", name="q_a_layernorm")(q_input)
             q_axis, q_name = "latent", "q_b_proj"
         q_bthd = Linear((heads, nope + rope), (q_axis, "heads", "head_dim"), dtype, std, name=q_name)(q_input)
         q_bthd = constrain(q_bthd, batch, "length", "heads", "head_dim")
@@ -212,7 +214,7 @@ class LatentAttention(nn.Module):
 
         kv_axes = ("embed", "latent")
         compressed = Linear(rank + rope, kv_axes, dtype, std, bias=bias, name="kv_a_proj_with_mqa")(x_btd)
-        latent_btr = RMSNorm(1e-6, "latent", name="kv_a_layernorm")(compressed[..., :rank])
+        latent_btr = RMSNorm(LATENT_NORM_EPS, "latent", name="kv_a_layernorm")(compressed[..., :rank])
         with jax.named_scope("rotary"):
             cos, sin = rotary_tables(positions_bt, rope, cfg.rope_theta)
             q_rope = rotate_interleaved(q_rope, cos, sin)

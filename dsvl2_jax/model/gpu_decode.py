@@ -20,13 +20,12 @@ from dsvl2_jax.kernels import gpu_experts
 from dsvl2_jax.kernels.gpu_decode_attention import attend_splits, combine, combine_latent
 from dsvl2_jax.kernels.gpu_decode_inputs import heads_into_cache, latent_into_cache
 from dsvl2_jax.kernels.gpu_few_rows import MAX_ROWS, project
-from dsvl2_jax.model.attention import LayerCache
+from dsvl2_jax.model.attention import LATENT_NORM_EPS, LayerCache
 from dsvl2_jax.model.config import LanguageConfig
 from dsvl2_jax.model.layers import rotary_tables
 from dsvl2_jax.sharding import ambient_mesh_shape
 
 Rotary = tuple[jax.Array, jax.Array]
-LATENT_NORM_EPS = 1e-6
 
 
 def is_supported(config: LanguageConfig, slots: int, *dtypes: DTypeLike) -> bool:
