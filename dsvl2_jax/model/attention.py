@@ -229,7 +229,7 @@ class LatentAttention(nn.Module):
         # Rows of a head: first the keys' part W_uk, then the values' part W_uv. Heads lead, so that neither form
         # transposes the weight.
         kv_b_shape, kv_b_axes = (heads, nope + cfg.v_head_dim, rank), ("heads", "head_dim", "latent")
-        kv_b = declare(self, "kv_b_proj", kv_b_shape, kv_b_axes, nn.initializers.normal(std))
+        kv_b = declare(self, "kv_b_proj", kv_b_shape, kv_b_axes, nn.initializers.normal(std), inputs=2)
         key_rows, value_rows = slice(nope), slice(nope, None)
         scale = (nope + rope) ** -0.5
         if decode:

@@ -22,6 +22,7 @@ from dsvl2_jax.model.config import LanguageConfig
 from dsvl2_jax.model.layer_runs import LayerWrapper, language_runs, run_layers
 from dsvl2_jax.model.layers import GatedMLP, Linear, RMSNorm, declare
 from dsvl2_jax.model.moe import MoE, Routing
+from dsvl2_jax.model.weights import are_plain
 from dsvl2_jax.sharding import batch_axis, constrain
 
 Cache = list[LayerCache]
@@ -154,7 +155,7 @@ def hidden_states(
       [B, T, D] hidden states, the updated cache, and for each run of MoE layers the reports, stacked over its layers.
     """
     x_btd = constrain(x_btd, batch_axis(decode), "length", "embed")
-    fused = decode and report is None and x_btd.shape[1] == 1
+    fused = decode and report is None and x_btd.shape[1] == 1 and are_plain(params)
     fused = fused and gpu_decode.is_supported(config, len(x_btd), *_dtypes(params, cache))
     on_gpu = _gpu_layer(config, positions_bt, valid_bt) if fused else None
     new_cache, reports = [], []

@@ -23,8 +23,10 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from dsvl2_jax.kernels.cpu import weight_product
-from dsvl2_jax.kernels.grouped_matmul import grouped_matmul
+from dsvl2_jax.kernels.grouped_matmul import grouped_matmul, grouped_swiglu, named_product
 from dsvl2_jax.kernels.precision import matmul_precision
+from dsvl2_jax.kernels.quantized import Quantized
+from dsvl2_jax.model.weights import Adapted, Weight, is_stored_weight, weight_of
 from dsvl2_jax.sharding import batch_axis, constrain
 
 Axes = tuple[str | None, ...]
@@ -36,12 +38,17 @@ def partitioned(init: nn.initializers.Initializer, axes: Axes) -> nn.initializer
 
 
 def declare(
-    module: nn.Module, name: str, shape: Sequence[int], axes: Axes, init: nn.initializers.Initializer
-) -> jax.Array:
+    module: nn.Module,
+    name: str,
+    shape: Sequence[int],
+    axes: Axes,
+    init: nn.initializers.Initializer,
+    inputs: int | None = None,
+) -> Weight:
     """Declares a parameter of a module, and returns it as it is stored.
 
     Every weight of the model is declared here and enters a product by `linear`, `einsum_weight` or `grouped` below; no
-    other code knows how a weight is kept.
+    other code knows how a weight is kept (`dsvl2_jax.model.weights`).
 
     Args:
       module: which the parameter belongs to.
@@ -49,12 +56,18 @@ def declare(
       shape: of the array, drawn in float32.
       axes: a logical axis name, or None, for each dimension.
       init: from (random key, shape, dtype) to the initial values.
+      inputs: of a weight, the last axis that products contract, as its released layout counts; None: of anything that
+        is kept as a plain array only.
     """
+    if inputs is not None and module.has_variable("params", name):
+        stored = module.get_variable("params", name)
+        if is_stored_weight(stored):
+            return weight_of(stored, inputs - len(shape))
     return module.param(name, partitioned(init, axes), tuple(shape))
 
 
 def linear(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, *, dtype: DTypeLike, contract: int = 1
+    x: jax.Array, kernel: Weight, bias: jax.Array | None = None, *, dtype: DTypeLike, contract: int = 1
 ) -> jax.Array:
     """x · kernel + bias, computed in ``dtype``.
 
@@ -65,23 +78,83 @@ def linear(
     Returns:
       [..., features] in ``dtype``.
     """
-    x, kernel = x.astype(dtype), kernel.astype(dtype)
-    out = weight_product(x, kernel, contract)
+    out = _product(x.astype(dtype), kernel.astype(dtype), contract)
     return out if bias is None else out + bias.astype(dtype).reshape((1,) * (out.ndim - bias.ndim) + bias.shape)
 
 
+def _product(x: jax.Array, kernel: Weight, contract: int) -> jax.Array:
+    """x · kernel over the last ``contract`` dimensions of x and the first of kernel."""
+    if isinstance(kernel, Quantized):
+        return weight_product(x, kernel.dequantized(x.dtype), contract)
+    if not isinstance(kernel, Adapted):
+        return weight_product(x, kernel, contract)
+    hidden = kernel.own_ranks(weight_product(kernel.dropped(x), kernel.lora_a, contract))
+    out = _product(x, kernel.base, contract) + weight_product(hidden, kernel.lora_b, 1)
+    gain = kernel.row_gain(out.ndim)
+    return out if gain is None else out * gain
+
+
 def einsum_weight(
-    subscripts: str, x: jax.Array, weight: jax.Array, *, dtype: DTypeLike, rows: slice | None = None
+    subscripts: str, x: jax.Array, weight: Weight, *, dtype: DTypeLike, rows: slice | None = None
 ) -> jax.Array:
-    """``jnp.einsum(subscripts, x, weight)`` in ``dtype``; ``rows``: of the weight's second dimension, these alone."""
-    weight = weight.astype(dtype)
+    """``jnp.einsum(subscripts, x, weight)`` in ``dtype``; ``rows``: of the weight's second dimension, these alone.
+
+    The weight lies as released: its outputs before its one input, whichever of them the product contracts.
+    """
+    x, weight = x.astype(dtype), weight.astype(dtype)
+    if isinstance(weight, Adapted):
+        return _adapted_einsum(subscripts, x, weight, rows)
+    weight = weight.dequantized(dtype) if isinstance(weight, Quantized) else weight
     weight = weight if rows is None else weight[:, rows]
-    return jnp.einsum(subscripts, x.astype(dtype), weight, precision=matmul_precision(dtype))
+    return jnp.einsum(subscripts, x, weight, precision=matmul_precision(dtype))
 
 
-def grouped(x_cd: jax.Array, weights_gdf: jax.Array, group_sizes_g: jax.Array) -> jax.Array:
+def _adapted_einsum(subscripts: str, x: jax.Array, weight: Adapted, rows: slice | None) -> jax.Array:
+    """`einsum_weight` of a weight with an adapter; Z is the rank in the subscripts."""
+    terms, out = subscripts.split("->")
+    x_axes, (*outputs, inputs) = terms.split(",")
+    outputs = "".join(outputs)
+    lora_b, gain = weight.lora_b, weight.row_gain(x.ndim)
+    if rows is not None:
+        lora_b = lora_b[:, :, rows]
+        gain = gain if gain is None else gain[..., rows]
+    expanded = inputs in x_axes
+    if not expanded and gain is not None:
+        x = x * gain
+    first, second = (weight.lora_a, lora_b) if expanded else (lora_b, weight.lora_a)
+    first_axes, second_axes = (inputs + "Z", "Z" + outputs) if expanded else ("Z" + outputs, inputs + "Z")
+    # The axes that both of the product's sides keep: batch, tokens and, in the absorbed form, heads.
+    kept = "".join(axis for axis in x_axes if axis in out)
+    precision = matmul_precision(x.dtype)
+    entered = weight.dropped(x) if expanded else x
+    hidden = jnp.einsum(f"{x_axes},{first_axes}->{kept}Z", entered, first, precision=precision)
+    added = jnp.einsum(f"{kept}Z,{second_axes}->{out}", weight.own_ranks(hidden), second, precision=precision)
+    whole = einsum_weight(subscripts, x, weight.base, dtype=x.dtype, rows=rows) + added
+    return whole * gain if expanded and gain is not None else whole
+
+
+def grouped(x_cd: jax.Array, weights_gdf: Weight, group_sizes_g: jax.Array) -> jax.Array:
     """Consecutive rows, each group times its own matrix: [C, D], [G, D, F], i32[G] → [C, F]; see `grouped_matmul`."""
-    return grouped_matmul(x_cd, weights_gdf, group_sizes_g)
+    if isinstance(weights_gdf, Quantized):
+        return named_product(x_cd, weights_gdf.dequantized(x_cd.dtype), group_sizes_g)
+    if not isinstance(weights_gdf, Adapted):
+        return named_product(x_cd, weights_gdf, group_sizes_g)
+    hidden_cr = grouped_matmul(weights_gdf.dropped(x_cd), weights_gdf.lora_a, group_sizes_g)
+    added_cf = grouped_matmul(weights_gdf.own_ranks(hidden_cr), weights_gdf.lora_b, group_sizes_g)
+    out_cf = grouped(x_cd, weights_gdf.base, group_sizes_g) + added_cf
+    if weights_gdf.gain is None:
+        return out_cf
+    ends_g = jnp.cumsum(group_sizes_g)
+    group_c = jnp.minimum(jnp.searchsorted(ends_g, jnp.arange(len(x_cd)), side="right"), len(ends_g) - 1)
+    gain = weights_gdf.gain
+    return out_cf * (gain[group_c] if weights_gdf.owner is None else gain[weights_gdf.rows, group_c])
+
+
+def grouped_gated(x_cd: jax.Array, gate_gdf: Weight, up_gdf: Weight, group_sizes_g: jax.Array) -> jax.Array:
+    """silu(x · gate) · (x · up) of each group of rows, [C, D] → [C, F]; of plain arrays by `grouped_swiglu`."""
+    if isinstance(gate_gdf, jax.Array) and isinstance(up_gdf, jax.Array):
+        return grouped_swiglu(x_cd, gate_gdf, up_gdf, group_sizes_g)
+    return nn.silu(grouped(x_cd, gate_gdf, group_sizes_g)) * grouped(x_cd, up_gdf, group_sizes_g)
 
 
 class Linear(nn.Module):
@@ -107,7 +180,8 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
         shape = (*x.shape[-self.contract :], *features)
-        kernel = declare(self, "kernel", shape, self.axes, nn.initializers.normal(self.std))
+        init = nn.initializers.normal(self.std)
+        kernel = declare(self, "kernel", shape, self.axes, init, inputs=self.contract - 1)
         bias = None
         if self.bias:
             bias = declare(self, "bias", features, self.axes[self.contract :], nn.initializers.zeros)

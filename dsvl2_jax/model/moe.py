@@ -21,11 +21,11 @@ from dsvl2_jax.kernels.grouped_matmul import (
     grouped_swiglu,
     grouped_transposed,
     grouped_weighted,
-    named_product,
     tgmm,
 )
 from dsvl2_jax.model.config import LanguageConfig
-from dsvl2_jax.model.layers import GatedMLP, declare, grouped, linear
+from dsvl2_jax.model.layers import GatedMLP, declare, grouped, grouped_gated, linear
+from dsvl2_jax.model.weights import Weight, taken_rows
 from dsvl2_jax.sharding import ACTIVATION_RULES, PARAM_RULES, ambient_mesh_shape, batch_axis, mesh_axes, partition_spec
 
 
@@ -108,7 +108,7 @@ class RoutedExperts(nn.Module):
 
         weights = ("gate_proj", (e, d, f), into), ("up_proj", (e, d, f), into), ("down_proj", (e, f, d), back)
         init = nn.initializers.normal(cfg.initializer_range)
-        gate, up, down = (declare(self, *weight, init).astype(self.dtype) for weight in weights)
+        gate, up, down = (declare(self, *weight, init, inputs=1).astype(self.dtype) for weight in weights)
         if self.is_initializing():  # what follows declares nothing, and takes most of the time to trace
             return x_btd
 
@@ -151,9 +151,9 @@ def run_experts(
     x_btd: jax.Array,
     experts_btk: jax.Array,
     weights_btk: jax.Array,
-    gate_gdf: jax.Array,
-    up_gdf: jax.Array,
-    down_gfd: jax.Array,
+    gate_gdf: Weight,
+    up_gdf: Weight,
+    down_gfd: Weight,
     first_expert: int | jax.Array = 0,
     shards: int = 1,
 ) -> jax.Array:
@@ -186,10 +186,12 @@ def run_experts(
         return mixed.reshape(b, t, d).astype(x_btd.dtype)
 
     with jax.named_scope("dispatch"):
-        rows_cd = x_td[order // top_k]  # C = B·T·K
+        tokens = order // top_k
+        rows_cd = x_td[tokens]  # C = B·T·K
+        gate_gdf, up_gdf, down_gfd = (taken_rows(weight, tokens // t) for weight in (gate_gdf, up_gdf, down_gfd))
 
     with jax.named_scope("mlp"):
-        out_cd = named_product(grouped_swiglu(rows_cd, gate_gdf, up_gdf, group_sizes_g), down_gfd, group_sizes_g)
+        out_cd = grouped(grouped_gated(rows_cd, gate_gdf, up_gdf, group_sizes_g), down_gfd, group_sizes_g)
     with jax.named_scope("combine"):
         # The K choices lead, so that a register holds rows of tokens, and the sum over them is one pass.
         out_ktd = out_cd[_sorted_by(order, 0).reshape(-1, top_k).T].astype(jnp.float32)
