@@ -31,6 +31,7 @@ from dsvl2_jax.runtime.terminal import unescaped
 MANIFEST_NAME = "dsvl2_checkpoint.json"
 MANIFEST_VERSION = 1
 PARAMS_NAME = "params"  # the parameters inside a converted directory or a run's checkpoint
+ADAPTER_NAME = "adapter"  # what a run's checkpoint has instead that trains an adapter: a directory of its files
 RUN_NAME = "run.json"  # what makes a directory a run
 CHECKPOINTS_NAME = "checkpoints"  # of a run: a directory per step
 MODEL_NAME = "model"  # of a run: configuration, processor and tokenizer files
@@ -179,6 +180,11 @@ def kind(directory: Path) -> str:
         )
     if run_of(directory) is not None:
         if directory.name.isdecimal() and orbax_io.is_checkpoint(directory):
+            if _has_adapter(directory):
+                raise CheckpointError(
+                    f"{directory}: of a run that trains an adapter, which is no model by itself. Give the model that "
+                    f"it was made for as the checkpoint, and this with --adapter {directory / ADAPTER_NAME}"
+                )
             return "run"
         raise CheckpointError(
             f"{directory}: not a complete checkpoint of the run. Name one of the numbered directories beside it, or "
@@ -202,6 +208,30 @@ def kind(directory: Path) -> str:
         f"{directory}: not a checkpoint: it has no {MANIFEST_NAME}, so is no converted directory, and "
         f"{no_weights(directory)}"
     )
+
+
+def adapter_directory(path: str | Path) -> Path:
+    """The directory of an adapter's files, where ``path`` is it, a run that trains one, or a checkpoint of such a run.
+
+    Of a run in a store they are copied to the disk.
+
+    Raises:
+      CheckpointError: the run has no checkpoint.
+    """
+    path = remote.path_of(path)
+    names = remote.names(path) if remote.is_remote(path) else [RUN_NAME] * (path / RUN_NAME).is_file()
+    if RUN_NAME in names:
+        path = newest_of_run(path)
+    if run_of(path) is not None and _has_adapter(path):
+        return remote.local_copy(path / ADAPTER_NAME, lambda file: True)
+    return path
+
+
+def _has_adapter(checkpoint: Path) -> bool:
+    """True for a run's checkpoint that holds an adapter."""
+    if remote.is_remote(checkpoint):
+        return ADAPTER_NAME in remote.names(checkpoint)
+    return (checkpoint / ADAPTER_NAME).is_dir()
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
