@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 from dsvl2_jax.checkpoint import digests, peft_config, pytorch_file, rules, safetensors_file
 from dsvl2_jax.checkpoint.adapter_tensors import place, scale_factor
 from dsvl2_jax.checkpoint.leaves import leaf_bytes
+from dsvl2_jax.checkpoint.locate import find_adapter
 from dsvl2_jax.checkpoint.peft_config import CONFIG_NAME
 from dsvl2_jax.checkpoint.safetensors_file import Tensor
 from dsvl2_jax.checkpoint.staging import staged
@@ -94,7 +95,7 @@ def read_adapter(directory: str | Path, config: Config) -> tuple[dict[str, Any],
     """Reads an adapter that `write_adapter` or the `peft` package wrote.
 
     Args:
-      directory: with adapter_config.json, and adapter_model.safetensors or adapter_model.bin.
+      directory: with adapter_config.json, and adapter_model.safetensors or adapter_model.bin; or a hub id.
       config: of the model that it is for.
 
     Returns:
@@ -106,11 +107,7 @@ def read_adapter(directory: str | Path, config: Config) -> tuple[dict[str, Any],
       CheckpointError: files are missing, damaged or changed, or it is for another model, or of a kind that is not
         computed here.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise CheckpointError(
-            f"{directory}: no such directory. Give the one that holds the adapter's {CONFIG_NAME} and {WEIGHTS_NAME}."
-        )
+    directory = find_adapter(directory)
     manifest = _read_manifest(directory)
     peft = peft_config.read(directory / CONFIG_NAME)
     tensors = _open(directory)
