@@ -256,6 +256,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of a converted directory, after checking that every file it lists has its size.
 
     Besides "parameters", "files" (name → bytes) and "mixed_dtypes" it has "notes" (what was tolerated in the source),
+    "quantization" ("kind", "group" and "keep", see `dsvl2_jax.model.quantization`; empty where nothing is quantized),
     "sha256" (file → digest) and "source_sha256", which a manifest of an earlier version of this program lacks.
 
     Raises:
@@ -271,12 +272,13 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         )
     if digests.is_sealed(manifest) or "sha256" in manifest:
         digests.check_seal(path, read_text(path, CheckpointError, _CONVERT_AGAIN), _CONVERT_AGAIN)
-    manifest = {"mixed_dtypes": {}, "notes": [], "sha256": {}, "source_sha256": {}} | manifest
+    manifest = {"mixed_dtypes": {}, "notes": [], "quantization": {}, "sha256": {}, "source_sha256": {}} | manifest
     for key, kind_of_value, kind_of_items in (
         ("files", dict, int),
         ("parameters", dict, dict),
         ("mixed_dtypes", dict, str),
         ("notes", list, str),
+        ("quantization", dict, (str, int)),
         ("sha256", dict, str),
         ("source_sha256", dict, str),
     ):
