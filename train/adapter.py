@@ -9,7 +9,6 @@ Tested in tests/train/test_adapter.py.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import re
@@ -23,6 +22,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dsvl2_jax.checkpoint import rules
+from dsvl2_jax.checkpoint.adapter_tensors import scale_factor
+from dsvl2_jax.checkpoint.adapters import array_shapes
+from dsvl2_jax.checkpoint.apply_adapter import array_axes
 from dsvl2_jax.errors import SettingsError
 from dsvl2_jax.messages import listed
 from dsvl2_jax.model.config import Config
@@ -34,64 +36,19 @@ from dsvl2_jax.train.settings.schema import AdapterStage
 # What is trained of an adapted weight.
 LEAVES = ("lora_a", "lora_b", "magnitude")
 
-# Matrices without an adapter: the router's choice is no product of the model's dtype, the head's loss is made in chunks
-# of its own, and nothing computes the pooling head.
-_WITHOUT = re.compile(r"/router/|^language/lm_head/|^vision/(attn_pool|patch_embed)/")
-
 _NO_AXES = ("dropout_key", "dropout_rate")
 
 Shape = tuple[int, ...]
 Axes = tuple[str | None, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Matrix:
-    """A weight's shape and logical axes, taken apart as a product takes them."""
-
-    lead: Shape  # of experts, or nothing
-    inputs: Shape
-    outputs: Shape
-    lead_axes: Axes
-    input_axes: Axes
-    output_axes: Axes
-    input_last: bool  # the outputs lie before the one input, as released: kv_b_proj
-
-    @property
-    def packed_axis(self) -> int:
-        """The last input axis, from the end."""
-        return -1 if self.input_last else -1 - len(self.outputs)
-
-    def leaf(self, name: str, rank: int) -> tuple[Shape, Axes]:
-        """Shape and logical axes of one of `LEAVES`."""
-        if name == "lora_a":
-            return (*self.lead, *self.inputs, rank), (*self.lead_axes, *self.input_axes, None)
-        if name == "lora_b":
-            return (*self.lead, rank, *self.outputs), (*self.lead_axes, None, *self.output_axes)
-        return (*self.lead, *self.outputs), (*self.lead_axes, *self.output_axes)
-
-
 @functools.lru_cache(maxsize=8)
-def matrices(config: Config) -> dict[LeafPath, Matrix]:
-    """The weights that may have an adapter, by their paths, layers apart."""
-    found = {}
-    for leaf in rules.expand(config):
-        shape, axes = abstract_leaves(config)[leaf.path]
-        lead = int(leaf.stacked)
-        out_in = leaf.layout.source_shape
-        if len(out_in) != 2 or len(shape) - lead < 2 or _WITHOUT.search(leaf.name):
-            continue
-        if leaf.layout.is_identity:
-            if len(shape) - lead == 2:  # a table, such as the embeddings
-                continue
-            split = (shape[-1:], shape[lead:-1]), (axes[-1:], axes[lead:-1])
-        else:
-            count = next(n for n in range(1, len(shape)) if math.prod(shape[lead : lead + n]) == out_in[1])
-            split = tuple((x[lead : lead + count], x[lead + count :]) for x in (shape, axes))
-        (inputs, outputs), (input_axes, output_axes) = split
-        found[leaf.path] = Matrix(
-            shape[:lead], inputs, outputs, axes[:lead], input_axes, output_axes, leaf.layout.is_identity
-        )
-    return found
+def adaptable(config: Config) -> dict[LeafPath, rules.Leaf]:
+    """The weights that may have an adapter in training, by their paths, layers apart.
+
+    Not the output head: its loss is made in chunks of its own.
+    """
+    return {path: leaf for path, leaf in rules.linear_leaves(config).items() if path[:2] != ("language", "lm_head")}
 
 
 def targeted(config: Config, targets: Iterable[str]) -> list[LeafPath]:
@@ -101,7 +58,7 @@ def targeted(config: Config, targets: Iterable[str]) -> list[LeafPath]:
       SettingsError: one of them matches no weight that can have an adapter.
     """
     patterns = [(text, re.compile(text)) for text in targets]
-    able = matrices(config)
+    able = adaptable(config)
     for text, pattern in patterns:
         if any(pattern.search(path_name(path)) for path in able):
             continue
@@ -122,10 +79,12 @@ def adapter_leaves(config: Config, stage: AdapterStage) -> dict[LeafPath, tuple[
       SettingsError: a target matches nothing.
     """
     names = LEAVES if stage.kind == "dora" else LEAVES[:2]
-    able = matrices(config)
-    return {
-        (*path, name): able[path].leaf(name, stage.rank) for path in targeted(config, stage.targets) for name in names
-    }
+    found = {}
+    for path in targeted(config, stage.targets):
+        leaf = adaptable(config)[path]
+        shapes, axes = array_shapes(leaf, stage.rank), array_axes(config, leaf)
+        found |= {(*path, name): (shapes[name], axes[name]) for name in names}
+    return found
 
 
 def base_leaves(
@@ -156,7 +115,7 @@ def stored_axes(config: Config, path: LeafPath) -> Axes | None:
         end -= 1
     if end == len(path) or path[-1] not in (*LEAVES, *_NO_AXES):
         return leaves[path[:end]][1]
-    return None if path[-1] in _NO_AXES else matrices(config)[path[:end]].leaf(path[-1], 0)[1]
+    return None if path[-1] in _NO_AXES else array_axes(config, adaptable(config)[path[:end]])[path[-1]]
 
 
 def with_adapter(params: Params, adapter: Params) -> Params:
@@ -182,32 +141,25 @@ def init_adapter(params: Params, config: Config, stage: AdapterStage, seed: int)
     """
     adapter: dict[LeafPath, Any] = {}
     for path in targeted(config, stage.targets):
-        matrix = matrices(config)[path]
-        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path_name(path).encode()))
-        bound = math.prod(matrix.inputs) ** -0.5
-        shape = matrix.leaf("lora_a", stage.rank)[0]
+        leaf = adaptable(config)[path]
+        shapes = array_shapes(leaf, stage.rank)
+        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(leaf.name.encode()))
+        bound = math.prod(leaf.shape[axis] for axis in leaf.inputs) ** -0.5
         # On the host, where every process has all of it.
-        adapter[(*path, "lora_a")] = np.asarray(jax.random.uniform(key, shape, jnp.float32, -bound, bound))
-        adapter[(*path, "lora_b")] = np.zeros(matrix.leaf("lora_b", stage.rank)[0], np.float32)
+        adapter[(*path, "lora_a")] = np.asarray(jax.random.uniform(key, shapes["lora_a"], jnp.float32, -bound, bound))
+        adapter[(*path, "lora_b")] = np.zeros(shapes["lora_b"], np.float32)
         if stage.kind == "dora":
             base = functools.reduce(lambda tree, name: tree[name], path, params)
-            adapter[(*path, "magnitude")] = _column_norms(base, matrix)
+            adapter[(*path, "magnitude")] = _output_norms(base, leaf.inputs)
     return unflatten_dict(adapter)
 
 
-def _column_norms(base: Any, matrix: Matrix) -> jax.Array:
-    @jax.jit
-    def norms(base: Any) -> jax.Array:
-        whole = merged(weight_of(base, matrix.packed_axis), matrix.packed_axis)
-        last = matrix.packed_axis % whole.ndim
-        return jnp.sqrt(jnp.square(whole).sum(tuple(range(last + 1 - len(matrix.inputs), last + 1))))
-
-    return norms(base)
-
-
-def factor(stage: AdapterStage) -> float:
-    """What lora_a · lora_b is multiplied with: alpha / rank, with ``rslora`` alpha / √rank (arXiv 2312.03732)."""
-    return stage.alpha / (math.sqrt(stage.rank) if stage.rslora else stage.rank)
+@functools.partial(jax.jit, static_argnums=1)
+def _output_norms(base: Any, inputs: tuple[int, ...]) -> jax.Array:
+    """f32[*lead, *outputs], the norm of each output's weights."""
+    ndim = jax.tree.leaves(base)[0].ndim
+    whole = merged(weight_of(base, inputs[-1] - ndim), inputs[-1] - ndim)
+    return jnp.sqrt(jnp.square(whole).sum(inputs))
 
 
 def joined(params: Params, stage: AdapterStage, key: jax.Array | None = None) -> Params:
@@ -224,7 +176,7 @@ def joined(params: Params, stage: AdapterStage, key: jax.Array | None = None) ->
             return value
         if not (is_stored_weight(value) and "lora_a" in value):
             return {name: join((*path, name), inner) for name, inner in value.items()}
-        value = {**value, "lora_b": value["lora_b"] * factor(stage)}
+        value = {**value, "lora_b": value["lora_b"] * scale_factor(stage.alpha, stage.rank, stage.rslora)}
         if dropout:
             own = jax.random.fold_in(key, zlib.crc32(path_name(path).encode()))
             # Stacked layers have one key each.

@@ -22,6 +22,7 @@ from dsvl2_jax.model.config import IGNORED_LABEL, Config, LanguageConfig
 from dsvl2_jax.model.decoder import hidden_states
 from dsvl2_jax.model.deepseek_vl2 import Params
 from dsvl2_jax.model.moe import Routing
+from dsvl2_jax.model.weights import is_quantized, weight_of
 from dsvl2_jax.sharding import constrain
 from dsvl2_jax.train.data.batch import TrainBatch
 from dsvl2_jax.train.forward import compute_params, training_layers
@@ -107,6 +108,8 @@ def loss_fn(
     supervised_bt = targets_bt >= 0
     weights_bt = jnp.where(supervised_bt, 1.0 / totals[0], 0.0)
     head = params["language"]["lm_head"]["kernel"]
+    if is_quantized(head):
+        head = weight_of(head, packed_axis=-2).dequantized(hidden_btd.dtype)
     loss, losses_bt = cross_entropy(hidden_btd, head, targets_bt, weights_bt, options.chunk)
     image_bt = supervised_bt & batch.with_images
     sums = Sums(

@@ -26,9 +26,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dsvl2_jax.checkpoint.adapters import read_adapter
-from dsvl2_jax.checkpoint.apply_adapter import base_digest
-from dsvl2_jax.checkpoint.load import load_params, stored_shapes
-from dsvl2_jax.checkpoint.locate import adapter_directory, model_files, open_model, resolve
+from dsvl2_jax.checkpoint.apply_adapter import base_digest, check_base
+from dsvl2_jax.checkpoint.load import load_params, open_orbax
+from dsvl2_jax.checkpoint.locate import kind, model_files, open_model, resolve
 from dsvl2_jax.checkpoint.verify import tell
 from dsvl2_jax.checkpoint.verify import verify as verify_files
 from dsvl2_jax.errors import DSVL2Error, RunError, SettingsError
@@ -105,7 +105,8 @@ def train(config: str | Path, overrides: Sequence[str] = (), *, verify: bool = F
         adapts = settings.adapter.kind != "none"
         source = run.model if steps and not adapts else resolve(settings.model.checkpoint)
         if verify:
-            for checkpoint in ([run.checkpoint(steps[-1])] if steps else []) + ([source] if adapts or not steps else []):
+            checkpoints = [run.checkpoint(step) for step in steps[-1:]]
+            for checkpoint in [*checkpoints, source] if adapts or not steps else checkpoints:
                 tell(checkpoint, verify_files(checkpoint))
         model, processor = _open_model(settings, source)
         identity = _identity(settings, source)
@@ -120,7 +121,7 @@ def train(config: str | Path, overrides: Sequence[str] = (), *, verify: bool = F
                 f"run.directory {run.path}: does not show what process 0 has written there. Choose a directory on "
                 "storage that all processes share."
             )
-        trainer = _trainer(settings, model, processor, mesh, source, identity)
+        trainer = _trainer(settings, model, processor, mesh, source)
         pipeline = open_training(settings, processor, model, shard)
         with contextlib.closing(pipeline):
             validation = open_validation(settings, processor, model, shard)
@@ -137,14 +138,11 @@ def _identity(settings: Settings, source: Path) -> Identity:
         other = {"validation" if train else "train": {}}
         return fingerprint(dataclasses.replace(settings, data=dataclasses.replace(settings.data, **other)))
 
-    base = {}
-    if settings.adapter.kind != "none":
-        base = {"path": settings.model.checkpoint, "digest": base_digest(source)}
-    identity = Identity(model_identity(model_files(source)), files(train=True), base)
+    identity = Identity(model_identity(model_files(source)), files(train=True))
     if processes.joined():
         for what, content in (
             ("the settings", to_toml(settings)),
-            ("the model", json.dumps([identity.model, identity.base])),
+            ("the model", json.dumps(identity.model)),
             ("the data", json.dumps([identity.data, files(train=False)])),
         ):
             processes.same_everywhere(what, f"one with SHA-256 {hashlib.sha256(content.encode()).hexdigest()}")
@@ -203,13 +201,14 @@ def _open_model(settings: Settings, source: Path) -> tuple[Config, Processor]:
     return config, processor
 
 
-def _trainer(
-    settings: Settings, model: Config, processor: Processor, mesh: Mesh | None, source: Path, identity: Identity
-) -> BaseTrainer:
+def _trainer(settings: Settings, model: Config, processor: Processor, mesh: Mesh | None, source: Path) -> BaseTrainer:
     pixels = processor.config.image_mean, processor.config.image_std
     if settings.adapter.kind == "none":
         return _TRAINERS[settings.stage.objective](model, settings, *pixels, mesh)
-    return AdapterTrainer(model, settings, *pixels, mesh, stored_shapes(source, model), identity.base["digest"])
+    stored = None
+    if kind(source) != "released":  # where all parameters are plain
+        stored = {path: shape for path, (shape, _) in open_orbax(source, model)[1].items()}
+    return AdapterTrainer(model, settings, *pixels, mesh, stored)
 
 
 def _start(
@@ -242,14 +241,19 @@ def _params(settings: Settings, trainer: BaseTrainer, checkpoint: Path, source: 
     """The parameters of a checkpoint of the run."""
     if settings.adapter.kind == "none":
         return load_params(checkpoint, trainer.config, mesh=mesh, fsdp=True)
-    adapter, _ = read_adapter(adapter_directory(checkpoint), trainer.config)
-    return with_adapter(_base(settings, trainer, source, mesh), adapter)
+    adapter, described = read_adapter(checkpoint, trainer.config)
+    base = _base(settings, trainer, source, mesh)
+    check_base(described, trainer.base_digest, f"{checkpoint}, from which the run resumes")
+    return with_adapter(base, adapter)
 
 
 def _base(settings: Settings, trainer: BaseTrainer, source: Path, mesh: Mesh | None) -> Params:
     """The parameters of the checkpoint that the run begins with."""
     dtype = None if settings.adapter.base == "stored" else settings.adapter.base
-    return load_params(source, trainer.config, dtype, mesh, fsdp=True)
+    params = load_params(source, trainer.config, dtype, mesh, fsdp=True)
+    if isinstance(trainer, AdapterTrainer):
+        trainer.base_digest = base_digest(params)
+    return params
 
 
 class _Loop:

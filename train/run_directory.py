@@ -56,7 +56,6 @@ class Identity:
 
     model: Mapping[str, str]  # file name → hash, of `model_identity`
     data: Mapping[str, str]  # file → hash
-    base: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of an adapter: its model's path and digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +227,6 @@ class RunDirectory:
         other = [
             *differences(load(remote.local_file(self.path / CONFIG_NAME), accept_old_names=True), settings),
             *changes(before.model, identity.model, "model: ", values=False),
-            *changes(before.base, identity.base, "the adapter's model: "),
         ]
         if other:
             raise RunError(
@@ -289,9 +287,7 @@ class RunDirectory:
             raise self._disk_full(step, size)
         document = {"step": step, "iterator": iterator, "validation_loss": validation_loss}
         try:
-            writing = orbax_io.Saving(
-                self.checkpoint(step), {**trees, _OPTIMIZER: optimizer}, document, entries
-            )
+            writing = orbax_io.Saving(self.checkpoint(step), {**trees, _OPTIMIZER: optimizer}, document, entries)
         except Exception as error:
             raise self._failed(step, size, error) from error
         self._saving = step, size, writing

@@ -149,12 +149,23 @@ def open_model(directory: Path) -> tuple[Config, Processor]:
 
 
 def find_adapter(adapter: str | Path) -> Path:
-    """The directory of an adapter: a directory, or a hub id, which is downloaded unless a directory has that name.
+    """The directory of an adapter's files.
+
+    Args:
+      adapter: it, or a hub id, which is downloaded unless a directory has that name. A training run's directory stands
+        for the adapter of its newest complete checkpoint, and the directory of a checkpoint for its own. Of a run in a
+        store, the files are copied to the disk.
 
     Raises:
-      CheckpointError: there is nothing of that name, or it cannot be downloaded.
+      CheckpointError: there is nothing of that name, it cannot be downloaded, or the run has no checkpoint.
     """
-    path = Path(adapter)
+    path = remote.path_of(adapter)
+    if RUN_NAME in (remote.names(path) if remote.is_remote(path) else [RUN_NAME] * (path / RUN_NAME).is_file()):
+        path = newest_of_run(path)
+    if run_of(path) is not None and _has_adapter(path):
+        return remote.local_copy(path / ADAPTER_NAME, lambda _: True)
+    if remote.is_remote(path):
+        return remote.local_copy(path, lambda _: True)
     if path.is_dir():
         return path
     if isinstance(adapter, str) and not path.exists() and _HUB_ID.fullmatch(adapter):
@@ -226,23 +237,6 @@ def kind(directory: Path) -> str:
         f"{directory}: not a checkpoint: it has no {MANIFEST_NAME}, so is no converted directory, and "
         f"{no_weights(directory)}"
     )
-
-
-def adapter_directory(path: str | Path) -> Path:
-    """The directory of an adapter's files, where ``path`` is it, a run that trains one, or a checkpoint of such a run.
-
-    Of a run in a store they are copied to the disk.
-
-    Raises:
-      CheckpointError: the run has no checkpoint.
-    """
-    path = remote.path_of(path)
-    names = remote.names(path) if remote.is_remote(path) else [RUN_NAME] * (path / RUN_NAME).is_file()
-    if RUN_NAME in names:
-        path = newest_of_run(path)
-    if run_of(path) is not None and _has_adapter(path):
-        return remote.local_copy(path / ADAPTER_NAME, lambda file: True)
-    return path
 
 
 def _has_adapter(checkpoint: Path) -> bool:

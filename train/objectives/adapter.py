@@ -51,16 +51,14 @@ class AdapterTrainer(LanguageTrainer):
         std: ArrayLike,
         mesh: Mesh | None = None,
         stored: Mapping[LeafPath, tuple[int, ...]] | None = None,
-        base_digest: str | None = None,
     ):
         """Raises SettingsError when a target fits nothing, or some layers of a stack only.
 
         Args:
           stored: shapes of the checkpoint's leaves, where some are quantized; None: all are plain.
-          base_digest: of the checkpoint, for the adapter's files.
         """
         self._stored = stored
-        self._base_digest = base_digest
+        self.base_digest: str | None = None  # of the checkpoint, for the adapter's files
         super().__init__(config, settings, mean, std, mesh)
         # Whole on every device, so that one process can write all of it.
         whole = {path: self._whole() for path in adapter_leaves(config, settings.adapter)}
@@ -113,7 +111,7 @@ class AdapterTrainer(LanguageTrainer):
             targets="|".join(f"({target})" for target in stage.targets),
             rslora=stage.rslora,
             base=self.settings.model.checkpoint,
-            base_digest=self._base_digest,
+            base_digest=self.base_digest,
         )
 
         def write(directory: Path) -> None:

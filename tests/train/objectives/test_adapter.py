@@ -10,17 +10,19 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dsvl2_jax import sharding
-from dsvl2_jax.kernels.quantized import pack_int4
+from dsvl2_jax.checkpoint.adapter_tensors import scale_factor
+from dsvl2_jax.kernels.quantized import quantize
+from dsvl2_jax.model.deepseek_vl2 import weight_inputs
 from dsvl2_jax.model.parameter_paths import path_name
+from dsvl2_jax.model.quantization import Quantization, quantized_weights
 from dsvl2_jax.model.weights import merged, weight_of
 from dsvl2_jax.sharding import make_mesh
-from dsvl2_jax.train.adapter import LEAVES, factor, matrices, with_adapter
+from dsvl2_jax.train.adapter import LEAVES, adaptable, with_adapter
 from dsvl2_jax.train.loss import LossOptions, loss_fn, step_totals
 from dsvl2_jax.train.objectives.adapter import AdapterTrainer
 from dsvl2_jax.train.settings.schema import AdapterStage
@@ -65,32 +67,15 @@ def adapter_of(variant: str, adapter: AdapterStage) -> dict:
     return drawn
 
 
-def quantized(leaf: np.ndarray, kind: str, axis: int) -> dict:
-    """By a scale for each output, or for int4 two groups."""
-    axis %= leaf.ndim
-    if kind == "int8":
-        scale = np.abs(leaf).max(axis, keepdims=True) / 127
-        return {"int8": jnp.asarray(np.rint(leaf / scale).astype(np.int8)), "scale": jnp.asarray(scale)}
-    groups = 2
-    split = leaf.reshape(*leaf.shape[:axis], groups, -1, *leaf.shape[axis + 1 :])
-    scale = np.abs(split).max(axis + 1, keepdims=True) / 7
-    values = np.rint(split / scale).astype(np.int8).reshape(leaf.shape)
-    return {"int4": jnp.asarray(pack_int4(values, groups, axis)), "scale": jnp.asarray(scale.squeeze(axis + 1))}
-
-
 def base_params(variant: str, kind: str | None) -> dict:
     """The parameters, of whose weights all are quantized if ``kind`` is given."""
     flat = flatten_dict(steps.parameters(variant))
     if kind is None:
         return unflatten_dict(flat)
-    able = matrices(steps.config(variant))
+    kinds = quantized_weights(steps.config(variant), Quantization(kind))
+    inputs = weight_inputs(steps.config(variant))
     return unflatten_dict(
-        {
-            path: quantized(np.asarray(leaf), kind, able[path].packed_axis)
-            if path in able and len(able[path].inputs) == 1
-            else leaf
-            for path, leaf in flat.items()
-        }
+        {path: quantize(leaf, kinds[path], inputs[path]) if path in kinds else leaf for path, leaf in flat.items()}
     )
 
 
@@ -111,7 +96,7 @@ def reference(variant: str, adapter: AdapterStage, kind: str | None = None):
     """Of weights merged beforehand, plain arrays all, differentiated by `jax.grad` on one device."""
     config = steps.config(variant)
     config = dataclasses.replace(config, language=dataclasses.replace(config.language, aux_loss_alpha=0.02))
-    base, able = base_params(variant, kind), matrices(config)
+    base, able = base_params(variant, kind), adaptable(config)
     batch = steps.batch_of(steps.packed())
     totals = step_totals(batch)
 
@@ -119,11 +104,15 @@ def reference(variant: str, adapter: AdapterStage, kind: str | None = None):
         flat = flatten_dict(with_adapter(jax.tree.map(lambda x: x, base), unflatten_dict(drawn)))
         nested = unflatten_dict(flat)
         whole = {}
-        for path, matrix in able.items():
+        for path, leaf in able.items():
             weight = functools.reduce(lambda tree, name: tree[name], path, nested)
             if isinstance(weight, dict) and "lora_b" in weight:
-                weight = {**weight, "lora_b": weight["lora_b"] * factor(adapter)}
-            whole[path] = merged(weight_of(weight, matrix.packed_axis), matrix.packed_axis)
+                weight = {
+                    **weight,
+                    "lora_b": weight["lora_b"] * scale_factor(adapter.alpha, adapter.rank, adapter.rslora),
+                }
+            axis = leaf.inputs[-1] - len(leaf.shape)
+            whole[path] = merged(weight_of(weight, axis), axis)
         rest = {path: leaf for path, leaf in flat.items() if not any(path[: len(w)] == w for w in whole)}
         params = unflatten_dict(rest | whole)
         return loss_fn(params, config, batch.micro(0), totals, HALF, HALF, LossOptions(5, 1000, "float32", "none"))
