@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsvl2_jax.checkpoint import digests, orbax_io, remote
 from dsvl2_jax.checkpoint.rules import FLOAT_DTYPES
@@ -27,6 +27,9 @@ from dsvl2_jax.json_files import read_json_object, read_text
 from dsvl2_jax.messages import first_line, listed
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.runtime.terminal import unescaped
+
+if TYPE_CHECKING:
+    from dsvl2_jax.model.quantization import Quantization
 
 MANIFEST_NAME = "dsvl2_checkpoint.json"
 MANIFEST_VERSION = 1
@@ -284,6 +287,18 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read (mixed_dtypes names {unknown.pop()!r}). {_CONVERT_AGAIN}")
     check_sizes(directory, manifest["files"], "the converted checkpoint is damaged; copy or convert it again")
     return manifest
+
+
+def quantization_in(directory: Path) -> Quantization | None:
+    """How the weights of a converted directory are quantized; None where they are not, and of other layouts.
+
+    Raises:
+      CheckpointError: the manifest cannot be read.
+    """
+    from dsvl2_jax.model.quantization import Quantization  # jax, which finding a checkpoint does without
+
+    found = read_manifest(directory)["quantization"] if kind(directory) == "orbax" else {}
+    return Quantization(found["kind"], found["keep"]) if found else None
 
 
 def check_sizes(directory: Path, sizes: Mapping[str, int], problem: str) -> None:

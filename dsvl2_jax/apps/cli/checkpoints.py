@@ -6,12 +6,10 @@ Tested in tests/apps/cli/test_main.py.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import tyro
 from tyro.conf import Positional
 
-from dsvl2_jax.apps.cli.options import Checkpoint, Dtype
+from dsvl2_jax.apps.cli.options import Checkpoint, Dtype, Keep, QuantizeTo
 
 
 def convert(
@@ -20,8 +18,8 @@ def convert(
     *,
     dtype: Dtype | None = None,
     max_memory: str = "1GiB",
-    quantize: Annotated[str | None, tyro.conf.arg(metavar="int8|int4|float8")] = None,
-    keep: Annotated[str | None, tyro.conf.arg(metavar="REGEX")] = None,
+    quantize: QuantizeTo | None = None,
+    keep: Keep | None = None,
 ) -> None:
     """Convert a checkpoint in the released layout to an Orbax directory that is complete by itself.
 
