@@ -270,7 +270,7 @@ class _Loop:
         signals: _Signals,
     ):
         self.settings = settings.run
-        self.adapts = settings.adapter.kind != "none"
+        self.base = settings.model.checkpoint if settings.adapter.kind != "none" else None  # of an adapter
         self.directory = run
         self.trainer = trainer
         self.pipeline = pipeline
@@ -397,10 +397,10 @@ class _Loop:
         done = step >= self.settings.steps
         self.report.event("stop", step, reason="done" if done else received)
         path = self.directory.path
-        if done and self.adapts:
+        if done and self.base is not None:
             text = (
-                f"done: {step} steps. `dsvl2 generate MODEL --adapter {path}` answers with the newest adapter, and "
-                f"`dsvl2 merge MODEL {path} OUT` makes a model of both."
+                f"done: {step} steps. `dsvl2 generate {self.base} --adapter {path}` uses the newest adapter, and "
+                f"`dsvl2 merge {self.base} {path} OUT` makes one model of both."
             )
         elif done:
             text = (

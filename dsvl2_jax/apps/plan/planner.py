@@ -97,7 +97,7 @@ def _compile(
         sizes = {"batch": job.batch, "sequence": job.sequence}
         lowered = lower_inference(job.kind, config, mesh, **sizes, quantization=job.quantization)
     else:
-        lowered = lower_training_step(config, job.settings, mesh)
+        lowered = lower_training_step(config, job.settings, mesh, job.quantization)
     traced = time.monotonic()
     say("compiling")
     compiled, problem = None, {}
