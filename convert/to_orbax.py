@@ -102,7 +102,7 @@ def convert(
             path: (leaf.shape, numpy_dtype(dtype) if dtype else source.leaf_dtype(leaf))
             for path, leaf in leaves.items()
         }
-        mixed = {} if dtype else _mixed_dtypes(source, leaves, plan)
+        mixed = {} if dtype else mixed_dtypes(source, leaves, plan)
         total = sum(leaf_bytes(*entry) for entry in plan.values())
         notes = [*source.notes]
         if mixed:
@@ -142,7 +142,7 @@ def convert(
     return Converted(dst, parameters, total, seconds, tuple(notes))
 
 
-def _mixed_dtypes(source: Source, leaves: Mapping[LeafPath, rules.Leaf], plan: Leaves) -> dict[str, str]:
+def mixed_dtypes(source: Source, leaves: Mapping[LeafPath, rules.Leaf], plan: Leaves) -> dict[str, str]:
     """Tensors whose dtype is not that of the stacked parameter that they are part of → their own."""
     stored_as = {name: rules.FLOAT_DTYPES[tensor.dtype] for name, tensor in source.tensors.items()}
     return {

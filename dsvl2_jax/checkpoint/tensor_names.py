@@ -49,7 +49,8 @@ def released_names(stored: dict[str, Tensor], config: Config, source: str) -> Na
     expected = rules.expected_shapes(config)
     if adapters := [name for name in stored if _ADAPTER.search(name)]:
         raise CheckpointError(
-            f"{source}: the tensors belong to an adapter (LoRA or the like), as yet apart from its model; {MERGE}. "
+            f"{source}: the tensors belong to an adapter (LoRA or the like), as yet apart from its model. If "
+            f"the adapter is not in a directory of its own, save it into one with peft's save_pretrained; {MERGE}. "
             f"Found:\n{listed(adapters, limit=3)}"
         )
     notes: list[str] = []

@@ -64,6 +64,7 @@ ANSWERING = {
 OPTIONS = {
     "convert": {"--dtype": "None", "--max-memory": "1GiB"},
     "export": {"--dtype": "None", "--verify": "False"},
+    "merge": {"--layout": "None", "--verify": "False"},
     "generate": {
         "--prompt": "required", "--image": "repeatable", "--stop": "repeatable", "--chunk-size": "None",
         "--json": "False", "--draw": "None", **ANSWERING, **LOADING, **TOGETHER,
