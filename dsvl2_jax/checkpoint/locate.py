@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsvl2_jax.checkpoint import digests, orbax_io, remote
 from dsvl2_jax.checkpoint.rules import FLOAT_DTYPES
@@ -27,6 +27,9 @@ from dsvl2_jax.json_files import read_json_object, read_text
 from dsvl2_jax.messages import first_line, listed
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.runtime.terminal import unescaped
+
+if TYPE_CHECKING:
+    from dsvl2_jax.model.quantization import Quantization
 
 MANIFEST_NAME = "dsvl2_checkpoint.json"
 MANIFEST_VERSION = 1
@@ -226,6 +229,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of a converted directory, after checking that every file it lists has its size.
 
     Besides "parameters", "files" (name → bytes) and "mixed_dtypes" it has "notes" (what was tolerated in the source),
+    "quantization" ("kind", "group" and "keep", see `dsvl2_jax.model.quantization`; empty where nothing is quantized),
     "sha256" (file → digest) and "source_sha256", which a manifest of an earlier version of this program lacks.
 
     Raises:
@@ -241,12 +245,13 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         )
     if digests.is_sealed(manifest) or "sha256" in manifest:
         digests.check_seal(path, read_text(path, CheckpointError, _CONVERT_AGAIN), _CONVERT_AGAIN)
-    manifest = {"mixed_dtypes": {}, "notes": [], "sha256": {}, "source_sha256": {}} | manifest
+    manifest = {"mixed_dtypes": {}, "notes": [], "quantization": {}, "sha256": {}, "source_sha256": {}} | manifest
     for key, kind_of_value, kind_of_items in (
         ("files", dict, int),
         ("parameters", dict, dict),
         ("mixed_dtypes", dict, str),
         ("notes", list, str),
+        ("quantization", dict, (str, int)),
         ("sha256", dict, str),
         ("source_sha256", dict, str),
     ):
@@ -258,6 +263,18 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read (mixed_dtypes names {unknown.pop()!r}). {_CONVERT_AGAIN}")
     check_sizes(directory, manifest["files"], "the converted checkpoint is damaged; copy or convert it again")
     return manifest
+
+
+def quantization_in(directory: Path) -> Quantization | None:
+    """How the weights of a converted directory are quantized; None where they are not, and of other layouts.
+
+    Raises:
+      CheckpointError: the manifest cannot be read.
+    """
+    from dsvl2_jax.model.quantization import Quantization  # jax, which finding a checkpoint does without
+
+    found = read_manifest(directory)["quantization"] if kind(directory) == "orbax" else {}
+    return Quantization(found["kind"], found["keep"]) if found else None
 
 
 def check_sizes(directory: Path, sizes: Mapping[str, int], problem: str) -> None:

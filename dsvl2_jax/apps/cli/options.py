@@ -27,6 +27,8 @@ Dtype = Literal["float32", "bfloat16"]
 Size = Literal["tiny", "small", "base"]
 Images = Annotated[tuple[tuple[Path, ...], ...], UseAppendAction]
 Settings = Annotated[tuple[str, ...], UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")]
+QuantizeTo = Annotated[str, tyro.conf.arg(metavar="int8|int4|float8")]
+Keep = Annotated[str, tyro.conf.arg(metavar="REGEX")]
 Together = Annotated[Processes, tyro.conf.arg(name="")]
 
 
