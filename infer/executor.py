@@ -194,8 +194,8 @@ class Executor:
     def drop_page(self, key: Hashable) -> None:
         del self._pages[key]
 
-    def prefill(self, ids: np.ndarray, image_index: np.ndarray, start: int) -> None:
-        """The prompt's tokens from ``start`` on: i32[T], i32[T]."""
+    def prefill(self, ids: np.ndarray, image_index: np.ndarray, start: int, total: int) -> None:
+        """Tokens of a prompt of ``total``, from ``start`` on: i32[T], i32[T]."""
         size = next(c for c in CHUNKS if len(ids) <= c)
         pad = (0, size - len(ids))
         ids_bt = np.pad(ids, pad)[None]
@@ -210,6 +210,7 @@ class Executor:
             features=self._table,
             length=np.int32(len(ids)),
             start=np.int32(start),
+            total=np.int32(total),
             row=self._row,
         )
 
@@ -309,7 +310,7 @@ class Executor:
             starts = [0, *(n - PAGE for n in self._read_lengths if n > PAGE)]
             for start in starts:
                 say(f"prefill, {size} tokens from {start}")
-                self.prefill(np.zeros(size, np.int32), np.full(size, TEXT_POSITION, np.int32), start)
+                self.prefill(np.zeros(size, np.int32), np.full(size, TEXT_POSITION, np.int32), start, start + size)
         say("pages and slots")
         self.take_page(None, 0)
         self.put_page(None, 0)

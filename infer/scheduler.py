@@ -29,6 +29,7 @@ from dsvl2_jax.infer.request import Delta, FailedError, Request, image_tiles
 from dsvl2_jax.infer.slots import GROUP, PAGE, Steps
 from dsvl2_jax.infer.stores import Store
 from dsvl2_jax.inputs.processor import ModelInputs
+from dsvl2_jax.model.rope_scaling import depends_on_length
 from dsvl2_jax.runtime.timing import Timing
 
 _SHORT_PROMPT = 2  # turns that a prompt may take for which groups are shortened
@@ -250,7 +251,8 @@ class Scheduler:
                     return
         inputs, end = job.ticket.request.inputs, min(job.start + self.chunk, job.ticket.length)
         with self._phase("prefill"):
-            self.executor.prefill(inputs.input_ids[job.start : end], inputs.image_index[job.start : end], job.start)
+            chunk = inputs.input_ids[job.start : end], inputs.image_index[job.start : end]
+            self.executor.prefill(*chunk, job.start, len(inputs.input_ids))
             page = job.start // PAGE
             whole = job.pages and end - job.start == PAGE and job.pages[page] not in self.pages
             if whole and self.pages.make_room(job.pages[page], self.executor.page_bytes):
@@ -263,7 +265,7 @@ class Scheduler:
         ticket.times["begun"] = time.perf_counter()
         self.rows[slot] = ticket
         request, per_tile = ticket.request, self.model.config.tokens_per_tile
-        pages = page_keys(request, per_tile) if self.pages.capacity and self.chunk == PAGE else []
+        pages = self._page_keys(request) if self.pages.capacity and self.chunk == PAGE else []
         start = 0
         self.executor.new_row()
         # The last token is computed in any case: its logits are needed.
@@ -402,12 +404,17 @@ class Scheduler:
         """Ends a request whose numbers are none, and forgets what was kept of it."""
         ticket.done = True
         ticket.error = FailedError("the model computed what is no number (inf or nan) for this request alone.", 500)
-        for key in page_keys(ticket.request, self.model.config.tokens_per_tile):
+        for key in self._page_keys(ticket.request):
             if self.pages.forget(key):
                 self.executor.drop_page(key)
         for key in ticket.request.image_digests:
             if self.features.forget(key):
                 self.executor.drop_features(key)
+
+    def _page_keys(self, request: Request) -> list[bytes]:
+        """As `page_keys`; where positions depend on a prompt's length, its pages are for prompts as long only."""
+        scales = depends_on_length(self.model.config.language, len(request.inputs.input_ids))
+        return page_keys(request, self.model.config.tokens_per_tile, of_length=scales)
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -425,11 +432,14 @@ def _first_tiles(inputs: ModelInputs) -> np.ndarray:
     return np.cumsum([0, *(1 + inputs.tile_grid.prod(axis=1))])[:-1]
 
 
-def page_keys(request: Request, tokens_per_tile: int) -> list[bytes]:
-    """A key for each full page of a prompt: a digest of its tokens and pictures, and of all before it."""
+def page_keys(request: Request, tokens_per_tile: int, *, of_length: bool = False) -> list[bytes]:
+    """A key for each full page of a prompt: a digest of its tokens and pictures, and of all before it.
+
+    With ``of_length`` of the prompt's length too.
+    """
     inputs = request.inputs
     first_rows = _first_tiles(inputs) * tokens_per_tile
-    key, keys, told = b"", [], 0
+    key, keys, told = b"%d" % len(inputs.input_ids) if of_length else b"", [], 0
     for start in range(0, len(inputs.input_ids) - PAGE + 1, PAGE):
         page = slice(start, start + PAGE)
         digest = hashlib.sha256(key)

@@ -129,6 +129,7 @@ def prefill_chunk(
     features: jax.Array,
     length: jax.Array,
     start: jax.Array,
+    total: jax.Array,
     row: Cache,
     read_length: int | None,
 ) -> tuple[jax.Array, Cache]:
@@ -137,7 +138,7 @@ def prefill_chunk(
     Args:
       ids_bt, image_index_bt: i32[1, T].
       features: [N, tokens per tile, D], which ``image_index_bt`` names rows of.
-      length: i32, real tokens of the chunk. start: i32, tokens before it.
+      length: i32, real tokens of the chunk. start: i32, tokens before it. total: i32, of the prompt.
       row: [1, cache_length, ...].
       read_length: static; how much of the row the chunk attends to, at least start + T; None: it is the first chunk.
 
@@ -147,9 +148,9 @@ def prefill_chunk(
     embeddings_btd = model.merge(params, config, ids_bt, image_index_bt, features)
     lengths_b = length[None]
     if read_length is None:
-        return model.prefill(params, config, embeddings_btd, lengths_b, row)
+        return model.prefill(params, config, embeddings_btd, lengths_b, row, totals=total[None])
     read = jax.tree.map(lambda x: x[:, :read_length], row)
-    logits_bv, read = model.prefill(params, config, embeddings_btd, lengths_b, read, start[None])
+    logits_bv, read = model.prefill(params, config, embeddings_btd, lengths_b, read, start[None], total[None])
     return logits_bv, jax.tree.map(lambda x, part: x.at[:, :read_length].set(part), row, read)
 
 

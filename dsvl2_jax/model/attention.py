@@ -29,10 +29,10 @@ from dsvl2_jax.model.layers import (
     RMSNorm,
     declare,
     einsum_weight,
-    rotary_tables,
     rotate_half,
     rotate_interleaved,
 )
+from dsvl2_jax.model.rotary import rotary_tables
 from dsvl2_jax.sharding import batch_axis, constrain, shard_map_kernel, split_over
 
 LayerCache = dict[str, jax.Array]
@@ -110,6 +110,7 @@ class MultiHeadAttention(nn.Module):
         *,
         read_cache: bool = False,
         decode: bool = False,
+        lengths_bt: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """As `LatentAttention.__call__`."""
         cfg = self.config
@@ -128,7 +129,7 @@ class MultiHeadAttention(nn.Module):
         q_bthd = project("q_proj", heads, "heads")
         k_bthd, v_bthd = project("k_proj", kv_heads, "kv_heads"), project("v_proj", kv_heads, "kv_heads")
         with jax.named_scope("rotary"):
-            cos, sin = rotary_tables(positions_bt, width, cfg.rope_theta)
+            cos, sin = rotary_tables(cfg, positions_bt, lengths_bt)
             q_bthd, k_bthd = rotate_half(q_bthd, cos, sin), rotate_half(k_bthd, cos, sin)
         new = {"key": k_bthd, "value": v_bthd}
         if cache is not None:
@@ -138,7 +139,7 @@ class MultiHeadAttention(nn.Module):
             source = cache if read_cache else new
             k_bshd, v_bshd = (jnp.repeat(source[name], heads // kv_heads, axis=2) for name in ("key", "value"))
             v_bshd = v_bshd.astype(self.dtype)
-            scale = width**-0.5
+            scale = cfg.softmax_scale
             if read_cache:
                 # A decode step goes to the cache, which is split by slots; longer ones fetch it, split by heads.
                 axes = ("slots", "cache_length", None) if decode else (batch, None, "heads")
@@ -185,6 +186,7 @@ class LatentAttention(nn.Module):
         *,
         read_cache: bool = False,
         decode: bool = False,
+        lengths_bt: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """Attends causally.
 
@@ -194,6 +196,7 @@ class LatentAttention(nn.Module):
           cache: this layer's cache, or None to keep nothing.
           read_cache: static. False: attend to the T tokens given only. True: to the cache, once they are in it.
           decode: static. True in a decode step: the cache is read, and the tokens after the first are drafts.
+          lengths_bt: i32[B, T], see `rotary_tables`.
 
         Returns:
           [B, T, D] and the updated cache.
@@ -216,7 +219,7 @@ class LatentAttention(nn.Module):
         compressed = Linear(rank + rope, kv_axes, dtype, std, bias=bias, name="kv_a_proj_with_mqa")(x_btd)
         latent_btr = RMSNorm(LATENT_NORM_EPS, "latent", name="kv_a_layernorm")(compressed[..., :rank])
         with jax.named_scope("rotary"):
-            cos, sin = rotary_tables(positions_bt, rope, cfg.rope_theta)
+            cos, sin = rotary_tables(cfg, positions_bt, lengths_bt)
             q_rope = rotate_interleaved(q_rope, cos, sin)
             rope_key = rotate_interleaved(compressed[..., None, rank:], cos, sin)[:, :, 0]  # [B, T, rope]
         new = {"latent": latent_btr, "rope_key": rope_key}
@@ -231,7 +234,7 @@ class LatentAttention(nn.Module):
         kv_b_shape, kv_b_axes = (heads, nope + cfg.v_head_dim, rank), ("heads", "head_dim", "latent")
         kv_b = declare(self, "kv_b_proj", kv_b_shape, kv_b_axes, nn.initializers.normal(std), inputs=2)
         key_rows, value_rows = slice(nope), slice(nope, None)
-        scale = (nope + rope) ** -0.5
+        scale = cfg.softmax_scale
         if decode:
             with jax.named_scope("kv_b_proj"):
                 q_latent = einsum_weight("bthn,hnr->bthr", q_nope, kv_b, dtype=dtype, rows=key_rows)

@@ -175,6 +175,7 @@ def _chunk(config: Config, size: int, first: int, dtype: Any) -> tuple[Callable,
         "image_index_bt": np.full((1, size), TEXT_POSITION, np.int32),
         "length": np.int32(size),
         "start": np.int32(first),
+        "total": np.int32(first + size),
     }
 
     def lower() -> Lowered:
