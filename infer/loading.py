@@ -25,6 +25,7 @@ class LoadOptions:
     as_seen: bool = False
     strict_special_tokens: bool = False
     verify: bool = False
+    cache_dtype: str | None = None
 
 
 def load(ckpt: str | None, options: LoadOptions) -> Model:
@@ -41,7 +42,7 @@ def load(ckpt: str | None, options: LoadOptions) -> Model:
     mesh = None if options.mesh is None else make_mesh(**parse_mesh(options.mesh))
     if processes.joined():
         processes.same_everywhere("the checkpoint", description(resolve(ckpt)))
-    model = engine.load(ckpt, dtype=options.dtype, mesh=mesh, verify=options.verify)
+    model = engine.load(ckpt, dtype=options.dtype, mesh=mesh, cache_dtype=options.cache_dtype, verify=options.verify)
     model.store_programs()
     model.processor.as_seen = options.as_seen
     model.processor.warns = False  # the commands count pictures, and name their own option
