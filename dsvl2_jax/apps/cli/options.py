@@ -38,7 +38,7 @@ class Computing:
     dtype: Dtype = "float32"
     """in which the model computes."""
     cache_dtype: CacheDtype | None = None
-    """in which the cache keeps earlier tokens, int8 in half the memory of bfloat16; without it, as the model computes."""
+    """in which the cache keeps earlier tokens: int8 takes half the memory of bfloat16; without it, that of --dtype."""
     mesh: str | None = None
     """shard over devices, e.g. data=2,tensor=2,expert=2."""
     verify: bool = False

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from dsvl2_jax.apps.cli.options import Settings, needs_train_extra
+from dsvl2_jax.apps.cli.options import CacheDtype, Settings, needs_train_extra
 
 Models = Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="[MODEL ...]")]]
 
@@ -26,6 +26,7 @@ def plan(
     slots: int | None = None,
     micro: int | None = None,
     set: Settings = (),
+    cache_dtype: CacheDtype | None = None,
     mesh: str = "auto",
     csv: Path | None = None,
     no_cache: bool = False,
@@ -45,6 +46,7 @@ def plan(
         slots: sequences that decode together (64).
         micro: sequences that a data shard trains on at a time (the preset's).
         set: a setting of the preset, such as compute.remat=dots; may be given several times.
+        cache_dtype: of the cache of prefill and decode; bfloat16 without it.
         mesh: as data=2,tensor=2,expert=4; auto chooses one and says why.
         csv: put the rows of the table into this file, in the place of older ones of the same model and job.
         no_cache: compile even what was compiled before.
@@ -62,6 +64,7 @@ def plan(
             slots=slots,
             micro=micro,
             overrides=set,
+            cache_dtype=cache_dtype,
             mesh=mesh,
             csv=csv,
             cache=not no_cache,

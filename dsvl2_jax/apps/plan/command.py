@@ -52,6 +52,7 @@ def run_plan(
     slots: int | None,
     micro: int | None,
     overrides: Sequence[str],
+    cache_dtype: str | None,
     mesh: str,
     csv: Path | None,
     cache: bool,
@@ -76,11 +77,21 @@ def run_plan(
     work: list[tuple[str, Config, list[Job]]] = []
     for model in models:
         jobs = [
-            parse_job(name, batch, sequence, slots, model=model, micro=micro, overrides=overrides) for name in kinds
+            parse_job(
+                name,
+                batch,
+                sequence,
+                slots,
+                model=model,
+                micro=micro,
+                overrides=overrides,
+                cache_dtype=cache_dtype,
+            )
+            for name in kinds
         ]
         work.append((model, config_of(model), jobs))
     if csv is not None:
-        _check_csv(csv, topology_name, kind)
+        _check_csv(csv, topology_name, kind, cache_dtype)
     if topology_name is None:
         results = [_table(model, config, jobs, csv, cache, as_json) for model, config, jobs in work]
         fits = True
@@ -92,7 +103,9 @@ def run_plan(
     return 0 if fits else 1
 
 
-def _check_csv(csv: Path, topology_name: str | None, kind: str | None) -> None:
+def _check_csv(csv: Path, topology_name: str | None, kind: str | None, cache_dtype: str | None) -> None:
+    if cache_dtype is not None:
+        raise UsageError(f"--csv {csv} has rows of bfloat16 caches alone; leave out --cache-dtype {cache_dtype}.")
     if topology_name is not None:
         raise UsageError(f"--csv {csv} is of the table over all topologies; leave out --topology {topology_name}.")
     if kind in ("align", "pretrain", "sft"):

@@ -28,12 +28,14 @@ class Job:
       batch: prompts, decode slots, tiles, or sequences of a training step.
       sequence: tokens of a prompt or training sequence, or positions of the cache; encoding has none.
       settings: of a training step, which hold batch and sequence too; None: for inference.
+      cache_dtype: of the decode cache.
     """
 
     kind: str
     batch: int
     sequence: int
     settings: Settings | None = None
+    cache_dtype: str = "bfloat16"
 
     @property
     def unit(self) -> tuple[str, int]:
@@ -45,6 +47,7 @@ class Job:
     def described(self) -> dict[str, Any]:
         """A JSON object of all that shapes the job's program."""
         sizes = {"kind": self.kind, "batch": self.batch, "sequence": self.sequence}
+        sizes |= {} if self.cache_dtype == "bfloat16" else {"cache_dtype": self.cache_dtype}
         return sizes if self.settings is None else sizes | program_settings(self.settings)
 
 
@@ -55,7 +58,7 @@ def least_work(config: Config, job: Job) -> Work:
     if job.kind == "encode":
         return encode_work(config, job.batch, ITEMSIZE)
     inference_work = prefill_work if job.kind == "prefill" else decode_work
-    return inference_work(config, job.batch, job.sequence, ITEMSIZE)
+    return inference_work(config, job.batch, job.sequence, ITEMSIZE, cache_dtype=job.cache_dtype)
 
 
 def parse_job(
@@ -67,11 +70,13 @@ def parse_job(
     model: str = "",
     micro: int | None = None,
     overrides: Sequence[str] = (),
+    cache_dtype: str | None = None,
 ) -> Job:
     """The job of the command's flags, with the sizes that are usual where none are given.
 
     Args:
       model, micro, overrides: of a training job, see `preset_settings`.
+      cache_dtype: of prefill and decode; None: bfloat16.
 
     Raises:
       UsageError: an unknown job, a size that is not positive, or a flag of another job.
@@ -81,6 +86,8 @@ def parse_job(
     for name, value in (("--batch", batch), ("--sequence", sequence), ("--slots", slots), ("--micro", micro)):
         if value is not None and value < 1:
             raise UsageError(f"{name}: found {value}, expected a positive whole number.")
+    if cache_dtype is not None and kind not in ("prefill", "decode"):
+        raise UsageError(f"--cache-dtype belongs to prefill and decode; --job {kind} has no cache.")
     usual = {"prefill": (8, 4096), "decode": (64, 4096), "encode": (32, 0)}
     if kind not in usual:
         settings = preset_settings(model, kind, sequences=batch, length=sequence, micro=micro, overrides=overrides)
@@ -88,4 +95,5 @@ def parse_job(
     if micro is not None or overrides:
         raise UsageError(f"--micro and --set belong to training; --job {kind} has neither.")
     rows = (slots if kind == "decode" and slots is not None else batch) or usual[kind][0]
-    return Job(kind, rows, usual[kind][1] if sequence is None or kind == "encode" else sequence)
+    length = usual[kind][1] if sequence is None or kind == "encode" else sequence
+    return Job(kind, rows, length, cache_dtype=cache_dtype or "bfloat16")

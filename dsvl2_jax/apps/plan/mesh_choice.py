@@ -11,7 +11,7 @@ from typing import Any
 
 from dsvl2_jax.apps.plan.job import ITEMSIZE, Job
 from dsvl2_jax.apps.plan.training_step import check_batch, training_state_bytes
-from dsvl2_jax.model.cache import cache_layout
+from dsvl2_jax.model.cache import cache_arrays
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import abstract_leaves
 from dsvl2_jax.model.parameter_paths import LeafPath
@@ -40,10 +40,10 @@ def _weight_bytes(config: Config, sizes: dict[str, int]) -> dict[LeafPath, float
 def _cache_bytes(config: Config, job: Job, sizes: dict[str, int]) -> float:
     total = 0.0
     if job.kind != "encode":
-        for entry, axes in cache_layout(config.language).values():
+        for entry, axes, itemsize in cache_arrays(config.language, job.cache_dtype):
             shape = (job.batch, job.sequence, *entry)
             cut = pieces(shape, ("slots", "cache_length", *axes), sizes, ACTIVATION_RULES)
-            total += config.language.num_hidden_layers * ITEMSIZE * math.prod(shape) / cut
+            total += config.language.num_hidden_layers * itemsize * math.prod(shape) / cut
     return total
 
 

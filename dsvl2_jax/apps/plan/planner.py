@@ -94,7 +94,8 @@ def _compile(
     begun = time.monotonic()
     say("tracing")
     if job.settings is None:
-        lowered = lower_inference(job.kind, config, mesh, batch=job.batch, sequence=job.sequence)
+        sizes = {"batch": job.batch, "sequence": job.sequence}
+        lowered = lower_inference(job.kind, config, mesh, **sizes, cache_dtype=job.cache_dtype)
     else:
         lowered = lower_training_step(config, job.settings, mesh)
     traced = time.monotonic()

@@ -37,6 +37,7 @@ def print_slots(ckpt: str | None, loading: LoadOptions, wanted: int, stores: int
         config,
         sizes,
         itemsize=4 if loading.dtype == "float32" else 2,
+        cache_dtype=loading.cache_dtype or loading.dtype,
         memory=_device_memory(),
         stores=stores,
     )
@@ -69,25 +70,26 @@ class SlotsReport:
 
 
 def slots_that_fit(
-    config: Config, sizes: dict[str, int], *, itemsize: int, memory: float, stores: float
+    config: Config, sizes: dict[str, int], *, itemsize: int, cache_dtype: str = "bfloat16", memory: float, stores: float
 ) -> SlotsReport:
     """How many slots of the whole context fit beside parameters and stores, with room for programs to work.
 
     Args:
       sizes: of the mesh's axes.
-      itemsize: bytes of a parameter and of a cache's entry.
+      itemsize: bytes of a parameter.
+      cache_dtype: of the caches.
       memory: bytes of a device.
       stores: bytes that the engine's stores may take.
     """
     context = config.language.max_position_embeddings
 
     def resident(slots: int) -> float:
-        return resident_bytes(config, Job("decode", slots, context), sizes) * itemsize / ITEMSIZE
+        return resident_bytes(config, Job("decode", slots, context, cache_dtype=cache_dtype), sizes)
 
     # Rows are split over the mesh; a number of them that all its parts share makes a slot's part of each.
     many = 64 * sizes["data"] * sizes["tensor"] * sizes["expert"]
-    parameters = resident(0)
-    slot = (resident(many) - parameters) / many
+    slot = (resident(many) - resident(0)) / many
+    parameters = resident(0) * itemsize / ITEMSIZE
     room = MAX_MEMORY_FRACTION * memory
     slots = max(0, int((room - parameters - stores) / slot))
     return SlotsReport(memory, room, parameters, stores, slot, context, slots)
