@@ -38,6 +38,7 @@ from dsvl2_jax.inputs.batch import Batch, collate
 from dsvl2_jax.inputs.processor import ModelInputs, Processor
 from dsvl2_jax.kernels.tuning import table_digest
 from dsvl2_jax.model import deepseek_vl2 as model
+from dsvl2_jax.model.cache import check_cache_dtype
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import Params
 from dsvl2_jax.runtime.compile_cache import enable_compilation_cache
@@ -55,6 +56,7 @@ def load(
     dtype: str | None = "float32",
     mesh: Mesh | None = None,
     *,
+    cache_dtype: str | None = None,
     verify: bool = False,
     adapter: str | Path | None = None,
 ) -> Model:
@@ -67,13 +69,17 @@ def load(
         stays float32); None keeps the stored dtypes and computes in that of the embeddings.
       mesh: of `dsvl2_jax.sharding.make_mesh`; None: one device. With devices of several processes, all of them make
         the same calls with the same inputs.
+      cache_dtype: "float32", "bfloat16" or "int8", in which the cache keeps what attention reads of earlier tokens;
+        None: as the model computes. int8 has a scale for each vector, and takes about half the bytes of bfloat16.
       verify: read every file of the checkpoint before, and compare it with its digest.
       adapter: the directory of a LoRA or DoRA adapter for this checkpoint, as training and the `peft` package write
         them, or a hub id; None: none.
 
     Raises:
       CheckpointError, ConfigError, TokenizerError: the checkpoint or the adapter cannot be used; the message says why.
+      UsageError: a dtype that is none of those.
     """
+    check_cache_dtype(cache_dtype)
     compile_log()
     enable_compilation_cache()
     keep_freed_memory()
@@ -86,17 +92,27 @@ def load(
     if arrays_and_settings is not None:
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
             params = with_adapter(params, config, *arrays_and_settings, mesh=mesh, source=adapter)
-    return Model(config, params, processor, mesh)
+    return Model(config, params, processor, mesh, cache_dtype=cache_dtype)
 
 
 class Model:
     """A loaded model: ``config``, ``params``, ``processor`` and the calls of docs/python.md."""
 
-    def __init__(self, config: Config, params: Params, processor: Processor, mesh: Mesh | None = None):
+    def __init__(
+        self,
+        config: Config,
+        params: Params,
+        processor: Processor,
+        mesh: Mesh | None = None,
+        *,
+        cache_dtype: str | None = None,
+    ):
+        check_cache_dtype(cache_dtype)
         self.config = config
         self.params = params
         self.processor = processor
         self.mesh = mesh
+        self._cache_dtype = cache_dtype
         self._mean = np.asarray(processor.config.image_mean, np.float32)
         self._std = np.asarray(processor.config.image_std, np.float32)
         self._programs: StoredPrograms | None = None
@@ -105,6 +121,10 @@ class Model:
     @property
     def dtype(self) -> str:
         return jnp.dtype(model.compute_dtype(self.params)).name
+
+    @property
+    def cache_dtype(self) -> str:
+        return self._cache_dtype or self.dtype
 
     def on_mesh(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -23,7 +22,7 @@ from dsvl2_jax.infer.slots import PAGE, Steps
 from dsvl2_jax.inputs.processor import ModelInputs, Processor
 from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model import gpu_decode
-from dsvl2_jax.model.cache import cache_layout, init_cache
+from dsvl2_jax.model.cache import init_cache, token_bytes
 from dsvl2_jax.model.config import TEXT_POSITION, Config
 from dsvl2_jax.model.deepseek_vl2 import Params
 
@@ -58,6 +57,9 @@ class LoadedModel(Protocol):
 
     @property
     def dtype(self) -> str: ...
+
+    @property
+    def cache_dtype(self) -> str: ...
 
     def run(self, function: Callable, static: Mapping[str, Any], **arrays: Any) -> Any:
         """A jitted function of keyword arguments, of which ``static`` are the static ones, on the model's mesh."""
@@ -97,9 +99,10 @@ class Executor:
         """Makes everything anew, after a failure of the device."""
         self._features.clear()
         self._pages.clear()
-        self._state = self._empty(init_slots, slots=self.slots, cache_length=self.cache_length, drafts=self.drafts > 0)
+        cache = {"cache_length": self.cache_length, "dtype": self.model.cache_dtype}
+        self._state = self._empty(init_slots, slots=self.slots, drafts=self.drafts > 0, **cache)
         self._draws = np.zeros(self.slots, np.bool_)  # slots whose tokens are drawn, or have biases
-        self._table = self._empty(_init_features, tiles=self._tiles)
+        self._table = self._empty(_init_features, tiles=self._tiles, dtype=self.model.dtype)
         self.new_row()
 
     def new_row(self) -> None:
@@ -107,15 +110,14 @@ class Executor:
 
         So nothing of an earlier prompt stays in either: zero times a number that is none would be none.
         """
-        self._row = self._empty(init_row, slots=1, cache_length=self.cache_length)
+        self._row = self._empty(init_row, slots=1, cache_length=self.cache_length, dtype=self.model.cache_dtype)
 
-    def _empty(self, function: Callable, **sizes: int) -> Any:
+    def _empty(self, function: Callable, **static: Any) -> Any:
         """What ``function`` makes, bound to the model's device as all results of programs are.
 
         Arrays that are not would be arguments of another kind, and need other programs.
         """
-        static = {"config": self.model.config, "dtype": self.model.dtype, **sizes}
-        arrays = self.model.run(function, static)
+        arrays = self.model.run(function, {"config": self.model.config, **static})
         return arrays if self.model.mesh is not None else jax.device_put(arrays, self._device)
 
     @functools.cached_property
@@ -135,9 +137,7 @@ class Executor:
 
     @functools.cached_property
     def page_bytes(self) -> int:
-        language = self.model.config.language
-        numbers = sum(math.prod(shape) for shape, _ in cache_layout(language).values())
-        return PAGE * numbers * language.num_hidden_layers * jnp.dtype(self.model.dtype).itemsize
+        return PAGE * token_bytes(self.model.config.language, self.model.cache_dtype)
 
     def feature_bytes(self, tiles: int) -> int:
         """Of a picture's features."""

@@ -26,6 +26,7 @@ class LoadOptions:
     strict_special_tokens: bool = False
     verify: bool = False
     adapter: str | None = None
+    cache_dtype: str | None = None
 
 
 def load(ckpt: str | None, options: LoadOptions) -> Model:
@@ -44,7 +45,8 @@ def load(ckpt: str | None, options: LoadOptions) -> Model:
         processes.same_everywhere("the checkpoint", description(resolve(ckpt)))
         if options.adapter is not None:
             processes.same_everywhere("the adapter", description(find_adapter(options.adapter)))
-    model = engine.load(ckpt, dtype=options.dtype, mesh=mesh, verify=options.verify, adapter=options.adapter)
+    given = {"cache_dtype": options.cache_dtype, "verify": options.verify, "adapter": options.adapter}
+    model = engine.load(ckpt, dtype=options.dtype, mesh=mesh, **given)
     model.store_programs()
     model.processor.as_seen = options.as_seen
     model.processor.warns = False  # the commands count pictures, and name their own option

@@ -244,6 +244,8 @@ _COMPUTED: dict[str, tuple[Any, ...]] = {
     "qkv_bias": (True,),  # of the encoder, whose projections have biases
     "act_layer": ("gelu_tanh", "gelu_pytorch_tanh"),
 }
+# Keys that say how others have stored the weights: `dsvl2_jax.checkpoint.quantized_source` reads them.
+STORAGE_KEYS = ("quantization_config", "compression_config")
 # Keys that every file may have and that say nothing about the computation.
 _HARMLESS = re.compile(
     r"_name_or_path|architectures|auto_map|model_type|(torch_)?dtype|transformers_version|use_cache|lm_head|rm_head|ep_size"
@@ -254,12 +256,12 @@ _HARMLESS = re.compile(
 
 def _other_keys(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
     """(object or "", key, value) of all keys that are no fields of ours."""
-    tops = {*_PARTS, *(field.name for field in dataclasses.fields(_Top))}
+    tops = {*_PARTS, *STORAGE_KEYS, *(field.name for field in dataclasses.fields(_Top))}
     yield from (("", key, value) for key, value in raw.items() if key not in tops)
     for part, cls in _PARTS.items():
         inner = raw.get(part)
         known = {field.name for field in dataclasses.fields(cls)}
-        known |= {"rope_parameters"} if cls is LanguageConfig else set()  # see `read_rope`
+        known |= {"rope_parameters", *STORAGE_KEYS} if cls is LanguageConfig else set()  # see `read_rope`
         yield from (
             (part, key, value) for key, value in (inner if isinstance(inner, dict) else {}).items() if key not in known
         )

@@ -47,6 +47,7 @@ class EvalOptions:
     batch_size: int = setting(16, least=1)
     max_new_tokens: int = setting(128, least=1)
     dtype: str = "float32"
+    cache_dtype: str | None = None
     mesh: str | None = None
     verify: bool = False
     adapter: str | None = None
@@ -68,7 +69,7 @@ class EvalOptions:
         if self.server is None:
             names += ("dtype", "candidates")
         # Runs from before there was this option go on without it.
-        names += ("as_seen",) if self.as_seen else ()
+        names += tuple(name for name in ("as_seen", "cache_dtype") if getattr(self, name))
         return {name: getattr(self, name) for name in names}
 
 
@@ -97,7 +98,8 @@ def evaluate(ckpt: str | None, data: Path, options: EvalOptions) -> dict[str, An
     from dsvl2_jax.infer.eval.loaded import LoadedModel, follow  # imports jax
     from dsvl2_jax.infer.loading import LoadOptions
 
-    loading = LoadOptions(options.dtype, options.mesh, verify=options.verify, adapter=options.adapter)
+    options_of_loading = {"verify": options.verify, "adapter": options.adapter, "cache_dtype": options.cache_dtype}
+    loading = LoadOptions(options.dtype, options.mesh, **options_of_loading)
     if not processes.is_first():
         follow(ckpt, loading, options.batch_size, options.speculate)
         return {}

@@ -172,7 +172,6 @@ def test_what_cannot_be_honoured_is_refused_by_name(change, message):
 
 CHANGING = {
     "language__mlp_bias": True,
-    "language__quantization_config": {"bits": 4},
     "language__sliding_window": 4096,
     "language__final_logit_softcapping": 30.0,
     "language__embedding_multiplier": 12,
@@ -180,7 +179,6 @@ CHANGING = {
     "projector__activation": "relu",
     "vision__qkv_bias": "rows",
     "vision__hidden_act": "quick_gelu",
-    "quantization_config": {"quant_method": "fp8"},
     "tie_word_embeddings": True,
     "rope_scaling": {"type": "linear", "factor": 2},
 }
@@ -197,7 +195,7 @@ NEUTRAL = {
     "language__rope_scaling": None,
     "language__rope_parameters": {"rope_type": "default", "rope_theta": 10000},
     "language__mlp_bias": False,
-    "language__quantization_config": None,
+    "language__quantization_config": {"bits": 4},  # of the weights' files alone, whose reader looks at it
     "language__sliding_window": None,
     "language__use_sliding_window": False,
     "language__embedding_multiplier": 1.0,
@@ -206,7 +204,7 @@ NEUTRAL = {
     "language__num_nextn_predict_layers": 0,
     "vision__qkv_bias": True,
     "tie_word_embeddings": False,
-    "quantization_config": {},
+    "quantization_config": {"quant_method": "fp8"},
 }
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from dsvl2_jax.apps.cli.options import Dtype, Together
+from dsvl2_jax.apps.cli.options import CacheDtype, Dtype, Together
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.runtime.processes import Processes
 
@@ -30,6 +30,7 @@ def evaluate(
     max_new_tokens: int = 128,
     speculate: int | None = None,
     dtype: Dtype | None = None,
+    cache_dtype: CacheDtype | None = None,
     mesh: str | None = None,
     verify: bool = False,
     adapter: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None,
@@ -61,6 +62,7 @@ def evaluate(
         max_new_tokens: the most tokens of an answer.
         speculate: draft this many tokens a step where the text repeats its prompt or itself; none without it.
         dtype: in which the model computes; float32 without it.
+        cache_dtype: in which the cache keeps earlier tokens: int8 takes half the memory; without it, that of dtype.
         mesh: shard over devices, e.g. data=2,tensor=2,expert=2.
         verify: read every file of the checkpoint first and compare it with its digest.
         adapter: a LoRA or DoRA adapter for the checkpoint: a directory that training or peft wrote, or a hub id.
@@ -79,7 +81,7 @@ def evaluate(
         extra_body: further fields of every request, as in '{"skip_special_tokens": false}'.
     """
     loaded_only = {"batch_size": batch_size, "dtype": dtype, "mesh": mesh, "candidates": candidates}
-    loaded_only["speculate"] = speculate
+    loaded_only |= {"speculate": speculate, "cache_dtype": cache_dtype}
     loaded_only["verify"] = verify or None
     loaded_only["adapter"] = adapter
     server_only = {

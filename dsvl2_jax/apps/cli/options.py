@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # these import jax, for which help need not wait
 
 Checkpoint = Positional[str | None]
 Dtype = Literal["float32", "bfloat16"]
+CacheDtype = Literal["float32", "bfloat16", "int8"]
 Size = Literal["tiny", "small", "base"]
 Images = Annotated[tuple[tuple[Path, ...], ...], UseAppendAction]
 Settings = Annotated[tuple[str, ...], UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")]
@@ -38,6 +39,8 @@ class Computing:
 
     dtype: Dtype = "float32"
     """in which the model computes."""
+    cache_dtype: CacheDtype | None = None
+    """in which the cache keeps earlier tokens: int8 takes half the memory of bfloat16; without it, that of --dtype."""
     mesh: str | None = None
     """shard over devices, e.g. data=2,tensor=2,expert=2."""
     verify: bool = False
