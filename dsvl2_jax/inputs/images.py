@@ -144,15 +144,14 @@ def tile_image(
     candidates: Sequence[tuple[int, int]],
     tile_size: int,
     pad_colour: tuple[int, int, int],
-    crop: bool,
 ) -> tuple[np.ndarray, tuple[int, int]]:
     """Cut an RGB image into its global view and its local tiles.
 
     Returns (tiles u8[1 + rows·cols, S, S, 3], (cols, rows)): the whole image padded to one tile first, then the
-    tiles of the image padded to the best candidate, row by row. Without `crop` the only local tile equals the
-    global view. Each view is resized (bicubic) from the original and centred on `pad_colour`.
+    tiles of the image padded to the best candidate, row by row. Each view is resized (bicubic) from the original and
+    centred on `pad_colour`; of a single tile the local view equals the global one.
     """
-    canvas = select_best_resolution(image.size, candidates) if crop else (tile_size, tile_size)
+    canvas = select_best_resolution(image.size, candidates)
     cols, rows = canvas[0] // tile_size, canvas[1] // tile_size
     global_view = pad_image(image, (tile_size, tile_size), pad_colour)
     local_view = pad_image(image, canvas, pad_colour)

@@ -24,6 +24,10 @@ class TileBudget(NamedTuple):
     max_tiles: int | None = None
     min_tiles: int | None = None
 
+    def given(self) -> dict[str, int]:
+        """The bounds that are set, by their names."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
     def over(self, other: TileBudget) -> TileBudget:
         """This budget, and ``other`` where it says nothing at all."""
         return other if self == NO_BUDGET else self

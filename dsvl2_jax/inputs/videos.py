@@ -16,7 +16,7 @@ from PIL import Image
 
 from dsvl2_jax.errors import ImageError
 from dsvl2_jax.inputs.frame_choice import EVEN, FRAMES, SCENE, check_frames, even_frames, natural_order, scene_frames
-from dsvl2_jax.inputs.image_sources import IMAGE_SUFFIXES
+from dsvl2_jax.inputs.image_sources import IMAGE_SUFFIXES, is_frame
 from dsvl2_jax.inputs.images import ImageSource, check_file, load_image, name_of
 from dsvl2_jax.inputs.video_file import THUMBNAIL, LimitError, VideoFile, VideoLimits
 
@@ -29,6 +29,7 @@ def read_frames(
     frames: int = FRAMES,
     choice: str = EVEN,
     limits: VideoLimits = VideoLimits(),  # noqa: B008 (frozen)
+    as_seen: bool = False,
 ) -> list[Image.Image]:
     """At most so many frames of a video, in order, as RGB pictures.
 
@@ -41,6 +42,7 @@ def read_frames(
         the video is cut where it changes most, and the frame in the middle of each piece is taken. The change between
         two frames is the mean difference of their gray values, from 0 to 255, at 32×32 pixels; below 2 it is none, and
         cuts are at least a (4 · frames)-th of the video apart and from its ends.
+      as_seen: how the pictures of a folder are read.
 
     Raises:
       ImageError: there is no such file, it is damaged, no video, or without frames.
@@ -48,7 +50,7 @@ def read_frames(
       UsageError: PyAV is missing; frames or choice cannot be.
     """
     check_frames(frames, choice)
-    with _opened(source, limits) as clip:
+    with _opened(source, limits, as_seen) as clip:
         if choice == SCENE and frames < len(clip.times):
             chosen = scene_frames(clip.times, clip.thumbnails(), clip.end, frames)
         else:
@@ -63,11 +65,6 @@ def read_frames(
                     "read of a video. Take fewer frames, or scale it down."
                 )
         return pictures
-
-
-def is_frame(name: str) -> bool:
-    """Whether a file in a folder of frames is one of them, by its name."""
-    return not name.startswith(".") and name.rpartition(".")[2].lower() in IMAGE_SUFFIXES
 
 
 class _Clip(Protocol):
@@ -85,9 +82,9 @@ class _Clip(Protocol):
 
 
 @contextlib.contextmanager
-def _opened(source: VideoSource, limits: VideoLimits) -> Iterator[_Clip]:
+def _opened(source: VideoSource, limits: VideoLimits, as_seen: bool) -> Iterator[_Clip]:
     if isinstance(source, list | tuple):
-        yield _Pictures(f"video of {len(source)} pictures", source, limits)
+        yield _Pictures(f"video of {len(source)} pictures", source, limits, as_seen)
     elif isinstance(source, bytes | bytearray | memoryview):
         yield VideoFile(f"video of {len(source)} bytes", io.BytesIO(source), limits)
     elif not isinstance(source, str | os.PathLike):
@@ -97,7 +94,7 @@ def _opened(source: VideoSource, limits: VideoLimits) -> Iterator[_Clip]:
         )
     elif os.path.isdir(source):
         names = sorted(filter(is_frame, os.listdir(source)), key=natural_order)
-        yield _Pictures(name_of(source), [os.path.join(source, name) for name in names], limits)
+        yield _Pictures(name_of(source), [os.path.join(source, name) for name in names], limits, as_seen)
     else:
         name = name_of(source)
         check_file(source, name)
@@ -116,11 +113,11 @@ def _opened(source: VideoSource, limits: VideoLimits) -> Iterator[_Clip]:
 class _Pictures:
     """Frames that are pictures of their own, a second each."""
 
-    def __init__(self, name: str, sources: Sequence[ImageSource], limits: VideoLimits):
+    def __init__(self, name: str, sources: Sequence[ImageSource], limits: VideoLimits, as_seen: bool):
         if not sources:
             kinds = ", ".join(sorted(IMAGE_SUFFIXES))
             raise ImageError(f"{name}: has no frames. Expected one or more pictures (files that end in {kinds}).")
-        self.name, self._sources, self._limits = name, sources, limits
+        self.name, self._sources, self._limits, self._as_seen = name, sources, limits, as_seen
         self.times: Sequence[float] = range(len(sources))
         self.end = float(len(sources))
 
@@ -133,4 +130,4 @@ class _Pictures:
 
     def _load(self, source: ImageSource) -> Image.Image:
         self._limits.check_time(self.name)
-        return load_image(source, max_pixels=self._limits.max_pixels)
+        return load_image(source, self._as_seen, max_pixels=self._limits.max_pixels)
