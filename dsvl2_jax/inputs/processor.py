@@ -21,8 +21,8 @@ from dsvl2_jax.fields import Problem, setting
 from dsvl2_jax.inputs.conversation import Piece, render_conversation, render_prompt
 from dsvl2_jax.inputs.frame_choice import EVEN, FRAMES, check_frames
 from dsvl2_jax.inputs.image_sources import open_reference
-from dsvl2_jax.inputs.images import ImageSource, pad_image, read_image, tile_image, trait_notes
-from dsvl2_jax.inputs.tile_budget import MAX_CANVAS_PIXELS, NO_BUDGET, TileBudget, budgeted_candidates
+from dsvl2_jax.inputs.images import ImageSource, pad_image, read_image, select_best_resolution, tile_image, trait_notes
+from dsvl2_jax.inputs.tile_budget import MAX_CANVAS_PIXELS, NO_BUDGET, TileBudget, budgeted_candidates, tiles_of
 from dsvl2_jax.inputs.tokenizer import IMAGE_TOKEN, Tokenizer
 from dsvl2_jax.inputs.videos import read_frames
 from dsvl2_jax.inputs.visuals import Picture, open_visual
@@ -82,6 +82,11 @@ class ProcessorConfig:
     def tokens_per_side(self) -> int:
         """h, the side of a tile's token grid after the adaptor's downsampling: 14 for the released models."""
         return math.ceil((self.tile_size // self.patch_size) / self.downsample_ratio)
+
+    @property
+    def largest(self) -> int:
+        """The most tiles of a candidate."""
+        return max(tiles_of(canvas, self.tile_size) for canvas in self.candidate_resolutions)
 
     def candidates(self, budget: TileBudget = NO_BUDGET) -> tuple[tuple[int, int], ...]:
         """The (width, height) canvases that a budget leaves of the candidates, and adds: see `budgeted_candidates`."""
@@ -278,6 +283,13 @@ class Processor:
         if own == NO_BUDGET and images > MAX_TILED_IMAGES and (budget.min_tiles or 1) == 1:
             return ((self.config.tile_size,) * 2,)
         return self.config.candidates(own.over(budget))
+
+    def grid(
+        self, size: tuple[int, int], images: int, own: TileBudget = NO_BUDGET, budget: TileBudget = NO_BUDGET
+    ) -> tuple[int, int]:
+        """(cols, rows) of the local tiles that an image of (width, height) is cut into; arguments as `candidates`'s."""
+        width, height = select_best_resolution(size, self.candidates(images, own, budget))
+        return width // self.config.tile_size, height // self.config.tile_size
 
     def global_view(self, image: Image.Image) -> np.ndarray:
         """u8[S, S, 3], the whole of an RGB image in one tile: the first that `__call__` makes of it."""

@@ -48,12 +48,14 @@ class VideoLimits:
       max_total_pixels: of all frames that are taken.
       max_seconds: that the video lasts.
       deadline: of `time.monotonic`, after which decoding ends in an error.
+      threads: that decode; 0: one for each processor.
     """
 
     max_pixels: int = MAX_IMAGE_PIXELS
     max_total_pixels: int = 64 * MAX_IMAGE_PIXELS
     max_seconds: float = math.inf
     deadline: float = math.inf
+    threads: int = 0
 
     def check_time(self, name: str) -> None:
         """Raises LimitError, naming the video, after the deadline."""
@@ -218,7 +220,7 @@ class VideoFile:
                     f"{self.name}: its pictures are {what}, which is not read. Convert the video to MP4 (H.264)."
                 )
             self._check_pixels(decoder.width, decoder.height)
-            decoder.options = bounds
+            decoder.options, decoder.thread_count = bounds, self._limits.threads
             yield container, stream
 
     def _packets(self, container: Any, stream: Any) -> Iterator[Any]:

@@ -25,7 +25,6 @@ from dsvl2_jax.infer.eval.results import DIGEST
 from dsvl2_jax.infer.eval.samples import Sample
 from dsvl2_jax.infer.loading import LoadOptions, load
 from dsvl2_jax.infer.request import Request
-from dsvl2_jax.inputs.images import select_best_resolution
 from dsvl2_jax.inputs.processor import Processor, image_tokens
 from dsvl2_jax.inputs.visuals import Picture
 from dsvl2_jax.runtime import processes
@@ -166,8 +165,7 @@ def prompt_size(sample: Sample, processor: Processor) -> tuple[int, int]:
     tokens = sum(len(processor.tokenizer.encode(turn["content"])) for turn in sample.conversation)
     budget = sample.budget.over(processor.budget)
     for size, own in zip(sample.sizes, sample.budgets, strict=True):
-        canvas = select_best_resolution(size, processor.candidates(len(sample.sizes), own, budget))
-        cols, rows = (length // config.tile_size for length in canvas)
+        cols, rows = processor.grid(size, len(sample.sizes), own, budget)
         tiles += 1 + cols * rows
         tokens += image_tokens(cols, rows, config.tokens_per_side)
     return tiles, tokens

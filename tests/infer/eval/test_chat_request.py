@@ -15,6 +15,7 @@ from dsvl2_jax.apps.cli.main import main
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.infer.eval.chat_request import KEY_VARIABLE, base_url, data_url, messages, read_key
 from dsvl2_jax.inputs.images import load_image, read_image
+from dsvl2_jax.inputs.tile_budget import NO_BUDGET
 
 KEY = "sk-0123456789abcdef"
 
