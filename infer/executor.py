@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dsvl2_jax.infer import slots, speculation
-from dsvl2_jax.infer.buckets import tile_bucket
+from dsvl2_jax.infer.buckets import most_padding, tile_bucket
 from dsvl2_jax.infer.sampling import SamplingArrays, SamplingParams
 from dsvl2_jax.infer.slots import PAGE, Steps
 from dsvl2_jax.inputs.processor import ModelInputs, Processor
@@ -90,7 +90,7 @@ class Executor:
         self.eos = owner.processor.tokenizer.eos_id
         config, per_tile = owner.config, owner.config.tokens_per_tile
         # A prompt has at most so many tiles, and the last picture's are padded to their bucket.
-        self._tiles = -(-config.language.max_position_embeddings // per_tile) + self.tile_bucket(self.most_tiles)
+        self._tiles = config.language.max_position_embeddings // per_tile + most_padding(self._devices)
         self._features: dict[Hashable, jax.Array] = {}
         self._pages: dict[Hashable, Any] = {}
         self.reset()
@@ -126,14 +126,11 @@ class Executor:
         return min(jax.tree.leaves(self.model.params)[0].sharding.device_set, key=lambda device: device.id)
 
     @property
-    def most_tiles(self) -> int:
-        """Tiles of the largest picture."""
-        processor = self.model.processor.config
-        side = processor.tile_size
-        return 1 + max(width * height // side**2 for width, height in processor.candidate_resolutions)
+    def _devices(self) -> int:
+        return 1 if self.model.mesh is None else self.model.mesh.size
 
     def tile_bucket(self, tiles: int) -> int:
-        return tile_bucket(tiles, 1 if self.model.mesh is None else self.model.mesh.size)
+        return tile_bucket(tiles, self._devices)
 
     @functools.cached_property
     def page_bytes(self) -> int:

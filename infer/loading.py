@@ -27,6 +27,10 @@ class LoadOptions:
     verify: bool = False
     adapter: str | None = None
     cache_dtype: str | None = None
+    max_tiles: int | None = None
+    min_tiles: int | None = None
+    frames: int | None = None
+    frame_choice: str | None = None
 
 
 def load(ckpt: str | None, options: LoadOptions) -> Model:
@@ -51,4 +55,5 @@ def load(ckpt: str | None, options: LoadOptions) -> Model:
     model.processor.as_seen = options.as_seen
     model.processor.warns = False  # the commands count pictures, and name their own option
     model.processor.strict_special_tokens = options.strict_special_tokens
+    model.processor.set_visuals(options.max_tiles, options.min_tiles, options.frames, options.frame_choice)
     return model

@@ -32,6 +32,7 @@ TAGS = frozenset(
         "<parts>",
         "<items>",
         "<image>",
+        "<video>",
         "<object>",
         "<schema>",
         "<input>",
