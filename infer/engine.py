@@ -19,6 +19,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import dsvl2_jax
+from dsvl2_jax.checkpoint.adapters import read_adapter
+from dsvl2_jax.checkpoint.apply_adapter import with_adapter
 from dsvl2_jax.checkpoint.load import load_params
 from dsvl2_jax.checkpoint.locate import open_model, resolve
 from dsvl2_jax.checkpoint.verify import tell
@@ -51,7 +53,12 @@ _AHEAD = 2  # requests that wait for a slot while others are answered
 
 
 def load(
-    path: str | Path | None = None, dtype: str | None = "float32", mesh: Mesh | None = None, *, verify: bool = False
+    path: str | Path | None = None,
+    dtype: str | None = "float32",
+    mesh: Mesh | None = None,
+    *,
+    verify: bool = False,
+    adapter: str | Path | None = None,
 ) -> Model:
     """Loads a model for inference.
 
@@ -63,9 +70,11 @@ def load(
       mesh: of `dsvl2_jax.sharding.make_mesh`; None: one device. With devices of several processes, all of them make
         the same calls with the same inputs.
       verify: read every file of the checkpoint before, and compare it with its digest.
+      adapter: the directory of a LoRA or DoRA adapter for this checkpoint, as training and the `peft` package write
+        them, or a hub id; None: none.
 
     Raises:
-      CheckpointError, ConfigError, TokenizerError: the checkpoint cannot be used; the message says why.
+      CheckpointError, ConfigError, TokenizerError: the checkpoint or the adapter cannot be used; the message says why.
     """
     compile_log()
     enable_compilation_cache()
@@ -74,7 +83,11 @@ def load(
     if verify:
         tell(directory, verify_files(directory))
     config, processor = open_model(directory)
+    arrays_and_settings = None if adapter is None else read_adapter(adapter, config)
     params = load_params(directory, config, dtype=dtype, mesh=mesh)
+    if arrays_and_settings is not None:
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            params = with_adapter(params, config, *arrays_and_settings, mesh=mesh, source=adapter)
     return Model(config, params, processor, mesh)
 
 

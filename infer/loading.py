@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 
-from dsvl2_jax.checkpoint.locate import description, resolve
+from dsvl2_jax.checkpoint.locate import description, find_adapter, resolve
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.infer import engine
 from dsvl2_jax.infer.engine import Model
@@ -25,6 +25,7 @@ class LoadOptions:
     as_seen: bool = False
     strict_special_tokens: bool = False
     verify: bool = False
+    adapter: str | None = None
 
 
 def load(ckpt: str | None, options: LoadOptions) -> Model:
@@ -41,7 +42,9 @@ def load(ckpt: str | None, options: LoadOptions) -> Model:
     mesh = None if options.mesh is None else make_mesh(**parse_mesh(options.mesh))
     if processes.joined():
         processes.same_everywhere("the checkpoint", description(resolve(ckpt)))
-    model = engine.load(ckpt, dtype=options.dtype, mesh=mesh, verify=options.verify)
+        if options.adapter is not None:
+            processes.same_everywhere("the adapter", description(find_adapter(options.adapter)))
+    model = engine.load(ckpt, dtype=options.dtype, mesh=mesh, verify=options.verify, adapter=options.adapter)
     model.store_programs()
     model.processor.as_seen = options.as_seen
     model.processor.warns = False  # the commands count pictures, and name their own option

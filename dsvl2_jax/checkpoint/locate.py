@@ -147,14 +147,32 @@ def open_model(directory: Path) -> tuple[Config, Processor]:
     return config, processor
 
 
-def _download(hub_id: str) -> Path:
+def find_adapter(adapter: str | Path) -> Path:
+    """The directory of an adapter: a directory, or a hub id, which is downloaded unless a directory has that name.
+
+    Raises:
+      CheckpointError: there is nothing of that name, or it cannot be downloaded.
+    """
+    path = Path(adapter)
+    if path.is_dir():
+        return path
+    if isinstance(adapter, str) and not path.exists() and _HUB_ID.fullmatch(adapter):
+        return _download(adapter, ["adapter_config.json", "adapter_model.*", "dsvl2_adapter.json"])
+    raise CheckpointError(
+        f"{adapter}: no such directory. Give the one that holds an adapter's adapter_config.json and "
+        "adapter_model.safetensors, or its hub id."
+    )
+
+
+def _download(hub_id: str, adapter: list[str] | None = None) -> Path:
+    """``adapter``: the patterns of an adapter's files; without it, those of a checkpoint."""
     import huggingface_hub
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.md", "*.txt", "LICENSE*"]
+        patterns = adapter or ["*.json", "*.safetensors", "*.model", "*.md", "*.txt", "LICENSE*"]
         with contextlib.redirect_stderr(unescaped(sys.stderr)):  # where the client draws its own progress bars
             directory = Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
-            if not any(directory.glob("*.safetensors")):
+            if adapter is None and not any(directory.glob("*.safetensors")):
                 patterns.append("pytorch_model*.bin")
                 directory = Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
         return directory

@@ -21,7 +21,7 @@ from dsvl2_jax.messages import listed
 from dsvl2_jax.model.config import Config
 
 # Parts of a name that wrappers put in, at any depth: compilation, sharded training, recomputation.
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _ADAPTER = re.compile(
     r"(^|\.)(lora_(A|B|E|embedding_A|embedding_B|magnitude_vector)|(hada|oft|vera|ia3|lokr)_\w+|base_layer|modules_to_save"
     r"|original_module)(\.|$)"
@@ -53,11 +53,9 @@ def released_names(stored: dict[str, Tensor], config: Config, source: str) -> Na
             f"Found:\n{listed(adapters, limit=3)}"
         )
     notes: list[str] = []
-    names = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in stored}
+    names = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in stored}
     if wrapped := sum(old != new for old, new in names.items()):
-        notes.append(
-            f"{wrapped} names have parts that wrappers add ({', '.join(sorted(_WRAPPERS))}): read without them"
-        )
+        notes.append(f"{wrapped} names have parts that wrappers add ({', '.join(sorted(WRAPPERS))}): read without them")
     if prefix := _prefix(names.values(), expected):
         names = {old: new.removeprefix(prefix) for old, new in names.items()}
         notes.append(f"all names begin with {prefix!r}: read without it")

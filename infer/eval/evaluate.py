@@ -49,6 +49,7 @@ class EvalOptions:
     dtype: str = "float32"
     mesh: str | None = None
     verify: bool = False
+    adapter: str | None = None
     candidates: int | None = setting(None, least=1)
     speculate: int = setting(0, least=0)
     as_seen: bool = False
@@ -96,7 +97,7 @@ def evaluate(ckpt: str | None, data: Path, options: EvalOptions) -> dict[str, An
     from dsvl2_jax.infer.eval.loaded import LoadedModel, follow  # imports jax
     from dsvl2_jax.infer.loading import LoadOptions
 
-    loading = LoadOptions(options.dtype, options.mesh, verify=options.verify)
+    loading = LoadOptions(options.dtype, options.mesh, verify=options.verify, adapter=options.adapter)
     if not processes.is_first():
         follow(ckpt, loading, options.batch_size, options.speculate)
         return {}

@@ -32,6 +32,7 @@ def evaluate(
     dtype: Dtype | None = None,
     mesh: str | None = None,
     verify: bool = False,
+    adapter: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None,
     candidates: int | None = None,
     as_seen: bool = False,
     prompt_template: str | None = None,
@@ -62,6 +63,7 @@ def evaluate(
         dtype: in which the model computes; float32 without it.
         mesh: shard over devices, e.g. data=2,tensor=2,expert=2.
         verify: read every file of the checkpoint first and compare it with its digest.
+        adapter: a LoRA or DoRA adapter for the checkpoint: a directory that training or peft wrote, or a hub id.
         candidates: cut images into at most this many tiles (InfoVQA: 18) instead of as the checkpoint says (9).
         as_seen: read images as people see them: turned as EXIF says, transparency over white, 16-bit gray divided.
             Boxes are then in pixels of the turned image.
@@ -79,6 +81,7 @@ def evaluate(
     loaded_only = {"batch_size": batch_size, "dtype": dtype, "mesh": mesh, "candidates": candidates}
     loaded_only["speculate"] = speculate
     loaded_only["verify"] = verify or None
+    loaded_only["adapter"] = adapter
     server_only = {
         "server_model": server_model,
         "api_key_file": api_key_file,

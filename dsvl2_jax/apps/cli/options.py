@@ -52,6 +52,8 @@ class Computing:
 class Loading(Computing):
     """Options of the commands that load a model for the user's own prompts and images."""
 
+    adapter: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """a LoRA or DoRA adapter for the checkpoint: a directory that training or peft wrote, or a hub id."""
     as_seen: bool = False
     """read images as people see them, which the official code does not: turned as EXIF says, transparency over white,
     16-bit gray divided."""
