@@ -16,19 +16,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dsvl2_jax.infer import slots, speculation
+from dsvl2_jax.infer.adapters import BASE, Adapters
 from dsvl2_jax.infer.buckets import most_padding, tile_bucket
 from dsvl2_jax.infer.sampling import SamplingArrays, SamplingParams
 from dsvl2_jax.infer.slots import PAGE, Steps
 from dsvl2_jax.inputs.processor import ModelInputs, Processor
-from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model import gpu_decode
 from dsvl2_jax.model.cache import init_cache, token_bytes
 from dsvl2_jax.model.config import TEXT_POSITION, Config
 from dsvl2_jax.model.deepseek_vl2 import Params
+from dsvl2_jax.model.weights import are_plain
 
 CHUNKS = (64, 128, 256, PAGE)  # lengths of a prompt's chunks
 
-adapt_tiles = jax.jit(model.adapt_tiles, static_argnames="config")
+adapt_tiles = jax.jit(slots.adapt_tiles, static_argnames="config")
 init_slots = jax.jit(slots.init_slots, static_argnames=("config", "slots", "cache_length", "dtype", "drafts"))
 _init_features = jax.jit(slots.init_features, static_argnames=("config", "tiles", "dtype"))
 init_row = jax.jit(init_cache, static_argnames=("config", "slots", "cache_length", "dtype"))
@@ -54,6 +55,7 @@ class LoadedModel(Protocol):
     params: Params
     processor: Processor
     mesh: Mesh | None
+    adapters: Adapters | None
 
     @property
     def dtype(self) -> str: ...
@@ -64,7 +66,7 @@ class LoadedModel(Protocol):
     def run(self, function: Callable, static: Mapping[str, Any], **arrays: Any) -> Any:
         """A jitted function of keyword arguments, of which ``static`` are the static ones, on the model's mesh."""
 
-    def features(self, padded_tiles: np.ndarray) -> jax.Array:
+    def features(self, padded_tiles: np.ndarray, adapter: int = BASE) -> jax.Array:
         """u8[N, S, S, 3] of a bucket's size → [N, tokens per tile, D]."""
 
     def fetch(self, arrays: Any) -> Any:
@@ -102,6 +104,7 @@ class Executor:
         cache = {"cache_length": self.cache_length, "dtype": self.model.cache_dtype}
         self._state = self._empty(init_slots, slots=self.slots, drafts=self.drafts > 0, **cache)
         self._draws = np.zeros(self.slots, np.bool_)  # slots whose tokens are drawn, or have biases
+        self._adapters = np.full(self.slots, BASE, np.int32)  # of each slot
         self._table = self._empty(_init_features, tiles=self._tiles, dtype=self.model.dtype)
         self.new_row()
 
@@ -156,6 +159,7 @@ class Executor:
         skips = (
             platform == "gpu"
             and not self.drafts
+            and are_plain(self.model.params["language"])
             and gpu_decode.is_supported(
                 self.model.config.language, self.slots, *(a.dtype for a in jax.tree.leaves(self._state.cache))
             )
@@ -167,11 +171,15 @@ class Executor:
         """Whether a group that draws no tokens has a program of its own: on GPUs, where asking on the device costs."""
         return self._device.platform == "gpu" and not self.drafts
 
-    def encode(self, key: Hashable, tiles: np.ndarray) -> None:
+    def _wanted(self, adapters: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """What programs are told of the adapters of a batch's rows: nothing, where the model has none to choose from."""
+        return {} if self.model.adapters is None else {"adapters_b": np.asarray(adapters, np.int32)}
+
+    def encode(self, key: Hashable, tiles: np.ndarray, adapter: int = BASE) -> None:
         """u8[N, S, S, 3] → features, kept under ``key`` until `drop_features`."""
         count = self.tile_bucket(len(tiles))
         padded = np.pad(tiles, ((0, count - len(tiles)), (0, 0), (0, 0), (0, 0)))
-        self._features[key] = self.model.features(padded)
+        self._features[key] = self.model.features(padded, adapter)
 
     def drop_features(self, key: Hashable) -> None:
         del self._features[key]
@@ -191,7 +199,7 @@ class Executor:
     def drop_page(self, key: Hashable) -> None:
         del self._pages[key]
 
-    def prefill(self, ids: np.ndarray, image_index: np.ndarray, start: int, total: int) -> None:
+    def prefill(self, ids: np.ndarray, image_index: np.ndarray, start: int, total: int, adapter: int = BASE) -> None:
         """Tokens of a prompt of ``total``, from ``start`` on: i32[T], i32[T]."""
         size = next(c for c in CHUNKS if len(ids) <= c)
         pad = (0, size - len(ids))
@@ -209,6 +217,7 @@ class Executor:
             start=np.int32(start),
             total=np.int32(total),
             row=self._row,
+            **self._wanted([adapter]),
         )
 
     def insert(
@@ -220,6 +229,7 @@ class Executor:
         sampling: SamplingParams,
         choice: int,
         allowed: np.ndarray | None,
+        adapter: int = BASE,
     ) -> Steps:
         """Puts the prefilled prompt into a slot; returns its first token, [1, 1], still on the device.
 
@@ -230,6 +240,7 @@ class Executor:
         vocab = self.model.config.language.vocab_size
         seen = np.zeros((1, vocab), np.bool_)
         seen[0, ids] = True
+        self._adapters[slot] = adapter
         self._draws[slot] = sampling.temperature > 0 or bool(sampling.logit_bias)
         allowed_bv = np.ones((1, vocab), np.bool_) if allowed is None else allowed[None]
         ids_bs = None
@@ -273,6 +284,7 @@ class Executor:
         static = {"config": self.model.config, "eos": self.eos, "cache_length": length}
         static["top"] = top or allowed is not None
         arrays = {"params": self.model.params, "state": self._state, "budget_b": budget, "allowed_bv": allowed}
+        arrays |= self._wanted(np.where(budget > 0, self._adapters, BASE))
         if self.drafts:
             static["drafts"] = self.drafts
             arrays["may_draft_b"] = np.zeros(self.slots, np.bool_) if may_draft is None else may_draft

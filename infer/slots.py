@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from dsvl2_jax.infer.sampling import MAX_BIASES, MAX_TOP_LOGPROBS, SamplingArrays, adjust, choose, most_likely
 from dsvl2_jax.model import deepseek_vl2 as model
@@ -25,6 +25,7 @@ from dsvl2_jax.model.cache import init_cache
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.decoder import Cache
 from dsvl2_jax.model.deepseek_vl2 import Params
+from dsvl2_jax.model.weights import for_rows
 from dsvl2_jax.sharding import constrain, shard_map_kernel, split_over
 
 GROUP = 8  # steps of a decode group
@@ -112,6 +113,18 @@ def _placed(state: SlotState) -> SlotState:
     )
 
 
+def adapt_tiles(
+    params: Params,
+    config: Config,
+    tiles: jax.Array,
+    mean: ArrayLike,
+    std: ArrayLike,
+    adapters_n: jax.Array | None = None,
+) -> jax.Array:
+    """`dsvl2_jax.model.deepseek_vl2.adapt_tiles`; ``adapters_n``: i32[N], see `for_rows`."""
+    return model.adapt_tiles(for_rows(params, adapters_n), config, tiles, mean, std)
+
+
 def init_features(config: Config, tiles: int, dtype: DTypeLike) -> jax.Array:
     """Room for the adaptor's output of a prompt's tiles: [tiles, tokens per tile, D], the same on all devices."""
     return constrain(jnp.zeros((tiles, config.tokens_per_tile, config.language.hidden_size), dtype), None, None, None)
@@ -133,6 +146,7 @@ def prefill_chunk(
     total: jax.Array,
     row: Cache,
     read_length: int | None,
+    adapters_b: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
     """One chunk of one prompt into a cache of one row.
 
@@ -142,10 +156,12 @@ def prefill_chunk(
       length: i32, real tokens of the chunk. start: i32, tokens before it. total: i32, of the prompt.
       row: [1, cache_length, ...].
       read_length: static; how much of the row the chunk attends to, at least start + T; None: it is the first chunk.
+      adapters_b: i32[1], see `for_rows`.
 
     Returns:
       f32[1, V] logits after the chunk's last token, and the row.
     """
+    params = for_rows(params, adapters_b)
     embeddings_btd = model.merge(params, config, ids_bt, image_index_bt, features)
     lengths_b = length[None]
     if read_length is None:
@@ -342,6 +358,7 @@ def decode_group(
     cache_length: int,
     top: bool,
     greedy: bool = False,
+    adapters_b: jax.Array | None = None,
 ) -> tuple[SlotState, Steps]:
     """Up to `GROUP` steps, until no row has any to take.
 
@@ -353,7 +370,9 @@ def decode_group(
       top: static, whether the most likely tokens are told too.
       greedy: static; no row that takes a step draws its token, or has a bias, and the program does not look for one.
         On a GPU the host waits for the device wherever a program asks.
+      adapters_b: i32[B], see `for_rows`.
     """
+    params = for_rows(params, adapters_b)
     whole, state = state.cache, first_positions(state, cache_length)
     steps = no_steps(state, GROUP, top)
 
