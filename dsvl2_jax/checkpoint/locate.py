@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 MANIFEST_NAME = "dsvl2_checkpoint.json"
 MANIFEST_VERSION = 1
 PARAMS_NAME = "params"  # the parameters inside a converted directory or a run's checkpoint
+ADAPTER_NAME = "adapter"  # what a run's checkpoint has instead that trains an adapter: a directory of its files
 RUN_NAME = "run.json"  # what makes a directory a run
 CHECKPOINTS_NAME = "checkpoints"  # of a run: a directory per step
 MODEL_NAME = "model"  # of a run: configuration, processor and tokenizer files
@@ -152,12 +153,23 @@ def open_model(directory: Path) -> tuple[Config, Processor]:
 
 
 def find_adapter(adapter: str | Path) -> Path:
-    """The directory of an adapter: a directory, or a hub id, which is downloaded unless a directory has that name.
+    """The directory of an adapter's files.
+
+    Args:
+      adapter: it, or a hub id, which is downloaded unless a directory has that name. A training run's directory stands
+        for the adapter of its newest complete checkpoint, and the directory of a checkpoint for its own. Of a run in a
+        store, the files are copied to the disk.
 
     Raises:
-      CheckpointError: there is nothing of that name, or it cannot be downloaded.
+      CheckpointError: there is nothing of that name, it cannot be downloaded, or the run has no checkpoint.
     """
-    path = Path(adapter)
+    path = remote.path_of(adapter)
+    if RUN_NAME in (remote.names(path) if remote.is_remote(path) else [RUN_NAME] * (path / RUN_NAME).is_file()):
+        path = newest_of_run(path)
+    if run_of(path) is not None and _has_adapter(path):
+        return remote.local_copy(path / ADAPTER_NAME, lambda _: True)
+    if remote.is_remote(path):
+        return remote.local_copy(path, lambda _: True)
     if path.is_dir():
         return path
     if isinstance(adapter, str) and not path.exists() and _HUB_ID.fullmatch(adapter):
@@ -201,6 +213,11 @@ def kind(directory: Path) -> str:
         )
     if run_of(directory) is not None:
         if directory.name.isdecimal() and orbax_io.is_checkpoint(directory):
+            if _has_adapter(directory):
+                raise CheckpointError(
+                    f"{directory}: of a run that trains an adapter, which is no model by itself. Give the model that "
+                    f"it was made for as the checkpoint, and this with --adapter {directory / ADAPTER_NAME}"
+                )
             return "run"
         raise CheckpointError(
             f"{directory}: not a complete checkpoint of the run. Name one of the numbered directories beside it, or "
@@ -224,6 +241,13 @@ def kind(directory: Path) -> str:
         f"{directory}: not a checkpoint: it has no {MANIFEST_NAME}, so is no converted directory, and "
         f"{no_weights(directory)}"
     )
+
+
+def _has_adapter(checkpoint: Path) -> bool:
+    """True for a run's checkpoint that holds an adapter."""
+    if remote.is_remote(checkpoint):
+        return ADAPTER_NAME in remote.names(checkpoint)
+    return (checkpoint / ADAPTER_NAME).is_dir()
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

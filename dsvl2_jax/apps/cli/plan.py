@@ -20,7 +20,7 @@ def plan(
     models: Models = ("micro",),
     *,
     topology: str | None = None,
-    job: Literal["prefill", "decode", "encode", "align", "pretrain", "sft"] | None = None,
+    job: Literal["prefill", "decode", "encode", "align", "pretrain", "sft", "lora"] | None = None,
     batch: int | None = None,
     sequence: int | None = None,
     slots: int | None = None,
@@ -48,7 +48,8 @@ def plan(
         slots: sequences that decode together (64).
         micro: sequences that a data shard trains on at a time (the preset's).
         set: a setting of the preset, such as compute.remat=dots; may be given several times.
-        quantize: the weights of inference in 8 or 4 bits, as dsvl2 convert --quantize makes them.
+        quantize: the weights of inference, or of the model beside an adapter, in 8 or 4 bits, as dsvl2 convert
+            --quantize makes them.
         keep: with --quantize, weights that stay as they are.
         cache_dtype: of the cache of prefill and decode; bfloat16 without it.
         mesh: as data=2,tensor=2,expert=4; auto chooses one and says why.

@@ -31,7 +31,7 @@ def resident_bytes(config: Config, job: Job, sizes: dict[str, int], itemsize: in
       itemsize: of the numbers of inference that are not quantized.
     """
     if job.settings is not None:
-        return training_state_bytes(config, job.settings, sizes)
+        return training_state_bytes(config, job.settings, sizes, job.quantization)
     return sum(_weight_bytes(config, job, sizes, itemsize).values()) + _cache_bytes(config, job, sizes)
 
 

@@ -98,7 +98,7 @@ def _compile(
         options = {"quantization": job.quantization, "cache_dtype": job.cache_dtype}
         lowered = lower_inference(job.kind, config, mesh, **sizes, **options)
     else:
-        lowered = lower_training_step(config, job.settings, mesh)
+        lowered = lower_training_step(config, job.settings, mesh, job.quantization)
     traced = time.monotonic()
     say("compiling")
     compiled, problem = None, {}
