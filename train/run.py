@@ -31,7 +31,7 @@ from dsvl2_jax.checkpoint.load import load_params, open_orbax
 from dsvl2_jax.checkpoint.locate import kind, model_files, open_model, resolve
 from dsvl2_jax.checkpoint.verify import tell
 from dsvl2_jax.checkpoint.verify import verify as verify_files
-from dsvl2_jax.errors import DSVL2Error, RunError, SettingsError
+from dsvl2_jax.errors import DSVL2Error, RunError, SettingsError, UsageError
 from dsvl2_jax.inputs.processor import Processor
 from dsvl2_jax.messages import first_line, listed
 from dsvl2_jax.model.config import Config
@@ -197,7 +197,12 @@ def _open_model(settings: Settings, source: Path) -> tuple[Config, Processor]:
             f"model.size = {wanted}, but model.checkpoint = {settings.model.checkpoint} {what}. Give a checkpoint of "
             f"{wanted}, or the configuration for {size if size != 'other' else 'it, or model.size=any'}."
         )
-    processor.as_seen, processor.warns = settings.data.as_seen, False  # the pipeline counts pictures
+    data = settings.data
+    processor.as_seen, processor.warns = data.as_seen, False  # the pipeline counts pictures
+    try:
+        processor.set_visuals(data.max_tiles or None, data.min_tiles or None, data.frames, data.frame_choice)
+    except UsageError as error:
+        raise SettingsError(f"data: {error}") from None
     return config, processor
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import re
 import sys
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ from dsvl2_jax.errors import CheckpointError, UsageError
 from dsvl2_jax.inputs.processor import Processor
 from dsvl2_jax.json_files import read_json_object, read_text
 from dsvl2_jax.messages import first_line, listed
-from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.config import STORAGE_KEYS, Config
 from dsvl2_jax.runtime.terminal import unescaped
 
 if TYPE_CHECKING:
@@ -320,10 +321,23 @@ def check_sizes(directory: Path, sizes: Mapping[str, int], problem: str) -> None
 
 
 def carry_files(source: Path, target: Path) -> None:
-    """Copies configuration, tokenizer, licence and documentation files, so that ``target`` is complete by itself."""
+    """Copies configuration, tokenizer, licence and documentation files, so that ``target`` is complete by itself.
+
+    What config.json says of how others have quantized the weights is left out: here they are written as plain numbers.
+    """
     for file in sorted(source.iterdir()):
         if file.is_file() and _is_carried(file) and file.stat().st_size <= _CARRIED_BYTES:
-            (target / file.name).write_bytes(file.read_bytes())
+            content = file.read_bytes()
+            if file.name == "config.json" and any(key.encode() in content for key in STORAGE_KEYS):
+                content = _without_storage_keys(read_json_object(file, CheckpointError))
+            (target / file.name).write_bytes(content)
+
+
+def _without_storage_keys(config: dict[str, Any]) -> bytes:
+    for part in (config, config.get("language_config")):
+        for key in STORAGE_KEYS if isinstance(part, dict) else ():
+            part.pop(key, None)
+    return f"{json.dumps(config, indent=2, ensure_ascii=False)}\n".encode()
 
 
 def _is_carried(file: Path) -> bool:

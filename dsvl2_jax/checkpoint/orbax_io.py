@@ -9,7 +9,6 @@ Tested in tests/checkpoint/test_load.py, tests/convert/test_to_orbax.py and test
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import logging
 import math
@@ -25,6 +24,7 @@ import numpy as np
 from dsvl2_jax.checkpoint import remote
 from dsvl2_jax.model.parameter_paths import LeafPath
 from dsvl2_jax.runtime.lazy import LazyModule
+from dsvl2_jax.runtime.malloc import give_freed_memory_back
 
 # What neither reads nor writes such checkpoints does without.
 jax = LazyModule("jax")
@@ -279,7 +279,7 @@ def read(path: Path, leaves: Mapping[LeafPath, jax.ShapeDtypeStruct]) -> dict[Le
     context.pytree_options.loading.partial_load = True
     with context:
         arrays = traverse_util.flatten_dict(_load(checkpoint, traverse_util.unflatten_dict(leaves), **options))
-    _give_memory_back()
+    give_freed_memory_back()  # tensorstore's: 0.5 GB of a load on tiny's scale
     return arrays
 
 
@@ -310,12 +310,6 @@ def _hide_late_errors() -> Callable[[], None]:
 
     sys.unraisablehook = hook
     return undo
-
-
-def _give_memory_back() -> None:
-    """Gives what tensorstore has freed to the system; glibc keeps it, 0.5 GB of a load on tiny's scale."""
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _checkpoint_of(path: Path) -> tuple[Path, dict[str, str]]:

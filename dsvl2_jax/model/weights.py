@@ -165,14 +165,14 @@ def merged(weight: Weight, packed_axis: int) -> jax.Array:
     return whole * outputs.reshape(*outputs.shape[:lead], *(1,) * (last + 1 - lead), *outputs.shape[lead:])
 
 
-def for_rows(params: Any, rows: jax.Array) -> Any:
+def for_rows(params: Any, rows: jax.Array | None) -> Any:
     """Parameters whose adapted weights know which adapter each row of a batch wants.
 
     Args:
       params: nested dict, of the model or of a part of it.
-      rows: i32[B], a number of `Adapted.owner`, or -1.
+      rows: i32[B], a number of `Adapted.owner`, or -1; None: no adapters lie side by side.
     """
-    if not isinstance(params, Mapping):
+    if rows is None or not isinstance(params, Mapping):
         return params
     if "owner" in params:
         return {**params, "rows": rows}

@@ -84,6 +84,7 @@ def check_together(settings: Settings) -> Iterator[Problem]:
     streams = settings.data.streams
     if batch.sequences % streams:
         yield Problem(("data", "streams"), f"{streams} does not divide batch.sequences = {batch.sequences}.")
+    yield from _check_tiles(settings.data)
     warmup = settings.optimizer.warmup_steps
     if warmup >= run.steps:
         text = f"must be less than run.steps = {run.steps}, not {warmup}."
@@ -93,3 +94,12 @@ def check_together(settings: Settings) -> Iterator[Problem]:
         if not match or not 1 <= int(match[1]) <= int(match[2]) <= run.steps:
             expected = f"must be FIRST:LAST with 1 ≤ FIRST ≤ LAST ≤ run.steps = {run.steps}"
             yield Problem(("run", "profile"), f"{expected}, as in 3:5, not {run.profile!r}.")
+
+
+def _check_tiles(data: DataSettings) -> Iterator[Problem]:
+    most, least = data.max_tiles, data.min_tiles
+    if most and least > most:
+        yield Problem(("data", "min_tiles"), f"must be at most data.max_tiles = {most}, not {least}.")
+    if max(most, least) >= data.tiles_per_sequence > 0 and max(most, least):
+        text = f"must be more than the {max(most, least)} local tiles that an image may have (and its global view one)"
+        yield Problem(("data", "tiles_per_sequence"), f"{text}, not {data.tiles_per_sequence}.")

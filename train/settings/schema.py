@@ -12,7 +12,9 @@ import dataclasses
 from collections.abc import Mapping
 
 from dsvl2_jax.fields import setting
+from dsvl2_jax.inputs.frame_choice import EVEN, FRAME_CHOICES, FRAMES, MAX_FRAMES
 from dsvl2_jax.inputs.record_boxes import AUTO, BOX_KINDS
+from dsvl2_jax.inputs.tile_budget import MAX_TILES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +79,18 @@ class DataSettings:
         False,
         help="true: read pictures as people see them: turned as EXIF says, transparent ones over white, 16-bit gray "
         "divided; false: as the official code does",
+    )
+    max_tiles: int = setting(
+        0, least=0, most=MAX_TILES, help="most local tiles of an image; 0: as the checkpoint's candidates (9)"
+    )
+    min_tiles: int = setting(
+        0, least=0, most=MAX_TILES, help="fewest local tiles of an image, however many a sample has; 0: one"
+    )
+    frames: int = setting(FRAMES, least=1, most=MAX_FRAMES, help="most frames of a video")
+    frame_choice: str = setting(
+        EVEN,
+        choices=FRAME_CHOICES,
+        help="even: frames at equal distances; scene: one of each part between the greatest changes",
     )
     mask_prompt: bool = setting(False, help="true: loss on answers alone (stage 3); false: on all text")
     shuffle: bool = setting(True, help="read the samples of each epoch in a random order")

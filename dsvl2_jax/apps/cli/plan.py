@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from dsvl2_jax.apps.cli.options import Keep, QuantizeTo, Settings, needs_train_extra
+from dsvl2_jax.apps.cli.options import CacheDtype, Keep, QuantizeTo, Settings, needs_train_extra
 
 Models = Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="[MODEL ...]")]]
 
@@ -28,6 +28,7 @@ def plan(
     set: Settings = (),
     quantize: QuantizeTo | None = None,
     keep: Keep | None = None,
+    cache_dtype: CacheDtype | None = None,
     mesh: str = "auto",
     csv: Path | None = None,
     no_cache: bool = False,
@@ -50,6 +51,7 @@ def plan(
         quantize: the weights of inference, or of the model beside an adapter, in 8 or 4 bits, as dsvl2 convert
             --quantize makes them.
         keep: with --quantize, weights that stay as they are.
+        cache_dtype: of the cache of prefill and decode; bfloat16 without it.
         mesh: as data=2,tensor=2,expert=4; auto chooses one and says why.
         csv: put the rows of the table into this file, in the place of older ones of the same model and job.
         no_cache: compile even what was compiled before.
@@ -69,6 +71,7 @@ def plan(
             micro=micro,
             overrides=set,
             quantization=quantization_of(quantize, keep),
+            cache_dtype=cache_dtype,
             mesh=mesh,
             csv=csv,
             cache=not no_cache,

@@ -30,6 +30,7 @@ class Job:
       sequence: tokens of a prompt or training sequence, or positions of the cache; encoding has none.
       settings: of a training step, which hold batch and sequence too; None: for inference.
       quantization: of the weights, in inference and beside an adapter that is trained; None: all are in bfloat16.
+      cache_dtype: of the decode cache.
     """
 
     kind: str
@@ -37,6 +38,7 @@ class Job:
     sequence: int
     settings: Settings | None = None
     quantization: Quantization | None = None
+    cache_dtype: str = "bfloat16"
 
     @property
     def unit(self) -> tuple[str, int]:
@@ -50,6 +52,7 @@ class Job:
         sizes: dict[str, Any] = {"kind": self.kind, "batch": self.batch, "sequence": self.sequence}
         if self.quantization is not None:
             sizes |= {"quantize": self.quantization.kind, "keep": self.quantization.keep}
+        sizes |= {} if self.cache_dtype == "bfloat16" else {"cache_dtype": self.cache_dtype}
         return sizes if self.settings is None else sizes | program_settings(self.settings)
 
 
@@ -60,7 +63,8 @@ def least_work(config: Config, job: Job) -> Work:
     if job.kind == "encode":
         return encode_work(config, job.batch, ITEMSIZE, quantization=job.quantization)
     inference_work = prefill_work if job.kind == "prefill" else decode_work
-    return inference_work(config, job.batch, job.sequence, ITEMSIZE, quantization=job.quantization)
+    options = {"quantization": job.quantization, "cache_dtype": job.cache_dtype}
+    return inference_work(config, job.batch, job.sequence, ITEMSIZE, **options)
 
 
 def parse_job(
@@ -73,12 +77,14 @@ def parse_job(
     micro: int | None = None,
     overrides: Sequence[str] = (),
     quantization: Quantization | None = None,
+    cache_dtype: str | None = None,
 ) -> Job:
     """The job of the command's flags, with the sizes that are usual where none are given.
 
     Args:
       model, micro, overrides: of a training job, see `preset_settings`.
       quantization: of an inference job, or of the frozen model of an adapter.
+      cache_dtype: of prefill and decode; None: bfloat16.
 
     Raises:
       UsageError: an unknown job, a size that is not positive, or a flag of another job.
@@ -88,6 +94,8 @@ def parse_job(
     for name, value in (("--batch", batch), ("--sequence", sequence), ("--slots", slots), ("--micro", micro)):
         if value is not None and value < 1:
             raise UsageError(f"{name}: found {value}, expected a positive whole number.")
+    if cache_dtype is not None and kind not in ("prefill", "decode"):
+        raise UsageError(f"--cache-dtype belongs to prefill and decode; --job {kind} has no cache.")
     usual = {"prefill": (8, 4096), "decode": (64, 4096), "encode": (32, 0)}
     if kind not in usual:
         settings = preset_settings(model, kind, sequences=batch, length=sequence, micro=micro, overrides=overrides)
@@ -101,4 +109,4 @@ def parse_job(
         raise UsageError(f"--micro and --set belong to training; --job {kind} has neither.")
     rows = (slots if kind == "decode" and slots is not None else batch) or usual[kind][0]
     length = usual[kind][1] if sequence is None or kind == "encode" else sequence
-    return Job(kind, rows, length, quantization=quantization)
+    return Job(kind, rows, length, quantization=quantization, cache_dtype=cache_dtype or "bfloat16")

@@ -39,6 +39,7 @@ def print_slots(ckpt: str | None, loading: LoadOptions, wanted: int, stores: int
         config,
         sizes,
         itemsize=4 if loading.dtype == "float32" else 2,
+        cache_dtype=loading.cache_dtype or loading.dtype,
         memory=_device_memory(),
         stores=stores,
         quantization=quantization_in(directory),
@@ -79,12 +80,14 @@ def slots_that_fit(
     memory: float,
     stores: float,
     quantization: Quantization | None = None,
+    cache_dtype: str = "bfloat16",
 ) -> SlotsReport:
     """How many slots of the whole context fit beside parameters and stores, with room for programs to work.
 
     Args:
       sizes: of the mesh's axes.
-      itemsize: bytes of a parameter that is not quantized and of a cache's entry.
+      itemsize: bytes of a parameter that is not quantized.
+      cache_dtype: of the caches.
       memory: bytes of a device.
       stores: bytes that the engine's stores may take.
       quantization: of the weights.
@@ -92,13 +95,13 @@ def slots_that_fit(
     context = config.language.max_position_embeddings
 
     def resident(slots: int) -> float:
-        job = Job("decode", slots, context, quantization=quantization)
+        job = Job("decode", slots, context, quantization=quantization, cache_dtype=cache_dtype)
         return resident_bytes(config, job, sizes, itemsize)
 
     # Rows are split over the mesh; a number of them that all its parts share makes a slot's part of each.
     many = 64 * sizes["data"] * sizes["tensor"] * sizes["expert"]
+    slot = (resident(many) - resident(0)) / many
     parameters = resident(0)
-    slot = (resident(many) - parameters) / many
     room = MAX_MEMORY_FRACTION * memory
     slots = max(0, int((room - parameters - stores) / slot))
     return SlotsReport(memory, room, parameters, stores, slot, context, slots)
