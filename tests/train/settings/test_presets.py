@@ -56,7 +56,8 @@ def test_adapters_are_of_the_released_models_and_fit_them(size):
     expected = {
         path
         for path in shapes
-        if "/self_attn/" in path and not path.endswith("/scale") or ("/mlp/" in path and path.endswith("_proj/kernel"))
+        if ("/self_attn/" in path and not path.endswith("/scale"))
+        or ("/mlp/" in path and path.endswith("_proj/kernel"))
     }
     assert adapted == expected and len(leaves) == 2 * len(adapted)
 
