@@ -82,22 +82,25 @@ class _Reader:
                 f"{self._source}: {len(wrong)} tensors are not floating point (F32, F16, BF16):\n{listed(wrong)}"
             )
         for (module, _), parts in peft_names.by_module(keys).items():
-            if module in fused:
+            for kind in parts.keys() & {"weight", "bias"}:
+                self._add_whole(f"{module}.{kind}", parts[kind])
+            parts = {part: stored for part, stored in parts.items() if part not in ("weight", "bias")}
+            if parts and module in fused:
                 self._add_fused(module, trained[module], parts)
-            elif parts.keys() <= {"weight", "bias"}:
-                for kind, stored in parts.items():
-                    self._add_whole(f"{module}.{kind}", stored)
-            else:
+            elif parts:
                 self._add_pair(module, trained[module], parts)
+        adapter: dict[LeafPath, Any] = {}
         if not self._problems:
-            adapter: dict[LeafPath, Any] = {path: self._stacked(path, pairs) for path, pairs in self._pairs.items()}
-        if not self._problems and not adapter:
+            adapter = {path: self._stacked(path, pairs) for path, pairs in self._pairs.items()}
+        if not self._problems and not adapter and not self._whole:
             self._problems.append("it has no tensors (its targets may have matched nothing)")
         if self._problems:
             raise CheckpointError(
                 f"{self._source}: the adapter does not fit the model that config.json describes; give the checkpoint "
                 f"that it was trained on{f' ({self._peft.base})' if self._peft.base else ''}:\n{listed(self._problems)}"
             )
+        for path in adapter.keys() & self._whole.keys():
+            adapter[path]["base"] = self._whole.pop(path)
         return adapter | self._whole
 
     def _array(self, stored: str) -> np.ndarray:
