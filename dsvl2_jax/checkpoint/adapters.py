@@ -113,7 +113,7 @@ def read_adapter(directory: str | Path, config: Config) -> tuple[dict[str, Any],
     peft = peft_config.read(directory / CONFIG_NAME)
     tensors = _open(directory)
     placed = place(tensors, peft, config, str(directory))
-    tell(directory, peft.notes)
+    tell(directory, [*peft.notes, *placed.notes])
     settings = AdapterSettings(
         "dora" if peft.dora else "lora",
         peft.rank,
