@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -100,7 +101,8 @@ class Saving:
 
         Args:
           path: must not exist.
-          trees: name → nested dicts, tuples and lists of `jax.Array`. They may be donated or deleted at once.
+          trees: name → nested dicts, tuples and lists of `jax.Array`, which may be donated or deleted at once; or
+            `Files`.
           document: anything JSON can hold; each process keeps its own.
           entries: as for `ParamWriter`, of the leaves of every tree.
         """
@@ -186,6 +188,30 @@ class _Document:
     @staticmethod
     def _file(directory: Any) -> Path:
         return remote.path_of(str(directory)) / f"process-{jax.process_index()}.json"
+
+
+class Files:
+    """Files that a function writes, as one thing of a checkpoint of several: a directory of their own in it."""
+
+    def __init__(self, write: Callable[[Path], None], nbytes: int):
+        """``write``: makes the directory that it is given, called in the first process. ``nbytes``: of the files."""
+        self._write = write
+        self.nbytes = nbytes
+
+    async def save(self, directory: Any) -> Awaitable[None]:
+        async def write() -> None:
+            target = remote.path_of(str(await directory.await_creation()))
+            if jax.process_index() == 0:
+                with tempfile.TemporaryDirectory(prefix="dsvl2-files-") as parent:
+                    made = Path(parent) / target.name
+                    self._write(made)
+                    for file in sorted(made.iterdir()):
+                        (target / file.name).write_bytes(file.read_bytes())
+
+        return write()
+
+    async def load(self, directory: Any) -> Awaitable[None]:
+        raise NotImplementedError("the files are read as files")
 
 
 def _documents(directory: Path) -> list[Any]:

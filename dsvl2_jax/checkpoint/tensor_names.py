@@ -19,6 +19,7 @@ from dsvl2_jax.checkpoint.shards import MERGE
 from dsvl2_jax.errors import CheckpointError
 from dsvl2_jax.messages import listed
 from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.rope_scaling import inverse_frequencies
 
 # Parts of a name that wrappers put in, at any depth: compilation, sharded training, recomputation.
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -102,11 +103,12 @@ def check_buffer(name: str, values: np.ndarray, config: Config, source: str) -> 
       CheckpointError: they differ by more than bfloat16 rounds.
     """
     language = config.language
-    width = language.qk_rope_head_dim if language.use_mla else language.head_dim
-    expected = language.rope_theta ** -(np.arange(0, width, 2) / width)
+    expected = inverse_frequencies(language)
     if values.shape != expected.shape or not np.allclose(values, expected, rtol=0.01, atol=0):
+        says = f"config.json's rope_theta {language.rope_theta}"
+        says += "" if language.rope_scaling is None else f" with rope_scaling {language.rope_scaling.kind}"
         raise CheckpointError(
-            f"{source}: {name} holds {_shown(values)}, but config.json's rope_theta {language.rope_theta} gives "
+            f"{source}: {name} holds {_shown(values)}, but {says} gives "
             f"{_shown(expected)}: the model was made for other positions than config.json says. Get both from the same "
             "release."
         )

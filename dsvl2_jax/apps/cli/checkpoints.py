@@ -10,11 +10,17 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from dsvl2_jax.apps.cli.options import Checkpoint, Dtype
+from dsvl2_jax.apps.cli.options import Checkpoint, Dtype, Keep, QuantizeTo
 
 
 def convert(
-    src: Positional[str], dst: Positional[Path], *, dtype: Dtype | None = None, max_memory: str = "1GiB"
+    src: Positional[str],
+    dst: Positional[Path],
+    *,
+    dtype: Dtype | None = None,
+    max_memory: str = "1GiB",
+    quantize: QuantizeTo | None = None,
+    keep: Keep | None = None,
 ) -> None:
     """Convert a checkpoint in the released layout to an Orbax directory that is complete by itself.
 
@@ -23,10 +29,14 @@ def convert(
         dst: directory to make; it must not exist.
         dtype: cast all tensors; without it each keeps its own.
         max_memory: the most memory for tensors on their way, e.g. 4GiB. A single larger tensor still passes.
+        quantize: keep the weights of products in 8 or 4 bits.
+        keep: with --quantize, weights in whose path this regular expression is found stay as they are; without it,
+            those of the output head and of the patch embedding.
     """
     from dsvl2_jax.convert.to_orbax import convert as run
+    from dsvl2_jax.model.quantization import quantization_of
 
-    run(src, dst, dtype=dtype, max_memory=max_memory)
+    run(src, dst, dtype=dtype, max_memory=max_memory, quantization=quantization_of(quantize, keep))
 
 
 def export(ckpt: Positional[str], dst: Positional[Path], *, dtype: Dtype | None = None, verify: bool = False) -> None:

@@ -46,7 +46,7 @@ COMMANDS = {
 
 
 # Options by their old names, which are errors that give the new ones.
-_RENAMED = {"--exif": "--as-seen"}
+_RENAMED = {"--exif": "--as-seen, which also covers transparency", "--candidates": "--max-tiles"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: list[str]) -> int:
     for option in args:
         if new := _RENAMED.get(option.partition("=")[0]):
-            raise UsageError(f"{option}: this option is now called {new}, which also covers transparency.")
+            raise UsageError(f"{option}: this option is now called {new}.")
     status = tyro.extras.subcommand_cli_from_dict(
         {name: with_escaped_output(command) for name, command in COMMANDS.items()},
         prog="dsvl2",
