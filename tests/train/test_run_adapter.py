@@ -60,7 +60,7 @@ def test_a_run_resumes_to_the_bit_and_keeps_its_adapter_alone(given, checkpoints
     assert not (run / "checkpoints/4/params").exists()  # of the model, nothing is kept
 
     shutil.rmtree(run / "checkpoints/4")  # as if killed before
-    train(config)
+    train(config, verify=True)
     assert steps(run) == whole
     assert (run / "checkpoints/4/adapter/adapter_model.safetensors").read_bytes() == adapter
 
