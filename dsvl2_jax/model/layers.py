@@ -237,13 +237,6 @@ class GatedMLP(nn.Module):
         return Linear(x_btd.shape[-1], axes[::-1], self.dtype, self.std, name="down_proj")(hidden)
 
 
-def rotary_tables(positions: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, f32[..., width/2], for i32 positions [...]; kept in float32 whatever the model's dtype."""
-    inverse_frequency = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angles = positions.astype(jnp.float32)[..., None] * inverse_frequency
-    return jnp.cos(angles), jnp.sin(angles)
-
-
 def rotate_half(x_bthd: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotary embedding over pairs (i, i + width/2): the layout of multi-head attention (tiny).
 

@@ -178,13 +178,22 @@ def weight_specs(
 def stored_shardings(
     config: Config, mesh: Mesh, shapes: Shapes, *, fsdp: bool = False
 ) -> dict[LeafPath, NamedSharding]:
-    """A NamedSharding for every array of parameters, quantized or not, by `PARAM_RULES`.
+    """A NamedSharding for every array of parameters, see `stored_specs`."""
+    specs = stored_specs(config, dict(mesh.shape), shapes, fsdp=fsdp)
+    return {path: NamedSharding(mesh, spec) for path, spec in specs.items()}
+
+
+def stored_specs(
+    config: Config, sizes: Mapping[str, int], shapes: Shapes, *, fsdp: bool = False
+) -> dict[LeafPath, PartitionSpec]:
+    """How every array of parameters is split, quantized or not, by `PARAM_RULES`.
 
     Args:
+      sizes: of the mesh's axes.
       shapes: path → shape of every array.
       fsdp: split large ones by `add_fsdp_axis` too.
     """
-    sizes, leaves, inputs, kinds = dict(mesh.shape), abstract_leaves(config), weight_inputs(config), kinds_of(shapes)
+    leaves, inputs, kinds = abstract_leaves(config), weight_inputs(config), kinds_of(shapes)
 
     def spec(axes: tuple[str | None, ...], shape: Shape) -> PartitionSpec:
         spec = partition_spec(shape, axes, sizes, PARAM_RULES)
@@ -200,4 +209,4 @@ def stored_shardings(
         parts = {name: jax.ShapeDtypeStruct(shapes[(*path, name)], jnp.float32) for name in (kind, "scale")}
         weight = Quantized(parts[kind], parts["scale"], kind, last - len(shape))
         found[(*path, kind)], found[(*path, "scale")] = weight_specs(weight, last, spec_of)
-    return {path: NamedSharding(mesh, found[path]) for path in shapes}
+    return {path: found[path] for path in shapes}
