@@ -110,8 +110,8 @@ OPTIONS = {
     "bench load": {"--size": "tiny", "--directory": "None", "--processes": "2", **COMPUTING},
     "bench model": {
         "--layers": "None", "--jobs": "decode,prefill,encode", "--slots": "1,16,64", "--context": "1024",
-        "--tokens": "1024,4096", "--tiles": "10", "--set": "repeatable", "--dtype": "None", "--against": "None",
-        "--profile": "None", "--budget": "None", "--json": "False", "--plot": "None",
+        "--tokens": "1024,4096", "--tiles": "10", "--set": "repeatable", "--dtype": "None", "--quantize": "None",
+        "--against": "None", "--profile": "None", "--budget": "None", "--json": "False", "--plot": "None",
     },
     "bench serve": {
         "--size": "None", "--layers": "None", "--directory": "None",
