@@ -213,11 +213,6 @@ def kind(directory: Path) -> str:
         )
     if run_of(directory) is not None:
         if directory.name.isdecimal() and orbax_io.is_checkpoint(directory):
-            if _has_adapter(directory):
-                raise CheckpointError(
-                    f"{directory}: of a run that trains an adapter, which is no model by itself. Give the model that "
-                    f"it was made for as the checkpoint, and this with --adapter {directory / ADAPTER_NAME}"
-                )
             return "run"
         raise CheckpointError(
             f"{directory}: not a complete checkpoint of the run. Name one of the numbered directories beside it, or "
@@ -241,6 +236,15 @@ def kind(directory: Path) -> str:
         f"{directory}: not a checkpoint: it has no {MANIFEST_NAME}, so is no converted directory, and "
         f"{no_weights(directory)}"
     )
+
+
+def refuse_adapter(checkpoint: Path) -> None:
+    """Raises CheckpointError for a run's checkpoint that holds an adapter instead of a model."""
+    if _has_adapter(checkpoint):
+        raise CheckpointError(
+            f"{checkpoint}: of a run that trains an adapter, which is no model by itself. Give the model that it was "
+            f"made for as the checkpoint, and this with --adapter {checkpoint / ADAPTER_NAME}"
+        )
 
 
 def _has_adapter(checkpoint: Path) -> bool:

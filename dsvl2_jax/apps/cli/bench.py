@@ -176,7 +176,7 @@ def serve(
         bench_serve(ckpt, size=size, layers=layers, directory=directory, dtype=dtype, mesh=mesh, options=load)
 
 
-def train(*, rows: int = 2, length: int = 1024, steps: int = 3, rounds: int = 3) -> None:
+def train(*, rows: int = 2, length: int = 1024, steps: int = 3, rounds: int = 3, adapter: bool = False) -> None:
     """Measure a training step of a mid-size model against PyTorch's, on this machine's CPUs.
 
     Args:
@@ -184,11 +184,12 @@ def train(*, rows: int = 2, length: int = 1024, steps: int = 3, rounds: int = 3)
         length: tokens of a sequence.
         steps: steps of a side before it is the other one's turn.
         rounds: turns of each side.
+        adapter: train a LoRA adapter on the frozen model, against peft's.
     """
     with needs_train_extra():
         from dsvl2_jax.apps.bench.train import bench_train
 
-        bench_train(rows=rows, length=length, steps=steps, rounds=rounds)
+        bench_train(rows=rows, length=length, steps=steps, rounds=rounds, adapter=adapter)
 
 
 def tune(*, size: Size | None = None, json: bool = False, out: Path | None = None) -> None:

@@ -121,7 +121,7 @@ OPTIONS = {
         "--seed": "0", "--json": "False", "--plot": "None", **COMPUTING,
     },
     "bench tune": {"--size": "None", "--json": "False", "--out": "None"},
-    "bench train": {"--rows": "2", "--length": "1024", "--steps": "3", "--rounds": "3"},
+    "bench train": {"--rows": "2", "--length": "1024", "--steps": "3", "--rounds": "3", "--adapter": "False"},
     "micro start": {},
     "micro data": {"--workers": "2"},
     "micro questions": {"--seed": str(EVALUATION_SEED), "--samples": str(EVALUATION_SAMPLES)},
