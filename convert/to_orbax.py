@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,13 +31,16 @@ from dsvl2_jax.checkpoint.locate import (
     resolve,
 )
 from dsvl2_jax.checkpoint.remote import absolute, path_of
-from dsvl2_jax.checkpoint.safetensors_source import Source, aligned_empty, numpy_dtype
+from dsvl2_jax.checkpoint.safetensors_source import WORKERS, Source, aligned_empty, numpy_dtype
 from dsvl2_jax.checkpoint.staging import refuse_existing, staged
 from dsvl2_jax.checkpoint.verify import tell
 from dsvl2_jax.convert.sizes import parse_bytes
 from dsvl2_jax.errors import CheckpointError, UsageError
-from dsvl2_jax.model.deepseek_vl2 import entry_axes
+from dsvl2_jax.kernels.quantized import quantize
+from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.deepseek_vl2 import entry_axes, weight_inputs
 from dsvl2_jax.model.parameter_paths import LeafPath, path_name
+from dsvl2_jax.model.quantization import Quantization, leaves_of, quantized_weights
 from dsvl2_jax.runtime.progress import progress
 
 DEFAULT_MAX_MEMORY = 1 << 30
@@ -44,6 +48,8 @@ DEFAULT_MAX_MEMORY = 1 << 30
 # A partial save costs time in the number of leaves saved before it, so large leaves go first and small
 # ones are saved together.
 WRITE_BATCH_BYTES = 256 << 20
+
+_ROUND_AT_ONCE = 1 << 20  # numbers that a thread rounds at a time
 
 _ALIGNMENT = 64  # bytes between parameters of one block of memory
 
@@ -65,13 +71,15 @@ def convert(
     *,
     dtype: Literal["float32", "bfloat16"] | None = None,
     max_memory: int | str = DEFAULT_MAX_MEMORY,
+    quantization: Quantization | None = None,
 ) -> Converted:
     """Converts a checkpoint in the released layout to an Orbax directory that is complete by itself.
 
     Args:
       src: a directory in the released layout (shards with an index, or a single file) or a hub id.
       dst: the directory to make. It appears when it is complete.
-      dtype: casts every tensor; by default each keeps its own.
+      dtype: casts every tensor that is not quantized; by default each keeps its own.
+      quantization: which weights are rounded to 8 or 4 bits; None: none is.
       max_memory: most memory for parameters on their way, such as "4GiB" or a number of bytes; one
         parameter may always pass. The program itself takes about 0.3 GB besides.
 
@@ -98,13 +106,22 @@ def convert(
         source.fit(config)
         rules.check(source.shapes_and_dtypes, config, str(directory))
         leaves = {leaf.path: leaf for leaf in rules.expand(config)}
-        plan = {
+        read = {
             path: (leaf.shape, numpy_dtype(dtype) if dtype else source.leaf_dtype(leaf))
             for path, leaf in leaves.items()
         }
-        mixed = {} if dtype else _mixed_dtypes(source, leaves, plan)
+        mixed = {} if dtype else mixed_dtypes(source, leaves, read)
+        kinds = quantized_weights(config, quantization)
+        plan = {
+            path: (shape, stored_as or read[path][1]) for path, (shape, stored_as) in leaves_of(config, kinds).items()
+        }
         total = sum(leaf_bytes(*entry) for entry in plan.values())
         notes = [*source.notes]
+        if whole := [path for path, kind in kinds.items() if kind != quantization.kind]:
+            notes.append(
+                f"{len(whole)} weights are kept as int8: no group of 16 or more divides the inputs of "
+                f"{path_name(whole[0])}{' and others' if len(whole) > 1 else ''}"
+            )
         if mixed:
             notes.append(
                 f"{len(mixed)} tensors are of another dtype than others of the same stacked parameter: kept as float32"
@@ -113,10 +130,12 @@ def convert(
             carry_files(directory, partial)
             with digests.Flushing(partial) as flushing:
                 with (
-                    orbax_io.ParamWriter(partial / PARAMS_NAME, entry_axes(config)) as writer,
-                    progress("convert", total) as advance,
+                    orbax_io.ParamWriter(partial / PARAMS_NAME, _entry_axes(config, kinds)) as writer,
+                    progress("convert", sum(leaf_bytes(*entry) for entry in read.values())) as advance,
                 ):
-                    _write_parameters(source, leaves, plan, writer, limit, advance, flushing.take)
+                    inputs = weight_inputs(config)
+                    rounding = {path: (kind, inputs[path]) for path, kind in kinds.items()}
+                    _write_parameters(source, leaves, read, rounding, writer, limit, advance, flushing.take)
                     writer.finalize()
                 # Now that the source is in the system's cache, as far as it has room; beside the conversion, reading
                 # it a second time made the conversion wait for the disk.
@@ -132,17 +151,18 @@ def convert(
                 source=str(src),
                 mixed=mixed,
                 notes=notes,
+                quantization=quantization,
                 own_digests=own_digests,
                 source_digests=source_digests,
             )
-    parameters = sum(math.prod(shape) for shape, _ in plan.values())
+    parameters = sum(math.prod(leaf.shape) for leaf in leaves.values())
     seconds = time.monotonic() - started
     tell(directory, notes)
     print(f"wrote {dst}: {parameters:,} parameters, {filesize.decimal(total)} in {seconds:.1f} s", file=sys.stderr)
     return Converted(dst, parameters, total, seconds, tuple(notes))
 
 
-def _mixed_dtypes(source: Source, leaves: Mapping[LeafPath, rules.Leaf], plan: Leaves) -> dict[str, str]:
+def mixed_dtypes(source: Source, leaves: Mapping[LeafPath, rules.Leaf], plan: Leaves) -> dict[str, str]:
     """Tensors whose dtype is not that of the stacked parameter that they are part of → their own."""
     stored_as = {name: rules.FLOAT_DTYPES[tensor.dtype] for name, tensor in source.tensors.items()}
     return {
@@ -159,10 +179,16 @@ def writing_bytes(size: int) -> int:
     return size if size <= orbax_io.CHUNK_BYTES else 3 * size
 
 
+def _entry_axes(config: Config, kinds: Mapping[LeafPath, str]) -> dict[LeafPath, int]:
+    """`entry_axes`, of the values of quantized weights too."""
+    return {(*path, kinds[path]) if path in kinds else path: axis for path, axis in entry_axes(config).items()}
+
+
 def _write_parameters(
     source: Source,
     leaves: Mapping[LeafPath, rules.Leaf],
-    plan: Leaves,
+    read: Leaves,
+    rounding: Mapping[LeafPath, tuple[str, tuple[int, ...]]],
     writer: orbax_io.ParamWriter,
     limit: int,
     advance: Callable[[int], None],
@@ -170,21 +196,28 @@ def _write_parameters(
 ) -> None:
     """Reads batches of parameters and gives them to ``writer``, one being written while the next is read.
 
-    ``written`` is called when a batch has been written and the next one has not begun.
+    Args:
+      read: shape and dtype of each parameter as it is read.
+      rounding: kind and input axes of those that are quantized.
+      written: called when a batch has been written and the next one has not begun.
     """
     memory, writing, in_flight = _Memory(), None, 0
-    by_size = dict(sorted(plan.items(), key=lambda item: -leaf_bytes(*item[1])))
+    by_size = dict(sorted(read.items(), key=lambda item: -leaf_bytes(*item[1])))
     for batch in batches(by_size, min(WRITE_BATCH_BYTES, limit // 2)):
-        size = sum(leaf_bytes(*plan[path]) for path in batch)
-        needed = sum(writing_bytes(leaf_bytes(*plan[path])) for path in batch)
+        size = sum(leaf_bytes(*read[path]) for path in batch)
+        needed = sum(writing_bytes(leaf_bytes(*read[path])) for path in batch)
         if writing is not None and in_flight + needed > limit:
             writer.wait()
             memory.give_back(writing)
             writing = None
         block = memory.take(size + _ALIGNMENT * len(batch))
-        arrays = _carve(block, {path: plan[path] for path in batch})
+        arrays = _carve(block, {path: read[path] for path in batch})
         for path, array in arrays.items():
             source.read_into(leaves[path], array)
+        for path in batch:
+            if path in rounding:
+                quantized = quantize_in_parts(arrays.pop(path), *rounding[path])
+                arrays |= {(*path, name): array for name, array in quantized.items()}
         writer.wait()
         written()
         writer.write(arrays)
@@ -192,6 +225,33 @@ def _write_parameters(
             memory.give_back(writing)
         writing, in_flight = block, needed
         advance(size)
+
+
+def quantize_in_parts(weight: np.ndarray, kind: str, inputs: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """`quantize` of a large array, a part of it at a time and several at once, so that little is in float32.
+
+    The parts are cut along an axis that has a scale for each entry: experts, heads or outputs.
+    """
+    axis = next(axis for axis in range(weight.ndim) if axis not in inputs)
+    step = max(1, math.ceil(weight.shape[axis] * _ROUND_AT_ONCE / weight.size))
+    bounds = [(start, min(start + step, weight.shape[axis])) for start in range(0, weight.shape[axis], step)]
+
+    def part(array: np.ndarray, start: int, stop: int) -> np.ndarray:
+        return array[(slice(None),) * axis + (slice(start, stop),)]
+
+    first = quantize(part(weight, *bounds[0]), kind, inputs)
+    whole = {
+        name: np.empty((*array.shape[:axis], weight.shape[axis], *array.shape[axis + 1 :]), array.dtype)
+        for name, array in first.items()
+    }
+
+    def fill(start: int, stop: int) -> None:
+        for name, array in quantize(part(weight, start, stop), kind, inputs).items():
+            part(whole[name], start, stop)[...] = array
+
+    with ThreadPoolExecutor(WORKERS, thread_name_prefix="dsvl2-quantize") as pool:
+        list(pool.map(fill, *zip(*bounds, strict=True)))
+    return whole
 
 
 class _Memory:
@@ -230,6 +290,7 @@ def write_manifest(
     mixed: Mapping[str, str],
     own_digests: Mapping[str, str],
     notes: Sequence[str] = (),
+    quantization: Quantization | None = None,
     source_digests: Mapping[str, str] | None = None,
 ) -> None:
     """Writes the file that makes a converted directory complete.
@@ -239,6 +300,7 @@ def write_manifest(
         can give it back.
       own_digests: file → SHA-256 of every file of the directory.
       notes: what was tolerated in the source.
+      quantization: of the weights; None: none is quantized.
       source_digests: file → SHA-256 of the source.
     """
     files = digests.files_below(directory)
@@ -250,6 +312,7 @@ def write_manifest(
         },
         "mixed_dtypes": dict(mixed),
         "notes": list(notes),
+        "quantization": {} if quantization is None else quantization.described(),
         # A configuration may be edited on purpose, so that its size is not checked each time, as its digest can be.
         "files": {name: size for name, size in files.items() if name.startswith(f"{PARAMS_NAME}/")},
         "sha256": dict(own_digests),

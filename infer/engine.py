@@ -39,6 +39,7 @@ from dsvl2_jax.inputs.batch import Batch, collate
 from dsvl2_jax.inputs.processor import ModelInputs, Processor
 from dsvl2_jax.kernels.tuning import table_digest
 from dsvl2_jax.model import deepseek_vl2 as model
+from dsvl2_jax.model.cache import check_cache_dtype
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import Params
 from dsvl2_jax.model.weights import for_rows
@@ -57,6 +58,7 @@ def load(
     dtype: str | None = "float32",
     mesh: Mesh | None = None,
     *,
+    cache_dtype: str | None = None,
     verify: bool = False,
     adapter: str | Path | Mapping[str, str | Path] | None = None,
 ) -> Model:
@@ -69,13 +71,17 @@ def load(
         stays float32); None keeps the stored dtypes and computes in that of the embeddings.
       mesh: of `dsvl2_jax.sharding.make_mesh`; None: one device. With devices of several processes, all of them make
         the same calls with the same inputs.
+      cache_dtype: "float32", "bfloat16" or "int8", in which the cache keeps what attention reads of earlier tokens;
+        None: as the model computes. int8 has a scale for each vector, and takes about half the bytes of bfloat16.
       verify: read every file of the checkpoint before, and compare it with its digest.
       adapter: the directory of a LoRA or DoRA adapter for this checkpoint, as training and the `peft` package write
         them, or a hub id; None: none. Several by name: each prompt chooses one of them or none, see `Model.generate`.
 
     Raises:
       CheckpointError, ConfigError, TokenizerError: the checkpoint or an adapter cannot be used; the message says why.
+      UsageError: a dtype that is none of those, or adapters that cannot lie side by side.
     """
+    check_cache_dtype(cache_dtype)
     compile_log()
     enable_compilation_cache()
     keep_freed_memory()
@@ -93,7 +99,7 @@ def load(
                 name: with_adapter(params, config, *one, mesh=mesh, source=sources[name]) for name, one in read.items()
             }
             params, adapters = side_by_side(params, adapted) if several else (adapted[""], None)
-    return Model(config, params, processor, mesh, adapters)
+    return Model(config, params, processor, mesh, adapters, cache_dtype=cache_dtype)
 
 
 class Model:
@@ -111,11 +117,15 @@ class Model:
         processor: Processor,
         mesh: Mesh | None = None,
         adapters: Adapters | None = None,
+        *,
+        cache_dtype: str | None = None,
     ):
+        check_cache_dtype(cache_dtype)
         self.config = config
         self.params = params
         self.processor = processor
         self.mesh = mesh
+        self._cache_dtype = cache_dtype
         self.adapters = adapters
         self._mean = np.asarray(processor.config.image_mean, np.float32)
         self._std = np.asarray(processor.config.image_std, np.float32)
@@ -125,6 +135,10 @@ class Model:
     @property
     def dtype(self) -> str:
         return jnp.dtype(model.compute_dtype(self.params)).name
+
+    @property
+    def cache_dtype(self) -> str:
+        return self._cache_dtype or self.dtype
 
     def _params_for(self, adapter: str | None, rows: int) -> Params:
         """The parameters for a batch all of whose rows want one adapter."""

@@ -26,6 +26,11 @@ class LoadOptions:
     strict_special_tokens: bool = False
     verify: bool = False
     adapter: str | None = None
+    cache_dtype: str | None = None
+    max_tiles: int | None = None
+    min_tiles: int | None = None
+    frames: int | None = None
+    frame_choice: str | None = None
 
 
 def load(ckpt: str | None, options: LoadOptions) -> Model:
@@ -44,9 +49,11 @@ def load(ckpt: str | None, options: LoadOptions) -> Model:
         processes.same_everywhere("the checkpoint", description(resolve(ckpt)))
         if options.adapter is not None:
             processes.same_everywhere("the adapter", description(find_adapter(options.adapter)))
-    model = engine.load(ckpt, dtype=options.dtype, mesh=mesh, verify=options.verify, adapter=options.adapter)
+    given = {"cache_dtype": options.cache_dtype, "verify": options.verify, "adapter": options.adapter}
+    model = engine.load(ckpt, dtype=options.dtype, mesh=mesh, **given)
     model.store_programs()
     model.processor.as_seen = options.as_seen
     model.processor.warns = False  # the commands count pictures, and name their own option
     model.processor.strict_special_tokens = options.strict_special_tokens
+    model.processor.set_visuals(options.max_tiles, options.min_tiles, options.frames, options.frame_choice)
     return model

@@ -30,6 +30,7 @@ from dsvl2_jax.infer.request import Delta, FailedError, Request, image_tiles
 from dsvl2_jax.infer.slots import GROUP, PAGE, Steps
 from dsvl2_jax.infer.stores import Store
 from dsvl2_jax.inputs.processor import ModelInputs
+from dsvl2_jax.model.rope_scaling import depends_on_length
 from dsvl2_jax.runtime.timing import Timing
 
 _SHORT_PROMPT = 2  # turns that a prompt may take for which groups are shortened
@@ -255,7 +256,7 @@ class Scheduler:
         request, end = job.ticket.request, min(job.start + self.chunk, job.ticket.length)
         chunk = request.inputs.input_ids[job.start : end], request.inputs.image_index[job.start : end]
         with self._phase("prefill"):
-            self.executor.prefill(*chunk, job.start, request.adapter)
+            self.executor.prefill(*chunk, job.start, len(request.inputs.input_ids), request.adapter)
             page = job.start // PAGE
             whole = job.pages and end - job.start == PAGE and job.pages[page] not in self.pages
             if whole and self.pages.make_room(job.pages[page], self.executor.page_bytes):
@@ -268,8 +269,7 @@ class Scheduler:
         ticket.times["begun"] = time.perf_counter()
         self.rows[slot] = ticket
         request, per_tile = ticket.request, self.model.config.tokens_per_tile
-        keeps = self.pages.capacity and self.chunk == PAGE
-        pages = page_keys(request, per_tile, self.model.adapters) if keeps else []
+        pages = self._page_keys(request) if self.pages.capacity and self.chunk == PAGE else []
         start = 0
         self.executor.new_row()
         # The last token is computed in any case: its logits are needed.
@@ -410,13 +410,17 @@ class Scheduler:
         """Ends a request whose numbers are none, and forgets what was kept of it."""
         ticket.done = True
         ticket.error = FailedError("the model computed what is no number (inf or nan) for this request alone.", 500)
-        request, adapters = ticket.request, self.model.adapters
-        for key in page_keys(request, self.model.config.tokens_per_tile, adapters):
+        for key in self._page_keys(ticket.request):
             if self.pages.forget(key):
                 self.executor.drop_page(key)
-        for key in picture_keys(request, adapters):
+        for key in picture_keys(ticket.request, self.model.adapters):
             if self.features.forget(key):
                 self.executor.drop_features(key)
+
+    def _page_keys(self, request: Request) -> list[bytes]:
+        """As `page_keys`; where positions depend on a prompt's length, its pages are for prompts as long only."""
+        scales = depends_on_length(self.model.config.language, len(request.inputs.input_ids))
+        return page_keys(request, self.model.config.tokens_per_tile, self.model.adapters, of_length=scales)
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -440,11 +444,17 @@ def picture_keys(request: Request, adapters: Adapters | None = None) -> list[byt
     return [digest + suffix for digest in request.image_digests]
 
 
-def page_keys(request: Request, tokens_per_tile: int, adapters: Adapters | None = None) -> list[bytes]:
-    """A key for each full page of a prompt: a digest of its adapter, tokens and pictures, and of all before it."""
+def page_keys(
+    request: Request, tokens_per_tile: int, adapters: Adapters | None = None, *, of_length: bool = False
+) -> list[bytes]:
+    """A key for each full page of a prompt: a digest of its adapter, tokens and pictures, and of all before it.
+
+    With ``of_length`` of the prompt's length too.
+    """
     inputs, pictures = request.inputs, picture_keys(request, adapters)
     first_rows = _first_tiles(inputs) * tokens_per_tile
     key, keys, told = b"" if adapters is None else adapters.text_key(request.adapter), [], 0
+    key += b"%d" % len(inputs.input_ids) if of_length else b""
     for start in range(0, len(inputs.input_ids) - PAGE + 1, PAGE):
         page = slice(start, start + PAGE)
         digest = hashlib.sha256(key)

@@ -47,6 +47,9 @@ def serve(
     _log_to_standard_error()
     name = options.model_name or (_BUNDLED if ckpt is None else checkpoint_name(resolve(ckpt)))
     model = load(ckpt, loading)
+    most = engine_options.max_image_tiles
+    if most is not None and most < model.processor.config.largest:
+        model.processor.set_visuals(most)  # of requests that do not ask, too
     if not processes.is_first():
         follow(model, engine_options, _grammars(model))
         return

@@ -25,7 +25,7 @@ from dsvl2_jax.errors import CheckpointError
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import Params, abstract_leaves, compute_dtype
 from dsvl2_jax.model.parameter_paths import LeafPath, path_name
-from dsvl2_jax.model.weights import is_stored_weight, weight_of
+from dsvl2_jax.model.weights import is_stored_weight, merged, weight_of
 from dsvl2_jax.sharding import PARAM_RULES, partition_spec
 
 _SAMPLE = 8  # numbers of each matrix that its base's digest is made of
@@ -106,6 +106,29 @@ def _gain(stored: dict[str, Any], packed_axis: int, one_by_one: bool) -> jax.Arr
     if one_by_one:
         return lax.map(lambda expert: weight_of(expert, packed_axis).gain, stored)
     return weight_of(stored, packed_axis).gain
+
+
+def merged_weight(base: np.ndarray, leaf: rules.Leaf, arrays: Mapping[str, np.ndarray], factor: float) -> np.ndarray:
+    """A parameter with its adapter added, in float32, then in its own dtype; of experts one at a time.
+
+    Args:
+      base: of the parameter ``leaf``.
+      arrays: "lora_a", "lora_b" and of DoRA "magnitude", of any float dtype.
+      factor: of the adapter.
+    """
+    arrays = {**arrays, "lora_b": np.asarray(arrays["lora_b"], np.float32) * np.float32(factor)}
+    stored = {name: array if leaf.stacked else array[None] for name, array in {**arrays, "base": base}.items()}
+    out = np.empty_like(stored["base"])
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        for i, whole in enumerate(out):
+            whole[...] = _merged({name: array[i] for name, array in stored.items()}, leaf.inputs[-1] - len(leaf.shape))
+    return out if leaf.stacked else out[0]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _merged(stored: dict[str, Any], packed_axis: int) -> jax.Array:
+    stored = {name: array if name == "base" else array.astype(jnp.float32) for name, array in stored.items()}
+    return merged(weight_of(stored, packed_axis), packed_axis).astype(stored["base"].dtype)
 
 
 def array_axes(config: Config, leaf: rules.Leaf) -> dict[str, tuple[str | None, ...]]:

@@ -19,6 +19,7 @@ from dsvl2_jax.checkpoint.shards import MERGE
 from dsvl2_jax.errors import CheckpointError
 from dsvl2_jax.messages import listed
 from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.rope_scaling import inverse_frequencies
 
 # Parts of a name that wrappers put in, at any depth: compilation, sharded training, recomputation.
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -49,7 +50,8 @@ def released_names(stored: dict[str, Tensor], config: Config, source: str) -> Na
     expected = rules.expected_shapes(config)
     if adapters := [name for name in stored if _ADAPTER.search(name)]:
         raise CheckpointError(
-            f"{source}: the tensors belong to an adapter (LoRA or the like), as yet apart from its model; {MERGE}. "
+            f"{source}: the tensors belong to an adapter (LoRA or the like), as yet apart from its model. If "
+            f"the adapter is not in a directory of its own, save it into one with peft's save_pretrained; {MERGE}. "
             f"Found:\n{listed(adapters, limit=3)}"
         )
     notes: list[str] = []
@@ -101,11 +103,12 @@ def check_buffer(name: str, values: np.ndarray, config: Config, source: str) -> 
       CheckpointError: they differ by more than bfloat16 rounds.
     """
     language = config.language
-    width = language.qk_rope_head_dim if language.use_mla else language.head_dim
-    expected = language.rope_theta ** -(np.arange(0, width, 2) / width)
+    expected = inverse_frequencies(language)
     if values.shape != expected.shape or not np.allclose(values, expected, rtol=0.01, atol=0):
+        says = f"config.json's rope_theta {language.rope_theta}"
+        says += "" if language.rope_scaling is None else f" with rope_scaling {language.rope_scaling.kind}"
         raise CheckpointError(
-            f"{source}: {name} holds {_shown(values)}, but config.json's rope_theta {language.rope_theta} gives "
+            f"{source}: {name} holds {_shown(values)}, but {says} gives "
             f"{_shown(expected)}: the model was made for other positions than config.json says. Get both from the same "
             "release."
         )

@@ -22,7 +22,7 @@ from dsvl2_jax.kernels.gpu_decode_inputs import heads_into_cache, latent_into_ca
 from dsvl2_jax.kernels.gpu_few_rows import MAX_ROWS, project
 from dsvl2_jax.model.attention import LATENT_NORM_EPS, LayerCache
 from dsvl2_jax.model.config import LanguageConfig
-from dsvl2_jax.model.layers import rotary_tables
+from dsvl2_jax.model.rotary import rotary_tables
 from dsvl2_jax.sharding import ambient_mesh_shape
 
 Rotary = tuple[jax.Array, jax.Array]
@@ -52,8 +52,7 @@ def is_supported(config: LanguageConfig, slots: int, *dtypes: DTypeLike) -> bool
 
 def rotary_of(config: LanguageConfig, positions_b: jax.Array) -> Rotary:
     """cos and sin, f32[B, width/2], that all layers of a step share."""
-    width = config.qk_rope_head_dim if config.use_mla else config.head_dim
-    return rotary_tables(positions_b, width, config.rope_theta)
+    return rotary_tables(config, positions_b, positions_b + 1)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "moe", "interpret"))
@@ -121,8 +120,8 @@ def _multi_head_attention(
         eps=config.rms_norm_eps,
         interpret=interpret,
     )
-    scale = config.head_dim**-0.5
-    split = attend_splits([q_bhd], [keys], values, positions_b, scale=scale, interpret=interpret)
+    options = {"scale": config.softmax_scale, "interpret": interpret}
+    split = attend_splits([q_bhd], [keys], values, positions_b, **options)
     return combine(*split, dtype=x_bd.dtype, interpret=interpret), {"key": keys, "value": values}
 
 
@@ -155,7 +154,7 @@ def _latent_attention(
         interpret=interpret,
     )
     queries, keys = [q_latent_bhr, q_rope_bhd], [a[:, :, None] for a in (latent_bsr, key_bsd)]  # one head of keys
-    split = attend_splits(queries, keys, None, positions_b, scale=width**-0.5, interpret=interpret)
+    split = attend_splits(queries, keys, None, positions_b, scale=cfg.softmax_scale, interpret=interpret)
     out_bhd = combine_latent(*split, attn["kv_b_proj"], first_row=nope, interpret=interpret)
     return out_bhd, {"latent": latent_bsr, "rope_key": key_bsd}
 

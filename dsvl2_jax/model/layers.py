@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import lax
 from jax.typing import DTypeLike
 
@@ -35,6 +36,12 @@ Axes = tuple[str | None, ...]
 def partitioned(init: nn.initializers.Initializer, axes: Axes) -> nn.initializers.Initializer:
     """An initializer whose result carries the logical names of its axes; see `dsvl2_jax.sharding.PARAM_RULES`."""
     return nn.with_logical_partitioning(init, axes)
+
+
+class WeightBox(nn.LogicallyPartitioned):
+    """What `declare` gives a weight at initialisation: as `partitioned`, and its ``inputs``."""
+
+    inputs: int | None = struct.field(default=None, pytree_node=False)
 
 
 def declare(
@@ -59,10 +66,11 @@ def declare(
       inputs: of a weight, the last axis that products contract, as its released layout counts; None: of anything that
         is kept as a plain array only.
     """
-    if inputs is not None and module.has_variable("params", name):
+    if inputs is not None:
         stored = module.get_variable("params", name)
         if is_stored_weight(stored):
             return weight_of(stored, inputs - len(shape))
+        return module.param(name, lambda *drawn: WeightBox(init(*drawn), axes, inputs=inputs), tuple(shape))
     return module.param(name, partitioned(init, axes), tuple(shape))
 
 
@@ -220,13 +228,6 @@ class GatedMLP(nn.Module):
         up = Linear(self.width, axes, self.dtype, self.std, name="up_proj")(x_btd)
         hidden = constrain(nn.silu(gate) * up, batch_axis(decode), "length", "mlp")
         return Linear(x_btd.shape[-1], axes[::-1], self.dtype, self.std, name="down_proj")(hidden)
-
-
-def rotary_tables(positions: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, f32[..., width/2], for i32 positions [...]; kept in float32 whatever the model's dtype."""
-    inverse_frequency = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angles = positions.astype(jnp.float32)[..., None] * inverse_frequency
-    return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate_half(x_bthd: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

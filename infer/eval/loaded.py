@@ -25,13 +25,8 @@ from dsvl2_jax.infer.eval.results import DIGEST
 from dsvl2_jax.infer.eval.samples import Sample
 from dsvl2_jax.infer.loading import LoadOptions, load
 from dsvl2_jax.infer.request import Request
-from dsvl2_jax.inputs.images import select_best_resolution
-from dsvl2_jax.inputs.processor import (
-    MAX_TILED_IMAGES,
-    Processor,
-    extended_candidate_resolutions,
-    image_tokens,
-)
+from dsvl2_jax.inputs.processor import Processor, image_tokens
+from dsvl2_jax.inputs.visuals import Picture
 from dsvl2_jax.runtime import processes
 
 _THREADS = 2  # that read and tile images while the device is busy
@@ -53,15 +48,13 @@ class LoadedModel:
         max_new_tokens: int,
         batch_size: int,
         speculate: int,
-        candidates: int | None,
     ):
         """Finds the checkpoint; see `dsvl2_jax.infer.eval.evaluate.EvalOptions` for the options.
 
         Raises CheckpointError or UsageError when there is none, or no adapter where one is wanted.
         """
         self._ckpt, self._options = ckpt, options
-        self._max_new_tokens, self._batch_size, self._candidates = max_new_tokens, batch_size, candidates
-        self._speculate = speculate
+        self._max_new_tokens, self._batch_size, self._speculate = max_new_tokens, batch_size, speculate
         self._directory = locate.resolve(ckpt)
         self._adapter = None if options.adapter is None else locate.find_adapter(options.adapter)
         self._model: Model | None = None  # until it is loaded
@@ -82,7 +75,6 @@ class LoadedModel:
         """Loads the model if it is needed, in the other processes too."""
         if processes.from_first(lambda: needed):
             self._model = load(self._ckpt, self._options)
-            _extend_candidates(self._model.processor, self._candidates)
 
     def answer(self, questions: Questions) -> None:
         """Asks the largest samples first, so that a lack of memory shows at once."""
@@ -91,9 +83,10 @@ class LoadedModel:
         ordered = sorted(questions.samples, key=lambda sample: sizes[sample.line], reverse=True)
 
         def prepare(sample: Sample) -> _Prepared:
-            images = [asked.image for asked in questions.images(sample)]
+            asked = questions.images(sample)
+            images = [Picture(one.image, own) for one, own in zip(asked, sample.budgets, strict=True)]
             try:
-                inputs = model.processor(list(sample.conversation), images)
+                inputs = model.processor(list(sample.conversation), images, **sample.budget._asdict())
             except DSVL2Error as error:
                 raise questions.unusable(sample, error) from error
             try:
@@ -180,11 +173,9 @@ def prompt_size(sample: Sample, processor: Processor) -> tuple[int, int]:
     config = processor.config
     tiles = 0
     tokens = sum(len(processor.tokenizer.encode(turn["content"])) for turn in sample.conversation)
-    for size in sample.sizes:
-        canvas = (config.tile_size,) * 2
-        if len(sample.sizes) <= MAX_TILED_IMAGES:
-            canvas = select_best_resolution(size, config.candidate_resolutions)
-        cols, rows = (length // config.tile_size for length in canvas)
+    budget = sample.budget.over(processor.budget)
+    for size, own in zip(sample.sizes, sample.budgets, strict=True):
+        cols, rows = processor.grid(size, len(sample.sizes), own, budget)
         tiles += 1 + cols * rows
         tokens += image_tokens(cols, rows, config.tokens_per_side)
     return tiles, tokens
@@ -195,13 +186,6 @@ class _Prepared:
     sample: Sample
     request: Request | None  # None: the prompt cannot be answered
     error: str = ""
-
-
-def _extend_candidates(processor: Processor, max_tiles: int | None) -> None:
-    if max_tiles is not None:
-        config = processor.config
-        resolutions = extended_candidate_resolutions(max_tiles, config.tile_size)
-        processor.config = dataclasses.replace(config, candidate_resolutions=resolutions)
 
 
 def _result(sample: Sample, generation: Generation) -> Result:

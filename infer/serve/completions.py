@@ -44,9 +44,7 @@ async def completions(request: Request) -> Response:
     async def asked() -> Answers:
         return await ask(serving, request, body, await _prompts(serving, body), wanted, arrived)
 
-    return await respond(
-        request, stream=bool(body.stream), asked=asked, reply=lambda answers: _Reply(body, answers)
-    )
+    return await respond(request, stream=bool(body.stream), asked=asked, reply=lambda answers: _Reply(body, answers))
 
 
 async def _prompts(serving: Serving, body: CompletionRequest) -> list[Prompt]:

@@ -14,7 +14,9 @@ from dsvl2_jax.errors import UsageError
 from dsvl2_jax.infer.adapters import BASE
 
 ADAPTER = "--adapter"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}")  # what paths, labels of metrics and lines of logs take as it is
+_NAME = re.compile(
+    r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}"
+)  # what paths, labels of metrics and lines of logs take as it is
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,8 @@ from dsvl2_jax.infer.serve.bodies import STREAMED, described, read_body
 from dsvl2_jax.infer.serve.errors import ApiError, SafeRoute
 from dsvl2_jax.infer.serve.events import event, respond, stream_error
 from dsvl2_jax.infer.serve.grammars import constraint
-from dsvl2_jax.infer.serve.prompts import Picture, Text, Turn, chat_prompt
-from dsvl2_jax.infer.serve.schemas_responses import InputText, ResponsesRequest
+from dsvl2_jax.infer.serve.prompts import Picture, Text, Turn, Video, chat_prompt
+from dsvl2_jax.infer.serve.schemas_responses import InputText, InputVideo, ResponsesRequest
 from dsvl2_jax.infer.serve.state import serving_of
 from dsvl2_jax.inputs.turns import ROLES
 
@@ -41,12 +41,10 @@ async def responses(request: Request) -> Response:
     )
 
     async def asked() -> Answers:
-        prompt = await chat_prompt(serving, turns(body), "input")
+        prompt = await chat_prompt(serving, turns(body), "input", body.budget)
         return await ask(serving, request, body, [prompt], wanted, arrived)
 
-    return await respond(
-        request, stream=bool(body.stream), asked=asked, reply=lambda answers: _Reply(body, answers)
-    )
+    return await respond(request, stream=bool(body.stream), asked=asked, reply=lambda answers: _Reply(body, answers))
 
 
 def turns(body: ResponsesRequest) -> list[Turn]:
@@ -58,7 +56,7 @@ def turns(body: ResponsesRequest) -> list[Turn]:
         return [*out, Turn("user", [[Text(body.input, "input")]])]
     for number, message in enumerate(body.input):
         here = f"input[{number}].content"
-        parts: list[Text | Picture] = []
+        parts: list[Text | Picture | Video] = []
         if isinstance(message.content, str):
             parts.append(Text(message.content, here))
         else:
@@ -66,8 +64,12 @@ def turns(body: ResponsesRequest) -> list[Turn]:
                 field = f"{here}[{place}]"
                 if isinstance(part, InputText):
                     parts.append(Text(part.text, f"{field}.text"))
+                elif isinstance(part, InputVideo):
+                    parts.append(
+                        Video(part.video_url, f"{field}.video_url", part.frames, part.frame_choice, part.budget)
+                    )
                 else:
-                    parts.append(Picture(part.image_url, f"{field}.image_url", part.detail))
+                    parts.append(Picture(part.image_url, f"{field}.image_url", part.detail, part.budget))
         out.append(Turn(ROLES[message.role], [parts]))
     return out
 

@@ -42,7 +42,8 @@ class ServeOptions:
       aliases: patterns of names that also mean this model.
       adapters: name and root of each adapter of the engine's model, in the order of their numbers.
       keys: without any, everybody may ask.
-      honour_detail: ``detail: low`` gives a picture a single tile. Evaluation kits send it without meaning it.
+      honour_detail: ``detail: low`` gives a picture a single tile, and ``high`` tiles among any number of pictures.
+        Evaluation kits send it without meaning it.
       default_max_tokens: of an answer in a chat, when the request names no number.
       max_body: bytes of a request.
       cors_origins: web pages from elsewhere that may ask, as ``https://example.org``; ``*``: all.

@@ -30,7 +30,7 @@ async def tokenize(request: Request) -> Response:
         if body.add_special_tokens is False:
             message = "add_special_tokens: found false, but a chat always has them; leave it out."
             raise ApiError(400, message, param="add_special_tokens", code="unsupported_value")
-        prompt = await unless_gone(request, chat_prompt(serving, turns(body.messages), "messages"))
+        prompt = await unless_gone(request, chat_prompt(serving, turns(body.messages), "messages", body.budget))
         tokens = prompt.inputs.input_ids.tolist()
     else:
         tokens = await serving.in_pool(tokenizer.encode, body.prompt)

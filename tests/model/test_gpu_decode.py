@@ -21,6 +21,7 @@ from dsvl2_jax.model.config import Config, LanguageConfig
 from dsvl2_jax.model.decoder import DecoderLayer
 from dsvl2_jax.model.parameter_paths import stays_float32
 from dsvl2_jax.model.released import released_config
+from dsvl2_jax.model.rope_scaling import RopeScaling
 
 SMALL = {"vocab_size": 64, "hidden_size": 48, "intermediate_size": 80, "moe_intermediate_size": 32}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -38,10 +39,13 @@ def language(size: str) -> LanguageConfig:
     return dataclasses.replace(config, **widths | counts)
 
 
-@pytest.mark.parametrize(("size", "rows"), [("tiny", 5), ("base", 20)])
-def test_a_layer_gives_what_the_modules_give(size, rows):
+YARN = RopeScaling("yarn", 4.0, 32, mscale=0.5, mscale_all_dim=1.3)
+
+
+@pytest.mark.parametrize(("size", "rows", "scaling"), [("tiny", 5, YARN), ("base", 20, None), ("base", 5, YARN)])
+def test_a_layer_gives_what_the_modules_give(size, rows, scaling):
     """Five rows visit fewer experts than there are, twenty all of them."""
-    config, length = language(size), 70
+    config, length = dataclasses.replace(language(size), rope_scaling=scaling), 70
     rng = np.random.default_rng(rows)
 
     def normal(a: jax.ShapeDtypeStruct) -> jax.Array:

@@ -150,7 +150,7 @@ def encode(config: Config, tiles: int, dtype: Any) -> Program:
 
 def prefill(config: Config, tokens: int, dtype: Any) -> Program:
     """A whole prompt into an empty cache."""
-    least = prefill_work(config, 1, tokens, dtype.itemsize)
+    least = prefill_work(config, 1, tokens, dtype.itemsize, cache_dtype=dtype.name)
     lower, start = _chunk(config, tokens, 0, dtype)
     return Program("prefill", {"tokens": tokens}, least, "tokens", tokens, lower, start)
 
@@ -159,7 +159,7 @@ def chunk(config: Config, tokens: int, dtype: Any) -> Program:
     """The last chunk of a prompt, as the engine prefills it: it attends to the tokens before it in the cache."""
     size = min(PAGE, tokens)
     first = tokens - size
-    least = prefill_work(config, 1, size, dtype.itemsize, before=first)
+    least = prefill_work(config, 1, size, dtype.itemsize, before=first, cache_dtype=dtype.name)
     lower, start = _chunk(config, size, first, dtype)
     return Program("chunk", {"tokens": size, "before": first}, least, "tokens", size, lower, start)
 
@@ -175,6 +175,7 @@ def _chunk(config: Config, size: int, first: int, dtype: Any) -> tuple[Callable,
         "image_index_bt": np.full((1, size), TEXT_POSITION, np.int32),
         "length": np.int32(size),
         "start": np.int32(first),
+        "total": np.int32(first + size),
     }
 
     def lower() -> Lowered:
@@ -262,7 +263,7 @@ def decode(config: Config, slots: int, context: int, dtype: Any, row: Callable[[
         return _Decoding(compiled, part, state, config, slots, context)
 
     steps = GROUPS * GROUP
-    least = decode_work(config, slots, context - steps // 2, dtype.itemsize)
+    least = decode_work(config, slots, context - steps // 2, dtype.itemsize, cache_dtype=dtype.name)
     sizes = {"slots": slots, "context": context}
     return Program("decode", sizes, least, "tokens", slots, lower, start, steps=GROUP, runs=GROUPS)
 

@@ -1,4 +1,4 @@
-"""`dsvl2 convert`, `export` and `doctor`: checkpoints in both layouts.
+"""`dsvl2 convert`, `export`, `merge` and `doctor`: checkpoints in both layouts.
 
 Tested in tests/apps/cli/test_main.py.
 """
@@ -6,14 +6,21 @@ Tested in tests/apps/cli/test_main.py.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from tyro.conf import Positional
 
-from dsvl2_jax.apps.cli.options import Checkpoint, Dtype
+from dsvl2_jax.apps.cli.options import Checkpoint, Dtype, Keep, QuantizeTo
 
 
 def convert(
-    src: Positional[str], dst: Positional[Path], *, dtype: Dtype | None = None, max_memory: str = "1GiB"
+    src: Positional[str],
+    dst: Positional[Path],
+    *,
+    dtype: Dtype | None = None,
+    max_memory: str = "1GiB",
+    quantize: QuantizeTo | None = None,
+    keep: Keep | None = None,
 ) -> None:
     """Convert a checkpoint in the released layout to an Orbax directory that is complete by itself.
 
@@ -22,10 +29,14 @@ def convert(
         dst: directory to make; it must not exist.
         dtype: cast all tensors; without it each keeps its own.
         max_memory: the most memory for tensors on their way, e.g. 4GiB. A single larger tensor still passes.
+        quantize: keep the weights of products in 8 or 4 bits.
+        keep: with --quantize, weights in whose path this regular expression is found stay as they are; without it,
+            those of the output head and of the patch embedding.
     """
     from dsvl2_jax.convert.to_orbax import convert as run
+    from dsvl2_jax.model.quantization import quantization_of
 
-    run(src, dst, dtype=dtype, max_memory=max_memory)
+    run(src, dst, dtype=dtype, max_memory=max_memory, quantization=quantization_of(quantize, keep))
 
 
 def export(ckpt: Positional[str], dst: Positional[Path], *, dtype: Dtype | None = None, verify: bool = False) -> None:
@@ -40,6 +51,28 @@ def export(ckpt: Positional[str], dst: Positional[Path], *, dtype: Dtype | None 
     from dsvl2_jax.convert.to_safetensors import export as run
 
     run(ckpt, dst, dtype=dtype, verify=verify)
+
+
+def merge(
+    ckpt: Positional[str],
+    adapter: Positional[str],
+    dst: Positional[Path],
+    *,
+    layout: Literal["orbax", "released"] | None = None,
+    verify: bool = False,
+) -> None:
+    """Merge a LoRA or DoRA adapter into its checkpoint: what comes out needs no adapter any more.
+
+    Args:
+        ckpt: what the adapter was trained on: converted directory, released-layout directory, training run or hub id.
+        adapter: a directory that training or peft wrote, or a hub id.
+        dst: directory to make; it must not exist.
+        layout: orbax, as convert writes it, or released, as export does; without it, that of the checkpoint.
+        verify: read every file of the checkpoint first and compare it with its digest.
+    """
+    from dsvl2_jax.convert.merge import merge as run
+
+    run(ckpt, adapter, dst, layout=layout, verify=verify)
 
 
 def doctor(ckpt: Checkpoint = None, *, verify: bool = False, json: bool = False) -> int:

@@ -12,11 +12,12 @@ from pathlib import Path
 import jax
 from rich.table import Table
 
-from dsvl2_jax.apps.plan.job import ITEMSIZE, Job
+from dsvl2_jax.apps.plan.job import Job
 from dsvl2_jax.apps.plan.mesh_choice import MAX_MEMORY_FRACTION, resident_bytes
-from dsvl2_jax.checkpoint.locate import open_model, resolve
+from dsvl2_jax.checkpoint.locate import open_model, quantization_in, resolve
 from dsvl2_jax.infer.loading import LoadOptions
 from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.quantization import Quantization
 from dsvl2_jax.runtime.console import PrintableConsole
 from dsvl2_jax.sharding import MESH_AXES, parse_mesh
 
@@ -31,14 +32,17 @@ def print_slots(ckpt: str | None, loading: LoadOptions, wanted: int, stores: int
     Returns:
       The exit status: 1 when those that were asked for do not.
     """
-    config, _ = open_model(resolve(ckpt))
+    directory = resolve(ckpt)
+    config, _ = open_model(directory)
     sizes = dict.fromkeys(MESH_AXES, 1) | ({} if loading.mesh is None else parse_mesh(loading.mesh))
     report = slots_that_fit(
         config,
         sizes,
         itemsize=4 if loading.dtype == "float32" else 2,
+        cache_dtype=loading.cache_dtype or loading.dtype,
         memory=_device_memory(),
         stores=stores,
+        quantization=quantization_in(directory),
     )
     table = Table(show_header=False, box=None)
     for words, value in (
@@ -69,25 +73,35 @@ class SlotsReport:
 
 
 def slots_that_fit(
-    config: Config, sizes: dict[str, int], *, itemsize: int, memory: float, stores: float
+    config: Config,
+    sizes: dict[str, int],
+    *,
+    itemsize: int,
+    memory: float,
+    stores: float,
+    quantization: Quantization | None = None,
+    cache_dtype: str = "bfloat16",
 ) -> SlotsReport:
     """How many slots of the whole context fit beside parameters and stores, with room for programs to work.
 
     Args:
       sizes: of the mesh's axes.
-      itemsize: bytes of a parameter and of a cache's entry.
+      itemsize: bytes of a parameter that is not quantized.
+      cache_dtype: of the caches.
       memory: bytes of a device.
       stores: bytes that the engine's stores may take.
+      quantization: of the weights.
     """
     context = config.language.max_position_embeddings
 
     def resident(slots: int) -> float:
-        return resident_bytes(config, Job("decode", slots, context), sizes) * itemsize / ITEMSIZE
+        job = Job("decode", slots, context, quantization=quantization, cache_dtype=cache_dtype)
+        return resident_bytes(config, job, sizes, itemsize)
 
     # Rows are split over the mesh; a number of them that all its parts share makes a slot's part of each.
     many = 64 * sizes["data"] * sizes["tensor"] * sizes["expert"]
+    slot = (resident(many) - resident(0)) / many
     parameters = resident(0)
-    slot = (resident(many) - parameters) / many
     room = MAX_MEMORY_FRACTION * memory
     slots = max(0, int((room - parameters - stores) / slot))
     return SlotsReport(memory, room, parameters, stores, slot, context, slots)

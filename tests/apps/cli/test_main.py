@@ -55,7 +55,7 @@ def test_every_command_explains_itself(run, command):
 
 TOGETHER = {"--processes": "None", "--coordinator": "None", "--process": "None", "--connect-timeout": "300"}
 COMPUTING = {"--dtype": "float32", "--mesh": "None"}
-VERIFYING = COMPUTING | {"--verify": "False"}
+VERIFYING = COMPUTING | {"--verify": "False", "--cache-dtype": "None"}
 LOADING = VERIFYING | {"--adapter": "None", "--as-seen": "False", "--strict-special-tokens": "False"}
 ANSWERING = {
     "--system": "''", "--max-new-tokens": "512", "--temperature": "0.0", "--top-p": "1.0", "--top-k": "50",
@@ -64,6 +64,7 @@ ANSWERING = {
 OPTIONS = {
     "convert": {"--dtype": "None", "--max-memory": "1GiB"},
     "export": {"--dtype": "None", "--verify": "False"},
+    "merge": {"--layout": "None", "--verify": "False"},
     "generate": {
         "--prompt": "required", "--image": "repeatable", "--stop": "repeatable", "--chunk-size": "None",
         "--json": "False", "--draw": "None", **ANSWERING, **LOADING, **TOGETHER,
@@ -92,15 +93,16 @@ OPTIONS = {
     "plot": {"--out": "plot.png"},
     "eval": {
         "--metric": "None", "--images": "''", "--follow-links": "False", "--out": "None", "--batch-size": "None",
-        "--max-new-tokens": "128", "--dtype": "None", "--mesh": "None", "--verify": "False", "--adapter": "None",
-        "--candidates": "None",
+        "--max-new-tokens": "128", "--dtype": "None", "--cache-dtype": "None", "--mesh": "None",
+        "--verify": "False", "--adapter": "None", "--candidates": "None",
         "--prompt-template": "None", "--limit": "None", "--report-samples": "1000", "--json": "False",
         "--server": "None", "--server-model": "None", "--api-key-file": "None", "--concurrency": "None",
         "--timeout": "None", "--extra-body": "None", "--as-seen": "False", "--speculate": "None", **TOGETHER,
     },
     "plan": {
         "--topology": "None", "--job": "None", "--batch": "None", "--sequence": "None", "--slots": "None",
-        "--micro": "None", "--set": "repeatable", "--mesh": "auto", "--csv": "None", "--no-cache": "False",
+        "--micro": "None", "--set": "repeatable", "--cache-dtype": "None", "--mesh": "auto",
+        "--csv": "None", "--no-cache": "False",
         "--json": "False",
     },
     "bench convert": {"--size": "tiny", "--directory": "None", "--keep": "None", "--repeats": "2"},

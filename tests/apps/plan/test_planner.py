@@ -54,6 +54,8 @@ def test_decoding_reads_the_experts_that_are_visited_and_the_cache(released):
     assert more - many == 2 * 2560  # all experts are read anyway
     filled = decode_work(config, 64, 4096).bytes
     assert filled - many == 2 * 64 * 4096 * 576 * 30
+    int8 = decode_work(config, 64, 4096, cache_dtype="int8").bytes
+    assert int8 - many == (576 + 2 * 4) * 64 * 4096 * 30
 
 
 def test_a_prompts_last_token_alone_has_logits(released):

@@ -19,7 +19,7 @@ ALONE = {"data": 1, "tensor": 1, "expert": 1}
 
 def test_the_bytes_are_those_of_parameters_and_cache():
     model = dsvl2_jax.load(None)
-    report = slots_that_fit(model.config, ALONE, itemsize=4, memory=1e9, stores=1e8)
+    report = slots_that_fit(model.config, ALONE, itemsize=4, cache_dtype="float32", memory=1e9, stores=1e8)
     assert report.parameters == pytest.approx(sum(x.size * 4 for x in jax.tree.leaves(model.params)), rel=0.01)
     cache = init_cache(model.config, 2, report.context, "float32")
     assert report.slot == pytest.approx(sum(x.size * 4 for x in jax.tree.leaves(cache)) / 2, rel=0.01)
@@ -30,6 +30,19 @@ def test_the_bytes_are_those_of_parameters_and_cache():
 def test_a_token_of_a_released_model_costs_what_is_known(size, kilobytes):
     report = slots_that_fit(Config.from_dict(released_config(size), size), ALONE, itemsize=2, memory=141e9, stores=0)
     assert report.slot / report.context == pytest.approx(1000 * kilobytes, rel=0.03)
+
+
+@pytest.mark.parametrize("size, share", [("tiny", 0.516), ("small", 0.507)])
+def test_a_cache_in_int8_takes_about_half_the_bytes(size, share):
+    """A byte a number, and four for the scale of each vector: 576 numbers of small have two, 2560 of tiny 20."""
+    config = Config.from_dict(released_config(size), size)
+    floats, int8 = (
+        slots_that_fit(config, ALONE, itemsize=2, cache_dtype=dtype, memory=141e9, stores=0)
+        for dtype in ("bfloat16", "int8")
+    )
+    assert int8.slot / floats.slot == pytest.approx(share, abs=0.001)
+    cache = jax.eval_shape(lambda: init_cache(config, 1, int8.context, "int8"))
+    assert int8.slot == sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(cache))
 
 
 def test_a_mesh_has_room_for_more():
