@@ -86,8 +86,8 @@ def side_by_side(params: Params, adapted: Mapping[str, Params]) -> tuple[Params,
         for number, weight in mine.items():
             if not is_stored_weight(weight):
                 raise UsageError(
-                    f"adapter {names[number]}: brings a whole {path_name(path)} along (modules_to_save), but answers of "
-                    "several models share all but adapters. Merge it (dsvl2 merge), and serve the result alone."
+                    f"adapter {names[number]}: brings a whole {path_name(path)} along (modules_to_save), which answers "
+                    "of several models would have to share. Merge it (dsvl2 merge), and serve the result alone."
                 )
         if mine:
             own[path] = mine

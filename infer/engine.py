@@ -223,7 +223,7 @@ class Model:
         logprobs: bool = False,
         slots: int = SLOTS,
         speculate: int = 0,
-        adapter: str | None | Sequence[str | None] = None,
+        adapter: str | Sequence[str | None] | None = None,
         on_text: Callable[[int, str], None] | None = None,
         timing: Timing | None = None,
     ) -> Generation | list[Generation]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from engine_turns import result, run
@@ -15,7 +13,6 @@ from random_adapters import merged_params, random_adapter
 import dsvl2_jax
 from dsvl2_jax import SamplingParams, configs
 from dsvl2_jax.checkpoint.apply_adapter import with_adapter
-from dsvl2_jax.errors import UsageError
 from dsvl2_jax.infer.adapters import BASE, side_by_side
 from dsvl2_jax.infer.request import Request
 from dsvl2_jax.infer.scheduler import Scheduler
