@@ -117,11 +117,6 @@ def convert(
         }
         total = sum(leaf_bytes(*entry) for entry in plan.values())
         notes = [*source.notes]
-        if whole := [path for path, kind in kinds.items() if kind != quantization.kind]:
-            notes.append(
-                f"{len(whole)} weights are kept as int8: no group of 16 or more divides the inputs of "
-                f"{path_name(whole[0])}{' and others' if len(whole) > 1 else ''}"
-            )
         if mixed:
             notes.append(
                 f"{len(mixed)} tensors are of another dtype than others of the same stacked parameter: kept as float32"

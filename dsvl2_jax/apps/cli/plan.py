@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from dsvl2_jax.apps.cli.options import Keep, QuantizeTo, Settings, needs_train_extra
+from dsvl2_jax.apps.cli.options import QuantizeRules, QuantizeTo, Settings, needs_train_extra
 
 Models = Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="[MODEL ...]")]]
 
@@ -27,7 +27,7 @@ def plan(
     micro: int | None = None,
     set: Settings = (),
     quantize: QuantizeTo | None = None,
-    keep: Keep | None = None,
+    rule: QuantizeRules = (),
     mesh: str = "auto",
     csv: Path | None = None,
     no_cache: bool = False,
@@ -48,7 +48,7 @@ def plan(
         micro: sequences that a data shard trains on at a time (the preset's).
         set: a setting of the preset, such as compute.remat=dots; may be given several times.
         quantize: the weights of inference in 8 or 4 bits, as dsvl2 convert --quantize makes them.
-        keep: with --quantize, weights that stay as they are.
+        rule: with --quantize, how weights of some paths are kept; see dsvl2 convert --help. May be given several times.
         mesh: as data=2,tensor=2,expert=4; auto chooses one and says why.
         csv: put the rows of the table into this file, in the place of older ones of the same model and job.
         no_cache: compile even what was compiled before.
@@ -67,7 +67,7 @@ def plan(
             slots=slots,
             micro=micro,
             overrides=set,
-            quantization=quantization_of(quantize, keep),
+            quantization=quantization_of(quantize, rule),
             mesh=mesh,
             csv=csv,
             cache=not no_cache,
