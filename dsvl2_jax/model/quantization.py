@@ -128,7 +128,7 @@ def quantized_weights(config: Config, quantization: Quantization | None) -> dict
 
 
 @functools.lru_cache(maxsize=256)
-def _quantized_shapes(shape: Shape, kind: str, inputs: tuple[int, ...]) -> dict[str, tuple[Shape, np.dtype]]:
+def quantized_shapes(shape: Shape, kind: str, inputs: tuple[int, ...]) -> dict[str, tuple[Shape, np.dtype]]:
     """What `quantize` makes of a weight of this shape."""
     stored = jax.eval_shape(lambda w: quantize(w, kind, inputs), jax.ShapeDtypeStruct(shape, jnp.float32))
     return {name: (leaf.shape, np.dtype(leaf.dtype)) for name, leaf in stored.items()}
@@ -144,7 +144,7 @@ def leaves_of(config: Config, kinds: Mapping[LeafPath, str]) -> dict[LeafPath, t
     leaves: dict[LeafPath, tuple[Shape, np.dtype | None]] = {}
     for path, (shape, _) in abstract_leaves(config).items():
         if path in kinds:
-            parts = _quantized_shapes(shape, kinds[path], inputs[path])
+            parts = quantized_shapes(shape, kinds[path], inputs[path])
             leaves |= {(*path, name): entry for name, entry in parts.items()}
         else:
             leaves[path] = shape, None
@@ -254,8 +254,8 @@ def quantize_params(params: Params, config: Config, quantization: Quantization) 
     for path, kind in kinds.items():
         *modules, name = path
         module = functools.reduce(lambda tree, key: tree[key], modules, params)
-        module[name] = _quantize(module.pop(name), kind, inputs[path])
+        module[name] = quantize_array(module.pop(name), kind, inputs[path])
     return params
 
 
-_quantize = jax.jit(quantize, static_argnames=("kind", "inputs"))
+quantize_array = jax.jit(quantize, static_argnames=("kind", "inputs"))
