@@ -258,7 +258,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of a converted directory, after checking that every file it lists has its size.
 
     Besides "parameters", "files" (name → bytes) and "mixed_dtypes" it has "notes" (what was tolerated in the source),
-    "quantization" ("kind", "group" and "keep", see `dsvl2_jax.model.quantization`; empty where nothing is quantized),
+    "quantization" ("kind", "group" and "rules", see `dsvl2_jax.model.quantization`; empty where nothing is quantized),
     "sha256" (file → digest) and "source_sha256", which a manifest of an earlier version of this program lacks.
 
     Raises:
@@ -280,7 +280,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         ("parameters", dict, dict),
         ("mixed_dtypes", dict, str),
         ("notes", list, str),
-        ("quantization", dict, (str, int)),
+        ("quantization", dict, (str, int, list)),
         ("sha256", dict, str),
         ("source_sha256", dict, str),
     ):
@@ -303,7 +303,7 @@ def quantization_in(directory: Path) -> Quantization | None:
     from dsvl2_jax.model.quantization import Quantization  # jax, which finding a checkpoint does without
 
     found = read_manifest(directory)["quantization"] if kind(directory) == "orbax" else {}
-    return Quantization(found["kind"], found["keep"]) if found else None
+    return Quantization.of(found) if found else None
 
 
 def check_sizes(directory: Path, sizes: Mapping[str, int], problem: str) -> None:

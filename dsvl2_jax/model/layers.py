@@ -14,6 +14,7 @@ Tested in tests/model/test_attention.py, test_moe.py and test_deepseek_vl2.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
@@ -21,10 +22,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from dsvl2_jax.kernels import quantized_matmul
 from dsvl2_jax.kernels.cpu import weight_product
-from dsvl2_jax.kernels.grouped_matmul import grouped_matmul, grouped_swiglu, named_product
+from dsvl2_jax.kernels.grouped_matmul import GROUPED_PRODUCT, grouped_matmul, grouped_swiglu, named_product
 from dsvl2_jax.kernels.precision import matmul_precision
 from dsvl2_jax.kernels.quantized import Quantized
 from dsvl2_jax.model.weights import Adapted, Weight, is_stored_weight, weight_of
@@ -93,7 +96,9 @@ def linear(
 def _product(x: jax.Array, kernel: Weight, contract: int) -> jax.Array:
     """x · kernel over the last ``contract`` dimensions of x and the first of kernel."""
     if isinstance(kernel, Quantized):
-        return weight_product(x, kernel.dequantized(x.dtype), contract)
+        rows, features = x.shape[: x.ndim - contract], kernel.shape[contract:]
+        x_mk = x.reshape(-1, math.prod(kernel.shape[:contract]))
+        return quantized_matmul.product(x_mk, quantized_matmul.as_matrices(kernel, contract)).reshape(*rows, *features)
     if not isinstance(kernel, Adapted):
         return weight_product(x, kernel, contract)
     entered = kernel.dropped(x)
@@ -137,7 +142,8 @@ def einsum_weight(
     x, weight = x.astype(dtype), weight.astype(dtype)
     if isinstance(weight, Adapted):
         return _adapted_einsum(subscripts, x, weight, rows)
-    weight = weight.dequantized(dtype) if isinstance(weight, Quantized) else weight
+    if isinstance(weight, Quantized):
+        return quantized_matmul.einsum(subscripts, slice(None) if rows is None else rows, x, weight)
     weight = weight if rows is None else weight[:, rows]
     return jnp.einsum(subscripts, x, weight, precision=matmul_precision(dtype))
 
@@ -175,7 +181,8 @@ def _adapted_einsum(subscripts: str, x: jax.Array, weight: Adapted, rows: slice 
 def grouped(x_cd: jax.Array, weights_gdf: Weight, group_sizes_g: jax.Array) -> jax.Array:
     """Consecutive rows, each group times its own matrix: [C, D], [G, D, F], i32[G] → [C, F]; see `grouped_matmul`."""
     if isinstance(weights_gdf, Quantized):
-        return named_product(x_cd, weights_gdf.dequantized(x_cd.dtype), group_sizes_g)
+        product_cf = quantized_matmul.grouped_product(x_cd, weights_gdf, group_sizes_g)
+        return checkpoint_name(product_cf, GROUPED_PRODUCT)
     if not isinstance(weights_gdf, Adapted):
         return named_product(x_cd, weights_gdf, group_sizes_g)
     entered_cd = weights_gdf.dropped(x_cd)

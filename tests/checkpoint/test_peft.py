@@ -10,15 +10,17 @@ import pytest
 from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file, save_file
 
+import dsvl2_jax
 from dsvl2_jax.checkpoint import adapters, rules
 from dsvl2_jax.checkpoint.adapters import AdapterSettings, read_adapter, write_adapter
 from dsvl2_jax.checkpoint.apply_adapter import with_adapter
 from dsvl2_jax.model.decoder import decoder, hidden_states
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
+from safetensors.torch import load_file as load_torch_file  # noqa: E402
 from torch_oracle import CASES, causal_lm, config, filled, released_names  # noqa: E402
 
 TOLERANCE = 1e-5  # of the largest logit
@@ -114,7 +116,6 @@ LINEAR = [
 ]
 MADE = {
     "lora": ("V2", {"target_modules": LINEAR, "r": 3, "lora_alpha": 5}),
-    "dora": ("V3, biases", {"target_modules": r".*\.(kv_b_proj|o_proj|gate_proj|down_proj)", "use_dora": True, "r": 2}),
     "ranks of their own, rank-stabilized": (
         "V2, query latent, biases",
         {
@@ -161,6 +162,24 @@ def test_an_adapter_of_transformers_own_experts_gives_the_same_logits(tmp_path):
     model.save_pretrained(tmp_path)
     assert any("experts.base_layer.lora_A" in name for name in load_file(tmp_path / adapters.WEIGHTS_NAME))
     assert_same_logits(tmp_path, params, fields, model)
+
+
+def test_an_adapter_made_by_peft_for_a_released_checkpoint_gives_the_same_logits(checkpoints, tmp_path):
+    directory = checkpoints / "mini-small"
+    fields = json.loads((directory / "config.json").read_text())["language_config"]
+    theirs = Released(transformers.DeepseekV2ForCausalLM(transformers.DeepseekV2Config(**fields)))
+    stored = {}
+    for file in directory.glob("*.safetensors"):
+        stored |= {name: tensor for name, tensor in load_torch_file(file).items() if name.startswith("language.")}
+    theirs.load_state_dict(stored)
+    options = peft.LoraConfig(target_modules="all-linear", exclude_modules=["lm_head"], use_dora=True, r=2)
+    model = randomised(peft.get_peft_model(theirs.float(), options))
+    model.save_pretrained(tmp_path)
+    ours = dsvl2_jax.load(directory, adapter=tmp_path)
+    inputs = ours.processor([{"role": "user", "content": "What is it?"}])
+    with torch.no_grad():
+        expected = model(input_ids=torch.from_numpy(inputs.input_ids[None]).long()).logits.numpy()
+    assert np.abs(ours.logits(inputs) - expected).max() <= TOLERANCE * np.abs(expected).max()
 
 
 def random_adapter(cfg, settings, targets=lambda name: True):

@@ -15,6 +15,7 @@ from dsvl2_jax.apps.bench.serve_options import ServeLoad
 from dsvl2_jax.apps.cli.options import (
     Checkpoint,
     Dtype,
+    QuantizeTo,
     Settings,
     Size,
     command_group,
@@ -96,6 +97,7 @@ def model(
     tiles: str = "10",
     set: Settings = (),
     dtype: Dtype | None = None,
+    quantize: QuantizeTo | None = None,
     against: Literal["torch"] | None = None,
     profile: str | None = None,
     budget: float | None = None,
@@ -118,6 +120,7 @@ def model(
         tiles: for encode, tiles at a time; train takes the largest number.
         set: for train, a setting of the preset, such as compute.remat=dots; may be given several times.
         dtype: in which the model computes; without it bfloat16, on a CPU float32.
+        quantize: weights in 8 or 4 bits, as dsvl2 convert --quantize makes them.
         against: torch: the same work in PyTorch, in the same run.
         profile: one of the jobs; also print how its program splits up, named scope by named scope.
         budget: seconds after which nothing new is begun.
@@ -137,6 +140,7 @@ def model(
             tiles=tiles,
             overrides=set,
             dtype=dtype,
+            quantize=quantize,
             against=against,
             profile=profile,
             budget=budget,

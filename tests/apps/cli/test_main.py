@@ -78,7 +78,8 @@ OPTIONS = {
         "--max-queue": "256", "--max-queued-tokens": "1048576", "--max-tiles": "64", "--max-wait": "120.0",
         "--hang-timeout": "300.0", "--max-body": "32MiB", "--max-images": "16", "--max-image-bytes": "32MiB",
         "--max-image-pixels": "50000000", "--max-request-pixels": "200000000", "--model-name": "''",
-        "--model-alias": "repeatable", "--default-max-tokens": "512", "--media-domain": "repeatable",
+        "--model-alias": "repeatable", "--adapter": "repeatable", "--default-max-tokens": "512",
+        "--media-domain": "repeatable",
         "--media-path": "repeatable", "--media-timeout": "10.0", "--official-images": "False",
         "--honour-detail": "False", "--strict-special-tokens": "False", **VERIFYING, **TOGETHER,
     },
@@ -110,8 +111,8 @@ OPTIONS = {
     "bench load": {"--size": "tiny", "--directory": "None", "--processes": "2", **COMPUTING},
     "bench model": {
         "--layers": "None", "--jobs": "decode,prefill,encode", "--slots": "1,16,64", "--context": "1024",
-        "--tokens": "1024,4096", "--tiles": "10", "--set": "repeatable", "--dtype": "None", "--against": "None",
-        "--profile": "None", "--budget": "None", "--json": "False", "--plot": "None",
+        "--tokens": "1024,4096", "--tiles": "10", "--set": "repeatable", "--dtype": "None", "--quantize": "None",
+        "--against": "None", "--profile": "None", "--budget": "None", "--json": "False", "--plot": "None",
     },
     "bench serve": {
         "--size": "None", "--layers": "None", "--directory": "None",
