@@ -60,7 +60,7 @@ def load(
     *,
     cache_dtype: str | None = None,
     verify: bool = False,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Mapping[str, str | Path] | None = None,
 ) -> Model:
     """Loads a model for inference.
 
@@ -75,11 +75,11 @@ def load(
         None: as the model computes. int8 has a scale for each vector, and takes about half the bytes of bfloat16.
       verify: read every file of the checkpoint before, and compare it with its digest.
       adapter: the directory of a LoRA or DoRA adapter for this checkpoint, as training and the `peft` package write
-        them, or a hub id; None: none.
+        them, or a hub id; None: none. Several by name: each prompt chooses one of them or none, see `Model.generate`.
 
     Raises:
-      CheckpointError, ConfigError, TokenizerError: the checkpoint or the adapter cannot be used; the message says why.
-      UsageError: a dtype that is none of those.
+      CheckpointError, ConfigError, TokenizerError: the checkpoint or an adapter cannot be used; the message says why.
+      UsageError: a dtype that is none of those, or adapters that cannot lie side by side.
     """
     check_cache_dtype(cache_dtype)
     compile_log()
@@ -89,12 +89,17 @@ def load(
     if verify:
         tell(directory, verify_files(directory))
     config, processor = open_model(directory)
-    arrays_and_settings = None if adapter is None else read_adapter(adapter, config)
-    params = load_params(directory, config, dtype=dtype, mesh=mesh)
-    if arrays_and_settings is not None:
+    several = isinstance(adapter, Mapping)
+    sources = dict(adapter) if several else {} if adapter is None else {"": adapter}
+    read = {name: read_adapter(source, config) for name, source in sources.items()}
+    params, adapters = load_params(directory, config, dtype=dtype, mesh=mesh), None
+    if read:
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-            params = with_adapter(params, config, *arrays_and_settings, mesh=mesh, source=adapter)
-    return Model(config, params, processor, mesh, cache_dtype=cache_dtype)
+            adapted = {
+                name: with_adapter(params, config, *one, mesh=mesh, source=sources[name]) for name, one in read.items()
+            }
+            params, adapters = side_by_side(params, adapted) if several else (adapted[""], None)
+    return Model(config, params, processor, mesh, adapters, cache_dtype=cache_dtype)
 
 
 class Model:
@@ -134,12 +139,6 @@ class Model:
     @property
     def cache_dtype(self) -> str:
         return self._cache_dtype or self.dtype
-
-    def with_adapters(self, adapted: Mapping[str, Params]) -> Model:
-        """This model with adapters to choose from; see `dsvl2_jax.infer.adapters.side_by_side`."""
-        with self.on_mesh():
-            params, adapters = side_by_side(self.params, adapted)
-        return Model(self.config, params, self.processor, self.mesh, adapters, cache_dtype=self._cache_dtype)
 
     def _params_for(self, adapter: str | None, rows: int) -> Params:
         """The parameters for a batch all of whose rows want one adapter."""
@@ -224,7 +223,7 @@ class Model:
         logprobs: bool = False,
         slots: int = SLOTS,
         speculate: int = 0,
-        adapter: str | None | Sequence[str | None] = None,
+        adapter: str | Sequence[str | None] | None = None,
         on_text: Callable[[int, str], None] | None = None,
         timing: Timing | None = None,
     ) -> Generation | list[Generation]:

@@ -172,7 +172,7 @@ class Executor:
         return self._device.platform == "gpu" and not self.drafts
 
     def _wanted(self, adapters: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """What programs are told of the adapters of a batch's rows: nothing, where the model has none to choose from."""
+        """What programs are told of the adapters of a batch's rows; nothing, where there are none to choose from."""
         return {} if self.model.adapters is None else {"adapters_b": np.asarray(adapters, np.int32)}
 
     def encode(self, key: Hashable, tiles: np.ndarray, adapter: int = BASE) -> None:

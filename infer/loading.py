@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 
@@ -25,7 +26,7 @@ class LoadOptions:
     as_seen: bool = False
     strict_special_tokens: bool = False
     verify: bool = False
-    adapter: str | None = None
+    adapter: str | Mapping[str, str] | None = None
     cache_dtype: str | None = None
     max_tiles: int | None = None
     min_tiles: int | None = None
@@ -47,8 +48,9 @@ def load(ckpt: str | None, options: LoadOptions) -> Model:
     mesh = None if options.mesh is None else make_mesh(**parse_mesh(options.mesh))
     if processes.joined():
         processes.same_everywhere("the checkpoint", description(resolve(ckpt)))
-        if options.adapter is not None:
-            processes.same_everywhere("the adapter", description(find_adapter(options.adapter)))
+        adapters = options.adapter or {}
+        for adapter in [adapters] if isinstance(adapters, str) else adapters.values():
+            processes.same_everywhere("the adapter", description(find_adapter(adapter)))
     given = {"cache_dtype": options.cache_dtype, "verify": options.verify, "adapter": options.adapter}
     model = engine.load(ckpt, dtype=options.dtype, mesh=mesh, **given)
     model.store_programs()
