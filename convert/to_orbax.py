@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 from rich import filesize
 
@@ -36,11 +37,16 @@ from dsvl2_jax.checkpoint.staging import refuse_existing, staged
 from dsvl2_jax.checkpoint.verify import tell
 from dsvl2_jax.convert.sizes import parse_bytes
 from dsvl2_jax.errors import CheckpointError, UsageError
-from dsvl2_jax.kernels.quantized import quantize
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import entry_axes, weight_inputs
 from dsvl2_jax.model.parameter_paths import LeafPath, path_name
-from dsvl2_jax.model.quantization import Quantization, leaves_of, quantized_weights
+from dsvl2_jax.model.quantization import (
+    Quantization,
+    leaves_of,
+    quantize_array,
+    quantized_shapes,
+    quantized_weights,
+)
 from dsvl2_jax.runtime.progress import progress
 
 DEFAULT_MAX_MEMORY = 1 << 30
@@ -117,11 +123,6 @@ def convert(
         }
         total = sum(leaf_bytes(*entry) for entry in plan.values())
         notes = [*source.notes]
-        if whole := [path for path, kind in kinds.items() if kind != quantization.kind]:
-            notes.append(
-                f"{len(whole)} weights are kept as int8: no group of 16 or more divides the inputs of "
-                f"{path_name(whole[0])}{' and others' if len(whole) > 1 else ''}"
-            )
         if mixed:
             notes.append(
                 f"{len(mixed)} tensors are of another dtype than others of the same stacked parameter: kept as float32"
@@ -228,29 +229,23 @@ def _write_parameters(
 
 
 def quantize_in_parts(weight: np.ndarray, kind: str, inputs: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """`quantize` of a large array, a part of it at a time and several at once, so that little is in float32.
+    """`quantize` of a large array by this machine's CPUs, parts of it at a time, so that little is in float32.
 
     The parts are cut along an axis that has a scale for each entry: experts, heads or outputs.
     """
     axis = next(axis for axis in range(weight.ndim) if axis not in inputs)
     step = max(1, math.ceil(weight.shape[axis] * _ROUND_AT_ONCE / weight.size))
-    bounds = [(start, min(start + step, weight.shape[axis])) for start in range(0, weight.shape[axis], step)]
+    host = jax.local_devices(backend="cpu")[0]
+    stored = quantized_shapes(weight.shape, kind, inputs)
+    whole = {name: np.empty(shape, dtype) for name, (shape, dtype) in stored.items()}
 
-    def part(array: np.ndarray, start: int, stop: int) -> np.ndarray:
-        return array[(slice(None),) * axis + (slice(start, stop),)]
-
-    first = quantize(part(weight, *bounds[0]), kind, inputs)
-    whole = {
-        name: np.empty((*array.shape[:axis], weight.shape[axis], *array.shape[axis + 1 :]), array.dtype)
-        for name, array in first.items()
-    }
-
-    def fill(start: int, stop: int) -> None:
-        for name, array in quantize(part(weight, start, stop), kind, inputs).items():
-            part(whole[name], start, stop)[...] = array
+    def fill(start: int) -> None:
+        window = (slice(None),) * axis + (slice(start, start + step),)
+        for name, array in quantize_array(jax.device_put(weight[window], host), kind, inputs).items():
+            whole[name][window] = array
 
     with ThreadPoolExecutor(WORKERS, thread_name_prefix="dsvl2-quantize") as pool:
-        list(pool.map(fill, *zip(*bounds, strict=True)))
+        list(pool.map(fill, range(0, weight.shape[axis], step)))
     return whole
 
 

@@ -162,11 +162,12 @@ def export(
     manifest, stored = open_orbax(directory, config)
     kinds = kinds_of(stored)
     if kinds:
-        names = ", ".join(sorted(set(kinds.values())))
+        names, written = ", ".join(sorted(set(kinds.values()))), dtype or plain_dtype(stored).name
+        rounds_again = ", and bfloat16 rounds those of int8 once more (--dtype float32 does not)"
         print(
             f"note: {len(kinds)} weights are in {names} and are written as value times scale in "
-            f"{dtype or plain_dtype(stored).name}. What rounding took from the original numbers does not come back; "
-            "the model answers as the quantized one does.",
+            f"{written}. What rounding took from the original numbers does not come back"
+            f"{rounds_again if written == 'bfloat16' and 'int8' in names else ''}.",
             file=sys.stderr,
         )
     if absent := absent_leaves(directory / PARAMS_NAME, stored):

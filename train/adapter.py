@@ -4,7 +4,7 @@ it joins the frozen base inside the loss.
 An adapted weight is a dict in the weight's place (`dsvl2_jax.model.weights`). In the trained state ``lora_b`` is
 without the adapter's factor, as files hold it; `joined` multiplies it in.
 
-Tested in tests/train/test_adapter.py.
+Tested in tests/train/objectives/test_adapter.py.
 """
 
 from __future__ import annotations

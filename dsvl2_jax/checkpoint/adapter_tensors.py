@@ -23,11 +23,13 @@ from dsvl2_jax.model.parameter_paths import LeafPath, path_name
 
 
 class Placed(NamedTuple):
-    """``arrays``: path → what `read_adapter` returns for it; ``ranks`` and ``alphas`` by parameters' names."""
+    """``arrays``: path → what `read_adapter` returns for it; ``ranks`` and ``alphas`` by parameters' names; ``notes``:
+    what was tolerated."""
 
     arrays: dict[LeafPath, Any]
     ranks: dict[str, int]
     alphas: dict[str, float]
+    notes: list[str]
 
 
 def place(tensors: Mapping[str, Tensor], peft: PeftConfig, config: Config, source: str) -> Placed:
@@ -37,7 +39,7 @@ def place(tensors: Mapping[str, Tensor], peft: PeftConfig, config: Config, sourc
       CheckpointError: the adapter is for another model, or of a kind that is not computed here; ``source`` is named.
     """
     reader = _Reader(tensors, peft, config, source)
-    return Placed(reader.read(), reader.ranks, reader.alphas)
+    return Placed(reader.read(), reader.ranks, reader.alphas, reader.notes)
 
 
 def scale_factor(alpha: float, rank: int, rslora: bool) -> float:
@@ -67,6 +69,7 @@ class _Reader:
         }  # released tensor → where it lies
         self.ranks: dict[str, int] = {}
         self.alphas: dict[str, float] = {}
+        self.notes: list[str] = []
         self._problems: list[str] = []
         self._pairs: dict[LeafPath, dict[int, _Pair]] = {}  # path → index of the expert → its pair
         self._whole: dict[LeafPath, np.ndarray] = {}
@@ -82,23 +85,49 @@ class _Reader:
                 f"{self._source}: {len(wrong)} tensors are not floating point (F32, F16, BF16):\n{listed(wrong)}"
             )
         for (module, _), parts in peft_names.by_module(keys).items():
-            if module in fused:
+            for kind in parts.keys() & {"weight", "bias"}:
+                self._add_whole(f"{module}.{kind}", parts[kind])
+            parts = {part: stored for part, stored in parts.items() if part not in ("weight", "bias")}
+            if parts and module in fused:
                 self._add_fused(module, trained[module], parts)
-            elif parts.keys() <= {"weight", "bias"}:
-                for kind, stored in parts.items():
-                    self._add_whole(f"{module}.{kind}", stored)
-            else:
+            elif parts:
                 self._add_pair(module, trained[module], parts)
+        adapter: dict[LeafPath, Any] = {}
         if not self._problems:
-            adapter: dict[LeafPath, Any] = {path: self._stacked(path, pairs) for path, pairs in self._pairs.items()}
-        if not self._problems and not adapter:
+            adapter = {path: self._stacked(path, pairs) for path, pairs in self._pairs.items()}
+        if not self._problems and not adapter and not self._whole:
             self._problems.append("it has no tensors (its targets may have matched nothing)")
         if self._problems:
             raise CheckpointError(
                 f"{self._source}: the adapter does not fit the model that config.json describes; give the checkpoint "
                 f"that it was trained on{f' ({self._peft.base})' if self._peft.base else ''}:\n{listed(self._problems)}"
             )
+        self._note_what_is_left_out()
+        for path in adapter.keys() & self._whole.keys():
+            adapter[path]["base"] = self._whole.pop(path)
         return adapter | self._whole
+
+    def _note_what_is_left_out(self) -> None:
+        """Experts without an adapter beside others that have one, and modules that were named and are not there."""
+        some = [path for path, pairs in self._pairs.items() if self._linear[path].stacked]
+        some = [path for path in some if len(self._pairs[path]) < self._linear[path].shape[0]]
+        if some:
+            self.notes.append(
+                f"{len(some)} parameters have an adapter for some of their experts alone, such as {path_name(some[0])} "
+                f"for {len(self._pairs[some[0]])} of {self._linear[some[0]].shape[0]}"
+            )
+        sources = {path: leaf.sources for path, leaf in self._linear.items()}
+        absent = [
+            name.removesuffix(".weight")
+            for path, names in sources.items()
+            for i, name in enumerate(names)
+            if i not in self._pairs.get(path, {}) and self._peft.names_target(name.removesuffix(".weight"))
+        ]
+        if absent:
+            self.notes.append(
+                f"{len(absent)} modules that target_modules names have no tensors in it, such as {absent[0]}: they "
+                "stay as they are in the checkpoint"
+            )
 
     def _array(self, stored: str) -> np.ndarray:
         tensor = self._tensors[stored]
@@ -106,6 +135,8 @@ class _Reader:
         array = np.fromfile(tensor.file, numpy_dtype(rules.FLOAT_DTYPES[tensor.dtype]), count, offset=tensor.start)
         if array.size != count:
             raise CheckpointError(f"{tensor.file}: ends while {stored} is being read. Copy the adapter again.")
+        if not np.isfinite(array).all():
+            self._problems.append(f"{stored}: has numbers that are none (inf or nan); train or copy the adapter again")
         return array.reshape(tensor.shape)
 
     def _add_pair(self, module: str, trained: str, parts: Mapping[str, str]) -> None:

@@ -60,14 +60,14 @@ def with_adapter(
     flat = flatten_dict(params, is_leaf=lambda _, value: is_stored_weight(value))
     dtype = compute_dtype(params)
     for path, arrays in flatten_dict(adapter, is_leaf=lambda _, value: "lora_a" in value).items():
-        base = flat[path]
-        if not isinstance(arrays, Mapping):
-            plain = jax.tree.leaves(base)[0]
-            flat[path] = jax.device_put(np.asarray(arrays, base.dtype if base is plain else dtype), plain.sharding)
-            continue
-        factor = np.float32(settings.factor(path_name(path)))
-        scaled = {**arrays, "lora_b": np.asarray(arrays["lora_b"], np.float32) * factor}
-        flat[path] = adapted(base, config, path, scaled, dtype, mesh)
+        whole = arrays.get("base") if isinstance(arrays, Mapping) else arrays
+        if whole is not None:
+            old = jax.tree.leaves(flat[path])[0]
+            flat[path] = jax.device_put(np.asarray(whole, old.dtype if old is flat[path] else dtype), old.sharding)
+        if isinstance(arrays, Mapping):
+            factor = np.float32(settings.factor(path_name(path)))
+            scaled = {**arrays, "lora_b": np.asarray(arrays["lora_b"], np.float32) * factor}
+            flat[path] = adapted(flat[path], config, path, scaled, dtype, mesh)
     return unflatten_dict(flat)
 
 
@@ -117,7 +117,7 @@ def merged_weight(base: np.ndarray, leaf: rules.Leaf, arrays: Mapping[str, np.nd
       factor: of the adapter.
     """
     arrays = {**arrays, "lora_b": np.asarray(arrays["lora_b"], np.float32) * np.float32(factor)}
-    stored = {name: array if leaf.stacked else array[None] for name, array in {**arrays, "base": base}.items()}
+    stored = {name: array if leaf.stacked else array[None] for name, array in (arrays | {"base": base}).items()}
     out = np.empty_like(stored["base"])
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         for i, whole in enumerate(out):

@@ -66,11 +66,16 @@ class PeftConfig:
     base: str
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
+    targets: tuple[str, ...]
     notes: tuple[str, ...]
 
     def rank_of(self, module: str) -> int:
         """Of a module, by the name that it had in the model that was trained."""
         return self.rank_pattern.get(_matching(self.rank_pattern, module), self.rank)
+
+    def names_target(self, module: str) -> bool:
+        """Whether the file lists a module, by its released name, among those that have an adapter."""
+        return any(f".{module}".endswith(f".{target}") for target in self.targets)
 
     def alpha_of(self, module: str) -> float:
         return self.alpha_pattern.get(_matching(self.alpha_pattern, module), self.alpha)
@@ -114,6 +119,10 @@ def read(path: Path) -> PeftConfig:
         problems.append(f"base_model_name_or_path: found {base!r}, expected a name")
     if problems:
         raise CheckpointError(f"{path}: the adapter cannot be read:\n{listed(problems)}")
+    named = raw.get("target_modules")
+    narrowed = any(raw.get(name) for name in ("exclude_modules", "layers_to_transform", "target_parameters"))
+    # A regular expression, or what is narrowed further, says less than the tensors do.
+    targets = tuple(map(str, named)) if isinstance(named, list) and not narrowed else ()
     notes = []
     unknown = sorted(raw.keys() - _WITHOUT_EFFECT - _HONOURED - _REFUSED.keys())
     if unknown:
@@ -127,6 +136,7 @@ def read(path: Path) -> PeftConfig:
         base,
         patterns["rank_pattern"],
         patterns["alpha_pattern"],
+        targets,
         tuple(notes),
     )
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from dsvl2_jax.apps.cli.options import Checkpoint, Dtype, Keep, QuantizeTo
+from dsvl2_jax.apps.cli.options import Checkpoint, Dtype, QuantizeRules, QuantizeTo
 
 
 def convert(
@@ -20,7 +20,7 @@ def convert(
     dtype: Dtype | None = None,
     max_memory: str = "1GiB",
     quantize: QuantizeTo | None = None,
-    keep: Keep | None = None,
+    rule: QuantizeRules = (),
 ) -> None:
     """Convert a checkpoint in the released layout to an Orbax directory that is complete by itself.
 
@@ -30,13 +30,14 @@ def convert(
         dtype: cast all tensors; without it each keeps its own.
         max_memory: the most memory for tensors on their way, e.g. 4GiB. A single larger tensor still passes.
         quantize: keep the weights of products in 8 or 4 bits.
-        keep: with --quantize, weights in whose path this regular expression is found stay as they are; without it,
-            those of the output head and of the patch embedding.
+        rule: with --quantize, keep weights in whose path the regular expression is found as int8, int4, float8, or with
+            =keep as they are, such as self_attn=int8 or lm_head=int8. May be given several times; the first that is
+            found decides.
     """
     from dsvl2_jax.convert.to_orbax import convert as run
     from dsvl2_jax.model.quantization import quantization_of
 
-    run(src, dst, dtype=dtype, max_memory=max_memory, quantization=quantization_of(quantize, keep))
+    run(src, dst, dtype=dtype, max_memory=max_memory, quantization=quantization_of(quantize, rule))
 
 
 def export(ckpt: Positional[str], dst: Positional[Path], *, dtype: Dtype | None = None, verify: bool = False) -> None:

@@ -30,7 +30,7 @@ FrameChoice = Literal["even", "scene"]
 Images = Annotated[tuple[tuple[Path, ...], ...], UseAppendAction]
 Settings = Annotated[tuple[str, ...], UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")]
 QuantizeTo = Annotated[str, tyro.conf.arg(metavar="int8|int4|float8")]
-Keep = Annotated[str, tyro.conf.arg(metavar="REGEX")]
+QuantizeRules = Annotated[tuple[str, ...], UseAppendAction, tyro.conf.arg(metavar="REGEX=KIND")]
 Together = Annotated[Processes, tyro.conf.arg(name="")]
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from dsvl2_jax.apps.cli.options import CacheDtype, Keep, QuantizeTo, Settings, needs_train_extra
+from dsvl2_jax.apps.cli.options import CacheDtype, QuantizeRules, QuantizeTo, Settings, needs_train_extra
 
 Models = Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="[MODEL ...]")]]
 
@@ -27,7 +27,7 @@ def plan(
     micro: int | None = None,
     set: Settings = (),
     quantize: QuantizeTo | None = None,
-    keep: Keep | None = None,
+    rule: QuantizeRules = (),
     cache_dtype: CacheDtype | None = None,
     mesh: str = "auto",
     csv: Path | None = None,
@@ -50,7 +50,7 @@ def plan(
         set: a setting of the preset, such as compute.remat=dots; may be given several times.
         quantize: the weights of inference, or of the model beside an adapter, in 8 or 4 bits, as dsvl2 convert
             --quantize makes them.
-        keep: with --quantize, weights that stay as they are.
+        rule: with --quantize, how weights of some paths are kept; see dsvl2 convert --help. May be given several times.
         cache_dtype: of the cache of prefill and decode; bfloat16 without it.
         mesh: as data=2,tensor=2,expert=4; auto chooses one and says why.
         csv: put the rows of the table into this file, in the place of older ones of the same model and job.
@@ -70,7 +70,7 @@ def plan(
             slots=slots,
             micro=micro,
             overrides=set,
-            quantization=quantization_of(quantize, keep),
+            quantization=quantization_of(quantize, rule),
             cache_dtype=cache_dtype,
             mesh=mesh,
             csv=csv,

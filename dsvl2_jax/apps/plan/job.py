@@ -51,7 +51,7 @@ class Job:
         """A JSON object of all that shapes the job's program."""
         sizes: dict[str, Any] = {"kind": self.kind, "batch": self.batch, "sequence": self.sequence}
         if self.quantization is not None:
-            sizes |= {"quantize": self.quantization.kind, "keep": self.quantization.keep}
+            sizes |= {"quantize": self.quantization.described()}
         sizes |= {} if self.cache_dtype == "bfloat16" else {"cache_dtype": self.cache_dtype}
         return sizes if self.settings is None else sizes | program_settings(self.settings)
 

@@ -111,8 +111,8 @@ OPTIONS = {
     "bench load": {"--size": "tiny", "--directory": "None", "--processes": "2", **COMPUTING},
     "bench model": {
         "--layers": "None", "--jobs": "decode,prefill,encode", "--slots": "1,16,64", "--context": "1024",
-        "--tokens": "1024,4096", "--tiles": "10", "--set": "repeatable", "--dtype": "None", "--against": "None",
-        "--profile": "None", "--budget": "None", "--json": "False", "--plot": "None",
+        "--tokens": "1024,4096", "--tiles": "10", "--set": "repeatable", "--dtype": "None", "--quantize": "None",
+        "--against": "None", "--profile": "None", "--budget": "None", "--json": "False", "--plot": "None",
     },
     "bench serve": {
         "--size": "None", "--layers": "None", "--directory": "None",
@@ -122,7 +122,7 @@ OPTIONS = {
         "--seed": "0", "--json": "False", "--plot": "None", **COMPUTING,
     },
     "bench tune": {"--size": "None", "--json": "False", "--out": "None"},
-    "bench train": {"--rows": "2", "--length": "1024", "--steps": "3", "--rounds": "3"},
+    "bench train": {"--rows": "2", "--length": "1024", "--steps": "3", "--rounds": "3", "--adapter": "False"},
     "micro start": {},
     "micro data": {"--workers": "2"},
     "micro questions": {"--seed": str(EVALUATION_SEED), "--samples": str(EVALUATION_SAMPLES)},
