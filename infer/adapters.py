@@ -27,7 +27,7 @@ from dsvl2_jax.model.weights import is_stored_weight
 BASE = -1  # the number that stands for no adapter
 
 _PICTURE_PARTS = frozenset({"vision", "projector"})
-# Ranks are padded to a multiple: a product with one column is computed by other code, to which a row's place may matter.
+# Ranks are padded to a multiple: a product with one column is made by other code, to which a row's place may matter.
 _RANK_STEP = 8
 _NOBODY = -2  # whose the padding is
 
