@@ -144,7 +144,7 @@ class Model:
         """The parameters for a batch all of whose rows want one adapter."""
         if self.adapters is None and adapter is None:
             return self.params
-        return for_rows(self.params, jnp.full(rows, self._adapter(adapter), jnp.int32))
+        return for_rows(self.params, np.full(rows, self._adapter(adapter), np.int32))
 
     def _adapter(self, name: str | None) -> int:
         if self.adapters is None and name is not None:
