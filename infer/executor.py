@@ -161,7 +161,10 @@ class Executor:
             and not self.drafts
             and are_plain(self.model.params["language"])
             and gpu_decode.is_supported(
-                self.model.config.language, self.slots, *(a.dtype for a in jax.tree.leaves(self._state.cache))
+                self.model.config.language,
+                self.slots,
+                jnp.dtype(self.model.dtype),
+                [array.dtype for array in jax.tree.leaves(self._state.cache)],
             )
         )
         return [self.cache_length] if loops or skips else self._read_lengths

@@ -108,14 +108,37 @@ def _write(cache: jax.Array, new: jax.Array, axes: tuple[str, ...], start_b: jax
             start = at
         return lax.dynamic_update_slice_in_dim(old, update, start, axis=0)
 
-    def rows(*arrays: jax.Array) -> tuple[jax.Array]:
-        return (jax.vmap(row)(*arrays),)
+    def rows(*arrays: jax.Array) -> jax.Array:
+        return jax.vmap(row)(*arrays)
+
+    def entries(old: jax.Array, update: jax.Array, start: jax.Array) -> jax.Array:
+        """One entry after the other, those alone that belong here: nothing of the cache is read.
+
+        On TPUs a part of an int8 array that is read at any position costs a copy of the whole.
+        """
+        start -= lax.axis_index(names) * old.shape[1] if names else 0
+        at = (start[:, None] + jnp.arange(update.shape[1])).reshape(-1)
+        update = update.reshape(len(at), 1, 1, *update.shape[2:])
+        inside = (at >= 0) & (at < old.shape[1])
+        order = jnp.argsort(~inside) if names or drafts else jnp.arange(len(at))
+
+        def put(i: jax.Array, old: jax.Array) -> jax.Array:
+            index = order[i] // (len(at) // len(start)), at[order[i]], *[0] * (old.ndim - 2)
+            return lax.dynamic_update_slice(old, update[order[i]], index)
+
+        return lax.fori_loop(0, inside.sum(), put, old)
+
+    few = cache.dtype == jnp.int8 and (drafts or new.shape[1] == 1)
+
+    def write(*arrays: jax.Array) -> tuple[jax.Array]:
+        return (lax.platform_dependent(*arrays, tpu=entries, default=rows) if few else rows(*arrays),)
 
     new = new.astype(cache.dtype)
-    if names:
-        whole = "slots", *[None] * (cache.ndim - 1)
-        return shard_map_kernel(rows, (axes, whole, whole[:1]), (axes,), [cache])(cache, new, start_b)[0]
-    return constrain(rows(cache, constrain(new, "slots", None, *axes[2:]), start_b)[0], *axes)
+    if names or few:
+        # Positions take the axes that slots leave free, and leave none to heads.
+        of_new = "slots", None, *([None] * (cache.ndim - 2) if names else axes[2:])
+        return shard_map_kernel(write, (axes, of_new, of_new[:1]), (axes,), [cache])(cache, new, start_b)[0]
+    return constrain(rows(cache, constrain(new, "slots", None, *axes[2:]), start_b), *axes)
 
 
 class MultiHeadAttention(nn.Module):

@@ -10,6 +10,7 @@ Tested in tests/model/test_gpu_decode.py and tests/apps/plan/test_gpu_compile.py
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,14 +29,19 @@ from dsvl2_jax.sharding import ambient_mesh_shape
 Rotary = tuple[jax.Array, jax.Array]
 
 
-def is_supported(config: LanguageConfig, slots: int, *dtypes: DTypeLike) -> bool:
-    """Whether the kernels are for this model, so many slots, and the dtypes of its parameters and cache.
+def is_supported(config: LanguageConfig, slots: int, dtype: DTypeLike, cache_dtypes: Sequence[DTypeLike]) -> bool:
+    """Whether the kernels are for this model, so many slots, and the dtypes of parameters and of the cache's arrays.
 
-    Tensor cores multiply 16 bits, and float32 is for exactness; their tiles want widths that 16 divides, and powers of
-    two where a tile is as wide as a head.
+    In int8 they have latents alone: a program of `heads_into_cache` makes a part of a head, and does not see the rest,
+    on which the scale depends. Tensor cores multiply 16 bits, and float32 is for exactness; their tiles want widths
+    that 16 divides, and powers of two where a tile is as wide as a head.
     """
     cfg = config
-    if any(dtype != jnp.bfloat16 for dtype in dtypes) or slots > MAX_ROWS or ambient_mesh_shape() is not None:
+    kinds = {jnp.dtype(kind) for kind in cache_dtypes}
+    plain = kinds <= {jnp.dtype(jnp.bfloat16)}
+    if dtype != jnp.bfloat16 or not (plain or (jnp.dtype(jnp.int8) in kinds and cfg.use_mla)):
+        return False
+    if slots > MAX_ROWS or ambient_mesh_shape() is not None:
         return False
     grouped = cfg.topk_method in ("group_limited_greedy", "noaux_tc") and cfg.n_group > 1
     if cfg.attention_bias or cfg.q_lora_rank is not None or grouped:
@@ -153,7 +159,8 @@ def _latent_attention(
         eps=LATENT_NORM_EPS,
         interpret=interpret,
     )
-    queries, keys = [q_latent_bhr, q_rope_bhd], [a[:, :, None] for a in (latent_bsr, key_bsd)]  # one head of keys
+    # One head of keys.
+    queries, keys = [q_latent_bhr, q_rope_bhd], jax.tree.map(lambda a: a[:, :, None], [latent_bsr, key_bsd])
     split = attend_splits(queries, keys, None, positions_b, scale=cfg.softmax_scale, interpret=interpret)
     out_bhd = combine_latent(*split, attn["kv_b_proj"], first_row=nope, interpret=interpret)
     return out_bhd, {"latent": latent_bsr, "rope_key": key_bsd}
