@@ -23,6 +23,7 @@ from jax import lax
 from dsvl2_jax.kernels.cpu import bits_to_slice, cpu_or, from_bits
 from dsvl2_jax.kernels.fused_attention import AttentionSpec, fused_attention, is_supported
 from dsvl2_jax.kernels.precision import matmul_precision
+from dsvl2_jax.kernels.ring_attention import ring_attention
 from dsvl2_jax.kernels.tpu import ATTENTION_BLOCK, cached_attention, latent_attention, splash_attention
 from dsvl2_jax.sharding import shard_map_kernel, split_over
 
@@ -206,7 +207,8 @@ def causal_self_attention(
 ) -> jax.Array:
     """Attention of rows to themselves, each token to those before it in its own sample.
 
-    In bfloat16: on GPUs by the kernels of `dsvl2_jax.kernels.fused_attention`, on TPUs by jax's splash kernel.
+    In bfloat16: on GPUs by the kernels of `dsvl2_jax.kernels.fused_attention`, on TPUs by jax's splash kernel. By
+    `ring_attention` where the mesh splits rows along their length.
 
     Args:
       q_bthd, k_bthd: [B, T, H, Dk]; v_bthd: [B, T, H, Dv].
@@ -217,13 +219,16 @@ def causal_self_attention(
       [B, T, H, Dv] in the dtype of ``v_bthd``.
     """
     arrays = q_bthd, k_bthd, v_bthd, positions_bt
+    axes = ("batch", "length", "heads", "head_dim")
+    names, parts = split_over(q_bthd.shape, axes, 1)
+    if parts > 1:
+        return ring_attention(*arrays, scale, axis=names[0], parts=parts, name=ATTENTION_OUTPUT)
 
     def plain(*arrays: jax.Array) -> jax.Array:
         return _attend_causal_chunks(*arrays, scale)
 
     if not is_supported(q_bthd, v_bthd):
         return plain(*arrays)
-    axes = ("batch", "length", "heads", "head_dim")
     spec = AttentionSpec(plain, axes, scale, causal=True, name=ATTENTION_OUTPUT)
     if positions_bt.shape[1] % ATTENTION_BLOCK:
         return fused_attention(arrays[:3], positions_bt, spec)

@@ -248,7 +248,7 @@ class LatentAttention(nn.Module):
             with jax.named_scope("kv_b_proj"):
                 out_bthd = einsum_weight("bthr,hvr->bthv", out_bthr, kv_b, dtype=dtype, rows=value_rows)
         else:
-            latent_bsr, rope_key = (constrain(x, batch, None, "latent") for x in (latent_bsr, rope_key))
+            latent_bsr, rope_key = (constrain(x, batch, "length", "latent") for x in (latent_bsr, rope_key))
             with jax.named_scope("kv_b_proj"):
                 k_bshd = einsum_weight("bsr,hnr->bshn", latent_bsr, kv_b, dtype=dtype, rows=key_rows)
                 v_bshd = einsum_weight("bsr,hvr->bshv", latent_bsr, kv_b, dtype=dtype, rows=value_rows)

@@ -213,7 +213,14 @@ CASES = {
     "accumulated, remat dots": (2, 4, {"remat": "dots"}, None),
     "data=2,tensor=2,expert=2, accumulated": (1, 2, {"remat": "full"}, {"data": 2, "tensor": 2, "expert": 2}),
 }
-MESHES = ({"data": 2, "tensor": 2, "expert": 2}, {"tensor": 2, "expert": 4}, {"data": 8}, {"tensor": 8})
+MESHES = (
+    {"data": 2, "tensor": 2, "expert": 2},
+    {"tensor": 2, "expert": 4},
+    {"data": 8},
+    {"tensor": 8},
+    {"sequence": 8},
+    {"tensor": 2, "expert": 2, "sequence": 2},
+)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -225,7 +232,7 @@ def test_loss_and_gradients_are_those_of_samples_alone_on_one_device(case):
 
 
 # Tiny where its heads do not divide, base where most is split; the rest is exhaustive.
-USUAL = {"tiny": (MESHES[3],), "small": (MESHES[2],), "base": MESHES[:2]}
+USUAL = {"tiny": (MESHES[3],), "small": (MESHES[2], MESHES[4]), "base": (*MESHES[:2], MESHES[5])}
 
 
 @pytest.mark.parametrize(
