@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from typing import Any
 
 import jax
 
@@ -25,6 +27,8 @@ class LoadOptions:
     as_seen: bool = False
     strict_special_tokens: bool = False
     verify: bool = False
+    context: int | None = None
+    rope_scaling: str | None = None  # JSON
 
 
 def load(ckpt: str | None, options: LoadOptions) -> Model:
@@ -41,9 +45,24 @@ def load(ckpt: str | None, options: LoadOptions) -> Model:
     mesh = None if options.mesh is None else make_mesh(**parse_mesh(options.mesh))
     if processes.joined():
         processes.same_everywhere("the checkpoint", description(resolve(ckpt)))
-    model = engine.load(ckpt, dtype=options.dtype, mesh=mesh, verify=options.verify)
+    positions = {"context": options.context, "rope_scaling": _parsed(options.rope_scaling)}
+    model = engine.load(ckpt, dtype=options.dtype, mesh=mesh, verify=options.verify, **positions)
     model.store_programs()
     model.processor.as_seen = options.as_seen
     model.processor.warns = False  # the commands count pictures, and name their own option
     model.processor.strict_special_tokens = options.strict_special_tokens
     return model
+
+
+def _parsed(text: str | None) -> dict[str, Any] | None:
+    """``--rope-scaling``; raises UsageError where it is no JSON object."""
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        example = '{"type": "yarn", "factor": 4}'
+        raise UsageError(f"--rope-scaling {text}: is no JSON object; write it as in config.json: '{example}'.")
+    return value

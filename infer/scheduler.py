@@ -191,8 +191,7 @@ class Scheduler:
         """Queues a request. Raises ConversationError when its prompt does not fit the context."""
         self.model.check_context(request.inputs)
         length = len(request.inputs.input_ids)
-        context = self.model.config.language.max_position_embeddings
-        new_tokens = min(request.max_new_tokens, context - length + 1)
+        new_tokens = min(request.max_new_tokens, self.model.context - length + 1)
         ticket = Ticket(request, AnswerBuilder(self.model.processor, request.sampling), length + new_tokens - 1)
         if ticket.limit > self.last_position:
             raise ValueError(f"an answer may end at position {ticket.limit}, but the cache has {self.last_position}")

@@ -161,22 +161,22 @@ def _head(
     """(the sum, the losses, the gradients of ``hidden_btd`` and ``kernel_dv`` or None)."""
     b, t, _ = hidden_btd.shape
     # Where rows are split along their length, each part gives its share of a chunk.
-    parts = split_over(hidden_btd.shape, ("logits_batch", "length", "embed"), 1)[1]
-    t, chunk = t // parts, min(-(-chunk // parts), t // parts)
+    cuts = split_over(hidden_btd.shape, ("logits_batch", "length", "embed"), 1)[1]
+    t, chunk = t // cuts, min(-(-chunk // cuts), t // cuts)
     product = functools.partial(jnp.einsum, precision=matmul_precision(hidden_btd.dtype))
     # The vocabulary stays split over `tensor` and `expert`, and tokens come to it: [D, V] is larger than they are.
     axes = "logits_batch", "length", "embed"
     hidden_btd, kernel_dv = constrain(hidden_btd, *axes), constrain(kernel_dv, "embed", "vocab")
 
     def split(x: jax.Array, fill: float = 0) -> jax.Array:
-        x = x.reshape(b, parts, t, *x.shape[2:])
+        x = x.reshape(b, cuts, t, *x.shape[2:])
         x = jnp.pad(x, ((0, 0), (0, 0), (0, -t % chunk)) + ((0, 0),) * (x.ndim - 3), constant_values=fill)
-        x = jnp.moveaxis(x.reshape(b, parts, -1, chunk, *x.shape[3:]), 2, 0)
-        return x.reshape(-1, b, parts * chunk, *x.shape[4:])
+        x = jnp.moveaxis(x.reshape(b, cuts, -1, chunk, *x.shape[3:]), 2, 0)
+        return x.reshape(-1, b, cuts * chunk, *x.shape[4:])
 
     def join(x: jax.Array) -> jax.Array:
-        x = jnp.moveaxis(x.reshape(-1, b, parts, chunk, *x.shape[3:]), 0, 2)
-        return x.reshape(b, parts, -1, *x.shape[4:])[:, :, :t].reshape(b, parts * t, *x.shape[4:])
+        x = jnp.moveaxis(x.reshape(-1, b, cuts, chunk, *x.shape[3:]), 0, 2)
+        return x.reshape(b, cuts, -1, *x.shape[4:])[:, :, :t].reshape(b, cuts * t, *x.shape[4:])
 
     def body(dkernel_dv: jax.Array | None, part: tuple[jax.Array, ...]) -> tuple[jax.Array | None, tuple]:
         x_btd, target_bt, weight_bt = part  # of a chunk's tokens

@@ -19,7 +19,9 @@ from jax.typing import DTypeLike
 from dsvl2_jax.kernels.attention import (
     ATTENTION_OUTPUT,
     attend,
+    attend_in_spans,
     causal_self_attention,
+    is_long,
     mha_decode_attention,
     mla_decode_attention,
 )
@@ -137,10 +139,22 @@ class MultiHeadAttention(nn.Module):
                 cache = write_cache(cache, new, positions_bt, drafts=decode and x_btd.shape[1] > 1)
         with jax.named_scope("attention"):
             source = cache if read_cache else new
-            k_bshd, v_bshd = (jnp.repeat(source[name], heads // kv_heads, axis=2) for name in ("key", "value"))
-            v_bshd = v_bshd.astype(self.dtype)
-            scale = cfg.softmax_scale
-            if read_cache:
+            scale, spans = cfg.softmax_scale, read_cache and not decode and is_long(cache["key"].shape[1])
+
+            def repeated(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+                keys, values = (jnp.repeat(x, heads // kv_heads, axis=2) for x in (keys, values))
+                return keys, values.astype(self.dtype)
+
+            k_bshd, v_bshd = (None, None) if spans else repeated(source["key"], source["value"])
+            if spans:
+                arrays = [constrain(cache[name], batch, None, "kv_heads", "head_dim") for name in ("key", "value")]
+
+                def expand(keys: jax.Array, values: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+                    keys, values = repeated(keys, values)
+                    return [keys], values
+
+                out_bthd = attend_in_spans([q_bthd], arrays, expand, positions_bt, scale)
+            elif read_cache:
                 # A decode step goes to the cache, which is split by slots; longer ones fetch it, split by heads.
                 axes = ("slots", "cache_length", None) if decode else (batch, None, "heads")
                 first_axis, length_axis, head_axis = axes
@@ -235,6 +249,14 @@ class LatentAttention(nn.Module):
         kv_b = declare(self, "kv_b_proj", kv_b_shape, kv_b_axes, nn.initializers.normal(std), inputs=2)
         key_rows, value_rows = slice(nope), slice(nope, None)
         scale = cfg.softmax_scale
+
+        @jax.named_scope("kv_b_proj")
+        def expand(latent_bsr: jax.Array) -> tuple[jax.Array, jax.Array]:
+            k_bshd = einsum_weight("bsr,hnr->bshn", latent_bsr, kv_b, dtype=dtype, rows=key_rows)
+            v_bshd = einsum_weight("bsr,hvr->bshv", latent_bsr, kv_b, dtype=dtype, rows=value_rows)
+            k_bshd, v_bshd = (constrain(x, batch, "length", "heads", "head_dim") for x in (k_bshd, v_bshd))
+            return k_bshd, v_bshd
+
         if decode:
             with jax.named_scope("kv_b_proj"):
                 q_latent = einsum_weight("bthn,hnr->bthr", q_nope, kv_b, dtype=dtype, rows=key_rows)
@@ -247,12 +269,18 @@ class LatentAttention(nn.Module):
                 out_bthr = constrain(out_bthr, batch, "length", "heads", "latent")
             with jax.named_scope("kv_b_proj"):
                 out_bthd = einsum_weight("bthr,hvr->bthv", out_bthr, kv_b, dtype=dtype, rows=value_rows)
+        elif read_cache and is_long(latent_bsr.shape[1]):
+
+            def expand_span(latent_bsr: jax.Array, rope_key: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+                k_bshd, v_bshd = expand(latent_bsr)
+                return [k_bshd, rope_key], v_bshd
+
+            with jax.named_scope("attention"):
+                arrays = [constrain(x, batch, None, "latent") for x in (latent_bsr, rope_key)]
+                out_bthd = attend_in_spans([q_nope, q_rope], arrays, expand_span, positions_bt, scale)
         else:
             latent_bsr, rope_key = (constrain(x, batch, "length", "latent") for x in (latent_bsr, rope_key))
-            with jax.named_scope("kv_b_proj"):
-                k_bshd = einsum_weight("bsr,hnr->bshn", latent_bsr, kv_b, dtype=dtype, rows=key_rows)
-                v_bshd = einsum_weight("bsr,hvr->bshv", latent_bsr, kv_b, dtype=dtype, rows=value_rows)
-                k_bshd, v_bshd = (constrain(x, batch, "length", "heads", "head_dim") for x in (k_bshd, v_bshd))
+            k_bshd, v_bshd = expand(latent_bsr)
             with jax.named_scope("attention"):
                 if read_cache:
                     parts = [q_nope, q_rope], [k_bshd, rope_key]

@@ -49,6 +49,8 @@ class EvalOptions:
     dtype: str = "float32"
     mesh: str | None = None
     verify: bool = False
+    context: int | None = setting(None, least=1)
+    rope_scaling: str | None = None
     candidates: int | None = setting(None, least=1)
     speculate: int = setting(0, least=0)
     as_seen: bool = False
@@ -67,7 +69,7 @@ class EvalOptions:
         if self.server is None:
             names += ("dtype", "candidates")
         # Runs from before there was this option go on without it.
-        names += ("as_seen",) if self.as_seen else ()
+        names += tuple(name for name in ("as_seen", "context", "rope_scaling") if getattr(self, name))
         return {name: getattr(self, name) for name in names}
 
 
@@ -96,7 +98,8 @@ def evaluate(ckpt: str | None, data: Path, options: EvalOptions) -> dict[str, An
     from dsvl2_jax.infer.eval.loaded import LoadedModel, follow  # imports jax
     from dsvl2_jax.infer.loading import LoadOptions
 
-    loading = LoadOptions(options.dtype, options.mesh, verify=options.verify)
+    positions = {"context": options.context, "rope_scaling": options.rope_scaling}
+    loading = LoadOptions(options.dtype, options.mesh, verify=options.verify, **positions)
     if not processes.is_first():
         follow(ckpt, loading, options.batch_size, options.speculate)
         return {}

@@ -88,7 +88,7 @@ def _examples() -> dict[str, bytes]:
 
 
 def _model(serving: Serving) -> dict[str, object]:
-    context = serving.engine.model.config.language.max_position_embeddings
+    context = serving.engine.model.context
     return {
         "id": serving.options.model_name,
         "object": "model",

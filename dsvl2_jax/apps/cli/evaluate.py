@@ -32,6 +32,8 @@ def evaluate(
     dtype: Dtype | None = None,
     mesh: str | None = None,
     verify: bool = False,
+    context: int | None = None,
+    rope_scaling: Annotated[str | None, tyro.conf.arg(metavar="JSON")] = None,
     candidates: int | None = None,
     as_seen: bool = False,
     prompt_template: str | None = None,
@@ -62,6 +64,8 @@ def evaluate(
         dtype: in which the model computes; float32 without it.
         mesh: shard over devices, e.g. data=2,tensor=2,expert=2.
         verify: read every file of the checkpoint first and compare it with its digest.
+        context: the most positions of a question and its answer; as many as the model was made for without it.
+        rope_scaling: scale positions so, instead of as config.json says, as in '{"type": "yarn", "factor": 4}'.
         candidates: cut images into at most this many tiles (InfoVQA: 18) instead of as the checkpoint says (9).
         as_seen: read images as people see them: turned as EXIF says, transparency over white, 16-bit gray divided.
             Boxes are then in pixels of the turned image.
@@ -78,7 +82,7 @@ def evaluate(
     """
     loaded_only = {"batch_size": batch_size, "dtype": dtype, "mesh": mesh, "candidates": candidates}
     loaded_only["speculate"] = speculate
-    loaded_only["verify"] = verify or None
+    loaded_only |= {"verify": verify or None, "context": context, "rope_scaling": rope_scaling}
     server_only = {
         "server_model": server_model,
         "api_key_file": api_key_file,
