@@ -68,6 +68,7 @@ ACTIVATION_RULES: Rules = {
     "mlp": ("tensor", "expert"),
     "vocab": ("tensor", "expert"),
     "tiles": ("data", "expert", "tensor", SEQUENCE),
+    "features": ("data", "tensor", "expert"),  # the width of what a prompt's pictures gave, from which chunks take rows
 }
 
 

@@ -87,8 +87,6 @@ class Executor:
     """
 
     def __init__(self, owner: LoadedModel, slots: int, cache_length: int, drafts: int = 0):
-        arrays = owner.params, owner.config.language, owner.mesh, owner.dtype
-        check_memory(*arrays, slots, cache_length)
         self.model = owner
         self.slots = slots
         self.cache_length = cache_length
@@ -96,6 +94,7 @@ class Executor:
         self.eos = owner.processor.tokenizer.eos_id
         # A prompt has at most so many tiles, and the last picture's are padded to their bucket.
         self._tiles = -(-owner.context // owner.config.tokens_per_tile) + self.tile_bucket(self.most_tiles)
+        check_memory(owner.params, owner.config, owner.mesh, owner.dtype, slots, cache_length, self._tiles)
         self._features: dict[Hashable, jax.Array] = {}
         self._pages: dict[Hashable, Any] = {}
         self.reset()

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from dsvl2_jax.errors import DSVL2Error
 from dsvl2_jax.model.cache import cache_layout
-from dsvl2_jax.model.config import LanguageConfig
+from dsvl2_jax.model.config import Config, LanguageConfig
 from dsvl2_jax.runtime.hardware import device_memory
 from dsvl2_jax.sharding import ACTIVATION_RULES, mesh_axes, partition_spec
 
@@ -27,20 +27,25 @@ def cache_bytes(config: LanguageConfig, slots: int, length: int, sizes: Mapping[
     total = 0
     for entry, names in cache_layout(config).values():
         shape, axes = (slots, length, *entry), ("slots", "cache_length", *names)
-        spec = partition_spec(shape, axes, sizes, ACTIVATION_RULES)
-        pieces = math.prod(sizes[name] for part in spec for name in mesh_axes(part))
-        total += config.num_hidden_layers * math.prod(shape) // pieces
+        total += config.num_hidden_layers * _own_part(shape, axes, sizes)
     return total * jnp.dtype(dtype).itemsize
 
 
+def _own_part(shape: tuple[int, ...], axes: tuple[str | None, ...], sizes: Mapping[str, int]) -> int:
+    """Numbers of an array that a device has."""
+    spec = partition_spec(shape, axes, sizes, ACTIVATION_RULES)
+    return math.prod(shape) // math.prod(sizes[name] for part in spec for name in mesh_axes(part))
+
+
 def check_memory(
-    params: Any, config: LanguageConfig, mesh: Mesh | None, dtype: DTypeLike, slots: int, length: int
+    params: Any, config: Config, mesh: Mesh | None, dtype: DTypeLike, slots: int, length: int, tiles: int
 ) -> None:
     """Refuses caches that do not fit beside the parameters.
 
     Args:
       params: arrays on their devices.
       slots, length: of the caches; one row more is being prefilled.
+      tiles: of the longest prompt's pictures, whose features are kept meanwhile.
 
     Raises:
       DSVL2Error: parameters and caches are more than a device's memory. Says what would fit.
@@ -52,7 +57,10 @@ def check_memory(
             held[shard.device] += shard.data.nbytes
     device, parameters = held.most_common(1)[0]
     memory = device_memory(device)
-    caches = cache_bytes(config, slots, length, sizes, dtype) + cache_bytes(config, 1, length, sizes, dtype)
+    language = config.language
+    caches = sum(cache_bytes(language, rows, length, sizes, dtype) for rows in (slots, 1))
+    table = (tiles, config.tokens_per_tile, language.hidden_size)
+    caches += _own_part(table, (None, None, "features"), sizes) * jnp.dtype(dtype).itemsize
     if parameters + caches <= memory:
         return
     fitting = int(max(0.0, memory - parameters) / (caches / length)) // 512 * 512

@@ -20,9 +20,9 @@ DYNAMIC = {"type": "dynamic", "factor": 4}
 
 @pytest.fixture(scope="module")
 def short(checkpoints, tmp_path_factory):
-    """mini-base with a context of 64."""
+    """mini-tiny with a context of 64."""
     copy = tmp_path_factory.mktemp("short") / "ckpt"
-    shutil.copytree(checkpoints / "mini-base", copy)
+    shutil.copytree(checkpoints / "mini-tiny", copy)
     config = json.loads((copy / "config.json").read_text())
     config["language_config"]["max_position_embeddings"] = 64
     (copy / "config.json").write_text(json.dumps(config))

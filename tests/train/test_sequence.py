@@ -61,7 +61,9 @@ def stepped(batch: TrainBatch, mesh) -> tuple[float, np.ndarray, dict]:
     settings = Settings(
         data=DataSettings(sequence_length=batch.ids.shape[-1], max_segments=4),
         batch=BatchSettings(sequences=1, microbatch_size=1),
-        stage=StageSettings((ParameterRule("vision|projector|image_|view_|correction_bias", False), ParameterRule("")), 0.02),
+        stage=StageSettings(
+            (ParameterRule("vision|projector|image_|view_|correction_bias", False), ParameterRule("")), 0.02
+        ),
         optimizer=OptimizerSettings(clip_norm=0.0),
         compute=ComputeSettings(dtype="float32", loss_chunk=1000),
     )
