@@ -19,6 +19,7 @@ CONTENTS = {
     "Use": [
         *("docs/install", "docs/python", "docs/serving", "docs/train", "docs/data", "docs/evaluation", "docs/pods"),
         "docs/plan",
+        "docs/contexts",
     ],
     "Reference": ["docs/site/api", "docs/architecture", "docs/parity", "docs/benchmarks", "configs/micro/README"],
     "Project": ["docs/development", "CONTRIBUTING", "CHANGELOG", "SECURITY"],
