@@ -55,7 +55,12 @@ def test_every_command_explains_itself(run, command):
 
 TOGETHER = {"--processes": "None", "--coordinator": "None", "--process": "None", "--connect-timeout": "300"}
 COMPUTING = {"--dtype": "float32", "--mesh": "None"}
-VERIFYING = COMPUTING | {"--verify": "False", "--cache-dtype": "None"}
+VERIFYING = COMPUTING | {
+    "--verify": "False",
+    "--cache-dtype": "None",
+    "--context": "None",
+    "--rope-scaling": "None",
+}
 LOADING = VERIFYING | {"--adapter": "None", "--as-seen": "False", "--strict-special-tokens": "False"}
 ANSWERING = {
     "--system": "''", "--max-new-tokens": "512", "--temperature": "0.0", "--top-p": "1.0", "--top-k": "50",
@@ -98,7 +103,8 @@ OPTIONS = {
         "--verify": "False", "--adapter": "None", "--candidates": "None",
         "--prompt-template": "None", "--limit": "None", "--report-samples": "1000", "--json": "False",
         "--server": "None", "--server-model": "None", "--api-key-file": "None", "--concurrency": "None",
-        "--timeout": "None", "--extra-body": "None", "--as-seen": "False", "--speculate": "None", **TOGETHER,
+        "--timeout": "None", "--extra-body": "None", "--as-seen": "False", "--speculate": "None",
+        "--context": "None", "--rope-scaling": "None", **TOGETHER,
     },
     "plan": {
         "--topology": "None", "--job": "None", "--batch": "None", "--sequence": "None", "--slots": "None",
