@@ -62,7 +62,7 @@ ANSWERING = {
     "--repetition-penalty": "1.0", "--seed": "0", "--speculate": "0",
 }  # fmt: skip
 OPTIONS = {
-    "convert": {"--dtype": "None", "--max-memory": "1GiB"},
+    "convert": {"--dtype": "None", "--max-memory": "1GiB", "--quantize": "None", "--rule": "repeatable"},
     "export": {"--dtype": "None", "--verify": "False"},
     "generate": {
         "--prompt": "required", "--image": "repeatable", "--stop": "repeatable", "--chunk-size": "None",
@@ -100,7 +100,7 @@ OPTIONS = {
     "plan": {
         "--topology": "None", "--job": "None", "--batch": "None", "--sequence": "None", "--slots": "None",
         "--micro": "None", "--set": "repeatable", "--mesh": "auto", "--csv": "None", "--no-cache": "False",
-        "--json": "False",
+        "--quantize": "None", "--rule": "repeatable", "--json": "False",
     },
     "bench convert": {"--size": "tiny", "--directory": "None", "--keep": "None", "--repeats": "2"},
     "bench generate": {"--new-tokens": "32", "--speculate": "0", **COMPUTING},
@@ -109,6 +109,10 @@ OPTIONS = {
         "--layers": "None", "--jobs": "decode,prefill,encode", "--slots": "1,16,64", "--context": "1024",
         "--tokens": "1024,4096", "--tiles": "10", "--set": "repeatable", "--dtype": "None", "--against": "None",
         "--profile": "None", "--budget": "None", "--json": "False", "--plot": "None",
+    },
+    "bench quantize": {
+        "--kinds": "int8,int4,float8", "--rule": "repeatable", "--data": "None", "--samples": "None", "--prompts": "16",
+        "--directory": "None", "--json": "False",
     },
     "bench serve": {
         "--size": "None", "--layers": "None", "--directory": "None",
