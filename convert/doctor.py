@@ -19,6 +19,7 @@ from dsvl2_jax.checkpoint import rules
 from dsvl2_jax.checkpoint.leaves import leaf_bytes
 from dsvl2_jax.checkpoint.load import absent_leaves, open_orbax, read_leaves
 from dsvl2_jax.checkpoint.locate import PARAMS_NAME, kind, model_files, resolve
+from dsvl2_jax.checkpoint.quantized_tensors import stored_as
 from dsvl2_jax.checkpoint.safetensors_source import Source
 from dsvl2_jax.checkpoint.verify import verify as verify_files
 from dsvl2_jax.errors import CheckpointError, ConfigError, TokenizerError
@@ -200,7 +201,7 @@ def _examine_released(directory: Path, config: Config, report: Report) -> None:
         report.notes += source.notes
         if rules.lacks_unused(source.tensors):
             _leave_out_unused(report)
-        _add_dtypes(report, ((rules.FLOAT_DTYPES.get(t.dtype, t.dtype), t.size) for t in source.tensors.values()))
+        _add_dtypes(report, ((stored_as(tensor), tensor.size) for tensor in source.tensors.values()))
         for problem, tensors in rules.compare(source.shapes_and_dtypes, config).items():
             report.problems.append(f"{len(tensors)} {problem}:\n{listed(tensors)}")
         with progress("reading tensors", source.total_bytes) as advance:

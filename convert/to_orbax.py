@@ -123,7 +123,7 @@ def convert(
             path: (leaf.shape, numpy_dtype(dtype) if dtype else source.leaf_dtype(leaf))
             for path, leaf in leaves.items()
         }
-        mixed = {} if dtype else _mixed_dtypes(source, leaves, read) if released else source.mixed_dtypes
+        mixed = {} if dtype else mixed_dtypes(source, leaves, read) if released else source.mixed_dtypes
         kinds = quantized_weights(config, quantization)
         plan = {
             path: (shape, stored_as or read[path][1]) for path, (shape, stored_as) in leaves_of(config, kinds).items()
@@ -171,7 +171,7 @@ def convert(
     return Converted(dst, parameters, total, seconds, tuple(notes))
 
 
-def _mixed_dtypes(source: Source, leaves: Mapping[LeafPath, rules.Leaf], plan: Leaves) -> dict[str, str]:
+def mixed_dtypes(source: Source, leaves: Mapping[LeafPath, rules.Leaf], plan: Leaves) -> dict[str, str]:
     """Tensors whose dtype is not that of the stacked parameter that they are part of → their own."""
     stored_as = {name: rules.FLOAT_DTYPES[tensor.dtype] for name, tensor in source.tensors.items()}
     return {

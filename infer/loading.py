@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 
-from dsvl2_jax.checkpoint.locate import description, resolve
+from dsvl2_jax.checkpoint.locate import description, find_adapter, resolve
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.infer import engine
 from dsvl2_jax.infer.engine import Model
@@ -25,6 +26,12 @@ class LoadOptions:
     as_seen: bool = False
     strict_special_tokens: bool = False
     verify: bool = False
+    adapter: str | Mapping[str, str] | None = None
+    cache_dtype: str | None = None
+    max_tiles: int | None = None
+    min_tiles: int | None = None
+    frames: int | None = None
+    frame_choice: str | None = None
 
 
 def load(ckpt: str | None, options: LoadOptions) -> Model:
@@ -41,9 +48,14 @@ def load(ckpt: str | None, options: LoadOptions) -> Model:
     mesh = None if options.mesh is None else make_mesh(**parse_mesh(options.mesh))
     if processes.joined():
         processes.same_everywhere("the checkpoint", description(resolve(ckpt)))
-    model = engine.load(ckpt, dtype=options.dtype, mesh=mesh, verify=options.verify)
+        adapters = options.adapter or {}
+        for adapter in [adapters] if isinstance(adapters, str) else adapters.values():
+            processes.same_everywhere("the adapter", description(find_adapter(adapter)))
+    given = {"cache_dtype": options.cache_dtype, "verify": options.verify, "adapter": options.adapter}
+    model = engine.load(ckpt, dtype=options.dtype, mesh=mesh, **given)
     model.store_programs()
     model.processor.as_seen = options.as_seen
     model.processor.warns = False  # the commands count pictures, and name their own option
     model.processor.strict_special_tokens = options.strict_special_tokens
+    model.processor.set_visuals(options.max_tiles, options.min_tiles, options.frames, options.frame_choice)
     return model

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from dsvl2_jax.checkpoint import orbax_io, rules
 from dsvl2_jax.checkpoint.leaves import Leaves, batches
-from dsvl2_jax.checkpoint.locate import PARAMS_NAME, kind, read_manifest, run_of
+from dsvl2_jax.checkpoint.locate import PARAMS_NAME, kind, read_manifest, refuse_adapter, run_of
 from dsvl2_jax.checkpoint.safetensors_source import Source, numpy_dtype
 from dsvl2_jax.checkpoint.verify import check_run_sizes, tell, way_out
 from dsvl2_jax.checkpoint.verify import verify as verify_files
@@ -132,6 +132,7 @@ def open_orbax(directory: Path, config: Config) -> tuple[dict[str, Any], Leaves]
     if kind(directory) == "orbax":
         manifest = read_manifest(directory)
     else:
+        refuse_adapter(directory)
         check_run_sizes(directory)
     stored = _stored(directory / PARAMS_NAME, config)
     if manifest and (problems := _unlike_manifest(manifest, stored)):

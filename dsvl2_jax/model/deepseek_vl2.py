@@ -243,6 +243,7 @@ def prefill(
     lengths: jax.Array,
     cache: Cache,
     start: jax.Array | None = None,
+    totals: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Runs prompts, or one chunk of them, into the cache.
 
@@ -253,6 +254,7 @@ def prefill(
       lengths: i32[B], real tokens of each row in this call (0 … T).
       cache: of `dsvl2_jax.model.cache.init_cache`, with B slots and a length of at least start + T.
       start: i32[B], tokens already in the cache. None: nothing is, and the cache is not read.
+      totals: i32[B], tokens of each row's whole prompt, of which "dynamic" positions depend; None: it ends here.
 
     Returns:
       f32[B, V] logits after the last real token of each row (of no meaning where the length is 0),
@@ -261,10 +263,11 @@ def prefill(
     steps = jnp.broadcast_to(jnp.arange(embeddings.shape[1]), embeddings.shape[:2])
     positions_bt = steps if start is None else start[:, None] + steps
     valid_bt = steps < lengths[:, None]
+    if totals is None:
+        totals = lengths if start is None else start + lengths
+    how = {"cache": cache, "read_cache": start is not None, "lengths_b": totals}
     language = params["language"], config.language
-    hidden_btd, cache, _ = hidden_states(
-        *language, embeddings, positions_bt, valid_bt, cache=cache, read_cache=start is not None
-    )
+    hidden_btd, cache, _ = hidden_states(*language, embeddings, positions_bt, valid_bt, **how)
     last_bd = jnp.take_along_axis(hidden_btd, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     return _next_logits(params, config, last_bd), cache
 

@@ -15,7 +15,11 @@ from dsvl2_jax.apps.bench.serve_options import ServeLoad
 from dsvl2_jax.apps.cli.options import (
     Checkpoint,
     Dtype,
+<<<<<<< HEAD
     QuantizeRules,
+=======
+    QuantizeTo,
+>>>>>>> main
     Settings,
     Size,
     command_group,
@@ -97,6 +101,7 @@ def model(
     tiles: str = "10",
     set: Settings = (),
     dtype: Dtype | None = None,
+    quantize: QuantizeTo | None = None,
     against: Literal["torch"] | None = None,
     profile: str | None = None,
     budget: float | None = None,
@@ -119,6 +124,7 @@ def model(
         tiles: for encode, tiles at a time; train takes the largest number.
         set: for train, a setting of the preset, such as compute.remat=dots; may be given several times.
         dtype: in which the model computes; without it bfloat16, on a CPU float32.
+        quantize: weights in 8 or 4 bits, as dsvl2 convert --quantize makes them.
         against: torch: the same work in PyTorch, in the same run.
         profile: one of the jobs; also print how its program splits up, named scope by named scope.
         budget: seconds after which nothing new is begun.
@@ -138,6 +144,7 @@ def model(
             tiles=tiles,
             overrides=set,
             dtype=dtype,
+            quantize=quantize,
             against=against,
             profile=profile,
             budget=budget,
@@ -173,6 +180,7 @@ def serve(
         bench_serve(ckpt, size=size, layers=layers, directory=directory, dtype=dtype, mesh=mesh, options=load)
 
 
+<<<<<<< HEAD
 def quantize(
     ckpts: Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="[CKPT ...]")]] = (),
     *,
@@ -214,6 +222,9 @@ def quantize(
 
 
 def train(*, rows: int = 2, length: int = 1024, steps: int = 3, rounds: int = 3) -> None:
+=======
+def train(*, rows: int = 2, length: int = 1024, steps: int = 3, rounds: int = 3, adapter: bool = False) -> None:
+>>>>>>> main
     """Measure a training step of a mid-size model against PyTorch's, on this machine's CPUs.
 
     Args:
@@ -221,11 +232,12 @@ def train(*, rows: int = 2, length: int = 1024, steps: int = 3, rounds: int = 3)
         length: tokens of a sequence.
         steps: steps of a side before it is the other one's turn.
         rounds: turns of each side.
+        adapter: train a LoRA adapter on the frozen model, against peft's.
     """
     with needs_train_extra():
         from dsvl2_jax.apps.bench.train import bench_train
 
-        bench_train(rows=rows, length=length, steps=steps, rounds=rounds)
+        bench_train(rows=rows, length=length, steps=steps, rounds=rounds, adapter=adapter)
 
 
 def tune(*, size: Size | None = None, json: bool = False, out: Path | None = None) -> None:

@@ -1,4 +1,4 @@
-"""`dsvl2 convert`, `export` and `doctor`: checkpoints in both layouts.
+"""`dsvl2 convert`, `export`, `merge` and `doctor`: checkpoints in both layouts.
 
 Tested in tests/apps/cli/test_main.py.
 """
@@ -6,6 +6,7 @@ Tested in tests/apps/cli/test_main.py.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from tyro.conf import Positional
 
@@ -51,6 +52,28 @@ def export(ckpt: Positional[str], dst: Positional[Path], *, dtype: Dtype | None 
     from dsvl2_jax.convert.to_safetensors import export as run
 
     run(ckpt, dst, dtype=dtype, verify=verify)
+
+
+def merge(
+    ckpt: Positional[str],
+    adapter: Positional[str],
+    dst: Positional[Path],
+    *,
+    layout: Literal["orbax", "released"] | None = None,
+    verify: bool = False,
+) -> None:
+    """Merge a LoRA or DoRA adapter into its checkpoint: what comes out needs no adapter any more.
+
+    Args:
+        ckpt: what the adapter was trained on: converted directory, released-layout directory, training run or hub id.
+        adapter: a directory that training or peft wrote, or a hub id.
+        dst: directory to make; it must not exist.
+        layout: orbax, as convert writes it, or released, as export does; without it, that of the checkpoint.
+        verify: read every file of the checkpoint first and compare it with its digest.
+    """
+    from dsvl2_jax.convert.merge import merge as run
+
+    run(ckpt, adapter, dst, layout=layout, verify=verify)
 
 
 def doctor(ckpt: Checkpoint = None, *, verify: bool = False, json: bool = False) -> int:

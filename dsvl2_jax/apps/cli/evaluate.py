@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from dsvl2_jax.apps.cli.options import Dtype, Together
+from dsvl2_jax.apps.cli.options import CacheDtype, Dtype, Together
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.runtime.processes import Processes
 
@@ -30,9 +30,12 @@ def evaluate(
     max_new_tokens: int = 128,
     speculate: int | None = None,
     dtype: Dtype | None = None,
+    cache_dtype: CacheDtype | None = None,
     mesh: str | None = None,
     verify: bool = False,
-    candidates: int | None = None,
+    adapter: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None,
+    max_tiles: int | None = None,
+    min_tiles: int | None = None,
     as_seen: bool = False,
     prompt_template: str | None = None,
     limit: int | None = None,
@@ -60,9 +63,12 @@ def evaluate(
         max_new_tokens: the most tokens of an answer.
         speculate: draft this many tokens a step where the text repeats its prompt or itself; none without it.
         dtype: in which the model computes; float32 without it.
+        cache_dtype: in which the cache keeps earlier tokens: int8 takes half the memory; without it, that of dtype.
         mesh: shard over devices, e.g. data=2,tensor=2,expert=2.
         verify: read every file of the checkpoint first and compare it with its digest.
-        candidates: cut images into at most this many tiles (InfoVQA: 18) instead of as the checkpoint says (9).
+        adapter: a LoRA or DoRA adapter for the checkpoint: a directory that training or peft wrote, or a hub id.
+        max_tiles: cut an image into at most this many tiles (InfoVQA: 18) instead of as the checkpoint says (9).
+        min_tiles: cut an image into at least this many tiles, however many images there are.
         as_seen: read images as people see them: turned as EXIF says, transparency over white, 16-bit gray divided.
             Boxes are then in pixels of the turned image.
         prompt_template: the prompt around {question} and {choices}; \\n is a new line.
@@ -76,9 +82,10 @@ def evaluate(
         timeout: seconds to wait for one answer; 600 without it.
         extra_body: further fields of every request, as in '{"skip_special_tokens": false}'.
     """
-    loaded_only = {"batch_size": batch_size, "dtype": dtype, "mesh": mesh, "candidates": candidates}
-    loaded_only["speculate"] = speculate
+    loaded_only = {"batch_size": batch_size, "dtype": dtype, "mesh": mesh, "speculate": speculate}
+    loaded_only |= {"cache_dtype": cache_dtype, "max_tiles": max_tiles, "min_tiles": min_tiles}
     loaded_only["verify"] = verify or None
+    loaded_only["adapter"] = adapter
     server_only = {
         "server_model": server_model,
         "api_key_file": api_key_file,

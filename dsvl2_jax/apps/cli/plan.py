@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from dsvl2_jax.apps.cli.options import QuantizeRules, QuantizeTo, Settings, needs_train_extra
+from dsvl2_jax.apps.cli.options import CacheDtype, QuantizeRules, QuantizeTo, Settings, needs_train_extra
 
 Models = Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="[MODEL ...]")]]
 
@@ -20,7 +20,7 @@ def plan(
     models: Models = ("micro",),
     *,
     topology: str | None = None,
-    job: Literal["prefill", "decode", "encode", "align", "pretrain", "sft"] | None = None,
+    job: Literal["prefill", "decode", "encode", "align", "pretrain", "sft", "lora"] | None = None,
     batch: int | None = None,
     sequence: int | None = None,
     slots: int | None = None,
@@ -28,6 +28,7 @@ def plan(
     set: Settings = (),
     quantize: QuantizeTo | None = None,
     rule: QuantizeRules = (),
+    cache_dtype: CacheDtype | None = None,
     mesh: str = "auto",
     csv: Path | None = None,
     no_cache: bool = False,
@@ -47,8 +48,10 @@ def plan(
         slots: sequences that decode together (64).
         micro: sequences that a data shard trains on at a time (the preset's).
         set: a setting of the preset, such as compute.remat=dots; may be given several times.
-        quantize: the weights of inference in 8 or 4 bits, as dsvl2 convert --quantize makes them.
+        quantize: the weights of inference, or of the model beside an adapter, in 8 or 4 bits, as dsvl2 convert
+            --quantize makes them.
         rule: with --quantize, how weights of some paths are kept; see dsvl2 convert --help. May be given several times.
+        cache_dtype: of the cache of prefill and decode; bfloat16 without it.
         mesh: as data=2,tensor=2,expert=4; auto chooses one and says why.
         csv: put the rows of the table into this file, in the place of older ones of the same model and job.
         no_cache: compile even what was compiled before.
@@ -68,6 +71,7 @@ def plan(
             micro=micro,
             overrides=set,
             quantization=quantization_of(quantize, rule),
+            cache_dtype=cache_dtype,
             mesh=mesh,
             csv=csv,
             cache=not no_cache,

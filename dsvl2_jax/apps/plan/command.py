@@ -60,7 +60,8 @@ def run_plan(
     slots: int | None,
     micro: int | None,
     overrides: Sequence[str],
-    quantization: Quantization | None = None,
+    quantization: Quantization | None,
+    cache_dtype: str | None,
     mesh: str,
     csv: Path | None,
     cache: bool,
@@ -90,10 +91,11 @@ def run_plan(
             raise UsageError(f"--quantize {quantization.kind}: {model} is quantized already, as {stored.kind}.")
         rounding = quantization or stored
         options = {"model": model, "micro": micro, "overrides": overrides, "quantization": rounding}
+        options["cache_dtype"] = cache_dtype
         jobs = [parse_job(name, batch, sequence, slots, **options) for name in kinds]
         work.append((model if quantization is None else f"{model}-{quantization.kind}", config, jobs))
     if csv is not None:
-        _check_csv(csv, topology_name, kind)
+        _check_csv(csv, topology_name, kind, cache_dtype)
     if topology_name is None:
         results = [_table(model, config, jobs, csv, cache, as_json) for model, config, jobs in work]
         fits = True
@@ -105,7 +107,9 @@ def run_plan(
     return 0 if fits else 1
 
 
-def _check_csv(csv: Path, topology_name: str | None, kind: str | None) -> None:
+def _check_csv(csv: Path, topology_name: str | None, kind: str | None, cache_dtype: str | None) -> None:
+    if cache_dtype is not None:
+        raise UsageError(f"--csv {csv} has rows of bfloat16 caches alone; leave out --cache-dtype {cache_dtype}.")
     if topology_name is not None:
         raise UsageError(f"--csv {csv} is of the table over all topologies; leave out --topology {topology_name}.")
     if kind in ("align", "pretrain", "sft"):

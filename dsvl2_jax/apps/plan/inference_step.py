@@ -19,7 +19,8 @@ from jax.typing import DTypeLike
 from dsvl2_jax.infer.slots import SlotState, init_slots, next_state
 from dsvl2_jax.infer.speculation import speculative_group
 from dsvl2_jax.model import deepseek_vl2 as model
-from dsvl2_jax.model.cache import cache_layout
+from dsvl2_jax.model.attention import cache_axes
+from dsvl2_jax.model.cache import init_cache
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.parameter_paths import stays_float32
 from dsvl2_jax.model.quantization import Quantization, leaves_of, quantized_weights, stored_shardings
@@ -37,6 +38,7 @@ def lower_inference(
     sequence: int,
     dtype: DTypeLike = jnp.bfloat16,
     quantization: Quantization | None = None,
+    cache_dtype: DTypeLike | None = None,
 ) -> jax.stages.Lowered:
     """Lowers a job for a mesh.
 
@@ -45,15 +47,19 @@ def lower_inference(
         ``batch`` slots with a cache of ``sequence``), "speculate" (a group of such steps, with `DRAFTS` drafts or
         without), or "encode" (``batch`` tiles).
       quantization: of the weights; what is not quantized is of ``dtype``.
+      cache_dtype: of the cache; None: ``dtype``.
     """
-    jobs: dict[str, Callable[..., jax.stages.Lowered]] = {
-        "prefill": _prefill,
-        "decode": _decode,
-        "speculate": _speculate,
-        "encode": _encode,
-    }
     with jax.set_mesh(mesh):
-        return jobs[job](config, mesh, batch, sequence, dtype, abstract_parameters(config, mesh, dtype, quantization))
+        parameters = abstract_parameters(config, mesh, dtype, quantization)
+        if job == "encode":
+            return _encode(config, mesh, batch, parameters)
+        jobs: dict[str, Callable[..., jax.stages.Lowered]] = {
+            "prefill": _prefill,
+            "decode": _decode,
+            "speculate": _speculate,
+        }
+        dtypes = dtype, dtype if cache_dtype is None else cache_dtype
+        return jobs[job](config, mesh, batch, sequence, *dtypes, parameters)
 
 
 def abstract_parameters(
@@ -75,23 +81,28 @@ def _array(mesh: Mesh, dtype: DTypeLike, shape: tuple[int, ...], *axes: str | No
 
 
 def _cache(config: Config, mesh: Mesh, slots: int, cache_length: int, dtype: DTypeLike) -> Any:
-    layout = cache_layout(config.language)
+    def placed(name: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return _array(mesh, x.dtype, x.shape, *cache_axes(name, x))
 
-    def layer() -> dict[str, jax.ShapeDtypeStruct]:
-        return {
-            name: _array(mesh, dtype, (slots, cache_length, *shape), "slots", "cache_length", *axes)
-            for name, (shape, axes) in layout.items()
-        }
-
-    return [layer() for _ in range(config.language.num_hidden_layers)]
+    layers = jax.eval_shape(lambda: init_cache(config, slots, cache_length, dtype))
+    return [
+        {name: jax.tree.map(functools.partial(placed, name), entries) for name, entries in layer.items()}
+        for layer in layers
+    ]
 
 
 def _prefill(
-    config: Config, mesh: Mesh, batch: int, sequence: int, dtype: DTypeLike, params: model.Params
+    config: Config,
+    mesh: Mesh,
+    batch: int,
+    sequence: int,
+    dtype: DTypeLike,
+    cache_dtype: DTypeLike,
+    params: model.Params,
 ) -> jax.stages.Lowered:
     embeddings = _array(mesh, dtype, (batch, sequence, config.language.hidden_size), "batch", "length", None)
     function = jax.jit(model.prefill, static_argnums=1, donate_argnums=4)
-    cache = _cache(config, mesh, batch, sequence, dtype)
+    cache = _cache(config, mesh, batch, sequence, cache_dtype)
     lengths = _array(mesh, jnp.int32, (batch,), "batch")
     return function.lower(params, config, embeddings, lengths, cache)
 
@@ -116,9 +127,15 @@ def _state(
 
 
 def _decode(
-    config: Config, mesh: Mesh, batch: int, sequence: int, dtype: DTypeLike, params: model.Params
+    config: Config,
+    mesh: Mesh,
+    batch: int,
+    sequence: int,
+    dtype: DTypeLike,
+    cache_dtype: DTypeLike,
+    params: model.Params,
 ) -> jax.stages.Lowered:
-    state = _state(config, mesh, batch, sequence, dtype)
+    state = _state(config, mesh, batch, sequence, cache_dtype)
     active = _whole(mesh, jax.ShapeDtypeStruct((batch,), jnp.bool_))
     function = jax.jit(next_state, static_argnames=("config", "eos", "top", "greedy"), donate_argnames="state")
     # On GPUs tokens that nobody draws have a program of their own.
@@ -127,18 +144,22 @@ def _decode(
 
 
 def _speculate(
-    config: Config, mesh: Mesh, batch: int, sequence: int, dtype: DTypeLike, params: model.Params
+    config: Config,
+    mesh: Mesh,
+    batch: int,
+    sequence: int,
+    dtype: DTypeLike,
+    cache_dtype: DTypeLike,
+    params: model.Params,
 ) -> jax.stages.Lowered:
-    state = _state(config, mesh, batch, sequence, dtype, drafts=True)
+    state = _state(config, mesh, batch, sequence, cache_dtype, drafts=True)
     rows = [_whole(mesh, jax.ShapeDtypeStruct((batch,), kind)) for kind in (jnp.int32, jnp.bool_)]
     static = {"eos": 1, "cache_length": sequence, "top": False, "drafts": DRAFTS}
     function = jax.jit(speculative_group, static_argnames=("config", *static), donate_argnames="state")
     return function.lower(params, config, state, *rows, None, **static)
 
 
-def _encode(
-    config: Config, mesh: Mesh, batch: int, sequence: int, dtype: DTypeLike, params: model.Params
-) -> jax.stages.Lowered:
+def _encode(config: Config, mesh: Mesh, batch: int, params: model.Params) -> jax.stages.Lowered:
     side = config.vision.image_size
     tiles = _array(mesh, jnp.uint8, (batch, side, side, 3), "tiles", None, None, None)
     unit = _array(mesh, jnp.float32, (3,), None)

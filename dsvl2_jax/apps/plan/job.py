@@ -16,7 +16,7 @@ from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.quantization import Quantization
 from dsvl2_jax.train.settings.schema import Settings
 
-JOBS = ("prefill", "decode", "encode", "align", "pretrain", "sft")
+JOBS = ("prefill", "decode", "encode", "align", "pretrain", "sft", "lora")
 ITEMSIZE = 2  # of bfloat16, in which everything is planned
 
 
@@ -29,7 +29,8 @@ class Job:
       batch: prompts, decode slots, tiles, or sequences of a training step.
       sequence: tokens of a prompt or training sequence, or positions of the cache; encoding has none.
       settings: of a training step, which hold batch and sequence too; None: for inference.
-      quantization: of the weights, in inference; None: all are in bfloat16.
+      quantization: of the weights, in inference and beside an adapter that is trained; None: all are in bfloat16.
+      cache_dtype: of the decode cache.
     """
 
     kind: str
@@ -37,6 +38,7 @@ class Job:
     sequence: int
     settings: Settings | None = None
     quantization: Quantization | None = None
+    cache_dtype: str = "bfloat16"
 
     @property
     def unit(self) -> tuple[str, int]:
@@ -50,17 +52,19 @@ class Job:
         sizes: dict[str, Any] = {"kind": self.kind, "batch": self.batch, "sequence": self.sequence}
         if self.quantization is not None:
             sizes |= {"quantize": self.quantization.described()}
+        sizes |= {} if self.cache_dtype == "bfloat16" else {"cache_dtype": self.cache_dtype}
         return sizes if self.settings is None else sizes | program_settings(self.settings)
 
 
 def least_work(config: Config, job: Job) -> Work:
     """The least that a job costs on all devices together."""
     if job.settings is not None:
-        return training_work(config, job.settings)
+        return training_work(config, job.settings, job.quantization)
     if job.kind == "encode":
         return encode_work(config, job.batch, ITEMSIZE, quantization=job.quantization)
     inference_work = prefill_work if job.kind == "prefill" else decode_work
-    return inference_work(config, job.batch, job.sequence, ITEMSIZE, quantization=job.quantization)
+    options = {"quantization": job.quantization, "cache_dtype": job.cache_dtype}
+    return inference_work(config, job.batch, job.sequence, ITEMSIZE, **options)
 
 
 def parse_job(
@@ -73,12 +77,14 @@ def parse_job(
     micro: int | None = None,
     overrides: Sequence[str] = (),
     quantization: Quantization | None = None,
+    cache_dtype: str | None = None,
 ) -> Job:
     """The job of the command's flags, with the sizes that are usual where none are given.
 
     Args:
       model, micro, overrides: of a training job, see `preset_settings`.
-      quantization: of an inference job.
+      quantization: of an inference job, or of the frozen model of an adapter.
+      cache_dtype: of prefill and decode; None: bfloat16.
 
     Raises:
       UsageError: an unknown job, a size that is not positive, or a flag of another job.
@@ -88,14 +94,19 @@ def parse_job(
     for name, value in (("--batch", batch), ("--sequence", sequence), ("--slots", slots), ("--micro", micro)):
         if value is not None and value < 1:
             raise UsageError(f"{name}: found {value}, expected a positive whole number.")
+    if cache_dtype is not None and kind not in ("prefill", "decode"):
+        raise UsageError(f"--cache-dtype belongs to prefill and decode; --job {kind} has no cache.")
     usual = {"prefill": (8, 4096), "decode": (64, 4096), "encode": (32, 0)}
     if kind not in usual:
-        if quantization is not None:
-            raise UsageError(f"--quantize {quantization.kind}: belongs to inference; --job {kind} trains the weights.")
         settings = preset_settings(model, kind, sequences=batch, length=sequence, micro=micro, overrides=overrides)
-        return Job(kind, settings.batch.sequences, settings.data.sequence_length, settings)
+        if quantization is not None and settings.adapter.kind == "none":
+            raise UsageError(
+                f"--quantize {quantization.kind}: belongs to inference and to --job lora; --job {kind} trains the "
+                "weights."
+            )
+        return Job(kind, settings.batch.sequences, settings.data.sequence_length, settings, quantization)
     if micro is not None or overrides:
         raise UsageError(f"--micro and --set belong to training; --job {kind} has neither.")
     rows = (slots if kind == "decode" and slots is not None else batch) or usual[kind][0]
     length = usual[kind][1] if sequence is None or kind == "encode" else sequence
-    return Job(kind, rows, length, quantization=quantization)
+    return Job(kind, rows, length, quantization=quantization, cache_dtype=cache_dtype or "bfloat16")

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from dsvl2_jax.model.cache import cache_layout
+from dsvl2_jax.model.cache import token_bytes
 from dsvl2_jax.model.config import Config, LanguageConfig
 from dsvl2_jax.model.deepseek_vl2 import abstract_leaves
 from dsvl2_jax.model.parameter_paths import LeafPath, path_name
@@ -59,24 +59,31 @@ def prefill_work(
     *,
     before: int = 0,
     quantization: Quantization | None = None,
+    cache_dtype: str = "bfloat16",
 ) -> Work:
     """Prompts of ``length`` tokens each into the cache; logits of the last token alone.
 
     Args:
+      cache_dtype: of the cache.
       before: tokens of each prompt that are in the cache already, to which the others attend.
-      quantization: of the weights; the others and the cache have ``itemsize`` bytes a number.
+      quantization: of the weights; the others have ``itemsize`` bytes a number.
     """
     weights, forward = _language(config, itemsize, quantization), _forward(config)
     per_token = forward.per_token - 2.0 * weights.head
     pairs = rows * length * ((length + 1) / 2 + before)
     flops = rows * length * per_token + rows * 2.0 * weights.head + forward.per_pair * pairs
     moved = weights.whole + _experts(config.language, weights, rows * length) + rows * length * weights.row
-    cache = rows * (before + length) * cache_width(config.language) * config.language.num_hidden_layers
-    return Work(flops, moved + itemsize * cache)
+    return Work(flops, moved + rows * (before + length) * token_bytes(config.language, cache_dtype))
 
 
 def decode_work(
-    config: Config, slots: int, cache_length: int, itemsize: int = 2, *, quantization: Quantization | None = None
+    config: Config,
+    slots: int,
+    cache_length: int,
+    itemsize: int = 2,
+    *,
+    quantization: Quantization | None = None,
+    cache_dtype: str = "bfloat16",
 ) -> Work:
     """One token for each of ``slots`` decode slots, with ``cache_length`` tokens in each cache.
 
@@ -89,14 +96,8 @@ def decode_work(
         widths = 2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim
         per_pair = 2.0 * cfg.num_attention_heads * widths * cfg.num_hidden_layers
     flops = slots * (forward.per_token + per_pair * cache_length)
-    cache = slots * cache_length * cache_width(cfg) * cfg.num_hidden_layers
     moved = weights.whole + _experts(cfg, weights, slots) + slots * weights.row
-    return Work(flops, moved + itemsize * cache)
-
-
-def cache_width(config: LanguageConfig) -> int:
-    """Numbers that the cache keeps of a token in a layer."""
-    return sum(math.prod(shape) for shape, _ in cache_layout(config).values())
+    return Work(flops, moved + slots * cache_length * token_bytes(cfg, cache_dtype))
 
 
 def _experts(config: LanguageConfig, weights: _Weights, tokens: int) -> float:

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from dsvl2_jax.apps.plan.job import ITEMSIZE, Job
 from dsvl2_jax.apps.plan.training_step import check_batch, training_state_bytes
-from dsvl2_jax.model.cache import cache_layout
+from dsvl2_jax.model.cache import cache_arrays
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.parameter_paths import LeafPath
 from dsvl2_jax.model.quantization import leaves_of, quantized_weights, stored_specs
@@ -31,8 +31,8 @@ def resident_bytes(config: Config, job: Job, sizes: dict[str, int], itemsize: in
       itemsize: of the numbers of inference that are not quantized.
     """
     if job.settings is not None:
-        return training_state_bytes(config, job.settings, sizes)
-    return sum(_weight_bytes(config, job, sizes, itemsize).values()) + _cache_bytes(config, job, sizes, itemsize)
+        return training_state_bytes(config, job.settings, sizes, job.quantization)
+    return sum(_weight_bytes(config, job, sizes, itemsize).values()) + _cache_bytes(config, job, sizes)
 
 
 def _weight_bytes(config: Config, job: Job, sizes: dict[str, int], itemsize: int) -> dict[LeafPath, float]:
@@ -45,10 +45,10 @@ def _weight_bytes(config: Config, job: Job, sizes: dict[str, int], itemsize: int
     }
 
 
-def _cache_bytes(config: Config, job: Job, sizes: dict[str, int], itemsize: int) -> float:
+def _cache_bytes(config: Config, job: Job, sizes: dict[str, int]) -> float:
     total = 0.0
     if job.kind != "encode":
-        for entry, axes in cache_layout(config.language).values():
+        for entry, axes, itemsize in cache_arrays(config.language, job.cache_dtype):
             shape = (job.batch, job.sequence, *entry)
             cut = pieces(shape, ("slots", "cache_length", *axes), sizes, ACTIVATION_RULES)
             total += config.language.num_hidden_layers * itemsize * math.prod(shape) / cut
@@ -74,7 +74,7 @@ def _device_load(config: Config, job: Job, sizes: dict[str, int]) -> float:
         heads = (rows, job.sequence, cfg.num_attention_heads, 1)
         return 1 / pieces(heads, ("batch", "length", "heads", "head_dim"), sizes, ACTIVATION_RULES)
     visited = min(1.0, job.batch * cfg.num_experts_per_tok / cfg.n_routed_experts) if cfg.n_routed_experts else 0.0
-    read = _cache_bytes(config, job, sizes, ITEMSIZE)
+    read = _cache_bytes(config, job, sizes)
     for path, size in _weight_bytes(config, job, sizes, ITEMSIZE).items():
         if path[0] == "language" and path[1] != "embed_tokens":
             read += size * (visited if "experts" in path else 1.0)

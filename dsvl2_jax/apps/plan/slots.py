@@ -14,6 +14,7 @@ from rich.table import Table
 
 from dsvl2_jax.apps.plan.job import Job
 from dsvl2_jax.apps.plan.mesh_choice import MAX_MEMORY_FRACTION, resident_bytes
+from dsvl2_jax.checkpoint.adapters import read_adapter
 from dsvl2_jax.checkpoint.locate import open_model, quantization_in, resolve
 from dsvl2_jax.infer.loading import LoadOptions
 from dsvl2_jax.model.config import Config
@@ -35,12 +36,16 @@ def print_slots(ckpt: str | None, loading: LoadOptions, wanted: int, stores: int
     directory = resolve(ckpt)
     config, _ = open_model(directory)
     sizes = dict.fromkeys(MESH_AXES, 1) | ({} if loading.mesh is None else parse_mesh(loading.mesh))
+    itemsize = 4 if loading.dtype == "float32" else 2
+    read = [read_adapter(adapter, config)[0] for adapter in (loading.adapter or {}).values()]
+    adapters = itemsize * sum(array.size for array in jax.tree.leaves(read))
     report = slots_that_fit(
         config,
         sizes,
-        itemsize=4 if loading.dtype == "float32" else 2,
+        itemsize=itemsize,
+        cache_dtype=loading.cache_dtype or loading.dtype,
         memory=_device_memory(),
-        stores=stores,
+        stores=stores + adapters,
         quantization=quantization_in(directory),
     )
     table = Table(show_header=False, box=None)
@@ -48,7 +53,8 @@ def print_slots(ckpt: str | None, loading: LoadOptions, wanted: int, stores: int
         ("memory of a device", f"{report.memory / 1e9:.2f} GB"),
         ("of which parameters, caches and stores may take", f"{report.room / 1e9:.2f} GB"),
         ("parameters", f"{report.parameters / 1e9:.3f} GB"),
-        ("stores of prefixes and pictures", f"{report.stores / 1e9:.3f} GB"),
+        *([("adapters", f"{adapters / 1e9:.3f} GB")] if read else []),
+        ("stores of prefixes and pictures", f"{stores / 1e9:.3f} GB"),
         (f"cache of a slot, {report.context} positions", f"{report.slot / 1e6:.1f} MB"),
         ("slots that fit", str(report.slots)),
         ("slots that are asked for", str(wanted)),
@@ -79,12 +85,14 @@ def slots_that_fit(
     memory: float,
     stores: float,
     quantization: Quantization | None = None,
+    cache_dtype: str = "bfloat16",
 ) -> SlotsReport:
     """How many slots of the whole context fit beside parameters and stores, with room for programs to work.
 
     Args:
       sizes: of the mesh's axes.
-      itemsize: bytes of a parameter that is not quantized and of a cache's entry.
+      itemsize: bytes of a parameter that is not quantized.
+      cache_dtype: of the caches.
       memory: bytes of a device.
       stores: bytes that the engine's stores may take.
       quantization: of the weights.
@@ -92,13 +100,13 @@ def slots_that_fit(
     context = config.language.max_position_embeddings
 
     def resident(slots: int) -> float:
-        job = Job("decode", slots, context, quantization=quantization)
+        job = Job("decode", slots, context, quantization=quantization, cache_dtype=cache_dtype)
         return resident_bytes(config, job, sizes, itemsize)
 
     # Rows are split over the mesh; a number of them that all its parts share makes a slot's part of each.
     many = 64 * sizes["data"] * sizes["tensor"] * sizes["expert"]
+    slot = (resident(many) - resident(0)) / many
     parameters = resident(0)
-    slot = (resident(many) - parameters) / many
     room = MAX_MEMORY_FRACTION * memory
     slots = max(0, int((room - parameters - stores) / slot))
     return SlotsReport(memory, room, parameters, stores, slot, context, slots)
