@@ -15,11 +15,8 @@ from dsvl2_jax.apps.bench.serve_options import ServeLoad
 from dsvl2_jax.apps.cli.options import (
     Checkpoint,
     Dtype,
-<<<<<<< HEAD
     QuantizeRules,
-=======
     QuantizeTo,
->>>>>>> main
     Settings,
     Size,
     command_group,
@@ -180,7 +177,6 @@ def serve(
         bench_serve(ckpt, size=size, layers=layers, directory=directory, dtype=dtype, mesh=mesh, options=load)
 
 
-<<<<<<< HEAD
 def quantize(
     ckpts: Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="[CKPT ...]")]] = (),
     *,
@@ -221,10 +217,7 @@ def quantize(
         )
 
 
-def train(*, rows: int = 2, length: int = 1024, steps: int = 3, rounds: int = 3) -> None:
-=======
 def train(*, rows: int = 2, length: int = 1024, steps: int = 3, rounds: int = 3, adapter: bool = False) -> None:
->>>>>>> main
     """Measure a training step of a mid-size model against PyTorch's, on this machine's CPUs.
 
     Args:
