@@ -67,7 +67,7 @@ ANSWERING = {
     "--repetition-penalty": "1.0", "--seed": "0", "--speculate": "0",
 }  # fmt: skip
 OPTIONS = {
-    "convert": {"--dtype": "None", "--max-memory": "1GiB"},
+    "convert": {"--dtype": "None", "--max-memory": "1GiB", "--quantize": "None", "--rule": "repeatable"},
     "export": {"--dtype": "None", "--verify": "False"},
     "merge": {"--layout": "None", "--verify": "False"},
     "generate": {
@@ -108,9 +108,8 @@ OPTIONS = {
     },
     "plan": {
         "--topology": "None", "--job": "None", "--batch": "None", "--sequence": "None", "--slots": "None",
-        "--micro": "None", "--set": "repeatable", "--cache-dtype": "None", "--mesh": "auto",
-        "--csv": "None", "--no-cache": "False",
-        "--json": "False",
+        "--micro": "None", "--set": "repeatable", "--quantize": "None", "--rule": "repeatable",
+        "--cache-dtype": "None", "--mesh": "auto", "--csv": "None", "--no-cache": "False", "--json": "False",
     },
     "bench convert": {"--size": "tiny", "--directory": "None", "--keep": "None", "--repeats": "2"},
     "bench generate": {"--new-tokens": "32", "--speculate": "0", **COMPUTING},
@@ -119,6 +118,10 @@ OPTIONS = {
         "--layers": "None", "--jobs": "decode,prefill,encode", "--slots": "1,16,64", "--context": "1024",
         "--tokens": "1024,4096", "--tiles": "10", "--set": "repeatable", "--dtype": "None", "--quantize": "None",
         "--against": "None", "--profile": "None", "--budget": "None", "--json": "False", "--plot": "None",
+    },
+    "bench quantize": {
+        "--kinds": "int8,int4,float8", "--rule": "repeatable", "--data": "None", "--samples": "None", "--prompts": "16",
+        "--directory": "None", "--json": "False",
     },
     "bench serve": {
         "--size": "None", "--layers": "None", "--directory": "None",
