@@ -83,10 +83,6 @@ def test_a_layer_gives_what_the_modules_give(size, rows, scaling, int8):
     assert all(close(floats(new[name]), floats(expected_cache[name]), steps) for name in cache)
 
 
-def close(a: jax.Array, b: jax.Array, tolerance: float = 2e-5) -> bool:
-    return bool(jnp.abs(a - b).max() <= tolerance * jnp.maximum(jnp.abs(b).max(), 1.0))
-
-
 def test_what_is_lowered_for_cuda_sorts_nothing_and_asks_nothing():
     """Two layers, one dense and one of experts: seven launches and ten, of which one is XLA's."""
     config = dataclasses.replace(Config.from_dict(released_config("base")), language=language("base"))
