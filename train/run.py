@@ -38,6 +38,7 @@ from dsvl2_jax.messages import first_line, listed
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import Params, entry_axes, init_params
 from dsvl2_jax.model.released import variant
+from dsvl2_jax.model.weights import are_plain
 from dsvl2_jax.runtime import processes
 from dsvl2_jax.runtime.compile_cache import enable_compilation_cache
 from dsvl2_jax.runtime.malloc import keep_freed_memory
@@ -274,6 +275,11 @@ def _base(settings: Settings, trainer: BaseTrainer, source: Path, mesh: Mesh | N
     params = load_params(source, trainer.config, dtype, mesh, fsdp=True)
     if isinstance(trainer, AdapterTrainer):
         trainer.base_digest = base_digest(params)
+    elif not are_plain(params):
+        raise SettingsError(
+            f"model.checkpoint = {source}: its weights are quantized, and training changes plain ones. Give the "
+            "checkpoint that it was made from, or train an adapter beside it (adapter.kind=lora)."
+        )
     return params
 
 

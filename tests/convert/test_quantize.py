@@ -90,6 +90,7 @@ def test_large_weights_are_rounded_in_parts_to_the_same(monkeypatch):
 def test_logits_are_those_of_the_dequantized_weights(config, converted):
     params = load_params(converted["int4"], config, "float32")
     plain = dequantized(params, config)
+    whole = config
     config = dataclasses.replace(config, language=dataclasses.replace(config.language, num_hidden_layers=2))
     ids = jnp.arange(2 * 16).reshape(2, 16)
 
@@ -99,6 +100,10 @@ def test_logits_are_those_of_the_dequantized_weights(config, converted):
 
     expected = logits(plain)
     np.testing.assert_allclose(logits(params), expected, atol=2e-5 * np.abs(expected).max())
+    mesh = make_mesh(2, 2, 2)
+    placed = load_params(converted["int4"], whole, "float32", mesh)
+    with jax.set_mesh(mesh):
+        np.testing.assert_allclose(logits(placed), expected, atol=2e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("kind", ["int4", "float8"])
