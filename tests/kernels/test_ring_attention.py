@@ -72,3 +72,21 @@ def test_the_kernels_of_a_part_give_what_plain_products_give(causal):
     )
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=0.02 * float(jnp.abs(other).max()))
+
+
+def test_a_part_is_attended_to_by_our_kernels_where_the_program_is_for_a_gpu():
+    shape = jax.ShapeDtypeStruct((1, 1024, 2, 32), jnp.bfloat16)
+    positions = jax.ShapeDtypeStruct((1, 1024), jnp.int32)
+
+    def gradients(q, k, v, positions):
+        return jax.grad(lambda *a: causal_self_attention(*a, positions, 0.2).astype(jnp.float32).sum(), (0, 1, 2))(
+            q, k, v
+        )
+
+    with jax.set_mesh(make_mesh(sequence=8)):
+        traced = jax.jit(gradients).trace(shape, shape, shape, positions)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    kernels = [name for name in ("attention_forward", "attention_dq", "attention_dkv") if f'name = "{name}"' in text]
+    assert kernels == ["attention_forward", "attention_dq", "attention_dkv"]
+    # The own part, which is causal, and a loop's body for the others: of the forward pass and the backward pass.
+    assert text.count('name = "attention_dq"') == 2
