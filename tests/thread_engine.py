@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from dsvl2_jax.infer.adapters import BASE
 from dsvl2_jax.infer.answer import AnswerBuilder
 from dsvl2_jax.infer.engine import Model
 from dsvl2_jax.infer.request import Delta, FailedError, RefusedError, Request
@@ -135,7 +136,8 @@ class ThreadEngine:
         model = self.model
         seed = request.sampling.seed + 1_000_003 * request.choice
         sampling = dataclasses.replace(request.sampling, seed=seed)
-        whole = model.generate(request.inputs, request.max_new_tokens, sampling, logprobs=True)
+        name = None if request.adapter == BASE else model.adapters.names[request.adapter]
+        whole = model.generate(request.inputs, request.max_new_tokens, sampling, logprobs=True, adapter=name)
         if not np.isfinite(whole.logprobs).all():
             raise FailedError("the model computed what is no number.", 500)
         tops = self._top_logprobs(request, whole.token_ids)
@@ -162,7 +164,8 @@ class ThreadEngine:
             image_mask=np.append(inputs.image_mask, np.zeros(more, np.bool_)),
             image_index=np.append(inputs.image_index, np.full(more, -1, np.int32)),
         )
-        logits = self.model.logits(longer)[len(inputs.input_ids) - 1 :]
+        name = None if request.adapter == BASE else self.model.adapters.names[request.adapter]
+        logits = self.model.logits(longer, adapter=name)[len(inputs.input_ids) - 1 :]
         values, ids = jax.lax.top_k(jax.nn.log_softmax(logits), request.top_logprobs)
         return [
             list(zip(row_ids, row, strict=True))

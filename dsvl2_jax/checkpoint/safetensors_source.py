@@ -18,7 +18,9 @@ import numpy as np
 
 from dsvl2_jax.checkpoint.digests import check_sums
 from dsvl2_jax.checkpoint.leaves import leaf_bytes
-from dsvl2_jax.checkpoint.rules import FLOAT_DTYPES, UNUSED, Leaf, Shape
+from dsvl2_jax.checkpoint.quantized_source import find_quantized
+from dsvl2_jax.checkpoint.quantized_tensors import QuantizedTensor
+from dsvl2_jax.checkpoint.rules import FLOAT_DTYPES, UNUSED, Leaf, Shape, expected_shapes
 from dsvl2_jax.checkpoint.safetensors_file import DOWNLOAD_AGAIN, Tensor
 from dsvl2_jax.checkpoint.shards import open_shards
 from dsvl2_jax.checkpoint.tensor_names import check_buffer, released_names
@@ -39,14 +41,16 @@ def numpy_dtype(name: str) -> np.dtype:
 class Source:
     """The tensors of a directory in the released layout.
 
-    ``tensors`` maps names to `Tensor`, and ``notes`` says what was tolerated; only headers are read on construction.
-    Use as a context manager, or call `close`.
+    ``tensors`` maps names to `Tensor` or, once the names are released ones, to the `QuantizedTensor` that several of
+    them make up; ``notes`` says what was tolerated. Only headers are read on construction. Use as a context manager, or
+    call `close`.
     """
 
     def __init__(self, directory: str | Path):
         """Raises CheckpointError naming the file for anything missing, truncated, changed or inconsistent."""
         self.directory = Path(directory)
         self.digests = check_sums(self.directory)  # by file name
+        self.tensors: dict[str, Tensor | QuantizedTensor]
         self.tensors, self.notes = open_shards(self.directory)
         self.files = sorted({tensor.file for tensor in self.tensors.values()})
         self._files: dict[Path, int] = {}
@@ -54,17 +58,22 @@ class Source:
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="dsvl2-read")
 
     def fit(self, config: Config) -> None:
-        """Gives the tensors their released names, and lets go of buffers that are no parameters; adds to ``notes``.
+        """Gives the tensors their released names, and adds to ``notes``.
+
+        Buffers that are no parameters are let go of, and a weight that others have quantized takes the place of the
+        tensors that make it up.
 
         Raises:
-          CheckpointError: the names are an adapter's, two become the same, or a buffer is not what ``config`` says.
+          CheckpointError: the names are an adapter's, two become the same, a buffer is not what ``config`` says, or
+            quantized weights are incomplete or of a format that is not read.
         """
         names = released_names(self.tensors, config, str(self.directory))
         for name, stored in names.buffers.items():
             blocks = [block.astype(np.float32) for block in self._blocks(self.tensors[stored])]
             check_buffer(name, np.concatenate(blocks or [np.empty(0, np.float32)]), config, str(self.directory))
-        self.tensors = {name: self.tensors[stored] for name, stored in names.tensors.items()}
-        self.notes += names.notes
+        tensors = {name: self.tensors[stored] for name, stored in names.tensors.items()}
+        self.tensors, notes = find_quantized(tensors, expected_shapes(config), self.directory, self._read)
+        self.notes += [*names.notes, *notes]
 
     def __enter__(self) -> Source:
         return self
@@ -128,10 +137,15 @@ class Source:
             done.result()
 
     def blocks(self, name: str, block_bytes: int = READ_BYTES) -> Iterator[np.ndarray]:
-        """The elements of one tensor, flat, at most ``block_bytes`` at a time, as stored."""
+        """The elements of a tensor, flat, at most ``block_bytes`` at a time, as stored; of a quantized one float32."""
         return self._blocks(self.tensors[name], block_bytes)
 
-    def _blocks(self, tensor: Tensor, block_bytes: int = READ_BYTES) -> Iterator[np.ndarray]:
+    def _blocks(self, tensor: Tensor | QuantizedTensor, block_bytes: int = READ_BYTES) -> Iterator[np.ndarray]:
+        if isinstance(tensor, QuantizedTensor):
+            rows = max(1, block_bytes // _row_bytes(tensor))
+            for start in range(0, tensor.shape[0], rows):
+                yield self._rows(tensor, start, min(rows, tensor.shape[0] - start)).reshape(-1)
+            return
         dtype = numpy_dtype(FLOAT_DTYPES[tensor.dtype])
         for start in range(0, tensor.size, block_bytes):
             block = np.empty(min(block_bytes, tensor.size - start) // dtype.itemsize, dtype)
@@ -146,9 +160,9 @@ class Source:
         if name.startswith(UNUSED) and name not in self.tensors:
             return [functools.partial(out.fill, 0)]
         tensor = self.tensors[name]
-        row = tensor.size // max(1, tensor.shape[0])  # bytes
+        row = _row_bytes(tensor)
         first, columns = (block[0].start, block[1:]) if block else (0, ())
-        whole = out.shape[1:] == tensor.shape[1:]
+        whole = out.shape[1:] == tensor.shape[1:] and isinstance(tensor, Tensor)
         if in_order and whole and out.dtype == numpy_dtype(FLOAT_DTYPES[tensor.dtype]):
             return [functools.partial(self._read, tensor, first * row, out)]
         rows = max(1, READ_BYTES // max(1, row))
@@ -157,11 +171,19 @@ class Source:
             for start in range(0, out.shape[0], rows)
         ]
 
-    def _copy_rows(self, tensor: Tensor, start: int, out: np.ndarray, columns: tuple[slice, ...]) -> None:
-        dtype, row = numpy_dtype(FLOAT_DTYPES[tensor.dtype]), tensor.size // tensor.shape[0]
-        rows = self._buffer(len(out) * row).view(dtype).reshape(len(out), *tensor.shape[1:])
+    def _copy_rows(
+        self, tensor: Tensor | QuantizedTensor, start: int, out: np.ndarray, columns: tuple[slice, ...]
+    ) -> None:
+        copy_rows(out, self._rows(tensor, start, len(out))[:, *columns])
+
+    def _rows(self, tensor: Tensor | QuantizedTensor, start: int, count: int) -> np.ndarray:
+        """Rows of a tensor, which stay until this thread reads others."""
+        if isinstance(tensor, QuantizedTensor):
+            return tensor.rows(start, count, self._read)
+        dtype, row = numpy_dtype(FLOAT_DTYPES[tensor.dtype]), _row_bytes(tensor)
+        rows = self._buffer(count * row).view(dtype).reshape(count, *tensor.shape[1:])
         self._read(tensor, start * row, rows)
-        copy_rows(out, rows[:, *columns])
+        return rows
 
     def _buffer(self, size: int) -> np.ndarray:
         """u8[size] of this thread, used again by its next read: fresh memory is zeroed by the system, page by page."""
@@ -193,6 +215,13 @@ class Source:
             if self._files.setdefault(file, descriptor) != descriptor:  # another thread was faster
                 os.close(descriptor)
         return self._files[file]
+
+
+def _row_bytes(tensor: Tensor | QuantizedTensor) -> int:
+    """Of a row of the tensor's first axis, as it is held while it is copied."""
+    if isinstance(tensor, QuantizedTensor):
+        return 4 * tensor.shape[1]
+    return tensor.size // max(1, tensor.shape[0])
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

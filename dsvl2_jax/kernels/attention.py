@@ -5,6 +5,7 @@
 - `mla_decode_attention`: a row's newest tokens, one or a few, to the latents of its cache.
 - `mha_decode_attention`: the same to the keys and values of its cache.
 - `decode_attention`: what these two do without a kernel.
+- `attend_in_spans`: a chunk of a prompt to a long cache, of which it never holds more than a span at once.
 - `attend`: anything else, and what runs where no kernel is for an operation; in blocks of queries.
 
 A kernel is chosen by the platform that the program is lowered for, by dtype and by shape.
@@ -19,10 +20,13 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from dsvl2_jax.kernels.cpu import bits_to_slice, cpu_or, from_bits
 from dsvl2_jax.kernels.fused_attention import AttentionSpec, fused_attention, is_supported
 from dsvl2_jax.kernels.precision import matmul_precision
+from dsvl2_jax.kernels.quantized_cache import Entries, QuantizedEntries, numbers, times_scale
+from dsvl2_jax.kernels.ring_attention import ring_attention
 from dsvl2_jax.kernels.tpu import ATTENTION_BLOCK, cached_attention, latent_attention, splash_attention
 from dsvl2_jax.sharding import shard_map_kernel, split_over
 
@@ -30,6 +34,9 @@ ATTENTION_OUTPUT = "attention_output"  # its name for rematerialisation policies
 
 # Scores are held for this many queries at a time: [B, H, 512, S] instead of [B, H, T, S].
 QUERY_BLOCK = 512
+
+# Keys of a cache that a chunk of a prompt attends to at a time, where there are more.
+SPAN = 4096
 
 # Keys that a decode step attends to at a time.
 KEY_BLOCK = 128
@@ -46,8 +53,8 @@ KeyRange = tuple[jax.Array | None, jax.Array]
 @jax.named_scope("attend")
 def attend(
     queries: Sequence[jax.Array],
-    keys: Sequence[jax.Array],
-    values: jax.Array,
+    keys: Sequence[Entries],
+    values: Entries,
     key_range: KeyRange,
     scale: float,
 ) -> jax.Array:
@@ -61,7 +68,7 @@ def attend(
       scale: factor on the scores.
 
     Returns:
-      [B, T, H, Dv] in the dtype of ``values``.
+      [B, T, H, Dv] in the dtype of ``queries``.
     """
     length = queries[0].shape[1]
     if length > QUERY_BLOCK and length % QUERY_BLOCK == 0:
@@ -80,39 +87,93 @@ def attend(
 
 @functools.partial(jax.checkpoint, static_argnums=4)  # training too holds one block's scores at a time
 def _attend_block(
-    queries: Sequence[jax.Array], keys: Sequence[jax.Array], values: jax.Array, key_range: KeyRange, scale: float
+    queries: Sequence[jax.Array], keys: Sequence[Entries], values: Entries, key_range: KeyRange, scale: float
 ) -> jax.Array:
-    scores_bhts = sum(
-        jnp.einsum(
-            "bthd,bshd->bhts" if k.ndim == 4 else "bthd,bsd->bhts",
-            q,
-            k.astype(q.dtype),
-            precision=matmul_precision(q.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        for q, k in zip(queries, keys, strict=True)
-    )  # float32
+    scores_bhts = sum(_scores(q, k) for q, k in zip(queries, keys, strict=True))  # float32
     first_bt, last_bt = key_range
     key_index = jnp.arange(scores_bhts.shape[-1])
     visible_bts = key_index <= last_bt[..., None]
     if first_bt is not None:
         visible_bts &= key_index >= first_bt[..., None]
     scores_bhts = jnp.where(visible_bts[:, None], scores_bhts * scale, jnp.finfo(jnp.float32).min)
-    p_bhts = jax.nn.softmax(scores_bhts, axis=-1).astype(values.dtype)
     # Heads before tokens, as the product makes them, and summed in float32 by request: otherwise XLA on CPUs sums
     # bfloat16 in bfloat16.
-    product = "bhts,bshd->bhtd" if values.ndim == 4 else "bhts,bsd->bhtd"
-    out_bhtd = jnp.einsum(
-        product, p_bhts, values, precision=matmul_precision(values.dtype), preferred_element_type=jnp.float32
-    )
-    return out_bhtd.swapaxes(1, 2).astype(values.dtype)
+    dtype = queries[0].dtype
+    out_bhtd = _weighted(jax.nn.softmax(scores_bhts, axis=-1), values, dtype)
+    return out_bhtd.swapaxes(1, 2).astype(dtype)
+
+
+def is_long(length: int) -> bool:
+    """Whether a cache of so many positions is attended to in spans: each a power of two of at least `QUERY_BLOCK`."""
+    return length > SPAN and math.gcd(length, SPAN) >= QUERY_BLOCK
+
+
+@jax.named_scope("attend_in_spans")
+def attend_in_spans(
+    queries: Sequence[jax.Array],
+    cache: Sequence[Entries],
+    expand: Callable[..., tuple[Sequence[jax.Array], jax.Array]],
+    last_bt: jax.Array,
+    scale: float,
+) -> jax.Array:
+    """`attend` to a long cache, a span of positions at a time, up to the last that some query sees.
+
+    What is held beside the cache does not grow with its length: neither scores nor keys and values made of latents. The
+    softmax is taken as in FlashAttention. Not differentiable, as its loop ends where the data say.
+
+    Args:
+      queries: parts [B, T, H, width_i].
+      cache: entries [B, S, …] with `is_long` (S).
+      expand: from such entries of a span to its keys, parts as `attend` takes them, and its values [B, span, H, Dv].
+      last_bt: i32[B, T], the last key that each query sees.
+      scale: factor on the scores.
+
+    Returns:
+      [B, T, H, Dv] in the dtype of the values.
+    """
+    size = math.gcd(cache[0].shape[1], SPAN)
+    rows, length, heads = queries[0].shape[:3]
+    blocks = length // QUERY_BLOCK if length % QUERY_BLOCK == 0 else 1
+
+    def split(x: jax.Array) -> jax.Array:  # [B, T, …] → [blocks, B, T / blocks, …]
+        return jnp.moveaxis(x.reshape(rows, blocks, length // blocks, *x.shape[2:]), 1, 0)
+
+    def span(x: jax.Array, i: jax.Array) -> jax.Array:
+        return from_bits(lax.dynamic_slice_in_dim(bits_to_slice(x, i), i * size, size, axis=1))
+
+    def body(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        keys, values = expand(*jax.tree.map(lambda x: span(x, i), list(cache)))
+
+        def block(arrays: tuple) -> tuple[jax.Array, ...]:
+            queries, last_bt, (m_bthi, l_bthi, acc_bthd) = arrays
+            scores_bths = 0.0
+            for q, k in zip(queries, keys, strict=True):
+                scores_bths += _product("bthd,bshd->bths" if k.ndim == 4 else "bthd,bsd->bths", q, k)
+            visible_bts = i * size + jnp.arange(size) <= last_bt[..., None]
+            scores_bths = jnp.where(visible_bts[:, :, None], scores_bths * scale, jnp.finfo(jnp.float32).min)
+            new_m_bthi = jnp.maximum(m_bthi, scores_bths.max(-1, keepdims=True))
+            p_bths, share_bthi = jnp.exp(scores_bths - new_m_bthi), jnp.exp(m_bthi - new_m_bthi)
+            acc_bthd = acc_bthd * share_bthi + _product("bths,bshd->bthd", p_bths.astype(values.dtype), values)
+            return new_m_bthi, l_bthi * share_bthi + p_bths.sum(-1, keepdims=True), acc_bthd
+
+        return lax.map(block, (by_block, last_by_block, carry))
+
+    by_block, last_by_block = [split(q) for q in queries], split(last_bt)
+    parts = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, size, *x.shape[2:]), x.dtype), list(cache))
+    values = jax.eval_shape(expand, *parts)[1]
+    shape = (blocks, rows, length // blocks, heads)
+    zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
+    first = jnp.full((*shape, 1), jnp.finfo(jnp.float32).min), zeros((*shape, 1)), zeros((*shape, values.shape[-1]))
+    _, l, acc = lax.fori_loop(0, last_bt.max() // size + 1, body, first)  # noqa: E741
+    out = jnp.moveaxis((acc / l).astype(values.dtype), 0, 1)
+    return out.reshape(rows, length, heads, values.shape[-1])
 
 
 @jax.named_scope("decode_attention")
 def decode_attention(
     queries: Sequence[jax.Array],
-    keys: Sequence[jax.Array],
-    values: jax.Array,
+    keys: Sequence[Entries],
+    values: Entries,
     last_bt: jax.Array,
     scale: float,
 ) -> jax.Array:
@@ -130,7 +191,7 @@ def decode_attention(
       scale: factor on the scores.
 
     Returns:
-      [B, T, H, Dv] in the dtype of ``values``.
+      [B, T, H, Dv] in the dtype of ``queries``.
     """
     arrays = list(queries), list(keys), values, last_bt
     loop, batch = (functools.partial(function, scale=scale) for function in (_decode_by_blocks, _decode_in_one))
@@ -146,58 +207,73 @@ def _product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(subscripts, x, y, precision=matmul_precision(x.dtype), preferred_element_type=jnp.float32)
 
 
+def _scores(q: jax.Array, k: Entries) -> jax.Array:
+    """[…, T, H, D] and keys […, S, (H,) D] → f32[…, H, T, S]."""
+    by_head = k.ndim == q.ndim
+    product = _product("...thd,...shd->...hts" if by_head else "...thd,...sd->...hts", q, numbers(k, q.dtype))
+    return times_scale(product, k, by_head=by_head)
+
+
+def _weighted(p: jax.Array, v: Entries, dtype: DTypeLike) -> jax.Array:
+    """f32[…, H, T, S] and values […, S, (H,) D] → f32[…, H, T, D], multiplied in ``dtype``."""
+    by_head = v.ndim == p.ndim
+    subscripts = "...hts,...shd->...htd" if by_head else "...hts,...sd->...htd"
+    return _product(subscripts, times_scale(p, v, by_head=by_head).astype(dtype), numbers(v, dtype))
+
+
 def _decode_by_blocks(
-    queries: Sequence[jax.Array], keys: Sequence[jax.Array], values: jax.Array, last_bt: jax.Array, scale: float
+    queries: Sequence[jax.Array], keys: Sequence[Entries], values: Entries, last_bt: jax.Array, scale: float
 ) -> jax.Array:
     """`decode_attention`, one block after the other, up to the last that some row sees."""
     (rows, length, heads), width, size = queries[0].shape[:3], values.shape[-1], _key_block(values.shape[1])
-    least = jnp.finfo(jnp.float32).min
+    least, dtype = jnp.finfo(jnp.float32).min, queries[0].dtype
 
-    def block(x: jax.Array, i: jax.Array) -> jax.Array:
-        return from_bits(lax.dynamic_slice_in_dim(bits_to_slice(x, i), i * size, size, axis=1))
+    def block(entries: Entries, i: jax.Array) -> Entries:
+        def cut(x: jax.Array) -> jax.Array:
+            return from_bits(lax.dynamic_slice_in_dim(bits_to_slice(x, i), i * size, size, axis=1))
+
+        return jax.tree.map(cut, entries)
 
     def body(i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         m_bhts, l_bhts, acc_bhtd = carry
         scores_bhts = 0.0
         for q, k in zip(queries, keys, strict=True):
-            scores_bhts += _product("bthd,bshd->bhts" if k.ndim == 4 else "bthd,bsd->bhts", q, block(k, i))
+            scores_bhts += _scores(q, block(k, i))
         visible_bts = i * size + jnp.arange(size) <= last_bt[..., None]
         scores_bhts = jnp.where(visible_bts[:, None], scores_bhts * scale, least)
         new_m_bhts = jnp.maximum(m_bhts, scores_bhts.max(-1, keepdims=True))
         p_bhts, share_bhts = jnp.exp(scores_bhts - new_m_bhts), jnp.exp(m_bhts - new_m_bhts)
-        subscripts = "bhts,bshd->bhtd" if values.ndim == 4 else "bhts,bsd->bhtd"
-        acc_bhtd = acc_bhtd * share_bhts + _product(subscripts, p_bhts.astype(values.dtype), block(values, i))
+        acc_bhtd = acc_bhtd * share_bhts + _weighted(p_bhts, block(values, i), dtype)
         return new_m_bhts, l_bhts * share_bhts + p_bhts.sum(-1, keepdims=True), acc_bhtd
 
     shape = (rows, heads, length)
     first = jnp.full((*shape, 1), least), jnp.zeros((*shape, 1)), jnp.zeros((*shape, width))
     _, l_bhts, acc_bhtd = lax.fori_loop(0, last_bt.max() // size + 1, body, first)
-    return (acc_bhtd / l_bhts).swapaxes(1, 2).astype(values.dtype)
+    return (acc_bhtd / l_bhts).swapaxes(1, 2).astype(dtype)
 
 
 def _decode_in_one(
-    queries: Sequence[jax.Array], keys: Sequence[jax.Array], values: jax.Array, last_bt: jax.Array, scale: float
+    queries: Sequence[jax.Array], keys: Sequence[Entries], values: Entries, last_bt: jax.Array, scale: float
 ) -> jax.Array:
     """`decode_attention`, all blocks as one batch of products of one shape."""
-    length, size = values.shape[1], _key_block(values.shape[1])
+    length, size, dtype = values.shape[1], _key_block(values.shape[1]), queries[0].dtype
     count = length // size
 
-    def split(x: jax.Array) -> jax.Array:  # [B, S, …] → [B, blocks, size, …]
-        return x.reshape(x.shape[0], count, size, *x.shape[2:])
+    def split(entries: Entries) -> Entries:  # [B, S, …] → [B, blocks, size, …]
+        return jax.tree.map(lambda x: x.reshape(x.shape[0], count, size, *x.shape[2:]), entries)
 
     scores_bkhts = 0.0
     for q, k in zip(queries, keys, strict=True):
         q_bkthd = jnp.broadcast_to(q[:, None], (q.shape[0], count, *q.shape[1:]))
-        scores_bkhts += _product("bkthd,bkshd->bkhts" if k.ndim == 4 else "bkthd,bksd->bkhts", q_bkthd, split(k))
+        scores_bkhts += _scores(q_bkthd, split(k))
     keys_ks = jnp.arange(length).reshape(count, size)
     visible_bkts = keys_ks[:, None] <= last_bt[:, None, :, None]
     scores_bkhts = jnp.where(visible_bkts[:, :, None], scores_bkhts * scale, jnp.finfo(jnp.float32).min)
     m_bhts = scores_bkhts.max((1, 4), keepdims=True)
     p_bkhts = jnp.exp(scores_bkhts - m_bhts)
-    subscripts = "bkhts,bkshd->bkhtd" if values.ndim == 4 else "bkhts,bksd->bkhtd"
-    acc_bkhtd = _product(subscripts, p_bkhts.astype(values.dtype), split(values))
+    acc_bkhtd = _weighted(p_bkhts, split(values), dtype)
     acc_bhtd, l_bht = (sum(x[:, i] for i in range(count)) for x in (acc_bkhtd, p_bkhts.sum(-1)))
-    return (acc_bhtd / l_bht[..., None]).swapaxes(1, 2).astype(values.dtype)
+    return (acc_bhtd / l_bht[..., None]).swapaxes(1, 2).astype(dtype)
 
 
 @jax.named_scope("causal_self_attention")
@@ -206,7 +282,8 @@ def causal_self_attention(
 ) -> jax.Array:
     """Attention of rows to themselves, each token to those before it in its own sample.
 
-    In bfloat16: on GPUs by the kernels of `dsvl2_jax.kernels.fused_attention`, on TPUs by jax's splash kernel.
+    In bfloat16: on GPUs by the kernels of `dsvl2_jax.kernels.fused_attention`, on TPUs by jax's splash kernel. By
+    `ring_attention` where the mesh splits rows along their length.
 
     Args:
       q_bthd, k_bthd: [B, T, H, Dk]; v_bthd: [B, T, H, Dv].
@@ -217,13 +294,16 @@ def causal_self_attention(
       [B, T, H, Dv] in the dtype of ``v_bthd``.
     """
     arrays = q_bthd, k_bthd, v_bthd, positions_bt
+    axes = ("batch", "length", "heads", "head_dim")
+    names, parts = split_over(q_bthd.shape, axes, 1)
+    if parts > 1:
+        return ring_attention(*arrays, scale, axis=names[0], parts=parts, name=ATTENTION_OUTPUT)
 
     def plain(*arrays: jax.Array) -> jax.Array:
         return _attend_causal_chunks(*arrays, scale)
 
     if not is_supported(q_bthd, v_bthd):
         return plain(*arrays)
-    axes = ("batch", "length", "heads", "head_dim")
     spec = AttentionSpec(plain, axes, scale, causal=True, name=ATTENTION_OUTPUT)
     if positions_bt.shape[1] % ATTENTION_BLOCK:
         return fused_attention(arrays[:3], positions_bt, spec)
@@ -317,12 +397,14 @@ def _attend_by_heads(q_nphd: jax.Array, k_nphd: jax.Array, v_nphd: jax.Array, sc
 def mla_decode_attention(
     q_latent_bthr: jax.Array,
     q_rope_bthd: jax.Array,
-    latent_bsr: jax.Array,
-    k_rope_bsd: jax.Array,
+    latent_bsr: Entries,
+    k_rope_bsd: Entries,
     positions_bt: jax.Array,
     scale: float,
 ) -> jax.Array:
     """Multi-head latent attention of a row's newest tokens, in its absorbed form; on TPUs, in bfloat16, by our kernel.
+
+    The cache is read as it lies, in whatever dtype; where it is int8, as `dsvl2_jax.kernels.quantized_cache` says.
 
     Where a row's latents are on several devices, each attends to its own, and the results are weighted by their
     shares of the softmax's sum and added.
@@ -339,7 +421,7 @@ def mla_decode_attention(
     """
     queries, cache = (q_latent_bthr, q_rope_bthd), (latent_bsr, k_rope_bsd)
 
-    def plain(q_latent: jax.Array, q_rope: jax.Array, latent: jax.Array, k_rope: jax.Array, last: jax.Array):
+    def plain(q_latent: jax.Array, q_rope: jax.Array, latent: Entries, k_rope: Entries, last: jax.Array):
         return _decode_plain([q_latent, q_rope], [latent, k_rope], latent, last, scale)
 
     return _decode_on_tpu(latent_attention, plain, queries, cache, positions_bt, scale)
@@ -347,7 +429,7 @@ def mla_decode_attention(
 
 @jax.named_scope("mha_decode_attention")
 def mha_decode_attention(
-    q_bthd: jax.Array, k_bshd: jax.Array, v_bshd: jax.Array, positions_bt: jax.Array, scale: float
+    q_bthd: jax.Array, k_bshd: Entries, v_bshd: Entries, positions_bt: jax.Array, scale: float
 ) -> jax.Array:
     """Multi-head attention of the newest tokens of each row to its cache; as `mla_decode_attention`.
 
@@ -357,17 +439,17 @@ def mha_decode_attention(
       scale: factor on the scores.
 
     Returns:
-      [B, T, H, D] in the dtype of ``v_bshd``.
+      [B, T, H, D] in the dtype of ``q_bthd``.
     """
 
-    def plain(q: jax.Array, k: jax.Array, v: jax.Array, last: jax.Array) -> jax.Array:
+    def plain(q: jax.Array, k: Entries, v: Entries, last: jax.Array) -> jax.Array:
         return _decode_plain([q], [k], v, last, scale)
 
     return _decode_on_tpu(cached_attention, plain, (q_bthd,), (k_bshd, v_bshd), positions_bt, scale)
 
 
 def _decode_plain(
-    queries: Sequence[jax.Array], keys: Sequence[jax.Array], values: jax.Array, last_bt: jax.Array, scale: float
+    queries: Sequence[jax.Array], keys: Sequence[Entries], values: Entries, last_bt: jax.Array, scale: float
 ) -> jax.Array:
     """Without a kernel: where devices have parts of a row, each attends to its part."""
     if _length_split(values)[1] > 1:
@@ -379,7 +461,7 @@ def _cache_axes(x: jax.Array) -> tuple[str | None, ...]:
     return "slots", "cache_length", *[None] * (x.ndim - 2)
 
 
-def _length_split(cache: jax.Array) -> tuple[tuple[str, ...], int]:
+def _length_split(cache: Entries) -> tuple[tuple[str, ...], int]:
     """The mesh axes over which the length of a cache [B, S, …] is split, and into how many parts."""
     return split_over(cache.shape, _cache_axes(cache), 1)
 
@@ -388,11 +470,11 @@ def _decode_on_tpu(
     kernel: Callable[..., tuple[jax.Array, jax.Array]],
     plain: Callable[..., jax.Array],
     queries: tuple[jax.Array, ...],
-    cache: tuple[jax.Array, ...],
+    cache: tuple[Entries, ...],
     last_bt: jax.Array,
     scale: float,
 ) -> jax.Array:
-    """A decode step's attention by a kernel on TPUs, for bfloat16 caches of whole blocks.
+    """A decode step's attention by a kernel on TPUs, in bfloat16, for caches of whole blocks in bfloat16 or int8.
 
     Anything else goes by ``plain``.
 
@@ -401,22 +483,28 @@ def _decode_on_tpu(
       plain: from queries, cache and ``last_bt`` to the result.
       queries: [B, T, H, …]. cache: [B, S, …]. last_bt: i32[B, T], consecutive in each row.
     """
-    arrays = *queries, *cache, last_bt
     mesh_axes, parts = _length_split(cache[0])
     local_length = cache[0].shape[1] // parts
-    if cache[0].dtype != jnp.bfloat16 or local_length % min(local_length, ATTENTION_BLOCK):
-        return plain(*arrays)
+    floats = [*queries, *(x for x in cache if not isinstance(x, QuantizedEntries))]
+    if any(x.dtype != jnp.bfloat16 for x in floats) or local_length % min(local_length, ATTENTION_BLOCK):
+        return plain(*queries, *cache, last_bt)
+    arrays, tree = jax.tree.flatten((queries, cache))
 
     def local(*arrays: jax.Array) -> tuple[jax.Array]:
-        given, last = arrays[: len(queries)], arrays[-1]
+        (queries, cache), last = jax.tree.unflatten(tree, arrays[:-1]), arrays[-1]
         start = lax.axis_index(mesh_axes) * local_length if mesh_axes else 0
-        out, lse = kernel(*given, *arrays[len(queries) : -1], last[:, 0] - start, scale)
+        out, lse = kernel(*queries, *cache, last[:, 0] - start, scale)
         if mesh_axes:
             weight = jnp.exp(lse - lax.pmax(lse, mesh_axes))
             out = lax.psum(out * weight, mesh_axes) / lax.psum(weight, mesh_axes)
-        return (out.astype(given[0].dtype),)
+        return (out.astype(queries[0].dtype),)
 
     query_axes = ("slots", None, None, None)
-    in_axes = *(query_axes for _ in queries), *(_cache_axes(x) for x in cache), query_axes[:2]
+    in_axes = *(query_axes for _ in queries), *map(_cache_axes, arrays[len(queries) :]), query_axes[:2]
     sharded = shard_map_kernel(local, in_axes, (query_axes,), [queries[0]])
-    return lax.platform_dependent(*arrays, tpu=lambda *arrays: sharded(*arrays)[0], default=plain)
+
+    def on_others(*arrays: jax.Array) -> jax.Array:
+        queries, cache = jax.tree.unflatten(tree, arrays[:-1])
+        return plain(*queries, *cache, arrays[-1])
+
+    return lax.platform_dependent(*arrays, last_bt, tpu=lambda *arrays: sharded(*arrays)[0], default=on_others)

@@ -10,12 +10,14 @@ Tested in tests/model/test_gpu_decode.py; `dsvl2_jax.model.gpu_decode` calls the
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from dsvl2_jax.kernels.gpu_few_rows import compiler_params, depth_step, load_tile, multiply, row_count, row_mask
+from dsvl2_jax.kernels.quantized_cache import LARGEST, Entries, QuantizedEntries, in_steps
 from dsvl2_jax.kernels.triton import cost_metadata
 from dsvl2_jax.runtime.lazy import LazyModule
 
@@ -125,11 +127,11 @@ def latent_into_cache(
     kv_b_hor: jax.Array,
     rotary: tuple[jax.Array, jax.Array],
     positions_m: jax.Array,
-    cache: tuple[jax.Array, jax.Array],
+    cache: tuple[Entries, Entries],
     *,
     eps: float,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, Entries, Entries]:
     """Queries for the latent cache, and the cache with the new tokens' entries.
 
     Args:
@@ -139,7 +141,7 @@ def latent_into_cache(
       kv_b_hor: [H, O, R], whose first ``nope`` rows of a head take its queries into the latent space.
       rotary: cos and sin, f32[M, rope/2]; pairs (2i, 2i + 1) are rotated, and written as halves.
       positions_m: i32[M], where in the cache a row's entry goes.
-      cache: latents [M, S, R] and rotated keys [M, S, rope].
+      cache: latents [M, S, R] and rotated keys [M, S, rope], both in int8 or neither.
 
     Returns:
       Queries in the latent space [M, H, R] and rotated ones [M, H, rope], and the cache, changed in place.
@@ -150,12 +152,23 @@ def latent_into_cache(
     block = min(128, rank)
     columns = rank // block
     step = depth_step(nope, rows, block, q_mhd.dtype.itemsize)
+    kept, tree = jax.tree.flatten(cache)
 
-    def kernel(
-        q_ref, new_ref, scale_ref, w_ref, cos_ref, sin_ref, at_ref, _latents, _keys,
-        latent_q_ref, rope_q_ref, latent_ref, key_ref,
-    ):  # fmt: skip
+    def kernel(q_ref, new_ref, scale_ref, w_ref, cos_ref, sin_ref, at_ref, *refs):
+        latent_q_ref, rope_q_ref, *cache_refs = refs[len(kept) :]
+        latent_ref, key_ref = jax.tree.unflatten(tree, cache_refs)
         program = pl.program_id(0)
+
+        def write(ref, row: jax.Array, position: jax.Array, parts: Sequence[jax.Array]) -> None:
+            """An entry, which is one vector of consecutive parts."""
+            into = ref
+            if isinstance(ref, QuantizedEntries):
+                parts, into = [part.astype(q_mhd.dtype).astype(jnp.float32) for part in parts], ref.values
+                scale = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(part)) for part in parts]) / LARGEST
+                parts = [in_steps(part, scale) for part in parts]
+                ref.scale[row, position] = scale
+            for number, part in enumerate(parts):
+                into[row, position, pl.ds(number * part.size, part.size)] = part.astype(into.dtype)
 
         @pl.when(program < heads * columns)
         def _():
@@ -178,11 +191,10 @@ def latent_into_cache(
             latent = new_ref[row, pl.ds(0, rank)].astype(jnp.float32)
             latent = latent * lax.rsqrt(jnp.sum(latent * latent) / rank + eps)
             latent = latent.astype(new_ref.dtype) * scale_ref[pl.ds(0, rank)].astype(new_ref.dtype)
-            latent_ref[row, position, pl.ds(0, rank)] = latent.astype(latent_ref.dtype)
+            write(latent_ref, row, position, [latent])
             at = jnp.broadcast_to(row, (half,))
             first, second = (new_ref[at, rank + 2 * pairs + odd].astype(jnp.float32) for odd in (0, 1))
-            key_ref[row, position, pl.ds(0, half)] = (first * cos - second * sin).astype(key_ref.dtype)
-            key_ref[row, position, pl.ds(half, half)] = (second * cos + first * sin).astype(key_ref.dtype)
+            write(key_ref, row, position, [first * cos - second * sin, second * cos + first * sin])
 
             head = jnp.broadcast_to(jnp.arange(head_rows)[:, None], (head_rows, half))
             there = head < heads
@@ -201,14 +213,15 @@ def latent_into_cache(
                 plgpu.store(where, value.astype(rope_q_ref.dtype), mask=there)
 
     made = [jax.ShapeDtypeStruct((m, heads, width), q_mhd.dtype) for width in (rank, rope)]
-    entries = m * (rank + rope) * cache[0].dtype.itemsize + heads * nope * rank * kv_b_hor.dtype.itemsize
-    return pl.pallas_call(
+    entries = sum(a.nbytes // a.shape[1] for a in kept) + heads * nope * rank * kv_b_hor.dtype.itemsize
+    outs = pl.pallas_call(
         kernel,
         grid=(heads * columns + m,),
-        out_shape=(*made, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in cache)),
-        input_output_aliases={7: 2, 8: 3},
+        out_shape=(*made, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in kept)),
+        input_output_aliases={7 + number: 2 + number for number in range(len(kept))},
         compiler_params=compiler_params((step, rows, block, q_mhd.dtype.itemsize)),
         interpret=interpret,
         metadata=cost_metadata(2.0 * m * heads * nope * rank, [q_mhd, compressed_mc, *made], entries),
         name="latent_into_cache",
-    )(q_mhd, compressed_mc, scale_r, kv_b_hor, *rotary, positions_m, *cache)
+    )(q_mhd, compressed_mc, scale_r, kv_b_hor, *rotary, positions_m, *kept)
+    return *outs[:2], *jax.tree.unflatten(tree, outs[2:])

@@ -10,6 +10,7 @@ from jax import lax
 
 from dsvl2_jax.kernels.blocks import LANES
 from dsvl2_jax.kernels.precision import matmul_precision
+from dsvl2_jax.kernels.quantized_cache import Entries, QuantizedEntries
 from dsvl2_jax.runtime.lazy import LazyModule
 
 # Only what traces these kernels needs them.
@@ -77,8 +78,8 @@ def splash_attention(
 def latent_attention(
     q_latent_bthr: jax.Array,
     q_rope_bthd: jax.Array,
-    latent_bsr: jax.Array,
-    k_rope_bsd: jax.Array,
+    latent_bsr: Entries,
+    k_rope_bsd: Entries,
     positions_b: jax.Array,
     scale: float,
     *,
@@ -105,12 +106,19 @@ def latent_attention(
     def of_row(i, j, last):
         return i, 0, 0
 
-    def of_visible_block(i, j, last):
-        return i, jnp.minimum(j, jnp.maximum(last[i] + t - 1, 0) // block), 0
+    def visible_block(i, j, last):
+        return jnp.minimum(j, jnp.maximum(last[i] + t - 1, 0) // block)
 
-    itemsize = latent_bsr.dtype.itemsize
+    def of_visible_block(i, j, last):
+        return i, visible_block(i, j, last), 0
+
+    def of_visible_scales(i, j, last):
+        return i, 0, visible_block(i, j, last)
+
+    cache, scales = _values_and_scales((latent_bsr, k_rope_bsd))
+    scales = [scale_bs[:, None] for scale_bs in scales]  # [B, 1, S]: positions are the last axis of a block
     if not interpret:
-        latent_bsr, k_rope_bsd = (pltpu.with_memory_space_constraint(a, pltpu.HBM) for a in (latent_bsr, k_rope_bsd))
+        cache = [pltpu.with_memory_space_constraint(a, pltpu.HBM) for a in cache]
     out, lse = pl.pallas_call(
         functools.partial(_latent_kernel, scale=scale, block=block, heads=heads),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -121,6 +129,7 @@ def latent_attention(
                 pl.BlockSpec((1, h, d), of_row),
                 pl.BlockSpec((1, block, r), of_visible_block),
                 pl.BlockSpec((1, block, d), of_visible_block),
+                *(pl.BlockSpec((1, 1, block), of_visible_scales) for _ in scales),
             ],
             out_specs=[pl.BlockSpec((1, h, r), of_row), pl.BlockSpec((1, h, 1), of_row)],
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in ((h, 1), (h, 1), (h, r))],
@@ -129,28 +138,34 @@ def latent_attention(
         cost_estimate=pl.CostEstimate(
             flops=2 * b * h * length * (2 * r + d),
             transcendentals=b * h * length,
-            bytes_accessed=itemsize * b * (length * (r + d) + h * (r + d)) + 4 * b * h * (r + 1),
+            bytes_accessed=sum(x.nbytes for x in (q_latent_bthr, q_rope_bthd, *cache, *scales)) + 4 * b * h * (r + 1),
         ),
         interpret=interpret,
         name="latent_attention",
-    )(positions_b, q_latent_bthr.reshape(b, h, r), q_rope_bthd.reshape(b, h, d), latent_bsr, k_rope_bsd)
+    )(positions_b, q_latent_bthr.reshape(b, h, r), q_rope_bthd.reshape(b, h, d), *cache, *scales)
     return out.reshape(b, t, heads, r), lse.reshape(b, t, heads, 1)
 
 
-def _latent_kernel(
-    last_ref, q_latent_ref, q_rope_ref, latent_ref, k_rope_ref, out_ref, lse_ref, m_ref, l_ref, acc_ref,
-    *, scale, block, heads,
-):  # fmt: skip
+def _values_and_scales(cache):
+    """What attention reads of a cache: its arrays, and the scales of those in int8."""
+    values = [x.values if isinstance(x, QuantizedEntries) else x for x in cache]
+    return values, [x.scale for x in cache if isinstance(x, QuantizedEntries)]
+
+
+def _latent_kernel(last_ref, q_latent_ref, q_rope_ref, latent_ref, k_rope_ref, *refs, scale, block, heads):
     """All heads of one row and one block of positions: FlashAttention's inner loop, a step of the grid at a time.
 
     H are the heads of all T queries, one query after the other.
 
-    Shapes: q_latent [1, H, R], q_rope [1, H, D], latent [1, block, R], k_rope [1, block, D]; f32: out [1, H, R],
-    lse [1, H, 1], and kept between the steps of a row m, l [H, 1] and acc [H, R].
+    Shapes: q_latent [1, H, R], q_rope [1, H, D], latent [1, block, R], k_rope [1, block, D], and where these are int8
+    the scales of both, f32[1, 1, block]; f32: out [1, H, R], lse [1, H, 1], and kept between the steps of a row m, l
+    [H, 1] and acc [H, R].
     """
+    *scale_refs, out_ref, lse_ref, m_ref, l_ref, acc_ref = refs
     last, j = last_ref[pl.program_id(0)], pl.program_id(1)
     more = q_latent_ref.shape[1] // heads - 1
-    precision = matmul_precision(latent_ref.dtype)
+    dtype = q_latent_ref.dtype
+    precision = matmul_precision(dtype)
 
     _begin_row(j, m_ref, l_ref, acc_ref)
 
@@ -160,11 +175,14 @@ def _latent_kernel(
             dims = (((1,), (1,)), ((), ()))
             return lax.dot_general(q, k, dims, precision=precision, preferred_element_type=jnp.float32)
 
-        latent = latent_ref[0]  # keys and values
-        scores = products(q_latent_ref[0], latent) + products(q_rope_ref[0], k_rope_ref[0])
+        latent = latent_ref[0].astype(dtype)  # keys and values
+        parts = [products(q_latent_ref[0], latent), products(q_rope_ref[0], k_rope_ref[0].astype(dtype))]
+        scales = [ref[0] for ref in scale_refs]
+        scores = sum(part * s for part, s in zip(parts, scales, strict=True)) if scales else sum(parts)
 
         def weigh(p):
-            return jnp.dot(p.astype(latent.dtype), latent, precision=precision, preferred_element_type=jnp.float32)
+            p = p * scales[0] if scales else p
+            return jnp.dot(p.astype(dtype), latent, precision=precision, preferred_element_type=jnp.float32)
 
         query = lax.broadcasted_iota(jnp.int32, (scores.shape[0], 1), 0) // heads if more else 0
         _add_block(scores * scale, weigh, j * block, last + query, m_ref, l_ref, acc_ref)
@@ -212,8 +230,8 @@ def _add_block(scores, weigh, start, last, m_ref, l_ref, acc_ref):
 
 def cached_attention(
     q_bthd: jax.Array,
-    k_bshd: jax.Array,
-    v_bshd: jax.Array,
+    k_bshd: Entries,
+    v_bshd: Entries,
     positions_b: jax.Array,
     scale: float,
     *,
@@ -231,22 +249,29 @@ def cached_attention(
     (b, t, h, d), length = q_bthd.shape, k_bshd.shape[1]
     block = min(ATTENTION_BLOCK, length)
     # The compiler keeps ten heads before positions, so that nothing is padded: this moves nothing.
-    k_bhsd, v_bhsd = (x.swapaxes(1, 2) for x in (k_bshd, v_bshd))
+    cache, scales = ([x.swapaxes(1, 2) for x in arrays] for arrays in _values_and_scales((k_bshd, v_bshd)))
     if not interpret:
-        k_bhsd, v_bhsd = (pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (k_bhsd, v_bhsd))
+        cache = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in cache]
 
     def of_row(i, j, last):
         return i, 0, 0, 0
 
+    def of_visible_scales(i, j, last):
+        return i, 0, jnp.minimum(j, jnp.maximum(last[i] + t - 1, 0) // block)
+
     def of_visible_block(i, j, last):
-        return i, 0, jnp.minimum(j, jnp.maximum(last[i] + t - 1, 0) // block), 0
+        return *of_visible_scales(i, j, last), 0
 
     out, lse = pl.pallas_call(
         functools.partial(_cached_kernel, scale=scale, block=block),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(b, length // block),
-            in_specs=[pl.BlockSpec((1, h, t, d), of_row)] + [pl.BlockSpec((1, h, block, d), of_visible_block)] * 2,
+            in_specs=[
+                pl.BlockSpec((1, h, t, d), of_row),
+                *(pl.BlockSpec((1, h, block, d), of_visible_block) for _ in cache),
+                *(pl.BlockSpec((1, h, block), of_visible_scales) for _ in scales),
+            ],
             out_specs=[pl.BlockSpec((1, h, t, d), of_row), pl.BlockSpec((1, h, t, 1), of_row)],
             scratch_shapes=[pltpu.VMEM((h, t, width), jnp.float32) for width in (1, 1, d)],
         ),
@@ -254,33 +279,37 @@ def cached_attention(
         cost_estimate=pl.CostEstimate(
             flops=4 * b * t * h * length * d,
             transcendentals=b * t * h * length,
-            bytes_accessed=k_bhsd.dtype.itemsize * b * h * d * (2 * length + t) + 4 * b * t * h * (d + 1),
+            bytes_accessed=sum(x.nbytes for x in (q_bthd, *cache, *scales)) + 4 * b * t * h * (d + 1),
         ),
         interpret=interpret,
         name="cached_attention",
-    )(positions_b, q_bthd.swapaxes(1, 2), k_bhsd, v_bhsd)
+    )(positions_b, q_bthd.swapaxes(1, 2), *cache, *scales)
     return out.swapaxes(1, 2), lse.swapaxes(1, 2)
 
 
-def _cached_kernel(last_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, m_ref, l_ref, acc_ref, *, scale, block):
+def _cached_kernel(last_ref, q_ref, k_ref, v_ref, *refs, scale, block):
     """All heads of one row and one block of positions.
 
-    Shapes: q [1, H, T, D], k, v [1, H, block, D]; f32: out [1, H, T, D], lse [1, H, T, 1], and kept between the steps
-    of a row m, l [H, T, 1] and acc [H, T, D].
+    Shapes: q [1, H, T, D], k, v [1, H, block, D], and where these are int8 the scales of both, f32[1, H, block]; f32:
+    out [1, H, T, D], lse [1, H, T, 1], and kept between the steps of a row m, l [H, T, 1] and acc [H, T, D].
     """
+    *scale_refs, out_ref, lse_ref, m_ref, l_ref, acc_ref = refs
     last, j = last_ref[pl.program_id(0)], pl.program_id(1)
-    more = q_ref.shape[2] - 1
-    options = {"precision": matmul_precision(k_ref.dtype), "preferred_element_type": jnp.float32}
+    more, dtype = q_ref.shape[2] - 1, q_ref.dtype
+    options = {"precision": matmul_precision(dtype), "preferred_element_type": jnp.float32}
 
     _begin_row(j, m_ref, l_ref, acc_ref)
 
     @pl.when(j * block <= last + more)
     def _():
-        values = v_ref[0]
-        scores = lax.dot_general(q_ref[0], k_ref[0], (((2,), (2,)), ((0,), (0,))), **options)
+        values = v_ref[0].astype(dtype)
+        scores = lax.dot_general(q_ref[0], k_ref[0].astype(dtype), (((2,), (2,)), ((0,), (0,))), **options)
+        key_scale, value_scale = (ref[0][:, None] for ref in scale_refs) if scale_refs else (None, None)
+        scores = scores if key_scale is None else scores * key_scale
 
         def weigh(p):
-            return lax.dot_general(p.astype(values.dtype), values, (((2,), (1,)), ((0,), (0,))), **options)
+            p = p if value_scale is None else p * value_scale
+            return lax.dot_general(p.astype(dtype), values, (((2,), (1,)), ((0,), (0,))), **options)
 
         query = lax.broadcasted_iota(jnp.int32, (1, more + 1, 1), 1) if more else 0
         _add_block(scores * scale, weigh, j * block, last + query, m_ref, l_ref, acc_ref)

@@ -3,6 +3,7 @@
 Cache layout, one dict per layer, [slots, cache_length, ...]; an entry's index is its token's position:
   MLA  {"latent": [B, S, R], "rope_key": [B, S, rope]}   normed latent and rotated key, shared by all heads
   MHA  {"key": [B, S, Hkv, Dh], "value": [B, S, Hkv, Dh]} rotated keys
+Each is an array or, in int8, `dsvl2_jax.kernels.quantized_cache.QuantizedEntries`.
 A query at position p sees entries ≤ p, so right-padding and stale entries are never seen. Without a cache a row may
 hold several samples one after the other, each with positions from 0: a token sees its own sample only.
 """
@@ -19,35 +20,53 @@ from jax.typing import DTypeLike
 from dsvl2_jax.kernels.attention import (
     ATTENTION_OUTPUT,
     attend,
+    attend_in_spans,
     causal_self_attention,
+    is_long,
     mha_decode_attention,
     mla_decode_attention,
 )
+from dsvl2_jax.kernels.quantized_cache import Entries, QuantizedEntries, dequantize_entries, quantize_entries
 from dsvl2_jax.model.config import LanguageConfig
 from dsvl2_jax.model.layers import (
     Linear,
     RMSNorm,
     declare,
     einsum_weight,
-    rotary_tables,
     rotate_half,
     rotate_interleaved,
 )
+from dsvl2_jax.model.rotary import rotary_tables
 from dsvl2_jax.sharding import batch_axis, constrain, shard_map_kernel, split_over
 
-LayerCache = dict[str, jax.Array]
+LayerCache = dict[str, Entries]
+
+# Logical axes of an entry, by its name in the cache. Those of a scale are the first of them.
+ENTRY_AXES = {
+    "latent": ("latent",),
+    "rope_key": ("head_dim",),
+    "key": ("kv_heads", "head_dim"),
+    "value": ("kv_heads", "head_dim"),
+}
 
 LATENT_NORM_EPS = 1e-6  # of the norms of latents, whatever the configuration says of the others
 
 
-def write_cache(cache: LayerCache, new: LayerCache, positions_bt: jax.Array, *, drafts: bool = False) -> LayerCache:
+def cache_axes(name: str, array: jax.Array) -> tuple[str, ...]:
+    """Logical axes of an array [B, S, …] of the cache: of its entries, or of their scales."""
+    return "slots", "cache_length", *ENTRY_AXES[name][: array.ndim - 2]
+
+
+def write_cache(
+    cache: LayerCache, new: dict[str, jax.Array], positions_bt: jax.Array, *, drafts: bool = False
+) -> LayerCache:
     """Writes T new entries of every row from ``positions_bt[:, 0]`` on; the positions of a row are consecutive.
 
     A dynamic slice per row (not a scatter) keeps the update in place when the cache is donated.
 
     Args:
-      cache: arrays [B, S, ...].
-      new: arrays [B, T, ...] of the same names.
+      cache: entries [B, S, ...].
+      new: arrays [B, T, ...] of the same names, which are written in the dtype of the cache.
       positions_bt: i32[B, T].
       drafts: static. The entries may be of tokens that are taken back: those beyond the cache's end are left out, and
         zeros stand for what is no number, which would spoil every sum that it is multiplied by zero in.
@@ -57,13 +76,20 @@ def write_cache(cache: LayerCache, new: LayerCache, positions_bt: jax.Array, *, 
     """
     if drafts:
         new = {name: jnp.where(jnp.isfinite(x), x, 0) for name, x in new.items()}
-    return {name: _write(cache[name], new[name], positions_bt[:, 0], drafts) for name in cache}
+
+    def put(name: str) -> Entries:
+        entries = quantize_entries(new[name]) if isinstance(cache[name], QuantizedEntries) else new[name]
+        return jax.tree.map(
+            lambda old, update: _write(old, update, cache_axes(name, old), positions_bt[:, 0], drafts),
+            cache[name],
+            entries,
+        )
+
+    return {name: put(name) for name in cache}
 
 
-def _write(cache: jax.Array, new: jax.Array, start_b: jax.Array, drafts: bool) -> jax.Array:
+def _write(cache: jax.Array, new: jax.Array, axes: tuple[str, ...], start_b: jax.Array, drafts: bool) -> jax.Array:
     """`write_cache` of one array, on the devices that hold the entries."""
-    entry = ("kv_heads", "head_dim") if cache.ndim == 4 else ("latent",)
-    axes = "slots", "cache_length", *entry
     names, _ = split_over(cache.shape, axes, 1)
 
     def row(old: jax.Array, update: jax.Array, start: jax.Array) -> jax.Array:
@@ -82,14 +108,37 @@ def _write(cache: jax.Array, new: jax.Array, start_b: jax.Array, drafts: bool) -
             start = at
         return lax.dynamic_update_slice_in_dim(old, update, start, axis=0)
 
-    def rows(*arrays: jax.Array) -> tuple[jax.Array]:
-        return (jax.vmap(row)(*arrays),)
+    def rows(*arrays: jax.Array) -> jax.Array:
+        return jax.vmap(row)(*arrays)
+
+    def entries(old: jax.Array, update: jax.Array, start: jax.Array) -> jax.Array:
+        """One entry after the other, those alone that belong here: nothing of the cache is read.
+
+        On TPUs a part of an int8 array that is read at any position costs a copy of the whole.
+        """
+        start -= lax.axis_index(names) * old.shape[1] if names else 0
+        at = (start[:, None] + jnp.arange(update.shape[1])).reshape(-1)
+        update = update.reshape(len(at), 1, 1, *update.shape[2:])
+        inside = (at >= 0) & (at < old.shape[1])
+        order = jnp.argsort(~inside) if names or drafts else jnp.arange(len(at))
+
+        def put(i: jax.Array, old: jax.Array) -> jax.Array:
+            index = order[i] // (len(at) // len(start)), at[order[i]], *[0] * (old.ndim - 2)
+            return lax.dynamic_update_slice(old, update[order[i]], index)
+
+        return lax.fori_loop(0, inside.sum(), put, old)
+
+    few = cache.dtype == jnp.int8 and (drafts or new.shape[1] == 1)
+
+    def write(*arrays: jax.Array) -> tuple[jax.Array]:
+        return (lax.platform_dependent(*arrays, tpu=entries, default=rows) if few else rows(*arrays),)
 
     new = new.astype(cache.dtype)
-    if names:
-        whole = "slots", *[None] * (cache.ndim - 1)
-        return shard_map_kernel(rows, (axes, whole, whole[:1]), (axes,), [cache])(cache, new, start_b)[0]
-    return constrain(rows(cache, constrain(new, "slots", None, *entry), start_b)[0], *axes)
+    if names or few:
+        # Positions take the axes that slots leave free, and leave none to heads.
+        of_new = "slots", None, *([None] * (cache.ndim - 2) if names else axes[2:])
+        return shard_map_kernel(write, (axes, of_new, of_new[:1]), (axes,), [cache])(cache, new, start_b)[0]
+    return constrain(rows(cache, constrain(new, "slots", None, *axes[2:]), start_b), *axes)
 
 
 class MultiHeadAttention(nn.Module):
@@ -110,6 +159,7 @@ class MultiHeadAttention(nn.Module):
         *,
         read_cache: bool = False,
         decode: bool = False,
+        lengths_bt: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """As `LatentAttention.__call__`."""
         cfg = self.config
@@ -128,7 +178,7 @@ class MultiHeadAttention(nn.Module):
         q_bthd = project("q_proj", heads, "heads")
         k_bthd, v_bthd = project("k_proj", kv_heads, "kv_heads"), project("v_proj", kv_heads, "kv_heads")
         with jax.named_scope("rotary"):
-            cos, sin = rotary_tables(positions_bt, width, cfg.rope_theta)
+            cos, sin = rotary_tables(cfg, positions_bt, lengths_bt)
             q_bthd, k_bthd = rotate_half(q_bthd, cos, sin), rotate_half(k_bthd, cos, sin)
         new = {"key": k_bthd, "value": v_bthd}
         if cache is not None:
@@ -136,15 +186,30 @@ class MultiHeadAttention(nn.Module):
                 cache = write_cache(cache, new, positions_bt, drafts=decode and x_btd.shape[1] > 1)
         with jax.named_scope("attention"):
             source = cache if read_cache else new
-            k_bshd, v_bshd = (jnp.repeat(source[name], heads // kv_heads, axis=2) for name in ("key", "value"))
-            v_bshd = v_bshd.astype(self.dtype)
-            scale = width**-0.5
-            if read_cache:
+            scale, spans = cfg.softmax_scale, read_cache and not decode and is_long(cache["key"].shape[1])
+
+            def repeated(*entries: Entries) -> tuple[Entries, ...]:
+                # A decode step reads the cache as it lies; longer ones are few rows.
+                entries = (x if decode else dequantize_entries(x, self.dtype) for x in entries)
+                return tuple(jax.tree.map(lambda x: jnp.repeat(x, heads // kv_heads, axis=2), x) for x in entries)
+
+            k_bshd, v_bshd = (None, None) if spans else repeated(source["key"], source["value"])
+            if spans:
+                kv_axes = batch, None, "kv_heads", "head_dim"
+                arrays = jax.tree.map(lambda x: constrain(x, *kv_axes[: x.ndim]), [cache["key"], cache["value"]])
+
+                def expand(keys: Entries, values: Entries) -> tuple[list[jax.Array], jax.Array]:
+                    keys, values = repeated(keys, values)
+                    return [keys], values
+
+                out_bthd = attend_in_spans([q_bthd], arrays, expand, positions_bt, scale)
+            elif read_cache:
                 # A decode step goes to the cache, which is split by slots; longer ones fetch it, split by heads.
                 axes = ("slots", "cache_length", None) if decode else (batch, None, "heads")
                 first_axis, length_axis, head_axis = axes
                 q_bthd = constrain(q_bthd, first_axis, None, head_axis, "head_dim")
-                k_bshd, v_bshd = (constrain(x, first_axis, length_axis, "heads", "head_dim") for x in (k_bshd, v_bshd))
+                entry_axes = first_axis, length_axis, "heads", "head_dim"
+                k_bshd, v_bshd = jax.tree.map(lambda x: constrain(x, *entry_axes[: x.ndim]), (k_bshd, v_bshd))
                 if decode:
                     out_bthd = mha_decode_attention(q_bthd, k_bshd, v_bshd, positions_bt, scale)
                 else:
@@ -185,6 +250,7 @@ class LatentAttention(nn.Module):
         *,
         read_cache: bool = False,
         decode: bool = False,
+        lengths_bt: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """Attends causally.
 
@@ -194,6 +260,7 @@ class LatentAttention(nn.Module):
           cache: this layer's cache, or None to keep nothing.
           read_cache: static. False: attend to the T tokens given only. True: to the cache, once they are in it.
           decode: static. True in a decode step: the cache is read, and the tokens after the first are drafts.
+          lengths_bt: i32[B, T], see `rotary_tables`.
 
         Returns:
           [B, T, D] and the updated cache.
@@ -216,7 +283,7 @@ class LatentAttention(nn.Module):
         compressed = Linear(rank + rope, kv_axes, dtype, std, bias=bias, name="kv_a_proj_with_mqa")(x_btd)
         latent_btr = RMSNorm(LATENT_NORM_EPS, "latent", name="kv_a_layernorm")(compressed[..., :rank])
         with jax.named_scope("rotary"):
-            cos, sin = rotary_tables(positions_bt, rope, cfg.rope_theta)
+            cos, sin = rotary_tables(cfg, positions_bt, lengths_bt)
             q_rope = rotate_interleaved(q_rope, cos, sin)
             rope_key = rotate_interleaved(compressed[..., None, rank:], cos, sin)[:, :, 0]  # [B, T, rope]
         new = {"latent": latent_btr, "rope_key": rope_key}
@@ -224,14 +291,26 @@ class LatentAttention(nn.Module):
             with jax.named_scope("cache_write"):
                 cache = write_cache(cache, new, positions_bt, drafts=decode and x_btd.shape[1] > 1)
         source = cache if read_cache else new
-        latent_bsr, rope_key = (source[name].astype(dtype) for name in ("latent", "rope_key"))
+        spans = read_cache and not decode and is_long(source["latent"].shape[1])
+        latent_bsr, rope_key = (
+            source[name] if decode or spans else dequantize_entries(source[name], dtype)
+            for name in ("latent", "rope_key")
+        )
 
         # Rows of a head: first the keys' part W_uk, then the values' part W_uv. Heads lead, so that neither form
         # transposes the weight.
         kv_b_shape, kv_b_axes = (heads, nope + cfg.v_head_dim, rank), ("heads", "head_dim", "latent")
         kv_b = declare(self, "kv_b_proj", kv_b_shape, kv_b_axes, nn.initializers.normal(std), inputs=2)
         key_rows, value_rows = slice(nope), slice(nope, None)
-        scale = (nope + rope) ** -0.5
+        scale = cfg.softmax_scale
+
+        @jax.named_scope("kv_b_proj")
+        def expand(latent_bsr: jax.Array) -> tuple[jax.Array, jax.Array]:
+            k_bshd = einsum_weight("bsr,hnr->bshn", latent_bsr, kv_b, dtype=dtype, rows=key_rows)
+            v_bshd = einsum_weight("bsr,hvr->bshv", latent_bsr, kv_b, dtype=dtype, rows=value_rows)
+            k_bshd, v_bshd = (constrain(x, batch, "length", "heads", "head_dim") for x in (k_bshd, v_bshd))
+            return k_bshd, v_bshd
+
         if decode:
             with jax.named_scope("kv_b_proj"):
                 q_latent = einsum_weight("bthn,hnr->bthr", q_nope, kv_b, dtype=dtype, rows=key_rows)
@@ -244,12 +323,20 @@ class LatentAttention(nn.Module):
                 out_bthr = constrain(out_bthr, batch, "length", "heads", "latent")
             with jax.named_scope("kv_b_proj"):
                 out_bthd = einsum_weight("bthr,hvr->bthv", out_bthr, kv_b, dtype=dtype, rows=value_rows)
+        elif spans:
+
+            def expand_span(*entries: Entries) -> tuple[list[jax.Array], jax.Array]:
+                latent_bsr, rope_key = (dequantize_entries(x, dtype) for x in entries)
+                k_bshd, v_bshd = expand(latent_bsr)
+                return [k_bshd, rope_key], v_bshd
+
+            with jax.named_scope("attention"):
+                entry_axes = batch, None, "latent"
+                arrays = jax.tree.map(lambda x: constrain(x, *entry_axes[: x.ndim]), [latent_bsr, rope_key])
+                out_bthd = attend_in_spans([q_nope, q_rope], arrays, expand_span, positions_bt, scale)
         else:
-            latent_bsr, rope_key = (constrain(x, batch, None, "latent") for x in (latent_bsr, rope_key))
-            with jax.named_scope("kv_b_proj"):
-                k_bshd = einsum_weight("bsr,hnr->bshn", latent_bsr, kv_b, dtype=dtype, rows=key_rows)
-                v_bshd = einsum_weight("bsr,hvr->bshv", latent_bsr, kv_b, dtype=dtype, rows=value_rows)
-                k_bshd, v_bshd = (constrain(x, batch, "length", "heads", "head_dim") for x in (k_bshd, v_bshd))
+            latent_bsr, rope_key = (constrain(x, batch, "length", "latent") for x in (latent_bsr, rope_key))
+            k_bshd, v_bshd = expand(latent_bsr)
             with jax.named_scope("attention"):
                 if read_cache:
                     parts = [q_nope, q_rope], [k_bshd, rope_key]

@@ -10,6 +10,7 @@ Tested in tests/model/test_gpu_decode.py and tests/apps/plan/test_gpu_compile.py
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,20 +23,25 @@ from dsvl2_jax.kernels.gpu_decode_inputs import heads_into_cache, latent_into_ca
 from dsvl2_jax.kernels.gpu_few_rows import MAX_ROWS, project
 from dsvl2_jax.model.attention import LATENT_NORM_EPS, LayerCache
 from dsvl2_jax.model.config import LanguageConfig
-from dsvl2_jax.model.layers import rotary_tables
+from dsvl2_jax.model.rotary import rotary_tables
 from dsvl2_jax.sharding import ambient_mesh_shape
 
 Rotary = tuple[jax.Array, jax.Array]
 
 
-def is_supported(config: LanguageConfig, slots: int, *dtypes: DTypeLike) -> bool:
-    """Whether the kernels are for this model, so many slots, and the dtypes of its parameters and cache.
+def is_supported(config: LanguageConfig, slots: int, dtype: DTypeLike, cache_dtypes: Sequence[DTypeLike]) -> bool:
+    """Whether the kernels are for this model, so many slots, and the dtypes of parameters and of the cache's arrays.
 
-    Tensor cores multiply 16 bits, and float32 is for exactness; their tiles want widths that 16 divides, and powers of
-    two where a tile is as wide as a head.
+    In int8 they have latents alone: a program of `heads_into_cache` makes a part of a head, and does not see the rest,
+    on which the scale depends. Tensor cores multiply 16 bits, and float32 is for exactness; their tiles want widths
+    that 16 divides, and powers of two where a tile is as wide as a head.
     """
     cfg = config
-    if any(dtype != jnp.bfloat16 for dtype in dtypes) or slots > MAX_ROWS or ambient_mesh_shape() is not None:
+    kinds = {jnp.dtype(kind) for kind in cache_dtypes}
+    plain = kinds <= {jnp.dtype(jnp.bfloat16)}
+    if dtype != jnp.bfloat16 or not (plain or (jnp.dtype(jnp.int8) in kinds and cfg.use_mla)):
+        return False
+    if slots > MAX_ROWS or ambient_mesh_shape() is not None:
         return False
     grouped = cfg.topk_method in ("group_limited_greedy", "noaux_tc") and cfg.n_group > 1
     if cfg.attention_bias or cfg.q_lora_rank is not None or grouped:
@@ -52,8 +58,7 @@ def is_supported(config: LanguageConfig, slots: int, *dtypes: DTypeLike) -> bool
 
 def rotary_of(config: LanguageConfig, positions_b: jax.Array) -> Rotary:
     """cos and sin, f32[B, width/2], that all layers of a step share."""
-    width = config.qk_rope_head_dim if config.use_mla else config.head_dim
-    return rotary_tables(positions_b, width, config.rope_theta)
+    return rotary_tables(config, positions_b, positions_b + 1)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "moe", "interpret"))
@@ -121,8 +126,8 @@ def _multi_head_attention(
         eps=config.rms_norm_eps,
         interpret=interpret,
     )
-    scale = config.head_dim**-0.5
-    split = attend_splits([q_bhd], [keys], values, positions_b, scale=scale, interpret=interpret)
+    options = {"scale": config.softmax_scale, "interpret": interpret}
+    split = attend_splits([q_bhd], [keys], values, positions_b, **options)
     return combine(*split, dtype=x_bd.dtype, interpret=interpret), {"key": keys, "value": values}
 
 
@@ -154,8 +159,9 @@ def _latent_attention(
         eps=LATENT_NORM_EPS,
         interpret=interpret,
     )
-    queries, keys = [q_latent_bhr, q_rope_bhd], [a[:, :, None] for a in (latent_bsr, key_bsd)]  # one head of keys
-    split = attend_splits(queries, keys, None, positions_b, scale=width**-0.5, interpret=interpret)
+    # One head of keys.
+    queries, keys = [q_latent_bhr, q_rope_bhd], jax.tree.map(lambda a: a[:, :, None], [latent_bsr, key_bsd])
+    split = attend_splits(queries, keys, None, positions_b, scale=cfg.softmax_scale, interpret=interpret)
     out_bhd = combine_latent(*split, attn["kv_b_proj"], first_row=nope, interpret=interpret)
     return out_bhd, {"latent": latent_bsr, "rope_key": key_bsd}
 

@@ -51,16 +51,22 @@ class LoadedModel:
     ):
         """Finds the checkpoint; see `dsvl2_jax.infer.eval.evaluate.EvalOptions` for the options.
 
-        Raises CheckpointError or UsageError when there is none.
+        Raises CheckpointError or UsageError when there is none, or no adapter where one is wanted.
         """
         self._ckpt, self._options = ckpt, options
         self._max_new_tokens, self._batch_size, self._speculate = max_new_tokens, batch_size, speculate
         self._directory = locate.resolve(ckpt)
+        self._adapter = None if options.adapter is None else locate.find_adapter(options.adapter)
         self._model: Model | None = None  # until it is loaded
         self.name = "bundled" if ckpt is None else checkpoint_name(self._directory)
+        if self._adapter is not None:
+            self.name += f"+{checkpoint_name(self._adapter)}"
 
     def identity(self) -> dict[str, Any]:
-        return {"checkpoint": {"name": self.name, "digest": checkpoint_digest(self._directory)}}
+        identity = {"checkpoint": {"name": self.name, "digest": checkpoint_digest(self._directory)}}
+        if self._adapter is not None:
+            identity["adapter"] = {"digest": checkpoint_digest(self._adapter)}
+        return identity
 
     def summary(self) -> dict[str, Any]:
         return {"checkpoint": self.name}
@@ -136,15 +142,15 @@ def checkpoint_name(directory: Path) -> str:
 
 
 def checkpoint_digest(directory: Path) -> str:
-    """16 hexadecimal digits that differ where checkpoints do: names, sizes and contents of their files.
+    """16 hexadecimal digits that differ where checkpoints or adapters do: names, sizes and contents of their files.
 
     Of a large file, pieces spread evenly over it are read.
 
     Args:
-      directory: as `dsvl2_jax.checkpoint.locate.resolve` returns it.
+      directory: as `dsvl2_jax.checkpoint.locate.resolve` or `find_adapter` returns it.
     """
     params = directory / PARAMS_NAME
-    files = [params / name for name in files_below(params)] if params.is_dir() else directory.glob("*.safetensors")
+    files = [params / name for name in files_below(params)] if params.is_dir() else _weight_files(directory)
     names_and_files = [(str(p.relative_to(directory)), p) for p in files]
     names_and_files += [(p.name, p) for p in model_files(directory).glob("*.json")]
     digest = hashlib.sha256()
@@ -156,6 +162,10 @@ def checkpoint_digest(directory: Path) -> str:
                 opened.seek(piece * _PIECE if size <= _PIECES * _PIECE else piece * (size - _PIECE) // (_PIECES - 1))
                 digest.update(opened.read(_PIECE))
     return digest.hexdigest()[:DIGEST]
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    return [*directory.glob("*.safetensors"), *directory.glob("*.bin")]
 
 
 def prompt_size(sample: Sample, processor: Processor) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from dsvl2_jax.infer.serve.grammars import Constraint, constraint
 from dsvl2_jax.infer.serve.prompts import Picture, Text, Turn, Video, chat_prompt
 from dsvl2_jax.infer.serve.schemas import Streamed
 from dsvl2_jax.infer.serve.schemas_chat import ChatRequest, Message, TextPart, VideoPart
-from dsvl2_jax.infer.serve.state import Serving, serving_of
+from dsvl2_jax.infer.serve.state import serving_of
 from dsvl2_jax.inputs.turns import ROLES
 
 router = APIRouter(route_class=SafeRoute)
@@ -30,7 +30,7 @@ async def chat_completions(request: Request) -> Response:
     arrived = time.perf_counter()
     serving = serving_of(request)
     body = await read_body(request, serving, ChatRequest)
-    serving.check_model(body.model)
+    model = serving.model_of(request, body.model)
     check_stream_options(body)
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         field = "max_completion_tokens"
@@ -38,6 +38,7 @@ async def chat_completions(request: Request) -> Response:
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs: needs logprobs: true.", param="top_logprobs")
     wanted = Wanted(
+        model,
         max_tokens=body.max_completion_tokens or body.max_tokens or serving.options.default_max_tokens,
         n=body.n or 1,
         stop=body.stops,
@@ -53,7 +54,7 @@ async def chat_completions(request: Request) -> Response:
         request,
         stream=bool(body.stream),
         asked=asked,
-        reply=lambda answers: _Reply(serving, body, answers, "chat.completion"),
+        reply=lambda answers: _Reply(body, answers, "chat.completion"),
     )
 
 
@@ -121,13 +122,13 @@ def usage_object(usage: Usage) -> dict[str, Any]:
 class _Reply:
     """The objects that a request to the chat is answered with."""
 
-    def __init__(self, serving: Serving, body: ChatRequest, answers: Answers, kind: str):
+    def __init__(self, body: ChatRequest, answers: Answers, kind: str):
         self._body, self._answers = body, answers
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "object": kind,
             "created": int(time.time()),
-            "model": serving.options.model_name,
+            "model": answers.model.name,
         }
 
     def whole(self) -> dict[str, Any]:

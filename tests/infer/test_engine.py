@@ -205,7 +205,8 @@ def test_no_tiles_give_no_features(model, ask):
     assert model.embed(inputs).shape == (len(inputs.input_ids), 64)
 
 
-def test_pictures_of_more_tiles_than_the_checkpoint_has_are_answered_as_the_whole_prompt_is(micro):
+def test_pictures_of_more_tiles_than_the_checkpoint_has_are_answered_as_the_whole_prompt_is():
+    micro = dsvl2_jax.load("configs/micro")
     pixels = np.random.default_rng(0).integers(0, 256, (700, 1500, 3), np.uint8)
     turn = {"role": "user", "content": "<image>\nWhat?", "images": [pixels]}
     for most in (18, 41):

@@ -9,6 +9,7 @@ import pytest
 
 from dsvl2_jax.apps.plan.hlo_gpu import splash_flops
 from dsvl2_jax.kernels.attention import attend
+from dsvl2_jax.kernels.quantized_cache import dequantize_entries, quantize_entries
 from dsvl2_jax.kernels.tpu import ATTENTION_BLOCK, cached_attention, latent_attention, splash_attention
 
 HEADS, KEYS, VALUES = 2, 24, 16
@@ -59,27 +60,37 @@ def close_where_something_is_seen(found, scores_bhts, out_bthd, last):
     assert not out[~sees].any() and (lse[~sees] == -jnp.inf).all()
 
 
+def stored(arrays, int8):
+    """(what a cache keeps of them, what it stands for)."""
+    kept = [quantize_entries(x) if int8 else x for x in arrays]
+    return kept, [dequantize_entries(x, jnp.float32) for x in kept]
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_latent_attention_is_plain_attention_of_a_row_s_newest_tokens(tokens):
+def test_latent_attention_is_plain_attention_of_a_row_s_newest_tokens(tokens, int8):
     rng = np.random.default_rng(0)
     first = jnp.asarray([0, 511, 512, 1000, 510, -1, -9], jnp.int32)
     sizes = (tokens, 3, 48), (tokens, 3, 8), (2 * ATTENTION_BLOCK, 48), (2 * ATTENTION_BLOCK, 8)
     arrays = (jnp.asarray(rng.normal(size=(len(first), *size)), jnp.float32) for size in sizes)
     query, rope_query, latent, rope_key = arrays
-    found = latent_attention(query, rope_query, latent, rope_key, first, 0.2, interpret=True)
+    kept, (latent, rope_key) = stored((latent, rope_key), int8)
+    found = latent_attention(query, rope_query, *kept, first, 0.2, interpret=True)
     last = seen(first, tokens)
     expected = attend([query, rope_query], [latent, rope_key], latent, (None, last), 0.2)
     scores = jnp.einsum("bthd,bsd->bhts", query, latent) + jnp.einsum("bthd,bsd->bhts", rope_query, rope_key)
     close_where_something_is_seen(found, 0.2 * scores, expected, last)
 
 
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_cached_attention_is_plain_attention_of_a_row_s_newest_tokens(tokens):
+def test_cached_attention_is_plain_attention_of_a_row_s_newest_tokens(tokens, int8):
     rng = np.random.default_rng(0)
     first = jnp.asarray([0, 511, 512, 1000, 510, -1, -9], jnp.int32)
     sizes = (tokens, HEADS, KEYS), *((2 * ATTENTION_BLOCK, HEADS, KEYS),) * 2
     query, key, value = (jnp.asarray(rng.normal(size=(len(first), *size)), jnp.float32) for size in sizes)
-    found = cached_attention(query, key, value, first, 0.2, interpret=True)
+    kept, (key, value) = stored((key, value), int8)
+    found = cached_attention(query, *kept, first, 0.2, interpret=True)
     last = seen(first, tokens)
     expected = attend([query], [key], value, (None, last), 0.2)
     close_where_something_is_seen(found, 0.2 * jnp.einsum("bthd,bshd->bhts", query, key), expected, last)

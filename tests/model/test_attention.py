@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsvl2_jax.kernels.quantized_cache import quantize_entries
 from dsvl2_jax.model.attention import LatentAttention, MultiHeadAttention, write_cache
 from dsvl2_jax.model.config import LanguageConfig
-from dsvl2_jax.model.layers import rotary_tables, rotate_half, rotate_interleaved
+from dsvl2_jax.model.layers import rotate_half, rotate_interleaved
+from dsvl2_jax.model.rotary import rotary_tables
 from dsvl2_jax.sharding import make_mesh
 
 ROWS, LENGTH, CACHE_LENGTH = 2, 9, 16
@@ -210,13 +212,13 @@ def test_without_reading_a_cache_only_the_distances_of_positions_matter(variant)
 
 def test_the_two_rotary_layouts_are_complex_rotations_of_their_own_pairs():
     x = inputs().reshape(ROWS, LENGTH, 4, 8)
-    cos, sin = rotary_tables(jnp.arange(LENGTH)[None], 8, 100.0)
+    cos, sin = rotary_tables(LanguageConfig(qk_rope_head_dim=8, rope_theta=100.0), jnp.arange(LENGTH)[None])
     for rotate, interleaved in ((rotate_half, False), (rotate_interleaved, True)):
         close(rotate(x, cos, sin), [rotated(row, 100.0, interleaved) for row in x])
 
 
 def test_rotary_tables_stay_float32_and_exact_at_the_context_s_end():
-    cos, sin = rotary_tables(jnp.asarray([[4095]]), 64, 10000.0)
+    cos, sin = rotary_tables(LanguageConfig(), jnp.asarray([[4095]]))
     assert cos.dtype == sin.dtype == jnp.float32
     frequencies = np.float64(10000.0) ** (-np.arange(0, 64, 2) / 64)
     # float32 angles near 4095 are themselves rounded to 2.4e-4.
@@ -230,7 +232,8 @@ def test_rotary_tables_stay_float32_and_exact_at_the_context_s_end():
 def test_a_cache_whose_rows_are_split_is_written_as_a_whole_one(rows, tokens, entry):
     rng = np.random.default_rng(0)
     cache, new = (jnp.asarray(rng.normal(size=(rows, n, *entry)), jnp.float32) for n in (32, tokens))
-    write = jax.jit(lambda *arrays: write_cache({"a": arrays[0]}, {"a": arrays[1]}, arrays[2])["a"])
+    name = "latent" if len(entry) == 1 else "key"
+    write = jax.jit(lambda *arrays: write_cache({name: arrays[0]}, {name: arrays[1]}, arrays[2])[name])
     for start in (0, 2, 5, 30 - tokens, 32 - tokens):
         positions = start + jnp.arange(tokens) + jnp.zeros((rows, 1), jnp.int32)
         expected = cache.at[:, start : start + tokens].set(new)
@@ -240,11 +243,32 @@ def test_a_cache_whose_rows_are_split_is_written_as_a_whole_one(rows, tokens, en
         np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("name, entry", [("latent", (6,)), ("key", (4, 4))], ids=["latent", "heads"])
+def test_a_cache_in_int8_is_written_with_its_scales_also_where_its_rows_are_split(name, entry):
+    rng = np.random.default_rng(0)
+    cache, new = (jnp.asarray(rng.normal(size=(2, n, *entry)), jnp.float32) for n in (32, 5))
+    cache, expected = quantize_entries(cache), quantize_entries(new)
+    write = jax.jit(lambda *arrays: write_cache({name: arrays[0]}, {name: arrays[1]}, arrays[2])[name])
+    positions = jnp.asarray([[2], [25]]) + jnp.arange(5)
+    apart = write(cache, new, positions)
+    with jax.set_mesh(make_mesh(data=2, tensor=2, expert=2)):
+        split = write(cache, new, positions)
+    assert split.values.sharding.shard_shape(split.shape)[:2] == (1, 8)
+    assert split.scale.sharding.shard_shape(split.scale.shape)[:2] == (1, 8)
+    for row, start in enumerate((2, 25)):
+        for found in (apart, split):
+            for kind in ("values", "scale"):
+                whole = getattr(cache, kind)[row].at[start : start + 5].set(getattr(expected, kind)[row])
+                np.testing.assert_array_equal(getattr(found, kind)[row], whole)
+
+
 @pytest.mark.parametrize("rows", [1, 8])
 def test_drafts_are_written_wherever_a_row_lies_and_not_beyond_its_end(rows):
     rng = np.random.default_rng(0)
     cache, new = (rng.normal(size=(rows, n, 6)).astype(np.float32) for n in (32, 5))
-    write = jax.jit(lambda *arrays: write_cache({"a": arrays[0]}, {"a": arrays[1]}, arrays[2], drafts=True)["a"])
+    write = jax.jit(
+        lambda *arrays: write_cache({"latent": arrays[0]}, {"latent": arrays[1]}, arrays[2], drafts=True)["latent"]
+    )
     for start in (0, 2, 27, 30, 31):
         expected = cache.copy()
         expected[:, start : start + 5] = new[:, : 32 - start]

@@ -14,6 +14,7 @@ import pytest
 from flax.traverse_util import unflatten_dict
 
 from dsvl2_jax.infer.slots import decode_group, init_slots
+from dsvl2_jax.kernels.quantized_cache import dequantize_entries, quantize_entries
 from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model import gpu_decode
 from dsvl2_jax.model.cache import cache_layout
@@ -21,6 +22,7 @@ from dsvl2_jax.model.config import Config, LanguageConfig
 from dsvl2_jax.model.decoder import DecoderLayer
 from dsvl2_jax.model.parameter_paths import stays_float32
 from dsvl2_jax.model.released import released_config
+from dsvl2_jax.model.rope_scaling import RopeScaling
 
 SMALL = {"vocab_size": 64, "hidden_size": 48, "intermediate_size": 80, "moe_intermediate_size": 32}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -38,10 +40,17 @@ def language(size: str) -> LanguageConfig:
     return dataclasses.replace(config, **widths | counts)
 
 
-@pytest.mark.parametrize(("size", "rows"), [("tiny", 5), ("base", 20)])
-def test_a_layer_gives_what_the_modules_give(size, rows):
+YARN = RopeScaling("yarn", 4.0, 32, mscale=0.5, mscale_all_dim=1.3)
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "scaling", "int8"),
+    [("tiny", 5, YARN, False), ("base", 20, None, False), ("base", 5, YARN, True)],
+    ids=["tiny, yarn", "base", "base, yarn, cache in int8"],
+)
+def test_a_layer_gives_what_the_modules_give(size, rows, scaling, int8):
     """Five rows visit fewer experts than there are, twenty all of them."""
-    config, length = language(size), 70
+    config, length = dataclasses.replace(language(size), rope_scaling=scaling), 70
     rng = np.random.default_rng(rows)
 
     def normal(a: jax.ShapeDtypeStruct) -> jax.Array:
@@ -58,6 +67,8 @@ def test_a_layer_gives_what_the_modules_give(size, rows):
             for name, (shape, _) in cache_layout(config).items()
         },
     )
+    if int8:
+        cache = {name: quantize_entries(entries) for name, entries in cache.items()}
     given = x, positions[:, None], active[:, None], cache
     static = {"read_cache": True, "decode": True}
     shapes = jax.eval_shape(functools.partial(module.init, **static), jax.random.key(0), *given)["params"]
@@ -66,11 +77,14 @@ def test_a_layer_gives_what_the_modules_give(size, rows):
     step = positions, active.astype(jnp.int32), gpu_decode.rotary_of(config, positions)
     out, new = gpu_decode.decode_layer(params, config, x[:, 0], *step, cache, moe=True, interpret=True)
     assert close(out, expected[:, 0])
-    assert all(close(new[name], expected_cache[name]) for name in cache)
+    floats = functools.partial(dequantize_entries, dtype=jnp.float32)
+    # Sums in another order may round a number to the next step of its vector.
+    steps = 1 / 127 if int8 else 2e-5
+    assert all(close(floats(new[name]), floats(expected_cache[name]), steps) for name in cache)
 
 
-def close(a: jax.Array, b: jax.Array) -> bool:
-    return bool(jnp.abs(a - b).max() <= 2e-5 * jnp.maximum(jnp.abs(b).max(), 1.0))
+def close(a: jax.Array, b: jax.Array, tolerance: float = 2e-5) -> bool:
+    return bool(jnp.abs(a - b).max() <= tolerance * jnp.maximum(jnp.abs(b).max(), 1.0))
 
 
 def test_what_is_lowered_for_cuda_sorts_nothing_and_asks_nothing():
@@ -111,5 +125,14 @@ SUPPORTED = Config.from_dict(released_config("base")).language
     ],
 )
 def test_what_the_kernels_are_not_for(fields, slots, dtype):
-    assert gpu_decode.is_supported(SUPPORTED, 128, jnp.bfloat16, jnp.bfloat16)
-    assert not gpu_decode.is_supported(dataclasses.replace(SUPPORTED, **fields), slots, jnp.bfloat16, dtype)
+    kinds = [jnp.bfloat16], [jnp.int8, jnp.float32]
+    assert all(gpu_decode.is_supported(SUPPORTED, 128, jnp.bfloat16, cache) for cache in kinds)
+    changed = dataclasses.replace(SUPPORTED, **fields)
+    assert not gpu_decode.is_supported(changed, slots, jnp.bfloat16, [dtype])
+    assert not gpu_decode.is_supported(changed, slots, dtype, [jnp.bfloat16])
+
+
+def test_heads_in_int8_take_the_modules():
+    tiny = Config.from_dict(released_config("tiny")).language
+    assert gpu_decode.is_supported(tiny, 8, jnp.bfloat16, [jnp.bfloat16])
+    assert not gpu_decode.is_supported(tiny, 8, jnp.bfloat16, [jnp.int8, jnp.float32])

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from dsvl2_jax.apps.cli.options import Dtype, Together
+from dsvl2_jax.apps.cli.options import CacheDtype, Dtype, Together
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.runtime.processes import Processes
 
@@ -30,8 +30,12 @@ def evaluate(
     max_new_tokens: int = 128,
     speculate: int | None = None,
     dtype: Dtype | None = None,
+    cache_dtype: CacheDtype | None = None,
     mesh: str | None = None,
     verify: bool = False,
+    adapter: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None,
+    context: int | None = None,
+    rope_scaling: Annotated[str | None, tyro.conf.arg(metavar="JSON")] = None,
     max_tiles: int | None = None,
     min_tiles: int | None = None,
     as_seen: bool = False,
@@ -61,8 +65,12 @@ def evaluate(
         max_new_tokens: the most tokens of an answer.
         speculate: draft this many tokens a step where the text repeats its prompt or itself; none without it.
         dtype: in which the model computes; float32 without it.
+        cache_dtype: in which the cache keeps earlier tokens: int8 takes half the memory; without it, that of dtype.
         mesh: shard over devices, e.g. data=2,tensor=2,expert=2.
         verify: read every file of the checkpoint first and compare it with its digest.
+        adapter: a LoRA or DoRA adapter for the checkpoint: a directory that training or peft wrote, or a hub id.
+        context: the most positions of a question and its answer; as many as the model was made for without it.
+        rope_scaling: scale positions so, instead of as config.json says, as in '{"type": "yarn", "factor": 4}'.
         max_tiles: cut an image into at most this many tiles (InfoVQA: 18) instead of as the checkpoint says (9).
         min_tiles: cut an image into at least this many tiles, however many images there are.
         as_seen: read images as people see them: turned as EXIF says, transparency over white, 16-bit gray divided.
@@ -78,10 +86,9 @@ def evaluate(
         timeout: seconds to wait for one answer; 600 without it.
         extra_body: further fields of every request, as in '{"skip_special_tokens": false}'.
     """
-    loaded_only = {"batch_size": batch_size, "dtype": dtype, "mesh": mesh}
-    loaded_only |= {"max_tiles": max_tiles, "min_tiles": min_tiles}
-    loaded_only["speculate"] = speculate
-    loaded_only["verify"] = verify or None
+    loaded_only = {"batch_size": batch_size, "dtype": dtype, "mesh": mesh, "speculate": speculate}
+    loaded_only |= {"cache_dtype": cache_dtype, "max_tiles": max_tiles, "min_tiles": min_tiles}
+    loaded_only |= {"verify": verify or None, "adapter": adapter, "context": context, "rope_scaling": rope_scaling}
     server_only = {
         "server_model": server_model,
         "api_key_file": api_key_file,

@@ -14,7 +14,7 @@ from typing import Any
 import tyro
 
 from dsvl2_jax.apps.cli.bench import bench
-from dsvl2_jax.apps.cli.checkpoints import convert, doctor, export
+from dsvl2_jax.apps.cli.checkpoints import convert, doctor, export, merge
 from dsvl2_jax.apps.cli.data import data
 from dsvl2_jax.apps.cli.evaluate import evaluate
 from dsvl2_jax.apps.cli.generate import chat, generate
@@ -29,6 +29,7 @@ from dsvl2_jax.runtime.terminal import with_escaped_output
 COMMANDS = {
     "convert": convert,
     "export": export,
+    "merge": merge,
     "generate": generate,
     "chat": chat,
     "serve": serve,

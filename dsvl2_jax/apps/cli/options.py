@@ -24,10 +24,13 @@ if TYPE_CHECKING:  # these import jax, for which help need not wait
 
 Checkpoint = Positional[str | None]
 Dtype = Literal["float32", "bfloat16"]
+CacheDtype = Literal["float32", "bfloat16", "int8"]
 Size = Literal["tiny", "small", "base"]
 FrameChoice = Literal["even", "scene"]
 Images = Annotated[tuple[tuple[Path, ...], ...], UseAppendAction]
 Settings = Annotated[tuple[str, ...], UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")]
+QuantizeTo = Annotated[str, tyro.conf.arg(metavar="int8|int4|float8")]
+QuantizeRules = Annotated[tuple[str, ...], UseAppendAction, tyro.conf.arg(metavar="REGEX=KIND")]
 Together = Annotated[Processes, tyro.conf.arg(name="")]
 
 
@@ -37,10 +40,16 @@ class Computing:
 
     dtype: Dtype = "float32"
     """in which the model computes."""
+    cache_dtype: CacheDtype | None = None
+    """in which the cache keeps earlier tokens: int8 takes half the memory of bfloat16; without it, that of --dtype."""
     mesh: str | None = None
     """shard over devices, e.g. data=2,tensor=2,expert=2."""
     verify: bool = False
     """read every file of the checkpoint first and compare it with its digest."""
+    context: int | None = None
+    """the most positions of a prompt and its answer together; as many as the model was made for without it."""
+    rope_scaling: str | None = None
+    """scale positions so, instead of as config.json says: '{"type": "yarn", "factor": 4}'."""
 
     def load_options(self) -> LoadOptions:
         """What `dsvl2_jax.infer.loading.load` takes."""
@@ -53,6 +62,8 @@ class Computing:
 class Loading(Computing):
     """Options of the commands that load a model for the user's own prompts and images."""
 
+    adapter: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """a LoRA or DoRA adapter for the checkpoint: a directory that training or peft wrote, or a hub id."""
     as_seen: bool = False
     """read images as people see them, which the official code does not: turned as EXIF says, transparency over white,
     16-bit gray divided."""

@@ -19,9 +19,10 @@ from dsvl2_jax.apps.plan.job import Job, parse_job
 from dsvl2_jax.apps.plan.report import plan_lines
 from dsvl2_jax.apps.plan.saved_plans import saved_plan
 from dsvl2_jax.apps.plan.table import HEADER, csv_row, table_line, table_rows, update_csv
-from dsvl2_jax.checkpoint.locate import resolve
+from dsvl2_jax.checkpoint.locate import quantization_in, resolve
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.quantization import Quantization
 from dsvl2_jax.model.released import SIZES, released_config
 from dsvl2_jax.runtime.console import PrintableConsole
 from dsvl2_jax.runtime.hardware import topology
@@ -42,6 +43,13 @@ def config_of(model: str) -> Config:
     return Config.from_file(path if path.suffix == ".json" else resolve(model))
 
 
+def quantization_of_model(model: str) -> Quantization | None:
+    """How the weights of a checkpoint are kept; None for anything else."""
+    if model in (*SIZES, "micro") or Path(model).suffix == ".json":
+        return None
+    return quantization_in(resolve(model))
+
+
 def run_plan(
     models: Sequence[str],
     topology_name: str | None,
@@ -52,6 +60,8 @@ def run_plan(
     slots: int | None,
     micro: int | None,
     overrides: Sequence[str],
+    quantization: Quantization | None,
+    cache_dtype: str | None,
     mesh: str,
     csv: Path | None,
     cache: bool,
@@ -62,6 +72,7 @@ def run_plan(
     Args:
       topology_name: None: the table over all of `dsvl2_jax.apps.plan.table.TABLE_TOPOLOGIES`.
       kind: of a job; None: decode, in the table prefill as well.
+      quantization: of the weights; None: as the checkpoint keeps them.
       csv: where rows of the table are kept.
 
     Raises:
@@ -75,12 +86,16 @@ def run_plan(
     kinds = [kind] if kind is not None else ["decode"] if topology_name is not None else ["prefill", "decode"]
     work: list[tuple[str, Config, list[Job]]] = []
     for model in models:
-        jobs = [
-            parse_job(name, batch, sequence, slots, model=model, micro=micro, overrides=overrides) for name in kinds
-        ]
-        work.append((model, config_of(model), jobs))
+        config, stored = config_of(model), quantization_of_model(model)
+        if stored is not None and quantization is not None:
+            raise UsageError(f"--quantize {quantization.kind}: {model} is quantized already, as {stored.kind}.")
+        rounding = quantization or stored
+        options = {"model": model, "micro": micro, "overrides": overrides, "quantization": rounding}
+        options["cache_dtype"] = cache_dtype
+        jobs = [parse_job(name, batch, sequence, slots, **options) for name in kinds]
+        work.append((model if quantization is None else f"{model}-{quantization.kind}", config, jobs))
     if csv is not None:
-        _check_csv(csv, topology_name, kind)
+        _check_csv(csv, topology_name, kind, cache_dtype)
     if topology_name is None:
         results = [_table(model, config, jobs, csv, cache, as_json) for model, config, jobs in work]
         fits = True
@@ -92,7 +107,9 @@ def run_plan(
     return 0 if fits else 1
 
 
-def _check_csv(csv: Path, topology_name: str | None, kind: str | None) -> None:
+def _check_csv(csv: Path, topology_name: str | None, kind: str | None, cache_dtype: str | None) -> None:
+    if cache_dtype is not None:
+        raise UsageError(f"--csv {csv} has rows of bfloat16 caches alone; leave out --cache-dtype {cache_dtype}.")
     if topology_name is not None:
         raise UsageError(f"--csv {csv} is of the table over all topologies; leave out --topology {topology_name}.")
     if kind in ("align", "pretrain", "sft"):

@@ -94,9 +94,11 @@ def _compile(
     begun = time.monotonic()
     say("tracing")
     if job.settings is None:
-        lowered = lower_inference(job.kind, config, mesh, batch=job.batch, sequence=job.sequence)
+        sizes = {"batch": job.batch, "sequence": job.sequence}
+        options = {"quantization": job.quantization, "cache_dtype": job.cache_dtype}
+        lowered = lower_inference(job.kind, config, mesh, **sizes, **options)
     else:
-        lowered = lower_training_step(config, job.settings, mesh)
+        lowered = lower_training_step(config, job.settings, mesh, job.quantization)
     traced = time.monotonic()
     say("compiling")
     compiled, problem = None, {}

@@ -57,17 +57,20 @@ def test_every_command_explains_itself(run, command):
 
 TOGETHER = {"--processes": "None", "--coordinator": "None", "--process": "None", "--connect-timeout": "300"}
 COMPUTING = {"--dtype": "float32", "--mesh": "None"}
-VERIFYING = COMPUTING | {"--verify": "False"}
+VERIFYING = COMPUTING | {
+    "--verify": "False", "--cache-dtype": "None", "--context": "None", "--rope-scaling": "None",
+}  # fmt: skip
 TILES = {"--max-tiles": "None", "--min-tiles": "None"}
 VISUALS = TILES | {"--frames": "None", "--frame-choice": "None"}
-LOADING = VERIFYING | VISUALS | {"--as-seen": "False", "--strict-special-tokens": "False"}
+LOADING = VERIFYING | VISUALS | {"--adapter": "None", "--as-seen": "False", "--strict-special-tokens": "False"}
 ANSWERING = {
     "--system": "''", "--max-new-tokens": "512", "--temperature": "0.0", "--top-p": "1.0", "--top-k": "50",
     "--repetition-penalty": "1.0", "--seed": "0", "--speculate": "0",
 }  # fmt: skip
 OPTIONS = {
-    "convert": {"--dtype": "None", "--max-memory": "1GiB"},
+    "convert": {"--dtype": "None", "--max-memory": "1GiB", "--quantize": "None", "--rule": "repeatable"},
     "export": {"--dtype": "None", "--verify": "False"},
+    "merge": {"--layout": "None", "--verify": "False"},
     "generate": {
         "--prompt": "required", "--image": "repeatable", "--video": "repeatable", "--stop": "repeatable",
         "--chunk-size": "None", "--json": "False", "--draw": "None", **ANSWERING, **LOADING, **TOGETHER,
@@ -82,8 +85,8 @@ OPTIONS = {
         "--hang-timeout": "300.0", "--max-body": "32MiB", "--max-images": "16", "--max-image-bytes": "32MiB",
         "--max-image-pixels": "50000000", "--max-request-pixels": "200000000", "--max-image-tiles": "None",
         "--max-video-bytes": "64MiB", "--max-video-seconds": "600.0", "--max-frames": "32", "--video-timeout": "20.0",
-        "--model-name": "''",
-        "--model-alias": "repeatable", "--default-max-tokens": "512", "--media-domain": "repeatable",
+        "--model-name": "''", "--model-alias": "repeatable", "--adapter": "repeatable",
+        "--default-max-tokens": "512", "--media-domain": "repeatable",
         "--media-path": "repeatable", "--media-timeout": "10.0", "--official-images": "False",
         "--honour-detail": "False", "--strict-special-tokens": "False", **VERIFYING, **TOGETHER,
     },
@@ -98,23 +101,31 @@ OPTIONS = {
     "plot": {"--out": "plot.png"},
     "eval": {
         "--metric": "None", "--images": "''", "--follow-links": "False", "--out": "None", "--batch-size": "None",
-        "--max-new-tokens": "128", "--dtype": "None", "--mesh": "None", "--verify": "False", **TILES,
+        "--max-image-pixels": "50000000", "--max-request-pixels": "200000000", "--max-image-tiles": "None",
+        "--max-video-bytes": "64MiB", "--max-video-seconds": "600.0", "--max-frames": "32", "--video-timeout": "20.0",
+        "--model-name": "''", "--model-alias": "repeatable", "--adapter": "repeatable",
+        "--default-max-tokens": "512", "--media-domain": "repeatable",
         "--prompt-template": "None", "--limit": "None", "--report-samples": "1000", "--json": "False",
         "--server": "None", "--server-model": "None", "--api-key-file": "None", "--concurrency": "None",
-        "--timeout": "None", "--extra-body": "None", "--as-seen": "False", "--speculate": "None", **TOGETHER,
+        "--timeout": "None", "--extra-body": "None", "--as-seen": "False", "--speculate": "None",
+        "--context": "None", "--rope-scaling": "None", **TOGETHER,
     },
     "plan": {
         "--topology": "None", "--job": "None", "--batch": "None", "--sequence": "None", "--slots": "None",
-        "--micro": "None", "--set": "repeatable", "--mesh": "auto", "--csv": "None", "--no-cache": "False",
-        "--json": "False",
+        "--micro": "None", "--set": "repeatable", "--quantize": "None", "--rule": "repeatable",
+        "--cache-dtype": "None", "--mesh": "auto", "--csv": "None", "--no-cache": "False", "--json": "False",
     },
     "bench convert": {"--size": "tiny", "--directory": "None", "--keep": "None", "--repeats": "2"},
     "bench generate": {"--new-tokens": "32", "--speculate": "0", **COMPUTING},
     "bench load": {"--size": "tiny", "--directory": "None", "--processes": "2", **COMPUTING},
     "bench model": {
         "--layers": "None", "--jobs": "decode,prefill,encode", "--slots": "1,16,64", "--context": "1024",
-        "--tokens": "1024,4096", "--tiles": "10", "--set": "repeatable", "--dtype": "None", "--against": "None",
-        "--profile": "None", "--budget": "None", "--json": "False", "--plot": "None",
+        "--tokens": "1024,4096", "--tiles": "10", "--set": "repeatable", "--dtype": "None", "--quantize": "None",
+        "--against": "None", "--profile": "None", "--budget": "None", "--json": "False", "--plot": "None",
+    },
+    "bench quantize": {
+        "--kinds": "int8,int4,float8", "--rule": "repeatable", "--data": "None", "--samples": "None", "--prompts": "16",
+        "--directory": "None", "--json": "False",
     },
     "bench serve": {
         "--size": "None", "--layers": "None", "--directory": "None",
@@ -124,7 +135,7 @@ OPTIONS = {
         "--seed": "0", "--json": "False", "--plot": "None", **COMPUTING,
     },
     "bench tune": {"--size": "None", "--json": "False", "--out": "None"},
-    "bench train": {"--rows": "2", "--length": "1024", "--steps": "3", "--rounds": "3"},
+    "bench train": {"--rows": "2", "--length": "1024", "--steps": "3", "--rounds": "3", "--adapter": "False"},
     "micro start": {},
     "micro data": {"--workers": "2"},
     "micro questions": {"--seed": str(EVALUATION_SEED), "--samples": str(EVALUATION_SAMPLES)},
