@@ -195,8 +195,7 @@ class Scheduler:
         if not BASE <= request.adapter < count:
             raise ValueError(f"the request is for adapter {request.adapter}, but the model has {count}")
         length = len(request.inputs.input_ids)
-        context = self.model.config.language.max_position_embeddings
-        new_tokens = min(request.max_new_tokens, context - length + 1)
+        new_tokens = min(request.max_new_tokens, self.model.context - length + 1)
         ticket = Ticket(request, AnswerBuilder(self.model.processor, request.sampling), length + new_tokens - 1)
         if ticket.limit > self.last_position:
             raise ValueError(f"an answer may end at position {ticket.limit}, but the cache has {self.last_position}")

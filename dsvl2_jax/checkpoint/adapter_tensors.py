@@ -42,6 +42,15 @@ def place(tensors: Mapping[str, Tensor], peft: PeftConfig, config: Config, sourc
     return Placed(reader.read(), reader.ranks, reader.alphas, reader.notes)
 
 
+def read_tensor(tensor: Tensor) -> np.ndarray:
+    """The array of a tensor, as stored. Raises CheckpointError: its file has become shorter."""
+    count = math.prod(tensor.shape)
+    array = np.fromfile(tensor.file, numpy_dtype(rules.FLOAT_DTYPES[tensor.dtype]), count, offset=tensor.start)
+    if array.size != count:
+        raise CheckpointError(f"{tensor.file}: ends while it is being read. Copy the adapter again.")
+    return array.reshape(tensor.shape)
+
+
 def scale_factor(alpha: float, rank: int, rslora: bool) -> float:
     """By which lora_a · lora_b is multiplied."""
     return alpha / (math.sqrt(rank) if rslora else rank)
@@ -130,14 +139,10 @@ class _Reader:
             )
 
     def _array(self, stored: str) -> np.ndarray:
-        tensor = self._tensors[stored]
-        count = math.prod(tensor.shape)
-        array = np.fromfile(tensor.file, numpy_dtype(rules.FLOAT_DTYPES[tensor.dtype]), count, offset=tensor.start)
-        if array.size != count:
-            raise CheckpointError(f"{tensor.file}: ends while {stored} is being read. Copy the adapter again.")
+        array = read_tensor(self._tensors[stored])
         if not np.isfinite(array).all():
             self._problems.append(f"{stored}: has numbers that are none (inf or nan); train or copy the adapter again")
-        return array.reshape(tensor.shape)
+        return array
 
     def _add_pair(self, module: str, trained: str, parts: Mapping[str, str]) -> None:
         leaf, index = self._places.get(f"{module}.weight", (None, 0))

@@ -109,9 +109,9 @@ def read_adapter(directory: str | Path, config: Config) -> tuple[dict[str, Any],
         computed here.
     """
     directory = find_adapter(directory)
-    manifest = _read_manifest(directory)
+    manifest = read_manifest(directory)
     peft = peft_config.read(directory / CONFIG_NAME)
-    tensors = _open(directory)
+    tensors = open_tensors(directory)
     placed = place(tensors, peft, config, str(directory))
     tell(directory, [*peft.notes, *placed.notes])
     settings = AdapterSettings(
@@ -135,7 +135,8 @@ def whole_weights(adapter: Adapter) -> list[str]:
     return sorted(path_name(path) for path in replaced if path[-1] not in arrays)
 
 
-def _open(directory: Path) -> dict[str, Tensor]:
+def open_tensors(directory: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's file, by their stored names. Raises CheckpointError: it is missing or damaged."""
     for name, read_header in ((WEIGHTS_NAME, safetensors_file.read_header), (PICKLED_NAME, pytorch_file.read_header)):
         if (directory / name).is_file():
             return read_header(directory / name)
@@ -145,8 +146,12 @@ def _open(directory: Path) -> dict[str, Tensor]:
     )
 
 
-def _read_manifest(directory: Path) -> dict[str, Any]:
-    """Of an adapter that was written here, after comparing its files with their digests; else empty."""
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of an adapter that was written here, after comparing its files with their digests; else empty.
+
+    Raises:
+      CheckpointError: files are missing or have changed.
+    """
     path = directory / MANIFEST_NAME
     if not path.is_file():
         return {}

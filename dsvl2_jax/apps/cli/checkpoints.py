@@ -77,10 +77,10 @@ def merge(
 
 
 def doctor(ckpt: Checkpoint = None, *, verify: bool = False, json: bool = False) -> int:
-    """Check a checkpoint in either layout; exit status 1 when it is unusable.
+    """Check a checkpoint in either layout, or an adapter; exit status 1 when it is unusable.
 
     Args:
-        ckpt: checkpoint or training run; without it, the bundled one.
+        ckpt: checkpoint, training run or adapter's directory; without it, the bundled checkpoint.
         verify: read every file and compare it with its digest.
         json: print the report as JSON.
     """
