@@ -124,7 +124,7 @@ def read_adapter(directory: str | Path, config: Config) -> tuple[dict[str, Any],
         ranks={name: rank for name, rank in placed.ranks.items() if rank != peft.rank},
         alphas={name: alpha for name, alpha in placed.alphas.items() if alpha != peft.alpha},
     )
-    own = {key: manifest[key] for key in ("targets", "base", "base_digest") if key in manifest}
+    own = {key: manifest[key] for key in ("targets", "base", "base_digest") if manifest}
     return unflatten_dict(placed.arrays), dataclasses.replace(settings, **own)
 
 
@@ -162,6 +162,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             f"{path}: written in version {manifest.get('version')!r} of the layout, this program reads version "
             f"{MANIFEST_VERSION}. {_ADVICE}"
         )
+    kinds = {"sha256": dict, "targets": str, "base": str, "base_digest": str | None}
+    if wrong := [name for name, kind in kinds.items() if not isinstance(manifest.get(name), kind)]:
+        raise CheckpointError(f"{path}: cannot be read ({wrong[0]} is missing or of another kind). {_ADVICE}")
     digests.check(directory, manifest["sha256"], MANIFEST_NAME, _ADVICE[0].lower() + _ADVICE[1:-1])
     return manifest
 
