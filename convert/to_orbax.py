@@ -7,6 +7,7 @@ is being written, the next is read and transposed; `max_memory` bounds what is h
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import sys
 import time
@@ -28,6 +29,7 @@ from dsvl2_jax.checkpoint.locate import (
     PARAMS_NAME,
     carry_files,
     kind,
+    model_files,
     open_model,
     resolve,
 )
@@ -36,7 +38,9 @@ from dsvl2_jax.checkpoint.safetensors_source import WORKERS, Source, aligned_emp
 from dsvl2_jax.checkpoint.staging import refuse_existing, staged
 from dsvl2_jax.checkpoint.verify import tell
 from dsvl2_jax.convert.sizes import parse_bytes
+from dsvl2_jax.convert.stored_source import StoredSource
 from dsvl2_jax.errors import CheckpointError, UsageError
+from dsvl2_jax.kernels.quantized import quantize
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import entry_axes, weight_inputs
 from dsvl2_jax.model.parameter_paths import LeafPath, path_name
@@ -82,7 +86,8 @@ def convert(
     """Converts a checkpoint in the released layout to an Orbax directory that is complete by itself.
 
     Args:
-      src: a directory in the released layout (shards with an index, or a single file) or a hub id.
+      src: a directory in the released layout (shards with an index, or a single file) or a hub id; to be quantized,
+        also a converted directory, a training run or one of its checkpoints.
       dst: the directory to make. It appears when it is complete.
       dtype: casts every tensor that is not quantized; by default each keeps its own.
       quantization: which weights are rounded to 8 or 4 bits; None: none is.
@@ -102,21 +107,23 @@ def convert(
     dst = absolute(path_of(dst))
     refuse_existing(dst)
     directory = resolve(src)
-    if kind(directory) != "released":
+    released = kind(directory) == "released"
+    if not released and quantization is None:
         raise CheckpointError(
-            f"{directory}: is a converted checkpoint already; convert takes the released layout. To get that layout "
-            "back, use dsvl2 export."
+            f"{directory}: is a converted checkpoint already; convert takes the released layout, or with --quantize "
+            "this one too. To get the released layout back, use dsvl2 export."
         )
     config, _ = open_model(directory)
-    with Source(directory) as source:
+    with Source(directory) if released else StoredSource(directory, config) as source:
         source.fit(config)
-        rules.check(source.shapes_and_dtypes, config, str(directory))
+        if released:
+            rules.check(source.shapes_and_dtypes, config, str(directory))
         leaves = {leaf.path: leaf for leaf in rules.expand(config)}
         read = {
             path: (leaf.shape, numpy_dtype(dtype) if dtype else source.leaf_dtype(leaf))
             for path, leaf in leaves.items()
         }
-        mixed = {} if dtype else mixed_dtypes(source, leaves, read)
+        mixed = {} if dtype else mixed_dtypes(source, leaves, read) if released else source.mixed_dtypes
         kinds = quantized_weights(config, quantization)
         plan = {
             path: (shape, stored_as or read[path][1]) for path, (shape, stored_as) in leaves_of(config, kinds).items()
@@ -128,7 +135,7 @@ def convert(
                 f"{len(mixed)} tensors are of another dtype than others of the same stacked parameter: kept as float32"
             )
         with staged(dst, total, last=MANIFEST_NAME) as partial:
-            carry_files(directory, partial)
+            carry_files(model_files(directory), partial)
             with digests.Flushing(partial) as flushing:
                 with (
                     orbax_io.ParamWriter(partial / PARAMS_NAME, _entry_axes(config, kinds)) as writer,
@@ -136,15 +143,16 @@ def convert(
                 ):
                     inputs = weight_inputs(config)
                     rounding = {path: (kind, inputs[path]) for path, kind in kinds.items()}
-                    _write_parameters(source, leaves, read, rounding, writer, limit, advance, flushing.take)
+                    fill = functools.partial(_read_released, source, leaves) if released else source.read_into
+                    _write_parameters(fill, read, rounding, writer, limit, advance, flushing.take)
                     writer.finalize()
                 # Now that the source is in the system's cache, as far as it has room; beside the conversion, reading
                 # it a second time made the conversion wait for the disk.
                 flushing.take()
-                known = source.digests  # of SHA256SUMS, and compared
+                known = source.digests  # of SHA256SUMS, and compared; or of a converted directory's own source
                 names = [file.name for file in source.files]
                 source_digests = digests.of_files(directory, [name for name in names if name not in known])
-                source_digests |= {name: known[name] for name in names if name in known}
+                source_digests |= {name: value for name, value in known.items() if not names or name in names}
                 own_digests = flushing.finish()
             write_manifest(
                 partial,
@@ -174,6 +182,13 @@ def mixed_dtypes(source: Source, leaves: Mapping[LeafPath, rules.Leaf], plan: Le
     }
 
 
+def _read_released(
+    source: Source, leaves: Mapping[LeafPath, rules.Leaf], arrays: Mapping[LeafPath, np.ndarray]
+) -> None:
+    for path, array in arrays.items():
+        source.read_into(leaves[path], array)
+
+
 def writing_bytes(size: int) -> int:
     """Memory that a batch takes while it is written: Orbax copies what it cuts into chunks, once as they are and
     once encoded."""
@@ -186,8 +201,7 @@ def _entry_axes(config: Config, kinds: Mapping[LeafPath, str]) -> dict[LeafPath,
 
 
 def _write_parameters(
-    source: Source,
-    leaves: Mapping[LeafPath, rules.Leaf],
+    fill: Callable[[Mapping[LeafPath, np.ndarray]], None],
     read: Leaves,
     rounding: Mapping[LeafPath, tuple[str, tuple[int, ...]]],
     writer: orbax_io.ParamWriter,
@@ -198,6 +212,7 @@ def _write_parameters(
     """Reads batches of parameters and gives them to ``writer``, one being written while the next is read.
 
     Args:
+      fill: reads parameters into arrays.
       read: shape and dtype of each parameter as it is read.
       rounding: kind and input axes of those that are quantized.
       written: called when a batch has been written and the next one has not begun.
@@ -213,8 +228,7 @@ def _write_parameters(
             writing = None
         block = memory.take(size + _ALIGNMENT * len(batch))
         arrays = _carve(block, {path: read[path] for path in batch})
-        for path, array in arrays.items():
-            source.read_into(leaves[path], array)
+        fill(arrays)
         for path in batch:
             if path in rounding:
                 quantized = quantize_in_parts(arrays.pop(path), *rounding[path])
@@ -229,10 +243,12 @@ def _write_parameters(
 
 
 def quantize_in_parts(weight: np.ndarray, kind: str, inputs: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """`quantize` of a large array by this machine's CPUs, parts of it at a time, so that little is in float32.
+    """`quantize`, of a large array by a compiled program for parts of it, so that little is in float32 at a time.
 
     The parts are cut along an axis that has a scale for each entry: experts, heads or outputs.
     """
+    if weight.size <= _ROUND_AT_ONCE:
+        return quantize(weight, kind, inputs)
     axis = next(axis for axis in range(weight.ndim) if axis not in inputs)
     step = max(1, math.ceil(weight.shape[axis] * _ROUND_AT_ONCE / weight.size))
     host = jax.local_devices(backend="cpu")[0]

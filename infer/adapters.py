@@ -27,7 +27,8 @@ from dsvl2_jax.model.weights import is_stored_weight
 BASE = -1  # the number that stands for no adapter
 
 _PICTURE_PARTS = frozenset({"vision", "projector"})
-_RANK_STEP = 8  # ranks are padded to a multiple: products with few columns are computed by other code on some devices
+# Ranks are padded to a multiple: a product with one column is made by other code, to which a row's place may matter.
+_RANK_STEP = 8
 _NOBODY = -2  # whose the padding is
 
 
@@ -117,7 +118,6 @@ def _joined(
     Args:
       own: path → number of an adapter → its weight there. count: of all adapters.
     """
-
     whole, is_finite = {}, {}
     for path, weights in own.items():
         first = next(iter(weights.values()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,16 +33,18 @@ def video(
     options: dict[str, str] | None = None,
     container_options: dict[str, str] | None = None,
     aspect: Any = None,
+    path: Path | None = None,
 ) -> bytes:
     """A file whose frames are each of one gray value.
 
     Args:
       times: when frames are shown, in units of 1 / rate seconds; one after the other without.
+      path: write it there, which some options need.
       keyframes: the most frames between two of them.
     """
     width, height = size
     file = io.BytesIO()
-    with av.open(file, "w", format=container, options=container_options or {}) as output:
+    with av.open(path or file, "w", format=container, options=container_options or {}) as output:
         stream = output.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt, stream.gop_size = width, height, "yuv420p", keyframes
         if aspect is not None:
@@ -54,7 +57,7 @@ def video(
             frame.pts = number if times is None else times[number]
             output.mux(stream.encode(frame))
         output.mux(stream.encode())
-    return file.getvalue()
+    return path.read_bytes() if path else file.getvalue()
 
 
 def sound(container: str = "mp4", codec: str = "aac") -> bytes:

@@ -28,6 +28,7 @@ CONTENTS = {
             "docs/pods",
         ),
         "docs/plan",
+        "docs/contexts",
     ],
     "Reference": ["docs/site/api", "docs/architecture", "docs/parity", "docs/benchmarks", "configs/micro/README"],
     "Project": ["docs/development", "CONTRIBUTING", "CHANGELOG", "SECURITY"],

@@ -194,17 +194,20 @@ def read_leaves(
             yield path, array if dtypes is None else array.astype(dtypes[path]).block_until_ready()
 
 
-def read_weights(params: Path, stored: Leaves, config: Config) -> Iterator[tuple[LeafPath, np.ndarray]]:
+def read_weights(
+    params: Path, stored: Leaves, config: Config, dtype: np.dtype
+) -> Iterator[tuple[LeafPath, np.ndarray]]:
     """Reads an Orbax checkpoint to the host, parameter by parameter: as stored, or of quantized ones values · scale.
 
-    These have the dtype of `plain_dtype`.
+    Args:
+      dtype: of the latter.
 
     Raises:
       CheckpointError: the files cannot be read.
     """
     kinds, inputs = quantization.kinds_of(stored), weight_inputs(config)
     host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    plain = jax.jit(functools.partial(dequantize, dtype=plain_dtype(stored)))
+    plain = jax.jit(functools.partial(dequantize, dtype=dtype))
     order = sorted(stored, key=lambda path: path[:-1] if path[:-1] in kinds else path)  # values and scale together
     parts: dict[LeafPath, dict[str, jax.Array]] = {}
     for path, array in read_leaves(params, {path: stored[path] for path in order}, dict.fromkeys(stored, host)):

@@ -89,6 +89,7 @@ class VideoFile:
         self.name, self._file, self._limits = name, file, limits
         with self._container() as (container, stream):
             self._check_length((container.duration or 0) / 1e6)
+            self._has_size = stream.codec_context.width > 0
             self._aspect = float(stream.sample_aspect_ratio or 1)
             base, step = stream.time_base or Fraction(0), 1 / (stream.average_rate or Fraction(_RATE))
             counted = container.format.name == "avi"  # whose frames have no times, and get wrong ones
@@ -142,7 +143,6 @@ class VideoFile:
 
         With ``strict``, ImageError where that is for an error in the file.
         """
-        av = _av()
         wanted = collections.deque(indices)
         failed: Exception | None = None
         last, given = None, None
@@ -165,7 +165,7 @@ class VideoFile:
                         continue
                 try:
                     frames = decoder.decode(packet)
-                except av.error.FFmpegError as error:
+                except _failures() as error:
                     failed = error
                     continue
                 for frame in frames:
@@ -203,7 +203,7 @@ class VideoFile:
         left = self._limits.deadline - time.monotonic()
         try:
             container = av.open(self._file, "r", options=options, timeout=left if 0 < left < math.inf else None)
-        except av.error.FFmpegError as error:
+        except _failures() as error:
             raise ImageError(
                 f"{self.name}: not a video in a format that is read (MP4, MOV, MKV, WebM, AVI, MPEG, FLV, Ogg, GIF), "
                 f"or damaged ({_reason(error)}). Play it to see whether it is whole, and convert it to MP4."
@@ -230,7 +230,7 @@ class VideoFile:
                 self._limits.check_time(self.name)
                 if packet.size:
                     yield packet
-        except _av().error.FFmpegError as error:
+        except _failures() as error:
             raise ImageError(f"{self.name}: the video is damaged ({_reason(error)}). Copy the file again.") from None
 
     def _check_pixels(self, width: int, height: int) -> None:
@@ -249,8 +249,11 @@ class VideoFile:
 
     def _damaged(self, index: int, error: Exception | None) -> ImageError:
         reason = f" ({_reason(error)})" if error is not None else ""
+        # Frames that are too large to be looked at have no size.
+        most = self._limits.max_pixels
+        large = "" if self._has_size else f", or its frames have more than the {most} pixels that are read"
         return ImageError(
-            f"{self.name}: the video is damaged: the frame at {self.times[index]:.2f} seconds cannot be "
+            f"{self.name}: the video is damaged{large}: the frame at {self.times[index]:.2f} seconds cannot be "
             f"decoded{reason}. Copy the file again, or convert it."
         )
 
@@ -265,6 +268,11 @@ def _av() -> Any:
             "videos need PyAV, which is not installed: pip install -e '.[video]' (a folder of pictures needs none)."
         ) from None
     return av
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What PyAV raises: its own errors, and those of reading the file and of memory."""
+    return _av().error.FFmpegError, OSError, ValueError, MemoryError
 
 
 def _stamp(packet: Any) -> int | None:

@@ -131,7 +131,7 @@ def follow(model: Model, options: EngineOptions, grammars: GrammarCompiler | Non
 
 def make_scheduler(model: Model, options: EngineOptions) -> Scheduler:
     """For answers of any length that the context allows."""
-    context = model.config.language.max_position_embeddings
+    context = model.context
     return Scheduler(
         model,
         model.whole_slots(options.slots),

@@ -87,12 +87,13 @@ def test_a_run_resumes_to_the_bit_and_keeps_its_adapter_alone(given, checkpoints
     [
         ("adapter.rank=0", r"adapter\.rank: must be positive, not 0"),
         ("adapter.targets=['experts/nothing']", "'experts/nothing' matches no parameter of this model"),
-        ("adapter.targets=['router']", "only parameters that are no matrix"),
+        ("adapter.targets=['router']", "matches nothing that can have an adapter, only"),
         ("adapter.targets=['layers_1/self_attn']", "only some of the layers of language/layers_1_to_2"),
         ("adapter.targets=['(']", "is not a regular expression"),
         ("stage.parameters=[{match = '.'}]", "trains an adapter and leaves the model as it is: remove the rules"),
         ("stage.bias_update_speed=0.1", "the routers' biases too: set it to 0"),
         ("model.random_init=true", "it needs a model that has learnt something"),
+        ("adapter.kind=none", "its weights are quantized, and training changes plain ones"),
     ],
 )
 def test_what_makes_no_sense_is_refused(given, override, expected):

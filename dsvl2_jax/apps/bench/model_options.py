@@ -96,9 +96,7 @@ class ModelOptions:
             unquantized = [job for job in ("train", "kernels") if job in self.jobs]
             if unquantized or self.against is not None:
                 what = f"--jobs {unquantized[0]}" if unquantized else "--against torch"
-                raise UsageError(
-                    f"--quantize {self.quantize}: {what} takes weights as they are; leave one of them out."
-                )
+                raise UsageError(f"--quantize {self.quantize}: {what} takes weights as they are; leave one out.")
         if self.against is not None and self.jobs == ("kernels",):
             raise UsageError("--against torch compares programs; --jobs kernels has none.")
 

@@ -46,6 +46,10 @@ class Computing:
     """shard over devices, e.g. data=2,tensor=2,expert=2."""
     verify: bool = False
     """read every file of the checkpoint first and compare it with its digest."""
+    context: int | None = None
+    """the most positions of a prompt and its answer together; as many as the model was made for without it."""
+    rope_scaling: str | None = None
+    """scale positions so, instead of as config.json says: '{"type": "yarn", "factor": 4}'."""
 
     def load_options(self) -> LoadOptions:
         """What `dsvl2_jax.infer.loading.load` takes."""

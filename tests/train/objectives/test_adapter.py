@@ -80,14 +80,13 @@ def base_params(variant: str, kind: str | None) -> dict:
     )
 
 
-def batch_of(images: bool, accumulation: int = 1):
-    """Packed rows; without images, of text alone and without places for tiles."""
-    if images:
-        return steps.batch_of(steps.packed(), accumulation)
+def batch_of(images: bool, accumulation: int = 1, *, packed: bool = True):
+    """Rows of samples, or of one sample each; without images, of text alone and without places for tiles."""
     rng = np.random.default_rng(0)
     lengths = ((9, 30, 12), (5, 30, 3), (50,), (20, 8), (), (7,), (40, 9), (3,))
-    batch = steps.batch_of([[steps.sample(rng, length, 0) for length in row] for row in lengths], accumulation)
-    return dataclasses.replace(batch, tiles=batch.tiles[:, :0])
+    rows = steps.packed() if images else [[steps.sample(rng, length, 0) for length in row] for row in lengths]
+    batch = steps.batch_of(rows if packed else [[one] for row in rows for one in row], accumulation)
+    return batch if images else dataclasses.replace(batch, tiles=batch.tiles[:, :0])
 
 
 def trainer_and_state(variant, chosen, mesh=None, kind=None):
@@ -107,7 +106,7 @@ def stepped(variant, chosen, batch, mesh=None, kind=None):
 
 
 def reference(variant: str, adapter: AdapterStage, batch, kind: str | None = None):
-    """Of weights merged beforehand, plain arrays all, differentiated by `jax.grad` on one device."""
+    """Of weights merged beforehand, plain arrays all, and samples apart, differentiated by `jax.grad` on one device."""
     config = steps.config(variant)
     config = dataclasses.replace(config, language=dataclasses.replace(config.language, aux_loss_alpha=0.02))
     base, able = base_params(variant, kind), adaptable(config)
@@ -161,7 +160,7 @@ def test_gradients_are_those_of_the_merged_weights(case):
     rows = steps.ROWS // accumulation // math.prod((sizes or {}).get(axis, 1) for axis in ("data", "expert"))
     mesh = make_mesh(**sizes) if sizes else None
     found = stepped(variant, settings(adapter, rows, remat="full"), batch_of(images, accumulation), mesh, kind)
-    assert_same(found, reference(variant, adapter, batch_of(images), kind))
+    assert_same(found, reference(variant, adapter, batch_of(images, packed=False), kind))
 
 
 def test_of_the_frozen_model_no_gradient_is_computed_and_every_bit_stays():
