@@ -101,8 +101,7 @@ def read_adapter(directory: str | Path, config: Config) -> tuple[dict[str, Any],
     Returns:
       The adapter (see the module's text), of numpy arrays as stored, not multiplied by `AdapterSettings.factor`; and
       its settings. A whole weight that the adapter brings along (modules_to_save) is a plain array in the place of
-      its parameter, of that one's shape, or ``base`` of a dict; see `whole_weights`. What was tolerated is noted on
-      standard error.
+      its parameter, of that one's shape, or ``base`` in the dict there. What was tolerated is noted on standard error.
 
     Raises:
       CheckpointError: files are missing, damaged or changed, or it is for another model, or of a kind that is not
@@ -126,13 +125,6 @@ def read_adapter(directory: str | Path, config: Config) -> tuple[dict[str, Any],
     )
     own = {key: manifest[key] for key in ("targets", "base", "base_digest") if manifest}
     return unflatten_dict(placed.arrays), dataclasses.replace(settings, **own)
-
-
-def whole_weights(adapter: Adapter) -> list[str]:
-    """The names of the parameters that an adapter does not add to but replaces: it cannot share a base with others."""
-    replaced = [path[:-1] if path[-1] == "base" else path for path in flatten_dict(adapter)]
-    arrays = ("lora_a", "lora_b", "magnitude")
-    return sorted(path_name(path) for path in replaced if path[-1] not in arrays)
 
 
 def open_tensors(directory: Path) -> dict[str, Tensor]:
