@@ -12,11 +12,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dsvl2_jax import fields
 from dsvl2_jax.errors import ConfigError
 from dsvl2_jax.fields import setting
 from dsvl2_jax.json_files import read_json_object
-from dsvl2_jax.model.rope_scaling import RopeScaling, read_rope
+from dsvl2_jax.model.rope_scaling import RopeScaling, plain_frequencies, read_rope
 
 ROUTING_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 SCORING_FUNCTIONS = ("softmax", "sigmoid")
@@ -145,6 +147,18 @@ class LanguageConfig:
     def rotary_width(self) -> int:
         """Width of what is rotated: the part of a head that latent attention keeps for it, or a whole head."""
         return self.qk_rope_head_dim if self.use_mla else self.head_dim
+
+    @property
+    def inverse_frequencies(self) -> np.ndarray:
+        """f32[rotary_width / 2], radians a position; of "dynamic" those of sequences that the context holds."""
+        if self.rope_scaling is None:
+            return plain_frequencies(self.rotary_width, self.rope_theta)
+        return self.rope_scaling.inverse_frequencies(self.rotary_width, self.rope_theta, self.max_position_embeddings)
+
+    def stretches(self, length: int) -> bool:
+        """Whether the positions of a sequence of so many tokens are others than those of a shorter one."""
+        scaling = self.rope_scaling
+        return scaling is not None and scaling.kind == "dynamic" and length > self.max_position_embeddings
 
     @property
     def softmax_scale(self) -> float:
