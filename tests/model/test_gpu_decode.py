@@ -85,7 +85,7 @@ def test_a_layer_gives_what_the_modules_give(size, rows, scaling, int8):
 
 
 # Widths of which int4 has groups of 32, halves of which tensor cores take.
-WIDE = {"hidden_size": 96, "moe_intermediate_size": 32, "v_head_dim": 32, "qk_nope_head_dim": 32}
+WIDE = {"hidden_size": 96, "moe_intermediate_size": 128, "v_head_dim": 32, "qk_nope_head_dim": 32}
 
 
 @pytest.mark.parametrize("size", ["tiny", "base"])
