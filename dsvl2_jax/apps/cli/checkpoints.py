@@ -30,9 +30,9 @@ def convert(
         dtype: cast all tensors; without it each keeps its own.
         max_memory: the most memory for tensors on their way, e.g. 4GiB. A single larger tensor still passes.
         quantize: keep the weights of products in 8 or 4 bits.
-        rule: with --quantize, keep weights in whose path the regular expression is found as int8, int4, float8, or with
-            =keep as they are, such as self_attn=int8 or lm_head=int8. May be given several times; the first that is
-            found decides.
+        rule: where weights are quantized, keep those in whose path the regular expression is found as int8, int4,
+            float8, or with =keep as they are, such as self_attn=int8 or lm_head=int8. May be given several times; the
+            first that is found decides.
     """
     from dsvl2_jax.convert.to_orbax import convert as run
     from dsvl2_jax.model.quantization import quantization_of
