@@ -1,8 +1,8 @@
 """int4 weights that are rounded by what enters them: GPTQ (Frantar et al., arXiv 2210.17323).
 
-Each input's row of a weight is rounded in turn, and the error is made up for by the rows that are not rounded yet, as far
-as the inputs of the user's samples go together. The whole model is loaded, and all samples go through it once, in one
-batch; a weight is rounded when its inputs come by, so that no more is kept than the result.
+Each input's row of a weight is rounded in turn, and the error is made up for by the rows that are not rounded yet, as
+far as the inputs of the user's samples go together. The whole model is loaded, and all samples go through it once, in
+one batch; a weight is rounded when its inputs come by, so that no more is kept than the result.
 
 Tested in tests/convert/test_calibrate.py.
 """
@@ -112,7 +112,7 @@ def _interceptor(
     found: dict[LeafPath, dict[str, np.ndarray]],
     take: Callable[[LeafPath, Any, np.ndarray], None],
 ) -> Callable[..., Any]:
-    """Gives the rows that enter each weight of ``paths`` (identity of an array → path) to ``take``, or rounds experts."""
+    """Rounds each weight of ``paths`` (identity of an array → path) by the rows that enter it."""
 
     def path_of(module: nn.Module, name: str) -> tuple[LeafPath | None, Any]:
         weight = module.get_variable("params", name)

@@ -37,26 +37,12 @@ def test_products_with_the_samples_change_less_than_by_rounding_to_nearest():
 
 
 @pytest.fixture
-def samples(tmp_path, data):
-    """Two samples and one that cannot be read."""
-    lines = [
-        {
-            "messages": [
-                {"role": "user", "content": "Name two colours."},
-                {"role": "assistant", "content": "Red, blue."},
-            ]
-        },
-        {"messages": "none"},
-        {
-            "images": [str(data / "images" / "tiny_20x20.png")],
-            "messages": [
-                {"role": "user", "content": "<image>\nWhat is it?"},
-                {"role": "assistant", "content": "A picture."},
-            ],
-        },
-    ]
+def samples(tmp_path):
+    """Two samples of text and one that cannot be read."""
+    turns = [[("user", "Name two colours."), ("assistant", "Red, blue.")], [("user", "Hi."), ("assistant", "Hello!")]]
+    records = [{"messages": [{"role": role, "content": text} for role, text in turn]} for turn in turns]
     file = tmp_path / "samples.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    file.write_text("".join(json.dumps(record) + "\n" for record in [records[0], {"messages": "none"}, records[1]]))
     return file
 
 
@@ -76,7 +62,7 @@ def test_a_calibrated_checkpoint_differs_in_its_int4_values_alone(checkpoints, t
 
 def test_a_file_of_no_use_is_an_error(checkpoints, tmp_path, samples):
     source = checkpoints / "mini-base"
-    with pytest.raises(UsageError, match="--calibrate .*give both, or neither"):
+    with pytest.raises(UsageError, match=r"--calibrate .*give both, or neither"):
         convert(source, tmp_path / "out", calibrate=samples)
     with pytest.raises(UsageError, match="no weight is kept so"):
         convert(source, tmp_path / "out", quantization=Quantization("int8"), calibrate=samples)
