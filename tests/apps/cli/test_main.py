@@ -68,7 +68,9 @@ ANSWERING = {
     "--repetition-penalty": "1.0", "--seed": "0", "--speculate": "0",
 }  # fmt: skip
 OPTIONS = {
-    "convert": {"--dtype": "None", "--max-memory": "1GiB", "--quantize": "None", "--rule": "repeatable"},
+    "convert": {
+        "--dtype": "None", "--max-memory": "1GiB", "--quantize": "None", "--rule": "repeatable", "--calibrate": "None",
+    },
     "export": {"--dtype": "None", "--verify": "False"},
     "merge": {"--layout": "None", "--verify": "False"},
     "generate": {
