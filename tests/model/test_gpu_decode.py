@@ -41,8 +41,8 @@ def language(size: str) -> LanguageConfig:
 
 @pytest.mark.parametrize(
     ("size", "rows", "int8"),
-    [("tiny", 5, False), ("base", 20, False), ("base", 5, True)],
-    ids=["tiny", "base", "base, cache in int8"],
+    [("tiny", 5, False), ("base", 20, False), ("tiny", 3, True), ("base", 5, True)],
+    ids=["tiny", "base", "tiny, cache in int8", "base, cache in int8"],
 )
 def test_a_layer_gives_what_the_modules_give(size, rows, int8):
     """Five rows visit fewer experts than there are, twenty all of them."""
@@ -126,9 +126,3 @@ def test_what_the_kernels_are_not_for(fields, slots, dtype):
     changed = dataclasses.replace(SUPPORTED, **fields)
     assert not gpu_decode.is_supported(changed, slots, jnp.bfloat16, [dtype])
     assert not gpu_decode.is_supported(changed, slots, dtype, [jnp.bfloat16])
-
-
-def test_heads_in_int8_take_the_modules():
-    tiny = Config.from_dict(released_config("tiny")).language
-    assert gpu_decode.is_supported(tiny, 8, jnp.bfloat16, [jnp.bfloat16])
-    assert not gpu_decode.is_supported(tiny, 8, jnp.bfloat16, [jnp.int8, jnp.float32])
