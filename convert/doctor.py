@@ -22,12 +22,14 @@ from dsvl2_jax.checkpoint.locate import PARAMS_NAME, kind, model_files, resolve
 from dsvl2_jax.checkpoint.quantized_tensors import stored_as
 from dsvl2_jax.checkpoint.safetensors_source import Source
 from dsvl2_jax.checkpoint.verify import verify as verify_files
+from dsvl2_jax.convert.doctor_adapter import AdapterReport, adapter_at, examine_adapter, print_adapter
 from dsvl2_jax.errors import CheckpointError, ConfigError, TokenizerError
 from dsvl2_jax.inputs.processor import ProcessorConfig
 from dsvl2_jax.inputs.tokenizer import Tokenizer
 from dsvl2_jax.messages import listed
 from dsvl2_jax.model.config import Config, keys_without_meaning
-from dsvl2_jax.model.parameter_paths import LeafPath, path_name, stays_float32
+from dsvl2_jax.model.parameter_paths import LeafPath, path_name
+from dsvl2_jax.model.quantization import bytes_in_bfloat16, kinds_of
 from dsvl2_jax.model.released import variant
 from dsvl2_jax.runtime.console import PrintableConsole
 from dsvl2_jax.runtime.progress import progress
@@ -45,7 +47,8 @@ class Report:
     variant: str | None = None  # "tiny", "small", "base" or "other"; None without a usable config.json
     parameters: dict[str, int] = dataclasses.field(default_factory=dict)  # component → count, and TOTAL
     dtypes: dict[str, int] = dataclasses.field(default_factory=dict)  # stored dtype → bytes
-    bfloat16_bytes: int | None = None  # memory of the parameters in bfloat16, the router's in float32
+    quantized: dict[str, int] = dataclasses.field(default_factory=dict)  # kind → weights that are kept so
+    bfloat16_bytes: int | None = None  # memory of the parameters in bfloat16, quantized ones and the router's as stored
     special_tokens: dict[str, int] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)  # what was tolerated, and what means nothing
     non_finite: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)  # tensor → {"nan", "inf"}
@@ -57,12 +60,13 @@ class Report:
 
 
 def doctor(ckpt: str | Path | None = None, *, verify: bool = False, as_json: bool = False) -> int:
-    """Examines a checkpoint in either layout and prints the report.
+    """Examines a checkpoint in either layout, or an adapter's directory, and prints the report.
 
     Args:
       ckpt: a converted directory, a directory in the released layout, a training run (its newest checkpoint) or one
-        of its checkpoints, or a hub id; None: the built-in model.
-      verify: reads every file and compares it with its digest as well.
+        of its checkpoints, or a hub id; None: the built-in model. Or a directory of an adapter's files, or a run that
+        trains one.
+      verify: reads every file and compares it with its digest as well; of an adapter that is done always.
       as_json: prints one JSON object instead of tables.
 
     Returns:
@@ -71,9 +75,12 @@ def doctor(ckpt: str | Path | None = None, *, verify: bool = False, as_json: boo
     Raises:
       CheckpointError: there is no such checkpoint.
     """
-    report = examine(ckpt, verify=verify)
+    adapter = adapter_at(ckpt)
+    report = examine(ckpt, verify=verify) if adapter is None else examine_adapter(adapter)
     if as_json:
         print(json.dumps(dataclasses.asdict(report) | {"ok": report.ok}, indent=2, ensure_ascii=False))
+    elif isinstance(report, AdapterReport):
+        print_adapter(report)
     else:
         _print(report)
     return 0 if report.ok else 1
@@ -104,9 +111,7 @@ def examine(ckpt: str | Path | None, *, verify: bool = False) -> Report:
         return report
     report.variant = variant(config)
     report.parameters = count_parameters(config)
-    report.bfloat16_bytes = sum(
-        math.prod(leaf.shape) * (4 if stays_float32(leaf.path) else 2) for leaf in rules.expand(config)
-    )
+    report.bfloat16_bytes = bytes_in_bfloat16(config, {})
     try:
         ProcessorConfig.from_dir(files)
     except ConfigError as error:
@@ -177,7 +182,15 @@ def _component(path: LeafPath) -> str:
 
 
 def count_non_finite(values: np.ndarray) -> tuple[int, int]:
-    """(NaN, infinite) elements of a float32, float16 or bfloat16 array, by their bits: ml_dtypes' own test is slow."""
+    """(NaN, infinite) elements of an array, by their bits: ml_dtypes' own test is slow.
+
+    Args:
+      values: float32, float16, bfloat16 or float8_e4m3fn (which has no infinity), or whole numbers.
+    """
+    if values.dtype.kind in "iu":
+        return 0, 0
+    if values.dtype.itemsize == 1:
+        return int(np.count_nonzero((values.view(np.uint8) & 0x7F) == 0x7F)), 0
     if values.dtype.itemsize == 4:
         bits, exponent = values.view(np.uint32), 0x7F800000
     else:
@@ -209,6 +222,9 @@ def _examine_orbax(directory: Path, config: Config, report: Report) -> None:
     report.notes += manifest.get("notes", [])
     if absent_leaves(directory / PARAMS_NAME, stored):
         _leave_out_unused(report)
+    kinds = kinds_of(stored)
+    report.quantized = dict(collections.Counter(kinds.values()))
+    report.bfloat16_bytes = bytes_in_bfloat16(config, kinds)
     _add_dtypes(report, ((dtype.name, leaf_bytes(shape, dtype)) for shape, dtype in stored.values()))
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     with progress("reading parameters", sum(leaf_bytes(*entry) for entry in stored.values())) as advance:
@@ -247,6 +263,8 @@ def _print(report: Report) -> None:
         facts.add_row(
             "stored as", ", ".join(f"{name} {filesize.decimal(size)}" for name, size in report.dtypes.items())
         )
+        if report.quantized:
+            facts.add_row("quantized", ", ".join(f"{count} weights {name}" for name, count in report.quantized.items()))
         facts.add_row("memory in bfloat16", f"{filesize.decimal(report.bfloat16_bytes)} for the parameters")
     console.print(facts)
     if report.parameters:

@@ -16,13 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
-import jax
 import numpy as np
 from rich import filesize
 
 from dsvl2_jax.checkpoint import rules
 from dsvl2_jax.checkpoint.leaves import leaf_bytes
-from dsvl2_jax.checkpoint.load import DTYPES, absent_leaves, open_orbax, read_leaves
+from dsvl2_jax.checkpoint.load import DTYPES, absent_leaves, open_orbax, plain_dtype, read_weights
 from dsvl2_jax.checkpoint.locate import PARAMS_NAME, carry_files, kind, model_files, open_model, resolve
 from dsvl2_jax.checkpoint.remote import absolute, path_of
 from dsvl2_jax.checkpoint.safetensors_source import READ_BYTES, WORKERS, copy_rows, numpy_dtype
@@ -33,6 +32,7 @@ from dsvl2_jax.checkpoint.verify import verify as verify_files
 from dsvl2_jax.convert.sizes import parse_bytes
 from dsvl2_jax.errors import CheckpointError, UsageError
 from dsvl2_jax.model.parameter_paths import stays_float32
+from dsvl2_jax.model.quantization import kinds_of
 from dsvl2_jax.runtime.progress import progress
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -128,7 +128,8 @@ def export(
     """Writes a converted or trained checkpoint to the released layout.
 
     Args:
-      ckpt: a converted directory, which comes back bit for bit as it was converted from, or a training run (its
+      ckpt: a converted directory, which comes back bit for bit as it was converted from (of one that was quantized
+        each weight is value times scale, in the dtype of the embeddings, and a note says so), or a training run (its
         newest checkpoint) or one of its checkpoints.
       dst: the directory to make. It appears when it is complete.
       dtype: casts every tensor but the router's, which compute in float32; by default each is as stored. What a
@@ -159,7 +160,16 @@ def export(
     config, _ = open_model(directory)
     leaves = {leaf.path: leaf for leaf in rules.expand(config)}
     manifest, stored = open_orbax(directory, config)
-    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    kinds, plain = kinds_of(stored), numpy_dtype(dtype) if dtype else plain_dtype(stored)
+    if kinds:
+        names, written = ", ".join(sorted(set(kinds.values()))), plain.name
+        rounds_again = ", and bfloat16 rounds those of int8 once more (--dtype float32 does not)"
+        print(
+            f"note: {len(kinds)} weights are in {names} and are written as value times scale in "
+            f"{written}. What rounding took from the original numbers does not come back"
+            f"{rounds_again if written == 'bfloat16' and 'int8' in names else ''}.",
+            file=sys.stderr,
+        )
     if absent := absent_leaves(directory / PARAMS_NAME, stored):
         stored = {path: entry for path, entry in stored.items() if path not in absent}
         leaves = {path: leaf for path, leaf in leaves.items() if path not in absent}
@@ -168,7 +178,9 @@ def export(
     tensors = {
         name: (
             leaf.layout.source_shape,
-            mixed.get(name, stored[path][1]) if dtype is None or stays_float32(path) else numpy_dtype(dtype),
+            mixed.get(name, plain if path in kinds else stored[path][1])
+            if dtype is None or stays_float32(path)
+            else numpy_dtype(dtype),
         )
         for path, leaf in leaves.items()
         for name in leaf.sources
@@ -177,8 +189,8 @@ def export(
     with staged(dst, total) as partial:
         carry_files(model_files(directory), partial)
         with ShardWriter(partial, tensors, shard_bytes) as writer, progress("export", total) as advance:
-            for path, parameter in read_leaves(directory / PARAMS_NAME, stored, dict.fromkeys(stored, host)):
-                parts = leaves[path].parts(np.asarray(parameter))
+            for path, parameter in read_weights(directory / PARAMS_NAME, stored, config, plain):
+                parts = leaves[path].parts(parameter)
                 writer.write({name: part.astype(tensors[name][1], copy=False) for name, part in parts})
                 advance(sum(leaf_bytes(*tensors[name]) for name in leaves[path].sources))
             writer.finish()

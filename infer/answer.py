@@ -24,6 +24,7 @@ class Generation:
       malformed_boxes: how many more the model wrote that are none; see `count_malformed_boxes`.
       logprobs: the model's log-probability of each token, or None when not asked for.
       prompt_tokens, image_tokens: length of the prompt, and how many of its tokens are image rows.
+      tiles: of the prompt's images, global views included.
       drafted_tokens, accepted_tokens: with speculation, how many tokens were proposed, and were right.
     """
 
@@ -35,6 +36,7 @@ class Generation:
     prompt_tokens: int
     image_tokens: int
     malformed_boxes: int = 0
+    tiles: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
 
@@ -97,6 +99,7 @@ class AnswerBuilder:
             prompt_tokens=len(prompt.input_ids),
             image_tokens=int(prompt.image_mask.sum()),
             malformed_boxes=count_malformed_boxes(self.text),
+            tiles=len(prompt.tiles),
         )
 
 

@@ -24,6 +24,11 @@ def tile_bucket(tiles: int, devices: int = 1) -> int:
     return -(-size // devices) * devices
 
 
+def most_padding(devices: int = 1) -> int:
+    """More than `tile_bucket` ever adds to a number of tiles."""
+    return TILE_STEP + devices
+
+
 def batch_bucket(rows: int) -> int:
     """The smallest power of two that holds ``rows``."""
     return 1 << (rows - 1).bit_length()

@@ -19,11 +19,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import dsvl2_jax
+from dsvl2_jax.checkpoint.adapters import read_adapter
+from dsvl2_jax.checkpoint.apply_adapter import with_adapter
 from dsvl2_jax.checkpoint.load import load_params
 from dsvl2_jax.checkpoint.locate import open_model, resolve
 from dsvl2_jax.checkpoint.verify import tell
 from dsvl2_jax.checkpoint.verify import verify as verify_files
 from dsvl2_jax.errors import ConversationError, DSVL2Error, UsageError
+from dsvl2_jax.infer.adapters import BASE, Adapters, side_by_side
 from dsvl2_jax.infer.answer import Generation
 from dsvl2_jax.infer.buckets import batch_bucket, cache_bucket, length_bucket, tile_bucket
 from dsvl2_jax.infer.executor import adapt_tiles
@@ -37,12 +40,14 @@ from dsvl2_jax.inputs.processor import ModelInputs, Processor
 from dsvl2_jax.kernels.tuning import table_digest
 from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model.cache import check_cache_dtype
-from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.config import Config, with_rope_scaling
 from dsvl2_jax.model.deepseek_vl2 import Params
+from dsvl2_jax.model.weights import for_rows
 from dsvl2_jax.runtime.compile_cache import enable_compilation_cache
 from dsvl2_jax.runtime.malloc import keep_freed_memory
 from dsvl2_jax.runtime.stored_programs import StoredPrograms
 from dsvl2_jax.runtime.timing import Timing, compile_log
+from dsvl2_jax.sharding import SEQUENCE
 
 SLOTS = 8  # answers that grow at a time, in serving too: the same shapes give the same bits
 FEATURE_BYTES = 256 << 20  # of pictures' features that are kept while prompts are answered
@@ -56,6 +61,9 @@ def load(
     *,
     cache_dtype: str | None = None,
     verify: bool = False,
+    adapter: str | Path | Mapping[str, str | Path] | None = None,
+    context: int | None = None,
+    rope_scaling: Mapping[str, Any] | None = None,
 ) -> Model:
     """Loads a model for inference.
 
@@ -69,25 +77,57 @@ def load(
       cache_dtype: "float32", "bfloat16" or "int8", in which the cache keeps what attention reads of earlier tokens;
         None: as the model computes. int8 has a scale for each vector, and takes about half the bytes of bfloat16.
       verify: read every file of the checkpoint before, and compare it with its digest.
+      adapter: the directory of a LoRA or DoRA adapter for this checkpoint, as training and the `peft` package write
+        them, or a hub id; None: none. Several by name: each prompt chooses one of them or none, see `Model.generate`.
+      context: the most positions of a prompt and its answer together; None: ``max_position_embeddings``. A note on
+        standard error says where that is more than the model was made for.
+      rope_scaling: how positions are scaled, instead of what config.json says; as it says it there.
 
     Raises:
-      CheckpointError, ConfigError, TokenizerError: the checkpoint cannot be used; the message says why.
-      UsageError: a dtype that is none of those.
+      CheckpointError, ConfigError, TokenizerError: the checkpoint or an adapter cannot be used; the message says why.
+      UsageError: a dtype that is none of those, or adapters that cannot lie side by side.
     """
     check_cache_dtype(cache_dtype)
     compile_log()
     enable_compilation_cache()
     keep_freed_memory()
+    if context is not None and context < 1:
+        raise UsageError(f"a context of {context} positions holds nothing; give a positive number.")
+    if mesh is not None and SEQUENCE in mesh.axis_names:
+        raise UsageError(
+            f"a mesh with {SEQUENCE} is for training, where it splits rows; here a cache is split along its length by "
+            "itself, over the axes that its slots leave free: use data, tensor and expert."
+        )
     directory = resolve(path)
     if verify:
         tell(directory, verify_files(directory))
     config, processor = open_model(directory)
-    params = load_params(directory, config, dtype=dtype, mesh=mesh)
-    return Model(config, params, processor, mesh, cache_dtype=cache_dtype)
+    if rope_scaling is not None:
+        config = with_rope_scaling(config, rope_scaling)
+    made_for = config.language.longest_context
+    if context is not None and context > made_for:
+        told = f"a context of {context} is beyond the {made_for} positions that the model was made for: expect worse "
+        tell(directory, [told + "answers beyond them (rope_scaling stretches positions; docs/contexts.md)"])
+    several = isinstance(adapter, Mapping)
+    sources = dict(adapter) if several else {} if adapter is None else {"": adapter}
+    read = {name: read_adapter(source, config) for name, source in sources.items()}
+    params, adapters = load_params(directory, config, dtype=dtype, mesh=mesh), None
+    if read:
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            adapted = {
+                name: with_adapter(params, config, *one, mesh=mesh, source=sources[name]) for name, one in read.items()
+            }
+            params, adapters = side_by_side(params, adapted) if several else (adapted[""], None)
+    return Model(config, params, processor, mesh, adapters, cache_dtype=cache_dtype, context=context)
 
 
 class Model:
-    """A loaded model: ``config``, ``params``, ``processor`` and the calls of docs/python.md."""
+    """A loaded model: ``config``, ``params``, ``processor`` and the calls of docs/python.md.
+
+    Attributes:
+      adapters: those that lie side by side in ``params``, of which each prompt chooses one or none; None: there is
+        nothing to choose.
+    """
 
     def __init__(
         self,
@@ -95,19 +135,28 @@ class Model:
         params: Params,
         processor: Processor,
         mesh: Mesh | None = None,
+        adapters: Adapters | None = None,
         *,
         cache_dtype: str | None = None,
+        context: int | None = None,
     ):
         check_cache_dtype(cache_dtype)
         self.config = config
+        self._context = context
         self.params = params
         self.processor = processor
         self.mesh = mesh
         self._cache_dtype = cache_dtype
+        self.adapters = adapters
         self._mean = np.asarray(processor.config.image_mean, np.float32)
         self._std = np.asarray(processor.config.image_std, np.float32)
         self._programs: StoredPrograms | None = None
         compile_log()
+
+    @property
+    def context(self) -> int:
+        """The most positions of a prompt and its answer together."""
+        return self._context or self.config.language.max_position_embeddings
 
     @property
     def dtype(self) -> str:
@@ -116,6 +165,17 @@ class Model:
     @property
     def cache_dtype(self) -> str:
         return self._cache_dtype or self.dtype
+
+    def _params_for(self, adapter: str | None, rows: int) -> Params:
+        """The parameters for a batch all of whose rows want one adapter."""
+        if self.adapters is None and adapter is None:
+            return self.params
+        return for_rows(self.params, np.full(rows, self._adapter(adapter), np.int32))
+
+    def _adapter(self, name: str | None) -> int:
+        if self.adapters is None and name is not None:
+            raise UsageError(f"adapter: found {name!r}, but this model has no adapters to choose from.")
+        return BASE if self.adapters is None else self.adapters.number(name)
 
     def on_mesh(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
@@ -149,29 +209,32 @@ class Model:
             return arrays
         return jax.device_put(arrays, NamedSharding(self.mesh, PartitionSpec()))
 
-    def encode_tiles(self, tiles: np.ndarray) -> jax.Array:
+    def encode_tiles(self, tiles: np.ndarray, *, adapter: str | None = None) -> jax.Array:
         """u8[N, S, S, 3] → f32[N, P, W]: the encoder's output after ``vision.norm``."""
-        return self._tiles(_encode_tiles, tiles).astype(jnp.float32)
+        return self._tiles(_encode_tiles, tiles, adapter).astype(jnp.float32)
 
-    def adapt_tiles(self, tiles: np.ndarray) -> jax.Array:
+    def adapt_tiles(self, tiles: np.ndarray, *, adapter: str | None = None) -> jax.Array:
         """u8[N, S, S, 3] → f32[N, tokens per tile, D]: the adaptor's output."""
-        return self._tiles(adapt_tiles, tiles).astype(jnp.float32)
+        return self._tiles(adapt_tiles, tiles, adapter).astype(jnp.float32)
 
-    def embed(self, inputs: ModelInputs) -> jax.Array:
+    def embed(self, inputs: ModelInputs, *, adapter: str | None = None) -> jax.Array:
         """f32[T, D]: text and image embeddings merged."""
         batch = self._batch([inputs])
         with self.on_mesh():
-            features = self.features(batch.tiles)
+            features = self.features(batch.tiles, self._adapter(adapter))
             merged = self._whole(_merge(self.params, self.config, batch.ids, batch.image_index, features))
         return merged[0, : batch.lengths[0]].astype(jnp.float32)
 
-    def logits(self, inputs: ModelInputs | Sequence[ModelInputs]) -> jax.Array | list[jax.Array]:
+    def logits(
+        self, inputs: ModelInputs | Sequence[ModelInputs], *, adapter: str | None = None
+    ) -> jax.Array | list[jax.Array]:
         """f32[T, V] for one input, a list of them for a list: the logits after every token."""
         single = isinstance(inputs, ModelInputs)
         batch = self._batch([inputs] if single else list(inputs))
         with self.on_mesh():
-            features = self.features(batch.tiles)
-            out = _all_logits(self.params, self.config, batch.ids, batch.image_index, features, batch.lengths)
+            features = self.features(batch.tiles, self._adapter(adapter))
+            params = self._params_for(adapter, len(batch.ids))
+            out = _all_logits(params, self.config, batch.ids, batch.image_index, features, batch.lengths)
             out = self._whole(out)
         rows = [out[i, :length] for i, length in enumerate(batch.lengths) if length]
         return rows[0] if single else rows
@@ -186,6 +249,7 @@ class Model:
         logprobs: bool = False,
         slots: int = SLOTS,
         speculate: int = 0,
+        adapter: str | Sequence[str | None] | None = None,
         on_text: Callable[[int, str], None] | None = None,
         timing: Timing | None = None,
     ) -> Generation | list[Generation]:
@@ -202,6 +266,7 @@ class Model:
           slots: how many answers grow at a time; a slot that becomes free takes the next prompt.
           speculate: the most tokens that a step drafts from what the prompt and the answer have already, so that text
             which repeats comes faster; see `dsvl2_jax.infer.speculation`. 0: none.
+          adapter: of `adapters`, one for all or one per prompt; None: the model without any.
           on_text: called with (index of the prompt, new text) while the answers grow.
           timing: filled with the seconds of encode, prefill, decode and compile.
 
@@ -211,23 +276,29 @@ class Model:
         Raises:
           ConversationError: a prompt does not fit the context.
           FailedError: the model computed what is no number.
-          UsageError: max_new_tokens, chunk_size or slots is not positive, or speculate out of range.
+          UsageError: max_new_tokens, chunk_size or slots is not positive, speculate out of range, or there is no such
+            adapter.
         """
         single = isinstance(inputs, ModelInputs)
         prompts = [inputs] if single else list(inputs)
         if not prompts:
             return []
         settings = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
-        if len(settings) != len(prompts):
-            raise UsageError(
-                f"sampling: found {len(settings)} settings for {len(prompts)} prompts; give one, or one each."
-            )
+        adapters = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
+        for name, given in (("sampling", settings), ("adapter", adapters)):
+            if len(given) != len(prompts):
+                raise UsageError(
+                    f"{name}: found {len(given)} settings for {len(prompts)} prompts; give one, or one each."
+                )
         for name, value in (("max_new_tokens", max_new_tokens), ("chunk_size", chunk_size), ("slots", slots)):
             if value is not None and value < 1:
                 raise UsageError(f"{name}: found {value}, expected a positive whole number.")
         for prompt in prompts:
             self.check_context(prompt)
-        requests = [Request(p, max_new_tokens, s) for p, s in zip(prompts, settings, strict=True)]
+        requests = [
+            Request(p, max_new_tokens, s, adapter=self._adapter(a))
+            for p, s, a in zip(prompts, settings, adapters, strict=True)
+        ]
         for phase in ("encode", "prefill", "decode", "compile") if timing is not None else ():
             timing.setdefault(phase, 0.0)
         longest = max(map(self.last_position, requests))
@@ -300,14 +371,13 @@ class Model:
     ) -> Scheduler:
         # A chunk that begins within a page may reach into the next one.
         spare = 0 if chunk == PAGE else PAGE
-        length = cache_bucket(last_position, PAGE, self.config.language.max_position_embeddings) + spare
+        length = cache_bucket(last_position, PAGE, self.context) + spare
         slots = self.whole_slots(slots)
         return Scheduler(self, slots, length, feature_bytes=FEATURE_BYTES, chunk=chunk, timing=timing, drafts=speculate)
 
     def last_position(self, request: Request) -> int:
         """The last position that a token of the answer may have."""
-        length, context = len(request.inputs.input_ids), self.config.language.max_position_embeddings
-        return min(length + request.max_new_tokens - 1, context)
+        return min(len(request.inputs.input_ids) + request.max_new_tokens - 1, self.context)
 
     def whole_slots(self, slots: int) -> int:
         """So many slots, or a few more: as many on each device of a mesh."""
@@ -316,27 +386,31 @@ class Model:
 
     def check_context(self, prompt: ModelInputs) -> None:
         """Raises ConversationError when a prompt is longer than the context."""
-        context, tokens = self.config.language.max_position_embeddings, len(prompt.input_ids)
+        context, tokens = self.context, len(prompt.input_ids)
         if tokens > context:
             images = int(prompt.image_mask.sum())
             raise ConversationError(
                 f"the prompt has {tokens} tokens ({images} of them image tokens), but the model's context is {context} "
-                "(max_position_embeddings); shorten the text, or use fewer or less elongated images."
+                "(max_position_embeddings, or --context); shorten the text, or use fewer or less elongated images, "
+                "fewer frames of a video, or a lower max_tiles."
             )
 
-    def _tiles(self, function: Callable, tiles: np.ndarray) -> jax.Array:
+    def _tiles(self, function: Callable, tiles: np.ndarray, adapter: str | None) -> jax.Array:
         """Runs a tile function on a bucket of tiles and cuts the padding off again."""
         count = tiles.shape[0]
         devices = 1 if self.mesh is None else self.mesh.size
         padded = np.pad(tiles, ((0, tile_bucket(count, devices) - count), (0, 0), (0, 0), (0, 0)))
         with self.on_mesh():
-            return self._whole(function(self.params, self.config, padded, self._mean, self._std)[:count])
+            params = self._params_for(adapter, len(padded))
+            return self._whole(function(params, self.config, padded, self._mean, self._std)[:count])
 
-    def features(self, padded_tiles: np.ndarray) -> jax.Array:
-        """Adaptor outputs of tiles already padded to a bucket."""
+    def features(self, padded_tiles: np.ndarray, adapter: int = BASE) -> jax.Array:
+        """Adaptor outputs of tiles already padded to a bucket, with the adapter of a number."""
         if padded_tiles.shape[0] == 0:
             return jnp.zeros((0, self.config.tokens_per_tile, self.config.language.hidden_size), self.dtype)
         arrays = {"params": self.params, "tiles": padded_tiles, "mean": self._mean, "std": self._std}
+        if self.adapters is not None:
+            arrays["adapters_n"] = np.full(len(padded_tiles), adapter, np.int32)
         return self.run(adapt_tiles, {"config": self.config}, **arrays)
 
     def _batch(self, prompts: list[ModelInputs]) -> Batch:

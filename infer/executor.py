@@ -16,19 +16,22 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dsvl2_jax.infer import slots, speculation
-from dsvl2_jax.infer.buckets import tile_bucket
+from dsvl2_jax.infer.adapters import BASE, Adapters
+from dsvl2_jax.infer.buckets import most_padding, tile_bucket
+from dsvl2_jax.infer.memory import check_memory
 from dsvl2_jax.infer.sampling import SamplingArrays, SamplingParams
 from dsvl2_jax.infer.slots import PAGE, Steps
 from dsvl2_jax.inputs.processor import ModelInputs, Processor
-from dsvl2_jax.model import deepseek_vl2 as model
+from dsvl2_jax.kernels.attention import SPAN, is_long
 from dsvl2_jax.model import gpu_decode
 from dsvl2_jax.model.cache import init_cache, token_bytes
 from dsvl2_jax.model.config import TEXT_POSITION, Config
 from dsvl2_jax.model.deepseek_vl2 import Params
+from dsvl2_jax.model.weights import are_plain
 
 CHUNKS = (64, 128, 256, PAGE)  # lengths of a prompt's chunks
 
-adapt_tiles = jax.jit(model.adapt_tiles, static_argnames="config")
+adapt_tiles = jax.jit(slots.adapt_tiles, static_argnames="config")
 init_slots = jax.jit(slots.init_slots, static_argnames=("config", "slots", "cache_length", "dtype", "drafts"))
 _init_features = jax.jit(slots.init_features, static_argnames=("config", "tiles", "dtype"))
 init_row = jax.jit(init_cache, static_argnames=("config", "slots", "cache_length", "dtype"))
@@ -54,6 +57,7 @@ class LoadedModel(Protocol):
     params: Params
     processor: Processor
     mesh: Mesh | None
+    adapters: Adapters | None
 
     @property
     def dtype(self) -> str: ...
@@ -61,10 +65,14 @@ class LoadedModel(Protocol):
     @property
     def cache_dtype(self) -> str: ...
 
+    @property
+    def context(self) -> int:
+        """The most positions of a prompt and its answer together."""
+
     def run(self, function: Callable, static: Mapping[str, Any], **arrays: Any) -> Any:
         """A jitted function of keyword arguments, of which ``static`` are the static ones, on the model's mesh."""
 
-    def features(self, padded_tiles: np.ndarray) -> jax.Array:
+    def features(self, padded_tiles: np.ndarray, adapter: int = BASE) -> jax.Array:
         """u8[N, S, S, 3] of a bucket's size → [N, tokens per tile, D]."""
 
     def fetch(self, arrays: Any) -> Any:
@@ -88,9 +96,10 @@ class Executor:
         self.cache_length = cache_length
         self.drafts = drafts
         self.eos = owner.processor.tokenizer.eos_id
-        config, per_tile = owner.config, owner.config.tokens_per_tile
         # A prompt has at most so many tiles, and the last picture's are padded to their bucket.
-        self._tiles = -(-config.language.max_position_embeddings // per_tile) + self.tile_bucket(self.most_tiles)
+        self._tiles = -(-owner.context // owner.config.tokens_per_tile) + most_padding(self._devices)
+        dtypes = owner.dtype, owner.cache_dtype
+        check_memory(owner.params, owner.config, owner.mesh, *dtypes, slots, cache_length, self._tiles)
         self._features: dict[Hashable, jax.Array] = {}
         self._pages: dict[Hashable, Any] = {}
         self.reset()
@@ -102,6 +111,7 @@ class Executor:
         cache = {"cache_length": self.cache_length, "dtype": self.model.cache_dtype}
         self._state = self._empty(init_slots, slots=self.slots, drafts=self.drafts > 0, **cache)
         self._draws = np.zeros(self.slots, np.bool_)  # slots whose tokens are drawn, or have biases
+        self._adapters = np.full(self.slots, BASE, np.int32)  # of each slot
         self._table = self._empty(_init_features, tiles=self._tiles, dtype=self.model.dtype)
         self.new_row()
 
@@ -126,14 +136,11 @@ class Executor:
         return min(jax.tree.leaves(self.model.params)[0].sharding.device_set, key=lambda device: device.id)
 
     @property
-    def most_tiles(self) -> int:
-        """Tiles of the largest picture."""
-        processor = self.model.processor.config
-        side = processor.tile_size
-        return 1 + max(width * height // side**2 for width, height in processor.candidate_resolutions)
+    def _devices(self) -> int:
+        return 1 if self.model.mesh is None else self.model.mesh.size
 
     def tile_bucket(self, tiles: int) -> int:
-        return tile_bucket(tiles, 1 if self.model.mesh is None else self.model.mesh.size)
+        return tile_bucket(tiles, self._devices)
 
     @functools.cached_property
     def page_bytes(self) -> int:
@@ -152,6 +159,11 @@ class Executor:
         return [*lengths, self.cache_length]
 
     @functools.cached_property
+    def _prefill_lengths(self) -> list[int]:
+        """The same for prefill, which reads no more than it needs of a long cache."""
+        return [n for n in self._read_lengths if n <= SPAN or n == self.cache_length or not is_long(self.cache_length)]
+
+    @functools.cached_property
     def decode_lengths(self) -> list[int]:
         """The same for decoding: one, where attention reads no more of the cache than is needed."""
         platform = self._device.platform if self.model.mesh is None else ""
@@ -159,6 +171,7 @@ class Executor:
         skips = (
             platform == "gpu"
             and not self.drafts
+            and are_plain(self.model.params["language"])
             and gpu_decode.is_supported(
                 self.model.config.language,
                 self.slots,
@@ -173,11 +186,15 @@ class Executor:
         """Whether a group that draws no tokens has a program of its own: on GPUs, where asking on the device costs."""
         return self._device.platform == "gpu" and not self.drafts
 
-    def encode(self, key: Hashable, tiles: np.ndarray) -> None:
+    def _wanted(self, adapters: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """What programs are told of the adapters of a batch's rows; nothing, where there are none to choose from."""
+        return {} if self.model.adapters is None else {"adapters_b": np.asarray(adapters, np.int32)}
+
+    def encode(self, key: Hashable, tiles: np.ndarray, adapter: int = BASE) -> None:
         """u8[N, S, S, 3] → features, kept under ``key`` until `drop_features`."""
         count = self.tile_bucket(len(tiles))
         padded = np.pad(tiles, ((0, count - len(tiles)), (0, 0), (0, 0), (0, 0)))
-        self._features[key] = self.model.features(padded)
+        self._features[key] = self.model.features(padded, adapter)
 
     def drop_features(self, key: Hashable) -> None:
         del self._features[key]
@@ -197,13 +214,13 @@ class Executor:
     def drop_page(self, key: Hashable) -> None:
         del self._pages[key]
 
-    def prefill(self, ids: np.ndarray, image_index: np.ndarray, start: int) -> None:
-        """The prompt's tokens from ``start`` on: i32[T], i32[T]."""
+    def prefill(self, ids: np.ndarray, image_index: np.ndarray, start: int, total: int, adapter: int = BASE) -> None:
+        """Tokens of a prompt of ``total``, from ``start`` on: i32[T], i32[T]."""
         size = next(c for c in CHUNKS if len(ids) <= c)
         pad = (0, size - len(ids))
         ids_bt = np.pad(ids, pad)[None]
         index_bt = np.pad(image_index, pad, constant_values=TEXT_POSITION)[None]
-        read = None if start == 0 else next(n for n in self._read_lengths if start + size <= n)
+        read = None if start == 0 else next(n for n in self._prefill_lengths if start + size <= n)
         self._logits, self._row = self.model.run(
             prefill_chunk,
             {"config": self.model.config, "read_length": read},
@@ -213,7 +230,9 @@ class Executor:
             features=self._table,
             length=np.int32(len(ids)),
             start=np.int32(start),
+            total=np.int32(total),
             row=self._row,
+            **self._wanted([adapter]),
         )
 
     def insert(
@@ -225,6 +244,7 @@ class Executor:
         sampling: SamplingParams,
         choice: int,
         allowed: np.ndarray | None,
+        adapter: int = BASE,
     ) -> Steps:
         """Puts the prefilled prompt into a slot; returns its first token, [1, 1], still on the device.
 
@@ -235,6 +255,7 @@ class Executor:
         vocab = self.model.config.language.vocab_size
         seen = np.zeros((1, vocab), np.bool_)
         seen[0, ids] = True
+        self._adapters[slot] = adapter
         self._draws[slot] = sampling.temperature > 0 or bool(sampling.logit_bias)
         allowed_bv = np.ones((1, vocab), np.bool_) if allowed is None else allowed[None]
         ids_bs = None
@@ -278,6 +299,7 @@ class Executor:
         static = {"config": self.model.config, "eos": self.eos, "cache_length": length}
         static["top"] = top or allowed is not None
         arrays = {"params": self.model.params, "state": self._state, "budget_b": budget, "allowed_bv": allowed}
+        arrays |= self._wanted(np.where(budget > 0, self._adapters, BASE))
         if self.drafts:
             static["drafts"] = self.drafts
             arrays["may_draft_b"] = np.zeros(self.slots, np.bool_) if may_draft is None else may_draft
@@ -309,10 +331,10 @@ class Executor:
             self.place(None, 0)
             self.drop_features(None)
         for size in CHUNKS:
-            starts = [0, *(n - PAGE for n in self._read_lengths if n > PAGE)]
+            starts = [0, *(n - PAGE for n in self._prefill_lengths if n > PAGE)]
             for start in starts:
                 say(f"prefill, {size} tokens from {start}")
-                self.prefill(np.zeros(size, np.int32), np.full(size, TEXT_POSITION, np.int32), start)
+                self.prefill(np.zeros(size, np.int32), np.full(size, TEXT_POSITION, np.int32), start, start + size)
         say("pages and slots")
         self.take_page(None, 0)
         self.put_page(None, 0)

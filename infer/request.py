@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsvl2_jax.errors import DSVL2Error, UsageError
+from dsvl2_jax.infer.adapters import BASE
 from dsvl2_jax.infer.sampling import MAX_TOP_LOGPROBS, SamplingParams
 from dsvl2_jax.inputs.processor import ModelInputs
 
@@ -55,6 +56,7 @@ class Request:
       top_logprobs: None for no log-probabilities; 0 … 20: those of the chosen token and of so many most likely ones.
       grammar: what the answer must obey, or None.
       owner: whose it is; owners are served in turn.
+      adapter: a number of `dsvl2_jax.infer.adapters.Adapters`, or `BASE`: the model as it is.
       image_digests: SHA-256 of each picture's tiles, by which its features are kept.
 
     Raises:
@@ -68,6 +70,7 @@ class Request:
     top_logprobs: int | None = None
     grammar: Grammar | None = None
     owner: str = ""
+    adapter: int = BASE
     image_digests: tuple[bytes, ...] = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:

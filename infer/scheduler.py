@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dsvl2_jax.errors import DSVL2Error
+from dsvl2_jax.infer.adapters import BASE, Adapters
 from dsvl2_jax.infer.answer import AnswerBuilder
 from dsvl2_jax.infer.constraints import ConstraintError
 from dsvl2_jax.infer.executor import Executor, LoadedModel
@@ -189,9 +190,11 @@ class Scheduler:
     def submit(self, request: Request) -> Ticket:
         """Queues a request. Raises ConversationError when its prompt does not fit the context."""
         self.model.check_context(request.inputs)
+        count = 0 if self.model.adapters is None else len(self.model.adapters.names)
+        if not BASE <= request.adapter < count:
+            raise ValueError(f"the request is for adapter {request.adapter}, but the model has {count}")
         length = len(request.inputs.input_ids)
-        context = self.model.config.language.max_position_embeddings
-        new_tokens = min(request.max_new_tokens, context - length + 1)
+        new_tokens = min(request.max_new_tokens, self.model.context - length + 1)
         ticket = Ticket(request, AnswerBuilder(self.model.processor, request.sampling), length + new_tokens - 1)
         if ticket.limit > self.last_position:
             raise ValueError(f"an answer may end at position {ticket.limit}, but the cache has {self.last_position}")
@@ -248,9 +251,10 @@ class Scheduler:
             with self._phase("encode"):
                 if self._place(job, job.pictures.popleft()):
                     return
-        inputs, end = job.ticket.request.inputs, min(job.start + self.chunk, job.ticket.length)
+        request, end = job.ticket.request, min(job.start + self.chunk, job.ticket.length)
+        chunk = request.inputs.input_ids[job.start : end], request.inputs.image_index[job.start : end]
         with self._phase("prefill"):
-            self.executor.prefill(inputs.input_ids[job.start : end], inputs.image_index[job.start : end], job.start)
+            self.executor.prefill(*chunk, job.start, len(request.inputs.input_ids), request.adapter)
             page = job.start // PAGE
             whole = job.pages and end - job.start == PAGE and job.pages[page] not in self.pages
             if whole and self.pages.make_room(job.pages[page], self.executor.page_bytes):
@@ -263,7 +267,7 @@ class Scheduler:
         ticket.times["begun"] = time.perf_counter()
         self.rows[slot] = ticket
         request, per_tile = ticket.request, self.model.config.tokens_per_tile
-        pages = page_keys(request, per_tile) if self.pages.capacity and self.chunk == PAGE else []
+        pages = self._page_keys(request) if self.pages.capacity and self.chunk == PAGE else []
         start = 0
         self.executor.new_row()
         # The last token is computed in any case: its logits are needed.
@@ -283,12 +287,13 @@ class Scheduler:
     def _place(self, job: _Prefill, picture: int) -> bool:
         """Puts a picture's features where its prompt needs them; returns whether they had to be computed."""
         request = job.ticket.request
-        key, first_tile = request.image_digests[picture], int(job.first_tiles[picture])
+        key = picture_keys(request, self.model.adapters)[picture]
+        first_tile = int(job.first_tiles[picture])
         if self.features.touch(key):
             self.executor.place(key, first_tile)
             return False
         tiles = image_tiles(request.inputs)[picture]
-        self.executor.encode(key, tiles)
+        self.executor.encode(key, tiles, request.adapter)
         self.tiles += len(tiles)
         self.executor.place(key, first_tile)
         if not self.features.make_room(key, self.executor.feature_bytes(len(tiles))):
@@ -299,7 +304,8 @@ class Scheduler:
         ticket, request = job.ticket, job.ticket.request
         ids, sampling = request.inputs.input_ids, request.sampling
         is_text = ~request.inputs.image_mask
-        step = self.executor.insert(job.slot, ids, is_text, ticket.limit, sampling, request.choice, ticket.allowed)
+        chosen = sampling, request.choice, ticket.allowed, request.adapter
+        step = self.executor.insert(job.slot, ids, is_text, ticket.limit, *chosen)
         ticket.allowed = None
         self._given.append((step, [_Row(0, job.slot, ticket, 0)]))
         self._prefill = None
@@ -402,12 +408,17 @@ class Scheduler:
         """Ends a request whose numbers are none, and forgets what was kept of it."""
         ticket.done = True
         ticket.error = FailedError("the model computed what is no number (inf or nan) for this request alone.", 500)
-        for key in page_keys(ticket.request, self.model.config.tokens_per_tile):
+        for key in self._page_keys(ticket.request):
             if self.pages.forget(key):
                 self.executor.drop_page(key)
-        for key in ticket.request.image_digests:
+        for key in picture_keys(ticket.request, self.model.adapters):
             if self.features.forget(key):
                 self.executor.drop_features(key)
+
+    def _page_keys(self, request: Request) -> list[bytes]:
+        """As `page_keys`; where positions depend on a prompt's length, its pages are for prompts as long only."""
+        stretches = self.model.config.language.stretches(len(request.inputs.input_ids))
+        return page_keys(request, self.model.config.tokens_per_tile, self.model.adapters, of_length=stretches)
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -425,18 +436,30 @@ def _first_tiles(inputs: ModelInputs) -> np.ndarray:
     return np.cumsum([0, *(1 + inputs.tile_grid.prod(axis=1))])[:-1]
 
 
-def page_keys(request: Request, tokens_per_tile: int) -> list[bytes]:
-    """A key for each full page of a prompt: a digest of its tokens and pictures, and of all before it."""
-    inputs = request.inputs
+def picture_keys(request: Request, adapters: Adapters | None = None) -> list[bytes]:
+    """A key for each picture: its digest, and the adapter with which it is encoded."""
+    suffix = b"" if adapters is None else adapters.picture_key(request.adapter)
+    return [digest + suffix for digest in request.image_digests]
+
+
+def page_keys(
+    request: Request, tokens_per_tile: int, adapters: Adapters | None = None, *, of_length: bool = False
+) -> list[bytes]:
+    """A key for each full page of a prompt: a digest of its adapter, tokens and pictures, and of all before it.
+
+    With ``of_length`` of the prompt's length too.
+    """
+    inputs, pictures = request.inputs, picture_keys(request, adapters)
     first_rows = _first_tiles(inputs) * tokens_per_tile
-    key, keys, told = b"", [], 0
+    key, keys, told = b"" if adapters is None else adapters.text_key(request.adapter), [], 0
+    key += b"%d" % len(inputs.input_ids) if of_length else b""
     for start in range(0, len(inputs.input_ids) - PAGE + 1, PAGE):
         page = slice(start, start + PAGE)
         digest = hashlib.sha256(key)
         digest.update(np.ascontiguousarray(inputs.input_ids[page]))
         digest.update(np.ascontiguousarray(inputs.image_index[page]))
         begun = int((first_rows <= inputs.image_index[page].max()).sum())
-        for picture in request.image_digests[told:begun]:
+        for picture in pictures[told:begun]:
             digest.update(picture)
         told = max(told, begun)
         key = digest.digest()

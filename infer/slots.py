@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from dsvl2_jax.infer.sampling import MAX_BIASES, MAX_TOP_LOGPROBS, SamplingArrays, adjust, choose, most_likely
 from dsvl2_jax.model import deepseek_vl2 as model
@@ -25,6 +25,7 @@ from dsvl2_jax.model.cache import init_cache
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.decoder import Cache
 from dsvl2_jax.model.deepseek_vl2 import Params
+from dsvl2_jax.model.weights import for_rows
 from dsvl2_jax.sharding import constrain, shard_map_kernel, split_over
 
 GROUP = 8  # steps of a decode group
@@ -112,14 +113,28 @@ def _placed(state: SlotState) -> SlotState:
     )
 
 
+def adapt_tiles(
+    params: Params,
+    config: Config,
+    tiles: jax.Array,
+    mean: ArrayLike,
+    std: ArrayLike,
+    adapters_n: jax.Array | None = None,
+) -> jax.Array:
+    """`dsvl2_jax.model.deepseek_vl2.adapt_tiles`; ``adapters_n``: i32[N], see `for_rows`."""
+    return model.adapt_tiles(for_rows(params, adapters_n), config, tiles, mean, std)
+
+
 def init_features(config: Config, tiles: int, dtype: DTypeLike) -> jax.Array:
-    """Room for the adaptor's output of a prompt's tiles: [tiles, tokens per tile, D], the same on all devices."""
-    return constrain(jnp.zeros((tiles, config.tokens_per_tile, config.language.hidden_size), dtype), None, None, None)
+    """Room for the adaptor's output of a prompt's tiles: [tiles, tokens per tile, D], D split over all devices."""
+    table = jnp.zeros((tiles, config.tokens_per_tile, config.language.hidden_size), dtype)
+    return constrain(table, None, None, "features")
 
 
 def place_features(table: jax.Array, features: jax.Array, first_tile: jax.Array) -> jax.Array:
     """Puts a picture's adaptor output [n, t, D] among those of its prompt [N, t, D], from tile ``first_tile`` on."""
-    return lax.dynamic_update_slice_in_dim(table, features.astype(table.dtype), first_tile, axis=0)
+    features = constrain(features.astype(table.dtype), None, None, "features")
+    return constrain(lax.dynamic_update_slice_in_dim(table, features, first_tile, axis=0), None, None, "features")
 
 
 def prefill_chunk(
@@ -130,27 +145,31 @@ def prefill_chunk(
     features: jax.Array,
     length: jax.Array,
     start: jax.Array,
+    total: jax.Array,
     row: Cache,
     read_length: int | None,
+    adapters_b: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
     """One chunk of one prompt into a cache of one row.
 
     Args:
       ids_bt, image_index_bt: i32[1, T].
       features: [N, tokens per tile, D], which ``image_index_bt`` names rows of.
-      length: i32, real tokens of the chunk. start: i32, tokens before it.
+      length: i32, real tokens of the chunk. start: i32, tokens before it. total: i32, of the prompt.
       row: [1, cache_length, ...].
       read_length: static; how much of the row the chunk attends to, at least start + T; None: it is the first chunk.
+      adapters_b: i32[1], see `for_rows`.
 
     Returns:
       f32[1, V] logits after the chunk's last token, and the row.
     """
+    params = for_rows(params, adapters_b)
     embeddings_btd = model.merge(params, config, ids_bt, image_index_bt, features)
     lengths_b = length[None]
     if read_length is None:
-        return model.prefill(params, config, embeddings_btd, lengths_b, row)
+        return model.prefill(params, config, embeddings_btd, lengths_b, row, totals=total[None])
     read = jax.tree.map(lambda x: x[:, :read_length], row)
-    logits_bv, read = model.prefill(params, config, embeddings_btd, lengths_b, read, start[None])
+    logits_bv, read = model.prefill(params, config, embeddings_btd, lengths_b, read, start[None], total[None])
     return logits_bv, jax.tree.map(lambda x, part: x.at[:, :read_length].set(part), row, read)
 
 
@@ -341,6 +360,7 @@ def decode_group(
     cache_length: int,
     top: bool,
     greedy: bool = False,
+    adapters_b: jax.Array | None = None,
 ) -> tuple[SlotState, Steps]:
     """Up to `GROUP` steps, until no row has any to take.
 
@@ -352,7 +372,9 @@ def decode_group(
       top: static, whether the most likely tokens are told too.
       greedy: static; no row that takes a step draws its token, or has a bias, and the program does not look for one.
         On a GPU the host waits for the device wherever a program asks.
+      adapters_b: i32[B], see `for_rows`.
     """
+    params = for_rows(params, adapters_b)
     whole, state = state.cache, first_positions(state, cache_length)
     steps = no_steps(state, GROUP, top)
 

@@ -36,6 +36,7 @@ from dsvl2_jax.infer.slots import (
 from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import Params
+from dsvl2_jax.model.weights import for_rows
 
 # Newest tokens that must have stood together before, for anything to be drafted. Shorter matches are wrong more often
 # than a draft is worth: the tokens of a wrong draft visit experts of their own, whose weights are read for nothing.
@@ -90,6 +91,7 @@ def speculative_group(
     cache_length: int,
     top: bool,
     drafts: int,
+    adapters_b: jax.Array | None = None,
 ) -> tuple[SlotState, Steps]:
     """`decode_group` whose steps may give a row more than one token.
 
@@ -100,6 +102,7 @@ def speculative_group(
     Returns:
       The state, and steps with room for all tokens that a group can give.
     """
+    params = for_rows(params, adapters_b)
     whole, state = state.cache, first_positions(state, cache_length)
     slots, window = state.tokens.shape[0], drafts + 1
     none_b = jnp.zeros(slots, jnp.int32)

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from dsvl2_jax.infer.adapters import BASE
 from dsvl2_jax.infer.answer import AnswerBuilder
 from dsvl2_jax.infer.engine import Model
 from dsvl2_jax.infer.request import Delta, FailedError, RefusedError, Request
@@ -34,6 +35,7 @@ class EngineOptions:
     max_queue: int = 256
     max_queued_tokens: int = 1_000_000
     max_tiles: int = 1024
+    max_image_tiles: int = 9
     max_wait: float = 300.0
 
 
@@ -94,6 +96,14 @@ class ThreadEngine:
         waiting = sum(not task.done() for task in self.tasks)
         return {"num_requests_running": float(min(waiting, 1)), "num_requests_waiting": max(0, waiting - 1), "tiles": 0}
 
+    @property
+    def max_image_tiles(self) -> int:
+        return self.options.max_image_tiles
+
+    def check_tiles(self, tiles: int) -> None:
+        if tiles > self.options.max_tiles:
+            raise RefusedError(f"the pictures have {tiles} tiles.", 413)
+
     def submit(self, request: Request) -> Answer:
         if self.health != "ok":
             raise RefusedError("the server is stopping.", 503, 5.0)
@@ -126,7 +136,8 @@ class ThreadEngine:
         model = self.model
         seed = request.sampling.seed + 1_000_003 * request.choice
         sampling = dataclasses.replace(request.sampling, seed=seed)
-        whole = model.generate(request.inputs, request.max_new_tokens, sampling, logprobs=True)
+        name = None if request.adapter == BASE else model.adapters.names[request.adapter]
+        whole = model.generate(request.inputs, request.max_new_tokens, sampling, logprobs=True, adapter=name)
         if not np.isfinite(whole.logprobs).all():
             raise FailedError("the model computed what is no number.", 500)
         tops = self._top_logprobs(request, whole.token_ids)
@@ -153,7 +164,8 @@ class ThreadEngine:
             image_mask=np.append(inputs.image_mask, np.zeros(more, np.bool_)),
             image_index=np.append(inputs.image_index, np.full(more, -1, np.int32)),
         )
-        logits = self.model.logits(longer)[len(inputs.input_ids) - 1 :]
+        name = None if request.adapter == BASE else self.model.adapters.names[request.adapter]
+        logits = self.model.logits(longer, adapter=name)[len(inputs.input_ids) - 1 :]
         values, ids = jax.lax.top_k(jax.nn.log_softmax(logits), request.top_logprobs)
         return [
             list(zip(row_ids, row, strict=True))

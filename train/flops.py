@@ -13,14 +13,20 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from dsvl2_jax.model.config import Config, VisionConfig
-from dsvl2_jax.model.parameter_paths import path_name
+from dsvl2_jax.model.deepseek_vl2 import abstract_leaves
+from dsvl2_jax.model.parameter_paths import LeafPath, path_name
 from dsvl2_jax.train.settings.schema import ContrastiveSettings, ParameterRule
 
 # Parameters that multiply activations; the others add, scale or are looked up.
 _MATRIX = re.compile(r"/kernel$|/kv_b_proj$|/mlp/experts/")
+_NONE: Mapping[LeafPath, Any] = {}
 _LAYER = re.compile(r"/(?:blocks|layers)_(\d+)/")
+
+
+Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,17 +47,27 @@ class StepFlops:
         return self.per_token * tokens + self.per_pair * tokens * (mean_length + 1) / 2 + self.per_tile * tiles
 
 
-def step_flops(config: Config, rules: Mapping[str, ParameterRule], *, remat: bool = False) -> StepFlops:
+def step_flops(
+    config: Config,
+    rules: Mapping[str, ParameterRule],
+    *,
+    remat: bool = False,
+    adapter: Mapping[LeafPath, tuple[Shape, Any]] | None = None,
+) -> StepFlops:
     """The counts of a model in a stage.
 
     Args:
       rules: path of every parameter, layers apart → its rule (`dsvl2_jax.train.parameter_rules.assign`).
       remat: count the layers' forward once more where the backward pass goes through them; no useful work.
+      adapter: path → (shape, …) of the leaves of an adapter, which alone is trained then.
     """
+    if adapter is not None:
+        trained = {path_name(path): ParameterRule(".") for path in adapter}
+        rules = {path_name(path): ParameterRule(".", train=False) for path in abstract_leaves(config)} | trained
     language = config.language
-    passes = _Passes(rules, remat)
+    passes = _Passes(rules, remat, adapts=adapter is not None)
     per_token = per_feature = 0.0
-    for path, size in _matrices(config):
+    for path, size in _matrices(config, adapter or {}):
         flops = 2.0 * size * passes.of(path)
         if path.startswith("projector/"):
             per_feature += flops
@@ -66,7 +82,8 @@ def step_flops(config: Config, rules: Mapping[str, ParameterRule], *, remat: boo
     else:
         widths = 2 * language.head_dim
     per_pair = 2.0 * heads * widths * passes.attention(2.0, language.num_hidden_layers)
-    return StepFlops(per_token, per_pair, _encoder(config, passes) + per_feature * config.tokens_per_tile)
+    per_tile = _encoder(config, passes, adapter or {}) + per_feature * config.tokens_per_tile
+    return StepFlops(per_token, per_pair, per_tile)
 
 
 def contrastive_flops(config: Config, rules: Mapping[str, ParameterRule], settings: ContrastiveSettings) -> StepFlops:
@@ -101,15 +118,19 @@ def _pooled(vision: VisionConfig) -> dict[str, int]:
 class _Passes:
     """How often a product is made: 1 forward, and 1 each for the gradients that are needed of its two inputs."""
 
-    def __init__(self, rules: Mapping[str, ParameterRule], remat: bool = False):
+    def __init__(self, rules: Mapping[str, ParameterRule], remat: bool = False, adapts: bool = False):
         self._rules = rules
         self._remat = remat
+        self._adapts = adapts
         self._trained = {_depth(path) for path, rule in rules.items() if rule.train}
         self._first = min(self._trained, default=(math.inf,))
 
     def of(self, path: str) -> int:
         """For a weight's product with its input."""
-        backward = (self._first < _depth(path)) + self._rules[path].train
+        depth, trained = _depth(path), self._rules[path].train
+        # In the first layer that has adapters, gradients flow from its later products to its earlier ones.
+        through = self._first < depth or (self._adapts and not trained and depth in self._trained)
+        backward = through + trained
         return 1 + backward + (self._remat and backward > 0 and _LAYER.search(path) is not None)
 
     def attention(self, part: float, layers: int) -> int:
@@ -118,20 +139,21 @@ class _Passes:
         return sum(3 + self._remat if self._first < depth or depth in self._trained else 1 for depth in depths)
 
 
-def _matrices(config: Config) -> Iterator[tuple[str, int]]:
-    """Path and size of the parameters that multiply activations, the pooling head's apart."""
-    from dsvl2_jax.model.deepseek_vl2 import abstract_leaves
-
+def _matrices(config: Config, adapter: Mapping[LeafPath, tuple[Shape, Any]] = _NONE) -> Iterator[tuple[str, int]]:
+    """Path and size of the parameters that multiply activations, the pooling head's apart, and of an adapter's."""
     for keys, (shape, _) in abstract_leaves(config).items():
         path = path_name(keys)
         if _MATRIX.search(path) and not path.startswith("vision/attn_pool/"):
             yield path, math.prod(shape)
+    for keys, (shape, _) in adapter.items():
+        if keys[-1] != "magnitude":
+            yield path_name(keys), math.prod(shape)
 
 
-def _encoder(config: Config, passes: _Passes) -> float:
+def _encoder(config: Config, passes: _Passes, adapter: Mapping[LeafPath, tuple[Shape, Any]] = _NONE) -> float:
     """FLOPs of a tile in the vision encoder."""
     vision = config.vision
-    matrices = _matrices(config)
+    matrices = _matrices(config, adapter)
     per_patch = sum(2.0 * size * passes.of(path) for path, size in matrices if path.startswith("vision/"))
     per_pair = 2.0 * 2 * vision.width * passes.attention(0.0, vision.layers)
     return per_patch * vision.patches + per_pair * vision.patches**2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,10 +15,12 @@ from jax.typing import DTypeLike
 from dsvl2_jax.kernels.attention import ATTENTION_OUTPUT
 from dsvl2_jax.kernels.grouped_matmul import GROUPED_PRODUCT
 from dsvl2_jax.model.config import Config
-from dsvl2_jax.model.deepseek_vl2 import Params, abstract_leaves, compute_dtype
+from dsvl2_jax.model.deepseek_vl2 import Params, compute_dtype
 from dsvl2_jax.model.layer_runs import LayerFunction, LayerRun, LayerWrapper
 from dsvl2_jax.model.parameter_paths import LeafPath, stays_float32
+from dsvl2_jax.model.weights import is_quantized
 from dsvl2_jax.sharding import PARAM_RULES, ambient_mesh_shape, partition_spec
+from dsvl2_jax.train.adapter import stored_axes
 
 _KEEP_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -41,10 +43,15 @@ def compute_params(params: Params, dtype: DTypeLike | None) -> Params:
     """
     dtype = jnp.dtype(dtype or compute_dtype(params))
 
-    def leaf(path: LeafPath, value: jax.Array) -> jax.Array:
-        return value.astype(jnp.float32 if stays_float32(path) else dtype)
+    def cast(path: LeafPath, value: Any) -> Any:
+        if is_quantized(value):
+            return value
+        if isinstance(value, Mapping):
+            return {name: cast((*path, name), inner) for name, inner in value.items()}
+        keeps = stays_float32(path) or path[-1] in ("magnitude", "dropout_rate", "dropout_key")
+        return value if keeps and value.dtype != jnp.bfloat16 else value.astype(jnp.float32 if keeps else dtype)
 
-    return path_aware_map(leaf, params)
+    return cast((), params)
 
 
 def training_layers(config: Config, remat: str) -> LayerWrapper:
@@ -68,10 +75,11 @@ def _gathered(layer_params: Params, run: LayerRun, config: Config) -> Params:
     sizes = ambient_mesh_shape()
     if sizes is None:
         return layer_params
-    leaves = abstract_leaves(config)
 
     def leaf(path: LeafPath, value: jax.Array) -> jax.Array:
-        shape, axes = leaves[(run.part, run.members()[0], *path)]
-        return lax.with_sharding_constraint(value, partition_spec(shape, axes, sizes, PARAM_RULES))
+        axes = stored_axes(config, (run.part, run.members()[0], *path))
+        if axes is None:
+            return value
+        return lax.with_sharding_constraint(value, partition_spec(value.shape, axes, sizes, PARAM_RULES))
 
     return path_aware_map(leaf, layer_params)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,8 @@ from dsvl2_jax.model.config import IGNORED_LABEL, Config, LanguageConfig
 from dsvl2_jax.model.decoder import hidden_states
 from dsvl2_jax.model.deepseek_vl2 import Params
 from dsvl2_jax.model.moe import Routing
-from dsvl2_jax.sharding import constrain
+from dsvl2_jax.model.weights import is_quantized, weight_of
+from dsvl2_jax.sharding import constrain, split_over
 from dsvl2_jax.train.data.batch import TrainBatch
 from dsvl2_jax.train.forward import compute_params, training_layers
 
@@ -106,6 +108,8 @@ def loss_fn(
     supervised_bt = targets_bt >= 0
     weights_bt = jnp.where(supervised_bt, 1.0 / totals[0], 0.0)
     head = params["language"]["lm_head"]["kernel"]
+    if is_quantized(head):
+        head = weight_of(head, packed_axis=-2).dequantized(hidden_btd.dtype)
     loss, losses_bt = cross_entropy(hidden_btd, head, targets_bt, weights_bt, options.chunk)
     image_bt = supervised_bt & batch.with_images
     sums = Sums(
@@ -135,7 +139,7 @@ def cross_entropy(
     """Weighted cross-entropy of the output head, for ``chunk`` tokens of each row at a time.
 
     [B, T, V] logits are never held. Differentiating makes the gradients in the forward pass, where a chunk's logits
-    are at hand, so nothing is computed twice.
+    are at hand, so nothing is computed twice; the kernel's is made where the kernel is trained.
 
     Args:
       hidden_btd: [B, T, D]. kernel_dv: [D, V].
@@ -145,7 +149,7 @@ def cross_entropy(
     Returns:
       f32[] the weighted sum, and f32[B, T] each token's loss in nats (not differentiable; 0 where there is no target).
     """
-    total, losses_bt, _ = _head(hidden_btd, kernel_dv, targets_bt, weights_bt, chunk, gradient=False)
+    total, losses_bt, _ = _head(hidden_btd, kernel_dv, targets_bt, weights_bt, chunk, gradients=())
     return total, losses_bt
 
 
@@ -156,22 +160,27 @@ def _head(
     weights_bt: jax.Array,
     chunk: int,
     *,
-    gradient: bool,
-) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
-    """(the sum, the losses, the gradients of ``hidden_btd`` and ``kernel_dv`` or None)."""
+    gradients: Sequence[str],
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array | None, jax.Array | None]]:
+    """(the sum, the losses, the gradients of ``hidden_btd`` and ``kernel_dv``, each if it is among ``gradients``)."""
     b, t, _ = hidden_btd.shape
-    chunk = min(chunk, t)
+    # Where rows are split along their length, each part gives its share of a chunk.
+    cuts = split_over(hidden_btd.shape, ("logits_batch", "length", "embed"), 1)[1]
+    t, chunk = t // cuts, min(-(-chunk // cuts), t // cuts)
     product = functools.partial(jnp.einsum, precision=matmul_precision(hidden_btd.dtype))
     # The vocabulary stays split over `tensor` and `expert`, and tokens come to it: [D, V] is larger than they are.
     axes = "logits_batch", "length", "embed"
     hidden_btd, kernel_dv = constrain(hidden_btd, *axes), constrain(kernel_dv, "embed", "vocab")
 
     def split(x: jax.Array, fill: float = 0) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (0, -t % chunk)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
-        return jnp.moveaxis(x.reshape(b, -1, chunk, *x.shape[2:]), 1, 0)
+        x = x.reshape(b, cuts, t, *x.shape[2:])
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, -t % chunk)) + ((0, 0),) * (x.ndim - 3), constant_values=fill)
+        x = jnp.moveaxis(x.reshape(b, cuts, -1, chunk, *x.shape[3:]), 2, 0)
+        return x.reshape(-1, b, cuts * chunk, *x.shape[4:])
 
     def join(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x, 0, 1).reshape(b, -1, *x.shape[3:])[:, :t]
+        x = jnp.moveaxis(x.reshape(-1, b, cuts, chunk, *x.shape[3:]), 0, 2)
+        return x.reshape(b, cuts, -1, *x.shape[4:])[:, :, :t].reshape(b, cuts * t, *x.shape[4:])
 
     def body(dkernel_dv: jax.Array | None, part: tuple[jax.Array, ...]) -> tuple[jax.Array | None, tuple]:
         x_btd, target_bt, weight_bt = part  # of a chunk's tokens
@@ -181,35 +190,39 @@ def _head(
         is_target = jnp.arange(logits_btv.shape[-1]) == target_bt[..., None]
         lse_bt = jax.nn.logsumexp(logits_btv, axis=-1)
         losses_bt = jnp.where(target_bt >= 0, lse_bt - jnp.where(is_target, logits_btv, 0.0).sum(-1), 0.0)
-        if not gradient:
+        if not gradients:
             return None, (losses_bt, None)
         dlogits_btv = (jnp.exp(logits_btv - lse_bt[..., None]) - is_target) * weight_bt[..., None]
         dlogits_btv = dlogits_btv.astype(x_btd.dtype)
         dx_btd = constrain(product("btv,dv->btd", dlogits_btv, kernel_dv), *axes)
-        dkernel_dv += product("btd,btv->dv", x_btd, dlogits_btv, preferred_element_type=jnp.float32)
+        if dkernel_dv is not None:
+            dkernel_dv += product("btd,btv->dv", x_btd, dlogits_btv, preferred_element_type=jnp.float32)
         return dkernel_dv, (losses_bt, dx_btd)
 
     with jax.named_scope("lm_head"):
-        start = constrain(jnp.zeros(kernel_dv.shape, jnp.float32), "embed", "vocab") if gradient else None
+        is_trained = "kernel" in gradients
+        start = constrain(jnp.zeros(kernel_dv.shape, jnp.float32), "embed", "vocab") if is_trained else None
         parts = (split(hidden_btd), split(targets_bt, IGNORED_LABEL), split(weights_bt))
         dkernel_dv, (losses_bt, dhidden_btd) = lax.scan(body, start, parts)
         losses_bt = join(losses_bt)
         total = (losses_bt * weights_bt).sum()
-        return total, losses_bt, (join(dhidden_btd), dkernel_dv.astype(kernel_dv.dtype)) if gradient else None
+        dhidden_btd = join(dhidden_btd) if gradients else None
+        return total, losses_bt, (dhidden_btd, dkernel_dv.astype(kernel_dv.dtype) if is_trained else None)
 
 
 def _forward(hidden_btd, kernel_dv, targets_bt, weights_bt, chunk):
-    total, losses_bt, gradients = _head(hidden_btd, kernel_dv, targets_bt, weights_bt, chunk, gradient=True)
+    arrays = (x.value for x in (hidden_btd, kernel_dv, targets_bt, weights_bt))
+    wanted = ("hidden", "kernel") if kernel_dv.perturbed else ("hidden",)
+    total, losses_bt, gradients = _head(*arrays, chunk, gradients=wanted)
     return (total, losses_bt), gradients
 
 
 def _backward(chunk, gradients, cotangent):
     del chunk
-    dhidden_btd, dkernel_dv = (g * cotangent[0].astype(g.dtype) for g in gradients)
-    return dhidden_btd, dkernel_dv, None, None
+    return *(None if g is None else g * cotangent[0].astype(g.dtype) for g in gradients), None, None
 
 
-cross_entropy.defvjp(_forward, _backward)
+cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def chosen_experts(routing: Routing) -> jax.Array:

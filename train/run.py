@@ -15,6 +15,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,20 +26,24 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dsvl2_jax.checkpoint.load import load_params
-from dsvl2_jax.checkpoint.locate import model_files, open_model, resolve
+from dsvl2_jax.checkpoint.adapters import read_adapter
+from dsvl2_jax.checkpoint.apply_adapter import base_digest, check_base
+from dsvl2_jax.checkpoint.load import load_params, open_orbax
+from dsvl2_jax.checkpoint.locate import kind, model_files, open_model, resolve
 from dsvl2_jax.checkpoint.verify import tell
 from dsvl2_jax.checkpoint.verify import verify as verify_files
-from dsvl2_jax.errors import DSVL2Error, RunError, SettingsError
+from dsvl2_jax.errors import DSVL2Error, RunError, SettingsError, UsageError
 from dsvl2_jax.inputs.processor import Processor
 from dsvl2_jax.messages import first_line, listed
 from dsvl2_jax.model.config import Config
-from dsvl2_jax.model.deepseek_vl2 import entry_axes, init_params
+from dsvl2_jax.model.deepseek_vl2 import Params, entry_axes, init_params
 from dsvl2_jax.model.released import variant
+from dsvl2_jax.model.weights import are_plain
 from dsvl2_jax.runtime import processes
 from dsvl2_jax.runtime.compile_cache import enable_compilation_cache
 from dsvl2_jax.runtime.malloc import keep_freed_memory
 from dsvl2_jax.sharding import make_mesh, parse_mesh
+from dsvl2_jax.train.adapter import with_adapter
 from dsvl2_jax.train.data.pipeline import (
     BatchShard,
     Pipeline,
@@ -49,10 +54,12 @@ from dsvl2_jax.train.data.pipeline import (
     open_validation,
 )
 from dsvl2_jax.train.log.report import Report
+from dsvl2_jax.train.objectives.adapter import AdapterTrainer
 from dsvl2_jax.train.objectives.base import BaseTrainer, TrainState, data_shards
 from dsvl2_jax.train.objectives.contrastive import ContrastiveMetrics, ContrastiveTrainer
 from dsvl2_jax.train.objectives.language import LanguageMetrics, LanguageTrainer
 from dsvl2_jax.train.objectives.regions import RegionTrainer
+from dsvl2_jax.train.positions import with_positions
 from dsvl2_jax.train.run_directory import Identity, RunDirectory, Saved, model_identity, opened
 from dsvl2_jax.train.settings.load import load, to_toml
 from dsvl2_jax.train.settings.schema import Settings
@@ -96,26 +103,27 @@ def train(config: str | Path, overrides: Sequence[str] = (), *, verify: bool = F
     shard = batch_shard(settings, mesh)
     with _Signals() as signals, opened(settings.run.directory) as run:
         started, steps = processes.from_first(lambda: (run.started, run.steps()))
-        # A run that has a checkpoint of its own no longer needs the one that it started from.
-        source = run.model if steps else resolve(settings.model.checkpoint)
+        # A run that has a checkpoint of its own no longer needs the one that it started from, unless it trains an
+        # adapter, whose model it does not keep.
+        adapts = settings.adapter.kind != "none"
+        source = run.model if steps and not adapts else resolve(settings.model.checkpoint)
         if verify:
-            checkpoint = run.checkpoint(steps[-1]) if steps else source
-            tell(checkpoint, verify_files(checkpoint))
-        model, processor = _open_model(settings, source)
-        identity = _identity(settings, source)
-        if processes.is_first() and started:
-            run.check(settings, identity)
-            run.write_settings(settings)
-        elif processes.is_first():
-            run.begin(settings, model_files(source), identity)
-        processes.gather("the run has begun")
-        if not run.started:
-            raise RunError(
-                f"run.directory {run.path}: does not show what process 0 has written there. Choose a directory on "
-                "storage that all processes share."
+            checkpoints = [run.checkpoint(step) for step in steps[-1:]]
+            for checkpoint in [*checkpoints, source] if adapts or not steps else checkpoints:
+                tell(checkpoint, verify_files(checkpoint))
+        with tempfile.TemporaryDirectory() as folder:
+            # What a run has written says already how its positions are.
+            written = steps and not adapts
+            files = model_files(source) if written else with_positions(settings.model, source, Path(folder))
+            model, processor = _open_model(settings, files)
+            identity = _identity(settings, files)
+            _begin(settings, run, files, identity, started=started)
+        if settings.data.sequence_length > model.language.longest_context:
+            told = (
+                f"rows of {settings.data.sequence_length} tokens are longer than the {model.language.longest_context} "
             )
-        objective = _TRAINERS[settings.stage.objective]
-        trainer = objective(model, settings, processor.config.image_mean, processor.config.image_std, mesh)
+            tell(source, [told + "positions of the model; model.context and model.rope_scaling change them."])
+        trainer = _trainer(settings, model, processor, mesh, source)
         pipeline = open_training(settings, processor, model, shard)
         with contextlib.closing(pipeline):
             validation = open_validation(settings, processor, model, shard)
@@ -125,19 +133,34 @@ def train(config: str | Path, overrides: Sequence[str] = (), *, verify: bool = F
                 _Loop(settings, run, trainer, pipeline, validation, report, signals).run(state)
 
 
-def _identity(settings: Settings, source: Path) -> Identity:
+def _begin(settings: Settings, run: RunDirectory, files: Path, identity: Identity, *, started: bool) -> None:
+    """Writes what identifies the run, or compares it with what began here."""
+    if processes.is_first() and started:
+        run.check(settings, identity)
+        run.write_settings(settings)
+    elif processes.is_first():
+        run.begin(settings, files, identity)
+    processes.gather("the run has begun")
+    if not run.started:
+        raise RunError(
+            f"run.directory {run.path}: does not show what process 0 has written there. Choose a directory on storage "
+            "that all processes share."
+        )
+
+
+def _identity(settings: Settings, files: Path) -> Identity:
     """What the run is of; the same in all processes, validation data included."""
 
-    def files(train: bool) -> dict[str, str]:
+    def data(train: bool) -> dict[str, str]:
         other = {"validation" if train else "train": {}}
         return fingerprint(dataclasses.replace(settings, data=dataclasses.replace(settings.data, **other)))
 
-    identity = Identity(model_identity(model_files(source)), files(train=True))
+    identity = Identity(model_identity(files), data(train=True))
     if processes.joined():
         for what, content in (
             ("the settings", to_toml(settings)),
             ("the model", json.dumps(identity.model)),
-            ("the data", json.dumps([identity.data, files(train=False)])),
+            ("the data", json.dumps([identity.data, data(train=False)])),
         ):
             processes.same_everywhere(what, f"one with SHA-256 {hashlib.sha256(content.encode()).hexdigest()}")
     return identity
@@ -191,8 +214,23 @@ def _open_model(settings: Settings, source: Path) -> tuple[Config, Processor]:
             f"model.size = {wanted}, but model.checkpoint = {settings.model.checkpoint} {what}. Give a checkpoint of "
             f"{wanted}, or the configuration for {size if size != 'other' else 'it, or model.size=any'}."
         )
-    processor.as_seen, processor.warns = settings.data.as_seen, False  # the pipeline counts pictures
+    data = settings.data
+    processor.as_seen, processor.warns = data.as_seen, False  # the pipeline counts pictures
+    try:
+        processor.set_visuals(data.max_tiles or None, data.min_tiles or None, data.frames, data.frame_choice)
+    except UsageError as error:
+        raise SettingsError(f"data: {error}") from None
     return config, processor
+
+
+def _trainer(settings: Settings, model: Config, processor: Processor, mesh: Mesh | None, source: Path) -> BaseTrainer:
+    pixels = processor.config.image_mean, processor.config.image_std
+    if settings.adapter.kind == "none":
+        return _TRAINERS[settings.stage.objective](model, settings, *pixels, mesh)
+    stored = None
+    if kind(source) != "released":  # where all parameters are plain
+        stored = {path: shape for path, (shape, _) in open_orbax(source, model)[1].items()}
+    return AdapterTrainer(model, settings, *pixels, mesh, stored)
 
 
 def _start(
@@ -206,7 +244,7 @@ def _start(
 ) -> TrainState:
     """The state and the place in the data to continue from: the run's newest checkpoint, or its beginning."""
     if steps:
-        params = load_params(run.checkpoint(steps[-1]), trainer.config, mesh=mesh, fsdp=True)
+        params = _params(settings, trainer, run.checkpoint(steps[-1]), source, mesh)
         # The fresh optimizer state is let go of before the other is read.
         state = dataclasses.replace(trainer.init(params), optimizer=None)
         abstract = trainer.abstract_state()
@@ -217,8 +255,32 @@ def _start(
     if settings.model.random_init:
         params = init_params(trainer.config, jax.random.key(settings.run.seed), mesh)
     else:
-        params = load_params(source, trainer.config, mesh=mesh, fsdp=True)
+        params = _base(settings, trainer, source, mesh)
     return trainer.init(trainer.begin(params))
+
+
+def _params(settings: Settings, trainer: BaseTrainer, checkpoint: Path, source: Path, mesh: Mesh | None) -> Params:
+    """The parameters of a checkpoint of the run."""
+    if settings.adapter.kind == "none":
+        return load_params(checkpoint, trainer.config, mesh=mesh, fsdp=True)
+    adapter, described = read_adapter(checkpoint, trainer.config)
+    base = _base(settings, trainer, source, mesh)
+    check_base(described, trainer.base_digest, f"{checkpoint}, from which the run resumes")
+    return with_adapter(base, adapter)
+
+
+def _base(settings: Settings, trainer: BaseTrainer, source: Path, mesh: Mesh | None) -> Params:
+    """The parameters of the checkpoint that the run begins with."""
+    dtype = None if settings.adapter.base == "stored" else settings.adapter.base
+    params = load_params(source, trainer.config, dtype, mesh, fsdp=True)
+    if isinstance(trainer, AdapterTrainer):
+        trainer.base_digest = base_digest(params)
+    elif not are_plain(params):
+        raise SettingsError(
+            f"model.checkpoint = {source}: its weights are quantized, and training changes plain ones. Give the "
+            "checkpoint that it was made from, or train an adapter beside it (adapter.kind=lora)."
+        )
+    return params
 
 
 class _Loop:
@@ -235,6 +297,7 @@ class _Loop:
         signals: _Signals,
     ):
         self.settings = settings.run
+        self.base = settings.model.checkpoint if settings.adapter.kind != "none" else None  # of an adapter
         self.directory = run
         self.trainer = trainer
         self.pipeline = pipeline
@@ -335,7 +398,7 @@ class _Loop:
         self._saved = self.step
         self.directory.save(
             self.step,
-            self.trainer.params(state),
+            self.trainer.contents(state),
             state.optimizer,
             self.pipeline.get_state(),
             validation_loss=validation_loss,
@@ -361,7 +424,12 @@ class _Loop:
         done = step >= self.settings.steps
         self.report.event("stop", step, reason="done" if done else received)
         path = self.directory.path
-        if done:
+        if done and self.base is not None:
+            text = (
+                f"done: {step} steps. `dsvl2 generate {self.base} --adapter {path}` uses the newest adapter, and "
+                f"`dsvl2 merge {self.base} {path} OUT` makes one model of both."
+            )
+        elif done:
             text = (
                 f"done: {step} steps. `dsvl2 generate {path}` and `dsvl2 export {path} OUT` use the newest checkpoint; "
                 "the next stage starts from it with model.checkpoint."

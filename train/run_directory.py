@@ -2,7 +2,8 @@
 
 ``run.json`` says which model and data the run began with, ``config.toml`` with which settings, and
 ``model/`` holds the model's files. A checkpoint is a directory ``checkpoints/STEP``, which appears under that name
-when it is complete: the parameters, the optimizer's state, and a JSON document with the place in the data.
+when it is complete: the parameters (or the adapter that is trained, in files of its own), the optimizer's state, and a
+JSON document with the place in the data.
 
 In an object store (`dsvl2_jax.checkpoint.remote`) a checkpoint has its name from the start, and is complete when
 Orbax has written a file that says so. No lock is to be had there: ``claim`` says which process came last, and an
@@ -28,7 +29,7 @@ import jax
 from rich import filesize
 
 from dsvl2_jax.checkpoint import orbax_io, remote
-from dsvl2_jax.checkpoint.locate import CHECKPOINTS_NAME, MODEL_NAME, PARAMS_NAME, RUN_NAME, carry_files, run_steps
+from dsvl2_jax.checkpoint.locate import CHECKPOINTS_NAME, MODEL_NAME, RUN_NAME, carry_files, run_steps
 from dsvl2_jax.checkpoint.staging import NEW_SUFFIX, is_disk_full, locked, write_text
 from dsvl2_jax.checkpoint.verify import RUN_DIGESTS, write_run_digests
 from dsvl2_jax.errors import RunError
@@ -259,7 +260,7 @@ class RunDirectory:
     def save(
         self,
         step: int,
-        params: Mapping[str, Any],
+        trees: Mapping[str, Any],
         optimizer: Any,
         iterator: Mapping[str, Any],
         *,
@@ -270,7 +271,7 @@ class RunDirectory:
 
         Args:
           step: updates done.
-          params: nested, layers separate, as a converted directory holds them. All arrays may be donated afterwards.
+          trees: of the trainer's `contents`. All arrays may be donated afterwards.
           optimizer: its state, any pytree of arrays.
           iterator: the data pipeline's state, JSON.
           validation_loss: measured at this step, to know the best checkpoint.
@@ -280,15 +281,13 @@ class RunDirectory:
           RunError: the disk has not room enough, or the checkpoint before could not be written.
         """
         self.wait()
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves((params, optimizer)))
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves((trees, optimizer)))
         self._check_claim()
         if not remote.is_remote(self.path) and shutil.disk_usage(self.path).free < size:
             raise self._disk_full(step, size)
         document = {"step": step, "iterator": iterator, "validation_loss": validation_loss}
         try:
-            writing = orbax_io.Saving(
-                self.checkpoint(step), {PARAMS_NAME: params, _OPTIMIZER: optimizer}, document, entries
-            )
+            writing = orbax_io.Saving(self.checkpoint(step), {**trees, _OPTIMIZER: optimizer}, document, entries)
         except Exception as error:
             raise self._failed(step, size, error) from error
         self._saving = step, size, writing

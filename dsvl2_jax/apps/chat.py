@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
+from dsvl2_jax.apps.generate import user_turn
 from dsvl2_jax.errors import DSVL2Error
 from dsvl2_jax.infer.engine import Model
 from dsvl2_jax.infer.loading import AS_SEEN
 from dsvl2_jax.infer.sampling import SamplingParams
-from dsvl2_jax.inputs.conversation import prepend_image_tags
 from dsvl2_jax.inputs.images import trait_notes
 
 HELP = """\
 /image FILE …   attach images to your next message (<image> in it marks where they go)
+/video FILE …   attach videos, or folders of frames (<video> marks where they go)
 /reset          forget the conversation
 /help           this list
 /quit           leave (so does the end of input)"""
@@ -39,7 +41,7 @@ def chat(
     taken back; the conversation before it stays.
     """
     opening = [{"role": "system", "content": system}] if system else []
-    turns, images = list(opening), []
+    turns, images, videos = list(opening), [], []
     noted: set[str] = set()  # what has been said about pictures
     interactive = lines.isatty()
     if interactive:
@@ -54,14 +56,16 @@ def chat(
         if text == "/help":
             print(HELP)
         elif text == "/reset":
-            turns, images = list(opening), []
+            turns, images, videos = list(opening), [], []
             print("(the conversation starts anew)")
         elif text.split(" ")[0] == "/image":
-            images += _image_files(text)
+            images += _files(text, Path.is_file)
+        elif text.split(" ")[0] == "/video":
+            videos += _files(text, Path.exists)
         elif text.startswith("/"):
             print(f"{text.split(' ')[0]} is no command here; /help lists them.")
         elif text:
-            message = {"role": "user", "content": prepend_image_tags(text, len(images)), "images": images}
+            message = user_turn(text, images, videos)
             try:
                 inputs = model.processor([*turns, message])
                 if not model.processor.as_seen:
@@ -84,19 +88,19 @@ def chat(
             if answer.malformed_boxes:
                 print(f"  ({answer.malformed_boxes} malformed box(es) left out)")
             turns += [message, {"role": "assistant", "content": answer.text}]
-            images = []
+            images, videos = [], []
 
 
-def _image_files(command: str) -> list[Path]:
-    """The files of an /image line that exist; the others are reported."""
+def _files(command: str, is_there: Callable[[Path], bool]) -> list[Path]:
+    """The files of an /image or a /video line that exist; the others are reported."""
     try:
-        names = shlex.split(command)[1:]
+        name, *names = shlex.split(command)
     except ValueError as error:
-        print(f"/image: {error}")
+        print(f"{command.split(' ')[0]}: {error}")
         return []
     if not names:
-        print("/image needs one or more files.")
+        print(f"{name} needs one or more files.")
     found = [Path(name).expanduser() for name in names]
     for path in found:
-        print(f"attached {path}" if path.is_file() else f"{path}: no such file")
-    return [path for path in found if path.is_file()]
+        print(f"attached {path}" if is_there(path) else f"{path}: no such file")
+    return [path for path in found if is_there(path)]

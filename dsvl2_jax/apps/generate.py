@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -19,7 +21,8 @@ from dsvl2_jax.infer.loading import AS_SEEN, LoadOptions, load
 from dsvl2_jax.infer.sampling import SamplingParams
 from dsvl2_jax.inputs.conversation import prepend_image_tags
 from dsvl2_jax.inputs.grounding import draw_boxes
-from dsvl2_jax.inputs.images import load_image, trait_notes
+from dsvl2_jax.inputs.images import trait_notes
+from dsvl2_jax.inputs.turns import VIDEO_TAG, read_turn
 from dsvl2_jax.runtime import processes
 from dsvl2_jax.runtime.timing import Timing
 
@@ -29,6 +32,7 @@ def generate(
     *,
     prompt: str,
     images: list[Path],
+    videos: list[Path],
     system: str,
     max_new_tokens: int,
     sampling: SamplingParams,
@@ -39,8 +43,10 @@ def generate(
     options: LoadOptions,
 ) -> None:
     """Answers one prompt on standard output: streamed text, or the JSON object of `report`."""
-    if draw is not None and not images:
-        raise UsageError("--draw needs an --image to draw on.")
+    if draw is not None and not images and not videos:
+        raise UsageError("--draw needs an --image or a --video to draw on.")
+    if not videos and (options.frames, options.frame_choice) != (None, None):
+        raise UsageError("--frames and --frame-choice are of a video: give one with --video.")
     if draw is not None and processes.is_first() and not draw.parent.is_dir():
         raise UsageError(f"--draw {draw}: the directory {draw.parent} does not exist; make it first.")
     if draw is not None and draw.suffix.lower() not in Image.registered_extensions():
@@ -48,7 +54,8 @@ def generate(
     timing = Timing()
     with timing.phase("load"):
         model = load(ckpt, options)
-    conversation = [{"role": "user", "content": prepend_image_tags(prompt, len(images)), "images": images}]
+    asked = user_turn(prompt, images, videos)
+    conversation = [asked]
     if system:
         conversation.insert(0, {"role": "system", "content": system})
     inputs = processes.from_first(lambda: model.processor(conversation))
@@ -73,7 +80,8 @@ def generate(
         return
     print(json.dumps(report(answer, timing), ensure_ascii=False) if as_json else "")
     if draw is not None:
-        image = load_image(images[-1], options.as_seen)
+        last = model.processor.pictures(read_turn(asked, "the prompt").images[-1])[-1]
+        image, _ = model.processor.read_image(last.source)
         try:
             with replacing(draw) as new:
                 draw_boxes(image, answer.boxes).save(new, Image.registered_extensions()[draw.suffix.lower()])
@@ -81,6 +89,13 @@ def generate(
             raise DSVL2Error(f"--draw {draw}: cannot be written ({error}).") from None
         left_out = f", {answer.malformed_boxes} malformed left out" if answer.malformed_boxes else ""
         print(f"{len(answer.boxes)} box(es) drawn into {draw}{left_out}", file=sys.stderr)
+
+
+def user_turn(prompt: str, images: Sequence[Path], videos: Sequence[Path]) -> dict[str, Any]:
+    """What the user says about images and videos, which come first where the text has no tags for them."""
+    if not (videos and VIDEO_TAG in prompt):
+        prompt = prepend_image_tags(prompt, len(images) + len(videos))
+    return {"role": "user", "content": prompt, "images": images, "videos": videos}
 
 
 def report(answer: Generation, timing: Timing) -> dict:
@@ -93,6 +108,7 @@ def report(answer: Generation, timing: Timing) -> dict:
         "finish_reason": answer.finish_reason,
         "prompt_tokens": answer.prompt_tokens,
         "image_tokens": answer.image_tokens,
+        "tiles": answer.tiles,
         "boxes": [dataclasses.asdict(box) for box in answer.boxes],
         "malformed_boxes": answer.malformed_boxes,
         "drafted_tokens": answer.drafted_tokens,

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from dsvl2_jax.checkpoint import orbax_io, rules
 from dsvl2_jax.checkpoint.leaves import Leaves, batches
-from dsvl2_jax.checkpoint.locate import PARAMS_NAME, kind, read_manifest, run_of
+from dsvl2_jax.checkpoint.locate import PARAMS_NAME, kind, read_manifest, refuse_adapter, run_of
 from dsvl2_jax.checkpoint.safetensors_source import Source, numpy_dtype
 from dsvl2_jax.checkpoint.verify import check_run_sizes, tell, way_out
 from dsvl2_jax.checkpoint.verify import verify as verify_files
 from dsvl2_jax.errors import CheckpointError, UsageError
+from dsvl2_jax.kernels.quantized import KINDS, Quantized, dequantize
 from dsvl2_jax.messages import first_line, listed
+from dsvl2_jax.model import quantization
 from dsvl2_jax.model.config import Config
-from dsvl2_jax.model.deepseek_vl2 import Params, param_shardings
+from dsvl2_jax.model.deepseek_vl2 import Params, weight_inputs
 from dsvl2_jax.model.parameter_paths import LeafPath, path_name, stays_float32
 
 DTYPES = ("float32", "bfloat16")
@@ -42,9 +45,9 @@ def load_params(
     Args:
       directory: as `resolve` returns it, in any layout.
       config: of the same directory.
-      dtype: "float32" or "bfloat16" casts (the router's parameters are float32 always); None keeps
-        each parameter's stored dtype.
-      mesh: places each parameter by `param_shardings`; None: all on the first device. A process reads only what
+      dtype: "float32" or "bfloat16" casts (the router's parameters are float32 always, and quantized weights stay
+        as they are); None keeps each parameter's stored dtype.
+      mesh: places each array by `stored_shardings`; None: all on the first device. A process reads only what
         its devices hold (in the released layout, whole rows of the tensors).
       fsdp: split large parameters over ``data`` too, as training does.
       verify: read every file before and compare it with its digest; without it, sizes and headers are checked.
@@ -52,7 +55,8 @@ def load_params(
     What was tolerated in a released directory is noted on standard error.
 
     Returns:
-      A nested dict of `jax.Array`. Peak memory is that of the parameters and about one leaf.
+      A nested dict of `jax.Array`; a quantized weight is a dict of arrays, see `dsvl2_jax.model.weights`. Peak memory
+      is that of the parameters and about one leaf.
 
     Raises:
       CheckpointError: incomplete, damaged, or not a checkpoint of this configuration.
@@ -62,13 +66,16 @@ def load_params(
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}.")
     if verify:
         tell(directory, verify_files(directory))
-    if mesh is None:
-        first = SingleDeviceSharding(jax.devices()[0])
-        shardings: Shardings = {leaf.path: first for leaf in rules.expand(config)}
-    else:
-        shardings = flatten_dict(param_shardings(config, mesh, fsdp=fsdp))
+    place = functools.partial(_shardings, config, mesh, fsdp)
     read = _read_released if kind(directory) == "released" else _read_orbax
-    return unflatten_dict(dict(read(directory, config, shardings, dtype)))
+    return unflatten_dict(dict(read(directory, config, place, dtype)))
+
+
+def _shardings(config: Config, mesh: Mesh | None, fsdp: bool, shapes: quantization.Shapes) -> Shardings:
+    """Where each array goes."""
+    if mesh is None:
+        return dict.fromkeys(shapes, SingleDeviceSharding(jax.devices()[0]))
+    return quantization.stored_shardings(config, mesh, shapes, fsdp=fsdp)
 
 
 def _target_dtype(path: LeafPath, stored: np.dtype, dtype: str | None) -> np.dtype:
@@ -76,8 +83,9 @@ def _target_dtype(path: LeafPath, stored: np.dtype, dtype: str | None) -> np.dty
 
 
 def _read_released(
-    directory: Path, config: Config, shardings: Shardings, dtype: str | None
+    directory: Path, config: Config, place: Callable[[quantization.Shapes], Shardings], dtype: str | None
 ) -> Iterator[tuple[LeafPath, jax.Array]]:
+    shardings = place({leaf.path: leaf.shape for leaf in rules.expand(config)})
     with Source(directory) as source:
         source.fit(config)
         tell(directory, source.notes)
@@ -102,10 +110,15 @@ def _read_placed(source: Source, leaf: rules.Leaf, sharding: Sharding, dtype: st
 
 
 def _read_orbax(
-    directory: Path, config: Config, shardings: Shardings, dtype: str | None
+    directory: Path, config: Config, place: Callable[[quantization.Shapes], Shardings], dtype: str | None
 ) -> Iterator[tuple[LeafPath, jax.Array]]:
     _, stored = open_orbax(directory, config)
-    dtypes = {path: _target_dtype(path, stored_as, dtype) for path, (_, stored_as) in stored.items()}
+    shardings = place({path: shape for path, (shape, _) in stored.items()})
+    quantized = quantization.kinds_of(stored)
+    dtypes = {
+        path: stored_as if path[:-1] in quantized else _target_dtype(path, stored_as, dtype)
+        for path, (_, stored_as) in stored.items()
+    }
     yield from read_leaves(directory / PARAMS_NAME, stored, shardings, dtypes)
 
 
@@ -119,8 +132,34 @@ def open_orbax(directory: Path, config: Config) -> tuple[dict[str, Any], Leaves]
     if kind(directory) == "orbax":
         manifest = read_manifest(directory)
     else:
+        refuse_adapter(directory)
         check_run_sizes(directory)
-    return manifest, _stored(directory / PARAMS_NAME, config)
+    stored = _stored(directory / PARAMS_NAME, config)
+    if manifest and (problems := _unlike_manifest(manifest, stored)):
+        raise CheckpointError(
+            f"{directory}: the parameters are not those that its manifest lists. {_remedy(directory)}\n"
+            f"{listed(problems)}"
+        )
+    return manifest, stored
+
+
+def _unlike_manifest(manifest: Mapping[str, Any], stored: Leaves) -> list[str]:
+    """How quantized arrays differ from what the manifest says of them."""
+    quantized = quantization.kinds_of(stored)
+    found = {path_name(path): entry for path, entry in stored.items() if path[:-1] in quantized}
+    if not found and not manifest["quantization"]:
+        return []
+    expected = {
+        name: (tuple(entry.get("shape", ())), entry.get("dtype"))
+        for name, entry in manifest["parameters"].items()
+        if name in found or name.rpartition("/")[2] in KINDS
+    }
+    problems = [] if manifest["quantization"] else ["quantized weights, of which the manifest says nothing"]
+    for name in found.keys() | expected.keys():
+        shape, dtype = found.get(name, (None, None))
+        if name not in found or expected.get(name) != (tuple(shape), dtype.name):
+            problems.append(f"{name}: found {shape} {dtype}, expected {expected.get(name, 'nothing')}")
+    return problems
 
 
 def read_leaves(
@@ -155,6 +194,40 @@ def read_leaves(
             yield path, array if dtypes is None else array.astype(dtypes[path]).block_until_ready()
 
 
+def read_weights(
+    params: Path, stored: Leaves, config: Config, dtype: np.dtype
+) -> Iterator[tuple[LeafPath, np.ndarray]]:
+    """Reads an Orbax checkpoint to the host, parameter by parameter: as stored, or of quantized ones values · scale.
+
+    Args:
+      dtype: of the latter.
+
+    Raises:
+      CheckpointError: the files cannot be read.
+    """
+    kinds, inputs = quantization.kinds_of(stored), weight_inputs(config)
+    host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    plain = jax.jit(functools.partial(dequantize, dtype=dtype))
+    order = sorted(stored, key=lambda path: path[:-1] if path[:-1] in kinds else path)  # values and scale together
+    parts: dict[LeafPath, dict[str, jax.Array]] = {}
+    for path, array in read_leaves(params, {path: stored[path] for path in order}, dict.fromkeys(stored, host)):
+        name = path[:-1]
+        if name not in kinds:
+            yield path, np.asarray(array)
+            continue
+        part = parts.setdefault(name, {})
+        part[path[-1]] = array
+        if len(part) == 2:
+            del parts[name]
+            kind = kinds[name]
+            yield name, np.asarray(plain(Quantized(part[kind], part["scale"], kind, inputs[name][-1] - array.ndim)))
+
+
+def plain_dtype(stored: Leaves) -> np.dtype:
+    """In which a checkpoint keeps what is not quantized: that of the embeddings."""
+    return stored["language", "embed_tokens"][1]
+
+
 def absent_leaves(params: Path, stored: Leaves) -> set[LeafPath]:
     """The parameters of the unused part where the checkpoint was made without it: all of them are zeros.
 
@@ -176,15 +249,7 @@ def _stored(params: Path, config: Config) -> Leaves:
         raise CheckpointError(
             f"{params}: not a readable Orbax checkpoint ({_reason(error)}). {_remedy(params.parent)}"
         ) from error
-    leaves = {leaf.path: leaf for leaf in rules.expand(config)}
-    problems = [f"missing: {path_name(path)}" for path in leaves if path not in stored]
-    problems += [f"unexpected: {path_name(path)}" for path in stored if path not in leaves]
-    problems += [
-        f"{leaf.name}: found {list(stored[path][0])}, expected {list(leaf.shape)}"
-        for path, leaf in leaves.items()
-        if path in stored and stored[path][0] != leaf.shape
-    ]
-    if problems:
+    if problems := quantization.mismatches(config, stored):
         raise CheckpointError(
             f"{params}: the parameters are not those of the model that config.json describes; convert again from one "
             f"release:\n{listed(problems)}"

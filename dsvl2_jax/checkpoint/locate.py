@@ -16,7 +16,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsvl2_jax.checkpoint import digests, orbax_io, remote
 from dsvl2_jax.checkpoint.rules import FLOAT_DTYPES
@@ -29,9 +29,13 @@ from dsvl2_jax.messages import first_line, listed
 from dsvl2_jax.model.config import STORAGE_KEYS, Config
 from dsvl2_jax.runtime.terminal import unescaped
 
+if TYPE_CHECKING:
+    from dsvl2_jax.model.quantization import Quantization
+
 MANIFEST_NAME = "dsvl2_checkpoint.json"
 MANIFEST_VERSION = 1
 PARAMS_NAME = "params"  # the parameters inside a converted directory or a run's checkpoint
+ADAPTER_NAME = "adapter"  # what a run's checkpoint has instead that trains an adapter: a directory of its files
 RUN_NAME = "run.json"  # what makes a directory a run
 CHECKPOINTS_NAME = "checkpoints"  # of a run: a directory per step
 MODEL_NAME = "model"  # of a run: configuration, processor and tokenizer files
@@ -148,14 +152,43 @@ def open_model(directory: Path) -> tuple[Config, Processor]:
     return config, processor
 
 
-def _download(hub_id: str) -> Path:
+def find_adapter(adapter: str | Path) -> Path:
+    """The directory of an adapter's files.
+
+    Args:
+      adapter: it, or a hub id, which is downloaded unless a directory has that name. A training run's directory stands
+        for the adapter of its newest complete checkpoint, and the directory of a checkpoint for its own. Of a run in a
+        store, the files are copied to the disk.
+
+    Raises:
+      CheckpointError: there is nothing of that name, it cannot be downloaded, or the run has no checkpoint.
+    """
+    path = remote.path_of(adapter)
+    if RUN_NAME in (remote.names(path) if remote.is_remote(path) else [RUN_NAME] * (path / RUN_NAME).is_file()):
+        path = newest_of_run(path)
+    if run_of(path) is not None and _has_adapter(path):
+        return remote.local_copy(path / ADAPTER_NAME, lambda _: True)
+    if remote.is_remote(path):
+        return remote.local_copy(path, lambda _: True)
+    if path.is_dir():
+        return path
+    if isinstance(adapter, str) and not path.exists() and _HUB_ID.fullmatch(adapter):
+        return _download(adapter, ["adapter_config.json", "adapter_model.*", "dsvl2_adapter.json"])
+    raise CheckpointError(
+        f"{adapter}: no such directory. Give the one that holds an adapter's adapter_config.json and "
+        "adapter_model.safetensors, or its hub id."
+    )
+
+
+def _download(hub_id: str, adapter: list[str] | None = None) -> Path:
+    """``adapter``: the patterns of an adapter's files; without it, those of a checkpoint."""
     import huggingface_hub
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.md", "*.txt", "LICENSE*"]
+        patterns = adapter or ["*.json", "*.safetensors", "*.model", "*.md", "*.txt", "LICENSE*"]
         with contextlib.redirect_stderr(unescaped(sys.stderr)):  # where the client draws its own progress bars
             directory = Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
-            if not any(directory.glob("*.safetensors")):
+            if adapter is None and not any(directory.glob("*.safetensors")):
                 patterns.append("pytorch_model*.bin")
                 directory = Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
         return directory
@@ -205,10 +238,27 @@ def kind(directory: Path) -> str:
     )
 
 
+def refuse_adapter(checkpoint: Path) -> None:
+    """Raises CheckpointError for a run's checkpoint that holds an adapter instead of a model."""
+    if _has_adapter(checkpoint):
+        raise CheckpointError(
+            f"{checkpoint}: of a run that trains an adapter, which is no model by itself. Give the model that it was "
+            f"made for as the checkpoint, and this with --adapter {checkpoint / ADAPTER_NAME}"
+        )
+
+
+def _has_adapter(checkpoint: Path) -> bool:
+    """True for a run's checkpoint that holds an adapter."""
+    if remote.is_remote(checkpoint):
+        return ADAPTER_NAME in remote.names(checkpoint)
+    return (checkpoint / ADAPTER_NAME).is_dir()
+
+
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of a converted directory, after checking that every file it lists has its size.
 
     Besides "parameters", "files" (name → bytes) and "mixed_dtypes" it has "notes" (what was tolerated in the source),
+    "quantization" ("kind", "group" and "rules", see `dsvl2_jax.model.quantization`; empty where nothing is quantized),
     "sha256" (file → digest) and "source_sha256", which a manifest of an earlier version of this program lacks.
 
     Raises:
@@ -224,12 +274,13 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         )
     if digests.is_sealed(manifest) or "sha256" in manifest:
         digests.check_seal(path, read_text(path, CheckpointError, _CONVERT_AGAIN), _CONVERT_AGAIN)
-    manifest = {"mixed_dtypes": {}, "notes": [], "sha256": {}, "source_sha256": {}} | manifest
+    manifest = {"mixed_dtypes": {}, "notes": [], "quantization": {}, "sha256": {}, "source_sha256": {}} | manifest
     for key, kind_of_value, kind_of_items in (
         ("files", dict, int),
         ("parameters", dict, dict),
         ("mixed_dtypes", dict, str),
         ("notes", list, str),
+        ("quantization", dict, (str, int, list)),
         ("sha256", dict, str),
         ("source_sha256", dict, str),
     ):
@@ -241,6 +292,18 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read (mixed_dtypes names {unknown.pop()!r}). {_CONVERT_AGAIN}")
     check_sizes(directory, manifest["files"], "the converted checkpoint is damaged; copy or convert it again")
     return manifest
+
+
+def quantization_in(directory: Path) -> Quantization | None:
+    """How the weights of a converted directory are quantized; None where they are not, and of other layouts.
+
+    Raises:
+      CheckpointError: the manifest cannot be read.
+    """
+    from dsvl2_jax.model.quantization import Quantization  # jax, which finding a checkpoint does without
+
+    found = read_manifest(directory)["quantization"] if kind(directory) == "orbax" else {}
+    return Quantization.of(found) if found else None
 
 
 def check_sizes(directory: Path, sizes: Mapping[str, int], problem: str) -> None:

@@ -9,11 +9,11 @@ Tested in tests/checkpoint/test_load.py, tests/convert/test_to_orbax.py and test
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import logging
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -24,6 +24,7 @@ import numpy as np
 from dsvl2_jax.checkpoint import remote
 from dsvl2_jax.model.parameter_paths import LeafPath
 from dsvl2_jax.runtime.lazy import LazyModule
+from dsvl2_jax.runtime.malloc import give_freed_memory_back
 
 # What neither reads nor writes such checkpoints does without.
 jax = LazyModule("jax")
@@ -100,7 +101,8 @@ class Saving:
 
         Args:
           path: must not exist.
-          trees: name → nested dicts, tuples and lists of `jax.Array`. They may be donated or deleted at once.
+          trees: name → nested dicts, tuples and lists of `jax.Array`, which may be donated or deleted at once; or
+            `Files`.
           document: anything JSON can hold; each process keeps its own.
           entries: as for `ParamWriter`, of the leaves of every tree.
         """
@@ -188,6 +190,30 @@ class _Document:
         return remote.path_of(str(directory)) / f"process-{jax.process_index()}.json"
 
 
+class Files:
+    """Files that a function writes, as one thing of a checkpoint of several: a directory of their own in it."""
+
+    def __init__(self, write: Callable[[Path], None], nbytes: int):
+        """``write``: makes the directory that it is given, called in the first process. ``nbytes``: of the files."""
+        self.write = write
+        self.nbytes = nbytes
+
+    async def save(self, directory: Any) -> Awaitable[None]:
+        async def write() -> None:
+            target = remote.path_of(str(await directory.await_creation()))
+            if jax.process_index() == 0:
+                with tempfile.TemporaryDirectory(prefix="dsvl2-files-") as parent:
+                    made = Path(parent) / target.name
+                    self.write(made)
+                    for file in sorted(made.iterdir()):
+                        (target / file.name).write_bytes(file.read_bytes())
+
+        return write()
+
+    async def load(self, directory: Any) -> Awaitable[None]:
+        raise NotImplementedError("the files are read as files")
+
+
 def _documents(directory: Path) -> list[Any]:
     return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(directory.glob("process-*.json"))]
 
@@ -253,7 +279,7 @@ def read(path: Path, leaves: Mapping[LeafPath, jax.ShapeDtypeStruct]) -> dict[Le
     context.pytree_options.loading.partial_load = True
     with context:
         arrays = traverse_util.flatten_dict(_load(checkpoint, traverse_util.unflatten_dict(leaves), **options))
-    _give_memory_back()
+    give_freed_memory_back()  # tensorstore's: 0.5 GB of a load on tiny's scale
     return arrays
 
 
@@ -284,12 +310,6 @@ def _hide_late_errors() -> Callable[[], None]:
 
     sys.unraisablehook = hook
     return undo
-
-
-def _give_memory_back() -> None:
-    """Gives what tensorstore has freed to the system; glibc keeps it, 0.5 GB of a load on tiny's scale."""
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _checkpoint_of(path: Path) -> tuple[Path, dict[str, str]]:

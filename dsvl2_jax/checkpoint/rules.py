@@ -22,7 +22,7 @@ import numpy as np
 from dsvl2_jax.errors import CheckpointError
 from dsvl2_jax.messages import listed
 from dsvl2_jax.model.config import Config
-from dsvl2_jax.model.parameter_paths import LeafPath, path_name
+from dsvl2_jax.model.parameter_paths import LeafPath, path_name, stays_float32
 
 Shape = tuple[int, ...]
 
@@ -39,11 +39,13 @@ class Layout:
     """How one released tensor lies in its target.
 
     ``source_shape`` is the released shape; permuting its axes by ``axes`` and reshaping gives the
-    target. The identity permutation moves no element.
+    target. The identity permutation moves no element. ``inputs`` are the axes of the target that the
+    released matrix [out, in] has as its inputs; empty where it is no such matrix.
     """
 
     source_shape: Shape
     axes: tuple[int, ...]
+    inputs: tuple[int, ...] = ()
 
     def view(self, target: np.ndarray) -> np.ndarray:
         """``target`` (contiguous) seen with the released shape: a view, so writing to it fills the target."""
@@ -97,7 +99,7 @@ def flat(target: Shape) -> Layout:
 
 def rows(target: Shape) -> Layout:
     """A released matrix [rows, columns] whose rows are split into axes here."""
-    return _identity((math.prod(target[:-1]), target[-1]))
+    return Layout((math.prod(target[:-1]), target[-1]), (0, 1), inputs=(len(target) - 1,))
 
 
 def leading_ones(count: int) -> LayoutOf:
@@ -109,7 +111,7 @@ def linear(inputs: int = 1) -> LayoutOf:
     """torch Linear [out, in] → kernel [in …, out …], whose first ``inputs`` axes are the input."""
 
     def layout(target: Shape) -> Layout:
-        return Layout((math.prod(target[inputs:]), math.prod(target[:inputs])), (1, 0))
+        return Layout((math.prod(target[inputs:]), math.prod(target[:inputs])), (1, 0), tuple(range(inputs)))
 
     return layout
 
@@ -230,6 +232,16 @@ class Leaf:
     def name(self) -> str:
         return path_name(self.path)
 
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """The parameter's axes that hold the inputs of released matrices [out, in]; empty where they are no such."""
+        return tuple(int(self.stacked) + axis for axis in self.layout.inputs)
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """The parameter's other axes, but for that of experts."""
+        return tuple(axis for axis in range(int(self.stacked), len(self.shape)) if axis not in self.inputs)
+
     def parts(self, parameter: np.ndarray) -> list[tuple[str, np.ndarray]]:
         """(released name, its part of the parameter viewed with the released shape), writable."""
         if not self.stacked:
@@ -272,6 +284,18 @@ def expand(config: Config) -> tuple[Leaf, ...]:
                 raise ValueError(f"rules: {taken_by[source]} and {leaf.name} both take tensor {source}")
             taken_by[source] = leaf.name
     return tuple(leaves)
+
+
+def linear_leaves(config: Config) -> dict[LeafPath, Leaf]:
+    """The parameters that are matrices of linear layers, with heads and experts: those that can have an adapter.
+
+    Not the router's, which computes in float32 always, nor the pooling head's, of which the language model has no use.
+    """
+    return {
+        leaf.path: leaf
+        for leaf in expand(config)
+        if leaf.layout.inputs and not stays_float32(leaf.path) and leaf.path[: len(UNUSED_PATH)] != UNUSED_PATH
+    }
 
 
 def _leaf(path: LeafPath, shape: Shape) -> Leaf:

@@ -24,9 +24,8 @@ _OTHER_WEIGHTS = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".pt", ".
 _NUMBERED = re.compile(r"(.*)-(\d{1,9})-of-(\d{1,9})(\..*)")
 
 MERGE = (
-    'merge it into the model that it was trained on, where that is: python -c "from peft import '
-    "AutoPeftModelForCausalLM as M; M.from_pretrained('ADAPTER', trust_remote_code=True).merge_and_unload()"
-    ".save_pretrained('MERGED')\"; then give MERGED, with the base model's tokenizer and processor files"
+    "give it as --adapter to generate, chat, eval or serve, beside the checkpoint that it was trained on; or merge the "
+    "two, dsvl2 merge CHECKPOINT ADAPTER MERGED, and give MERGED"
 )
 
 

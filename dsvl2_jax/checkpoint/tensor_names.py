@@ -21,7 +21,7 @@ from dsvl2_jax.messages import listed
 from dsvl2_jax.model.config import Config
 
 # Parts of a name that wrappers put in, at any depth: compilation, sharded training, recomputation.
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _ADAPTER = re.compile(
     r"(^|\.)(lora_(A|B|E|embedding_A|embedding_B|magnitude_vector)|(hada|oft|vera|ia3|lokr)_\w+|base_layer|modules_to_save"
     r"|original_module)(\.|$)"
@@ -49,15 +49,14 @@ def released_names(stored: dict[str, Tensor], config: Config, source: str) -> Na
     expected = rules.expected_shapes(config)
     if adapters := [name for name in stored if _ADAPTER.search(name)]:
         raise CheckpointError(
-            f"{source}: the tensors belong to an adapter (LoRA or the like), as yet apart from its model; {MERGE}. "
+            f"{source}: the tensors belong to an adapter (LoRA or the like), as yet apart from its model. If "
+            f"the adapter is not in a directory of its own, save it into one with peft's save_pretrained; {MERGE}. "
             f"Found:\n{listed(adapters, limit=3)}"
         )
     notes: list[str] = []
-    names = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in stored}
+    names = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in stored}
     if wrapped := sum(old != new for old, new in names.items()):
-        notes.append(
-            f"{wrapped} names have parts that wrappers add ({', '.join(sorted(_WRAPPERS))}): read without them"
-        )
+        notes.append(f"{wrapped} names have parts that wrappers add ({', '.join(sorted(WRAPPERS))}): read without them")
     if prefix := _prefix(names.values(), expected):
         names = {old: new.removeprefix(prefix) for old, new in names.items()}
         notes.append(f"all names begin with {prefix!r}: read without it")
@@ -103,11 +102,12 @@ def check_buffer(name: str, values: np.ndarray, config: Config, source: str) -> 
       CheckpointError: they differ by more than bfloat16 rounds.
     """
     language = config.language
-    width = language.qk_rope_head_dim if language.use_mla else language.head_dim
-    expected = language.rope_theta ** -(np.arange(0, width, 2) / width)
+    expected = language.inverse_frequencies
     if values.shape != expected.shape or not np.allclose(values, expected, rtol=0.01, atol=0):
+        says = f"config.json's rope_theta {language.rope_theta}"
+        says += "" if language.rope_scaling is None else f" with rope_scaling {language.rope_scaling.kind}"
         raise CheckpointError(
-            f"{source}: {name} holds {_shown(values)}, but config.json's rope_theta {language.rope_theta} gives "
+            f"{source}: {name} holds {_shown(values)}, but {says} gives "
             f"{_shown(expected)}: the model was made for other positions than config.json says. Get both from the same "
             "release."
         )

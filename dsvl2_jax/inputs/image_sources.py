@@ -30,6 +30,12 @@ from dsvl2_jax.inputs.images import ImageSource
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
 
+
+def is_frame(name: str) -> bool:
+    """Whether a file in a folder of frames is one of them, by its name."""
+    return not name.startswith(".") and name.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+
+
 # The reasons that samples are counted under when an image fails them.
 MISSING_IMAGE, BAD_REFERENCE = "image missing", "image reference"
 
@@ -143,6 +149,9 @@ class ImageStore(Protocol):
     def find(self, name: str) -> ImageSource:
         """A path or a file's bytes. Raises SampleError when there is no such image, OSError when reading fails."""
 
+    def frames(self, name: str) -> list[str] | None:
+        """The names of the pictures in a folder, in any order; None where there is no folder of that name."""
+
 
 @dataclasses.dataclass(frozen=True)
 class FolderImages:
@@ -153,6 +162,16 @@ class FolderImages:
 
     root: str
     follow_links: bool = False
+
+    def frames(self, name: str) -> list[str] | None:
+        root = os.path.abspath(self.root)
+        path = os.path.normpath(os.path.join(root, name))
+        if not _is_below(path, root) or not os.path.isdir(path):
+            return None
+        resolved = os.path.realpath(path)
+        if not self.follow_links and not _is_below(resolved, os.path.realpath(root)):
+            return None
+        return [os.path.join(name, file) for file in os.listdir(resolved) if is_frame(file)]
 
     def find(self, name: str) -> ImageSource:
         root = os.path.abspath(self.root)
@@ -201,6 +220,16 @@ class TarImages:
         shard, member = self._order[position]
         index = self.shards[shard]
         return self._pool.read(index.path, int(index.offsets[member]), int(index.sizes[member]))
+
+    def frames(self, name: str) -> list[str] | None:
+        folder = f"{_plain_name(name).rstrip('/')}/"
+        members = []
+        for position in range(bisect.bisect_left(range(len(self._order)), folder, key=self._name), len(self._order)):
+            member = self._name(position)
+            if not member.startswith(folder):
+                break
+            members.append(member)
+        return [member for member in members if is_frame(member.rpartition("/")[2])] if members else None
 
     def _name(self, position: int) -> str:
         shard, member = self._order[position]
@@ -283,6 +312,9 @@ class _AnyFile:
 
     def find(self, name: str) -> ImageSource:
         return name
+
+    def frames(self, name: str) -> list[str] | None:
+        return None  # `read_frames` looks for itself
 
 
 def open_reference(reference: Any) -> ImageSource:

@@ -70,7 +70,7 @@ def read_image(
     Raises ImageError, naming the file, if it is missing, a directory, not an image, truncated, without pixels,
     or has more than `max_pixels` pixels.
     """
-    name = _name_of(source)
+    name = name_of(source)
     with _opened(source, name) as image:
         width, height = image.size
         if width * height > max_pixels:
@@ -103,7 +103,7 @@ def image_size(source: ImageSource, as_seen: bool = False) -> tuple[int, int]:
     As seen, a PNG is decoded: its EXIF data may stand behind the pixels. Raises ImageError as `load_image` does, but
     for the number of pixels, which is the caller's to judge below PIL's own limit of twice MAX_IMAGE_PIXELS.
     """
-    with _opened(source, _name_of(source)) as image:
+    with _opened(source, name_of(source)) as image:
         width, height = image.size
         if as_seen and image.format != "TIFF" and _orientation(image) in _LYING:  # PIL turns a TIFF itself
             return height, width
@@ -144,15 +144,14 @@ def tile_image(
     candidates: Sequence[tuple[int, int]],
     tile_size: int,
     pad_colour: tuple[int, int, int],
-    crop: bool,
 ) -> tuple[np.ndarray, tuple[int, int]]:
     """Cut an RGB image into its global view and its local tiles.
 
     Returns (tiles u8[1 + rows·cols, S, S, 3], (cols, rows)): the whole image padded to one tile first, then the
-    tiles of the image padded to the best candidate, row by row. Without `crop` the only local tile equals the
-    global view. Each view is resized (bicubic) from the original and centred on `pad_colour`.
+    tiles of the image padded to the best candidate, row by row. Each view is resized (bicubic) from the original and
+    centred on `pad_colour`; of a single tile the local view equals the global one.
     """
-    canvas = select_best_resolution(image.size, candidates) if crop else (tile_size, tile_size)
+    canvas = select_best_resolution(image.size, candidates)
     cols, rows = canvas[0] // tile_size, canvas[1] // tile_size
     global_view = pad_image(image, (tile_size, tile_size), pad_colour)
     local_view = pad_image(image, canvas, pad_colour)
@@ -165,19 +164,24 @@ def pad_image(image: Image.Image, size: tuple[int, int], pad_colour: tuple[int, 
     return np.asarray(ImageOps.pad(image, size, color=pad_colour))
 
 
+def check_file(path: str | os.PathLike[str], name: str) -> None:
+    """Raises ImageError, beginning with ``name``, where a path leads to no file."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        if isinstance(error, FileNotFoundError):
+            where = f"Check the path; a relative one starts at {Path.cwd()}."
+            raise ImageError(f"{name}: no such file. {where}") from None
+        raise ImageError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error}).") from None
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError(f"{name}: is a directory. Give the path of an image file.")
+
+
 @contextlib.contextmanager
 def _opened(source: ImageSource, name: str) -> Iterator[Image.Image]:
     """An image whose header alone has been read. What goes wrong with it afterwards is an ImageError as well."""
     if isinstance(source, str | os.PathLike):
-        try:
-            status = os.stat(source)
-        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-            if isinstance(error, FileNotFoundError):
-                where = f"Check the path; a relative one starts at {Path.cwd()}."
-                raise ImageError(f"{name}: no such file. {where}") from None
-            raise ImageError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error}).") from None
-        if stat.S_ISDIR(status.st_mode):
-            raise ImageError(f"{name}: is a directory. Give the path of an image file.")
+        check_file(source, name)
     elif isinstance(source, bytearray | memoryview):
         source = bytes(source)
     elif not isinstance(source, bytes | Image.Image):
@@ -268,7 +272,8 @@ def _divided(image: Image.Image) -> Image.Image:
     return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
 
 
-def _name_of(source: object) -> str:
+def name_of(source: object) -> str:
+    """What a source of an image is called in messages."""
     if isinstance(source, str | os.PathLike):
         return os.fspath(source)
     if isinstance(source, Image.Image):

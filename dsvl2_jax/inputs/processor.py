@@ -5,6 +5,7 @@ and `ModelInputs` is one sample: token ids, labels, tiles, and for every positio
 """
 
 import dataclasses
+import itertools
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,18 +19,20 @@ from dsvl2_jax import fields
 from dsvl2_jax.errors import ConfigError, UsageError
 from dsvl2_jax.fields import Problem, setting
 from dsvl2_jax.inputs.conversation import Piece, render_conversation, render_prompt
+from dsvl2_jax.inputs.frame_choice import EVEN, FRAMES, check_frames
 from dsvl2_jax.inputs.image_sources import open_reference
-from dsvl2_jax.inputs.images import ImageSource, pad_image, read_image, tile_image, trait_notes
+from dsvl2_jax.inputs.images import ImageSource, pad_image, read_image, select_best_resolution, tile_image, trait_notes
+from dsvl2_jax.inputs.tile_budget import MAX_CANVAS_PIXELS, NO_BUDGET, TileBudget, budgeted_candidates, tiles_of
 from dsvl2_jax.inputs.tokenizer import IMAGE_TOKEN, Tokenizer
+from dsvl2_jax.inputs.videos import read_frames
+from dsvl2_jax.inputs.visuals import Picture, open_visual
 from dsvl2_jax.json_files import read_json_object
 from dsvl2_jax.model.config import NEWLINE_POSITION, SEPARATOR_POSITION, TEXT_POSITION
 
-# With more images than this in a conversation, none is cut into local tiles.
+# With more images than this in a conversation, none is cut into local tiles, unless a budget says so.
 MAX_TILED_IMAGES = 2
 
-# Bounds of what a processor_config.json may ask for: the largest canvas that was ever evaluated has 18 tiles, 2.7
-# million pixels, and 100 tiles have fewer than 500 canvases.
-MAX_CANVAS_PIXELS, MAX_CANVASES = 1 << 25, 1000
+MAX_CANVASES = 1000  # that a processor_config.json may ask for; 100 tiles have fewer than 500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,7 @@ class ProcessorConfig:
     """processor_config.json. Keys it lacks take the official class's defaults; the first three have none.
 
     Raises ConfigError, naming the file and the field, for values that cannot work. Change fields with
-    `dataclasses.replace`, for example `candidate_resolutions` to those of `extended_candidate_resolutions`.
+    `dataclasses.replace`.
     """
 
     candidate_resolutions: tuple[tuple[int, int], ...] = setting(  # (width, height) of each canvas
@@ -79,6 +82,15 @@ class ProcessorConfig:
     def tokens_per_side(self) -> int:
         """h, the side of a tile's token grid after the adaptor's downsampling: 14 for the released models."""
         return math.ceil((self.tile_size // self.patch_size) / self.downsample_ratio)
+
+    @property
+    def largest(self) -> int:
+        """The most tiles of a candidate."""
+        return max(tiles_of(canvas, self.tile_size) for canvas in self.candidate_resolutions)
+
+    def candidates(self, budget: TileBudget = NO_BUDGET) -> tuple[tuple[int, int], ...]:
+        """The (width, height) canvases that a budget leaves of the candidates, and adds: see `budgeted_candidates`."""
+        return budgeted_candidates(self.candidate_resolutions, self.tile_size, budget)
 
     @property
     def pad_colour(self) -> tuple[int, ...]:
@@ -138,9 +150,12 @@ class Processor:
     as_seen: bool = False
     strict_special_tokens: bool = False
     warns: bool = True
+    budget: TileBudget = NO_BUDGET
+    frames: int = FRAMES
+    frame_choice: str = EVEN
 
     @classmethod
-    def from_dir(cls, path: str | Path, **options: bool) -> "Processor":
+    def from_dir(cls, path: str | Path, **options: Any) -> "Processor":
         """Read the processor of a checkpoint directory; `options` are the attributes above.
 
         Raises ConfigError or TokenizerError naming the file that is missing or wrong.
@@ -150,6 +165,23 @@ class Processor:
         if model_config.is_file():
             position = read_json_object(model_config, ConfigError).get("global_view_pos", position)
         return cls(ProcessorConfig.from_dir(path), Tokenizer.from_dir(path), position, **options)
+
+    def set_visuals(
+        self,
+        max_tiles: int | None = None,
+        min_tiles: int | None = None,
+        frames: int | None = None,
+        frame_choice: str | None = None,
+    ) -> None:
+        """Sets `budget`, `frames` and `frame_choice`; None: as they are without a choice.
+
+        Raises UsageError for values that cannot be, or a budget that leaves no canvas.
+        """
+        budget = TileBudget(max_tiles, min_tiles).checked()
+        self.config.candidates(budget)
+        frames, choice = FRAMES if frames is None else frames, EVEN if frame_choice is None else frame_choice
+        check_frames(frames, choice)
+        self.budget, self.frames, self.frame_choice = budget, frames, choice
 
     def __call__(
         self,
@@ -161,24 +193,29 @@ class Processor:
         system_prompt: str = "",
         inference: bool = True,
         mask_prompt: bool | None = None,
+        max_tiles: int | None = None,
+        min_tiles: int | None = None,
     ) -> ModelInputs:
-        """Process a conversation, or a raw `prompt`, with its images.
+        """Process a conversation, or a raw `prompt`, with its images and videos.
 
         Args:
             conversation: turns ``{"role", "content", "images"?}``, user and assistant in turn after an optional
                 system turn, in any form of `read_turn`: content is a string, in which each ``<image>`` of a user
                 stands for the next image, or a list of parts. An image is a path, a file's bytes, a ``data:`` URL, a
-                PIL image or an array u8[H, W, 3] (also [H, W] and [H, W, 4]).
+                PIL image or an array u8[H, W, 3] (also [H, W] and [H, W, 4]). A video is ``{"video": source}``: its
+                frames are so many images, with a line end between two; see `read_visual` and `read_frames`.
             images: all images in order, instead of those in the turns; required with a `prompt` that has some.
             prompt: a string to tokenise as it is; with `apply_sft_format` it becomes a user turn, with
                 `system_prompt` before it. (`system_prompt` is used nowhere else: give a system turn.)
             inference: leave the answer open: an assistant turn to be written, no final eos. False for training.
             mask_prompt: labels only for the assistant's text and eos (and bos); None takes the config's. A raw
                 prompt masks image positions only. Either way a turn with ``"loss": false`` has none.
+            max_tiles, min_tiles: of local tiles, for the images that have no budget of their own: see `candidates`.
 
         Raises ConversationError for a conversation that cannot be processed, ImageError for an image that cannot
         be read, UsageError for arguments that exclude each other.
         """
+        budget = TileBudget(max_tiles, min_tiles).checked().over(self.budget)
         if (conversation is None) == (prompt is None):
             found = "neither" if prompt is None else "both"
             raise UsageError(f"Give either a conversation or a prompt; found {found}.")
@@ -198,7 +235,9 @@ class Processor:
                 stacklevel=2,
             )
 
-        tiles, grid, sizes, traits = self._tile(sources)
+        pictures = [self.pictures(source) for source in sources]
+        pieces = _with_frames(pieces, list(map(len, pictures)))
+        tiles, grid, sizes, traits = self._tile(list(itertools.chain(*pictures)), budget)
         if self.warns and not self.as_seen:
             for note in trait_notes(traits, "as_seen=True"):
                 warnings.warn(note, stacklevel=2)
@@ -219,21 +258,55 @@ class Processor:
         """`dsvl2_jax.inputs.images.read_image`, as the processor reads images."""
         return read_image(open_reference(source), self.as_seen)
 
+    def pictures(self, source: Any) -> list[Picture]:
+        """What stands for one ``<image>``: an image, which is not read yet, or the frames of a video.
+
+        Raises ImageError for a video that cannot be read, UsageError for options that cannot be.
+        """
+        visual = open_visual(source)
+        if isinstance(visual, Picture):
+            return [visual]
+        count, choice = visual.frames or self.frames, visual.frame_choice or self.frame_choice
+        frames = read_frames(visual.source, count, choice, as_seen=self.as_seen)
+        return [Picture(frame, visual.budget) for frame in frames]
+
+    def candidates(self, images: int, own: TileBudget = NO_BUDGET, budget: TileBudget = NO_BUDGET) -> Any:
+        """The canvases that one of a conversation's images may have, as (width, height) pairs.
+
+        A budget of its own always holds. Without one the conversation's does; but among more than `MAX_TILED_IMAGES`
+        an image is one tile then, as in the official code, unless ``min_tiles`` is more.
+
+        Args:
+          images: how many the conversation has, a video's frames included.
+          own, budget: the image's, and the conversation's.
+        """
+        if own == NO_BUDGET and images > MAX_TILED_IMAGES and (budget.min_tiles or 1) == 1:
+            return ((self.config.tile_size,) * 2,)
+        return self.config.candidates(own.over(budget))
+
+    def grid(
+        self, size: tuple[int, int], images: int, own: TileBudget = NO_BUDGET, budget: TileBudget = NO_BUDGET
+    ) -> tuple[int, int]:
+        """(cols, rows) of the local tiles that an image of (width, height) is cut into; arguments as `candidates`'s."""
+        width, height = select_best_resolution(size, self.candidates(images, own, budget))
+        return width // self.config.tile_size, height // self.config.tile_size
+
     def global_view(self, image: Image.Image) -> np.ndarray:
         """u8[S, S, 3], the whole of an RGB image in one tile: the first that `__call__` makes of it."""
         side = self.config.tile_size
         return pad_image(image, (side, side), self.config.pad_colour)
 
-    def _tile(self, sources: Sequence[ImageSource]) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
+    def _tile(
+        self, pictures: Sequence[Picture], budget: TileBudget
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
         """(tiles u8[N,S,S,3], grid i32[images,2], sizes i32[images,2], traits)."""
-        config, side = self.config, self.config.tile_size
+        side, colour = self.config.tile_size, self.config.pad_colour
         tiles, grid, sizes, traits = [np.zeros((0, side, side, 3), np.uint8)], [], [], ()
-        for source in sources:
-            image, image_traits = self.read_image(source)
+        for picture in pictures:
+            image, image_traits = read_image(picture.source, self.as_seen)
             traits += image_traits
-            image_tiles, image_grid = tile_image(
-                image, config.candidate_resolutions, side, config.pad_colour, crop=len(sources) <= MAX_TILED_IMAGES
-            )
+            candidates = self.candidates(len(pictures), picture.budget, budget)
+            image_tiles, image_grid = tile_image(image, candidates, side, colour)
             tiles.append(image_tiles)
             grid.append(image_grid)
             sizes.append(image.size)
@@ -269,6 +342,20 @@ class Processor:
             first_tile += 1 + cols * rows
 
 
+def _with_frames(pieces: Sequence[Piece], counts: Sequence[int]) -> list[Piece]:
+    """The pieces, of each ``<image>`` as many, in lines, as it stands for pictures: the frames of a video."""
+    if all(count == 1 for count in counts):
+        return list(pieces)
+    left, expanded = iter(counts), []
+    for piece in pieces:
+        if piece.marks_images:
+            first, *rest = piece.text.split(IMAGE_TOKEN)
+            tags = ("\n".join([IMAGE_TOKEN] * next(left)) + text for text in rest)
+            piece = piece._replace(text=first + "".join(tags))
+        expanded.append(piece)
+    return expanded
+
+
 def image_tokens(cols: int | np.ndarray, rows: int | np.ndarray, side: int) -> int | np.ndarray:
     """How many tokens an image of ``cols`` × ``rows`` local tiles takes; numbers, or arrays of them.
 
@@ -294,17 +381,6 @@ def image_positions(cols: int, rows: int, side: int, first_tile: int, global_vie
     ]
     before, after = views if global_view_pos == "head" else reversed(views)
     return np.concatenate([before, [SEPARATOR_POSITION], after]).astype(np.int32)
-
-
-def extended_candidate_resolutions(max_tiles: int, tile_size: int) -> tuple[tuple[int, int], ...]:
-    """All (width, height) canvases of 1 to `max_tiles` tiles, in the released order: by area, then by width.
-
-    9 tiles of 384 give the released 23; 18 are what InfoVQA was evaluated with:
-    ``replace(config, candidate_resolutions=extended_candidate_resolutions(18, config.tile_size))``.
-    """
-    grids = [(cols, rows) for cols in range(1, max_tiles + 1) for rows in range(1, max_tiles // cols + 1)]
-    grids.sort(key=lambda grid: (grid[0] * grid[1], grid[0]))
-    return tuple((cols * tile_size, rows * tile_size) for cols, rows in grids)
 
 
 def rebased(image_index: np.ndarray, rows: int | np.ndarray) -> np.ndarray:

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dsvl2_jax.errors import ConversationError
+from dsvl2_jax.inputs.tile_budget import BUDGET_KEYS
 from dsvl2_jax.inputs.turns import ROLES, SWITCHES, says_nothing
+from dsvl2_jax.inputs.visuals import VIDEO_KEYS
 
 TURNS = ("messages", "conversations", "conversation")
 # (question, what is appended to it, answer)
@@ -40,7 +42,6 @@ _REFUSED = {
     "chosen_response margin kto_tag positive_messages negative_messages positive negative",
     "a class or a score of the answer": "label labels",
     "tools": "tools functions tool_calls function_call tool_call_id",
-    "video": "video videos",
     "sound": "audio audios",
     "reasoning beside the answer": "reasoning reasoning_content thinking",
     "a loss on parts of a text": "train_detail training_detail labels_mask loss_mask mask",
@@ -98,7 +99,7 @@ def unused_keys(record: Mapping[str, Any], form: Form) -> tuple[str, ...]:
 
     Raises ConversationError for a key with which training would learn something else than the record says.
     """
-    known = {*form.used, "images", "image", "objects", *SWITCHES}
+    known = {*form.used, "images", "image", "videos", "video", "objects", *SWITCHES, *VIDEO_KEYS, *BUDGET_KEYS}
     rest = [str(key) for key, value in record.items() if key not in known and not says_nothing(value)]
     refuse(rest, "")
     elsewhere = [key for key in rest if key in _IMAGE_KEYS]

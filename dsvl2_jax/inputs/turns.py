@@ -6,13 +6,16 @@ joins the parts of a message by `parts_text` too. Nothing here opens a picture. 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dsvl2_jax.errors import ConversationError
+from dsvl2_jax.inputs.tile_budget import BUDGET_KEYS
 from dsvl2_jax.inputs.tokenizer import ASSISTANT_TOKEN, IMAGE_TOKEN, USER_TOKEN
+from dsvl2_jax.inputs.visuals import VIDEO_KEYS
 from dsvl2_jax.messages import did_you_mean
 
 # The names of roles, in small letters: of the chat interfaces, of the published data sets, and the template's own.
@@ -31,8 +34,11 @@ ROLES = {
 # Of the model's predecessor, whose examples are still about. As text it would stand for no picture.
 OLD_IMAGE_TOKEN = "<image_placeholder>"
 
+VIDEO_TAG = "<video>"  # where a video belongs, beside `IMAGE_TOKEN`, which may stand for one too
+
 _NAMES = (("role", "content"), ("from", "value"))
-_IMAGES = ("images", "image")
+IMAGES = ("images", "image")
+_VIDEOS = ("videos", "video")
 # Keys that say nothing about what the model reads. Boxes are what the server adds to its answers, whose text has them.
 _HARMLESS = frozenset({"id", "name", "uuid", "message_id", "created", "created_at", "timestamp", "date", "boxes"})
 
@@ -41,7 +47,11 @@ SWITCHES = ("loss", "weight", "train", "training", "loss_weight", "loss_scale")
 
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 _IMAGE_PARTS = frozenset({"image", "image_url", "input_image"})
-_REFERENCES = ("image_url", "image", "url", "path", "base64", "bytes", "data", "source")
+_VIDEO_PARTS = frozenset({"video", "video_url", "input_video"})
+_KINDS = ("text", "image", "image_url", "video", "video_url")  # keys that tell what a part without a type is
+_ELSEWHERE = ("url", "path", "base64", "bytes", "data", "source")
+_REFERENCES = {"image": ("image_url", "image", *_ELSEWHERE), "video": ("video_url", "video", *_ELSEWHERE)}
+_OPTIONS = {"image": BUDGET_KEYS, "video": (*VIDEO_KEYS, *BUDGET_KEYS)}
 _HARMLESS_OF_PARTS = _HARMLESS | frozenset({"type", "detail", "format", "media_type", "mime_type", "cache_control"})
 
 
@@ -50,8 +60,9 @@ class Turn(NamedTuple):
 
     Attributes:
       role: "user", "assistant" or "system".
-      text: with ``<image>`` where each picture belongs.
-      images: the turn's own, as they were given: names, addresses, objects or pictures.
+      text: with ``<image>`` where each picture or video belongs.
+      images: the turn's own, in the order of their tags, as they were given: names, addresses, objects or pictures. One
+        with options, and every video, is an object that `dsvl2_jax.inputs.visuals.read_visual` takes.
       unused: keys that would say something, but not to this model, as "speaker" or "content[1].max_pixels".
       learnt: whether training may have a loss on it.
     """
@@ -70,8 +81,9 @@ def read_turn(turn: Any, label: str) -> Turn:
       turn: an object ``{"role", "content"}`` or ``{"from", "value"}``. The role is one of `ROLES` in any case. The
         content is a string or a list of parts: strings, ``{"type": "text", "text"}`` and ``{"type": "image", …}`` or
         ``{"type": "image_url", …}``. A part of an image has it under one of its keys, or stands for the next of those
-        given elsewhere. ``images`` or ``image`` beside the content are the turn's own. One of `SWITCHES` that is false
-        or 0 takes the loss from the turn.
+        given elsewhere; ``max_tiles`` and ``min_tiles`` may stand beside it. ``{"type": "video", …}`` is a video, with
+        ``frames`` and ``frame_choice`` too. ``images`` or ``image`` and ``videos`` or ``video`` beside the content are
+        the turn's own. One of `SWITCHES` that is false or 0 takes the loss from the turn.
       label: names the turn in errors, as in "turn 2".
 
     Raises:
@@ -87,7 +99,7 @@ def read_turn(turn: Any, label: str) -> Turn:
     content = turn[names[1]]
     if content is None and role == "assistant":
         content = ""  # as chat interfaces write an answer that is yet to come
-    unused = unused_keys(turn, {*names, *_IMAGES, *_HARMLESS, *SWITCHES})
+    unused = unused_keys(turn, {*names, *IMAGES, *_VIDEOS, *_HARMLESS, *SWITCHES})
     learnt = read_switch(turn, f"{label} ({role})")
     in_parts: list[Any] = []
     if isinstance(content, list | tuple):
@@ -97,13 +109,14 @@ def read_turn(turn: Any, label: str) -> Turn:
         raise ConversationError(
             f"{label} ({role}): content is of type {_type(content)}, expected a string or a list of parts."
         )
-    beside = _images_beside(turn, f"{label} ({role})")
-    if beside and in_parts:
+    beside, videos = listed(turn, IMAGES, f"{label} ({role}): "), listed_videos(turn, f"{label} ({role}): ")
+    if (beside or videos) and in_parts:
         raise ConversationError(
             f"{label} ({role}): its images are given twice, in parts of its content and beside it. Use one of the two."
         )
     if role == "user" and OLD_IMAGE_TOKEN in content:
         raise old_image_token(f"{label} ({role})")
+    [content], beside = place_videos([content], beside, videos, f"{label} ({role}): ")
     return Turn(role, content, tuple(in_parts or beside), unused, learnt)
 
 
@@ -170,8 +183,8 @@ def _read_parts(parts: Iterable[Any], label: str) -> tuple[str, list[Any], tuple
         kind = _kind(part)
         if kind is None:
             raise ConversationError(
-                f"{label}: {where} is neither text nor an image: {str(part)[:60]}. Expected "
-                '{"type": "text", "text": …} or {"type": "image", "image": …}.'
+                f"{label}: {where} is neither text nor an image nor a video: {str(part)[:60]}. Expected "
+                '{"type": "text", "text": …}, {"type": "image", "image": …} or {"type": "video", "video": …}.'
             )
         if kind == "text":
             if not isinstance(part.get("text"), str):
@@ -180,36 +193,75 @@ def _read_parts(parts: Iterable[Any], label: str) -> tuple[str, list[Any], tuple
             texts.append(part["text"])
             known = {"text"}
         else:
-            given = [key for key in _REFERENCES if not says_nothing(part.get(key))]
+            given = [key for key in _REFERENCES[kind] if not says_nothing(part.get(key))]
             if len(given) > 1:
                 raise ConversationError(
-                    f"{label}: {where} has its image twice, under {given[0]} and {given[1]}. Leave one of them out."
+                    f"{label}: {where} has its {kind} twice, under {given[0]} and {given[1]}. Leave one of them out."
+                )
+            options = {key: part[key] for key in _OPTIONS[kind] if part.get(key) is not None}
+            if not given and (options or kind == "video"):
+                raise ConversationError(
+                    f'{label}: {where} has no {kind} of its own. Give it in the part, as {{"type": "{kind}", '
+                    f'"{kind}": …}}.'
                 )
             texts.append(None)
-            images += [part[key] for key in given]
-            known = set(_REFERENCES)
+            images += [{kind: part[key], **options} if options or kind == "video" else part[key] for key in given]
+            known = {*_REFERENCES[kind], *_OPTIONS[kind]}
         unused += tuple(f"{where}.{key}" for key in unused_keys(part, {*known, *_HARMLESS_OF_PARTS}))
     return parts_text(texts), images, unused
 
 
-def _images_beside(turn: Mapping[str, Any], label: str) -> list[Any]:
-    """What ``images`` or ``image`` of a turn has: one image, or a list of them."""
-    given = [turn[key] for key in _IMAGES if not says_nothing(turn.get(key))]
-    if len(given) > 1:
-        raise ConversationError(f'{label}: "images" and "image" are both given. Use one of the two.')
-    if given and isinstance(given[0], list | tuple):
-        return list(given[0])
-    return given
+def listed(values: Mapping[str, Any], keys: Sequence[str], label: str) -> list[Any]:
+    """What stands under one of two keys: one thing, or a list. Raises ConversationError where both have some."""
+    given = [values[key] for key in keys if not says_nothing(values.get(key))]
+    if len(given) > 1 and not _same(*given):
+        raise ConversationError(f'{label}"{keys[0]}" and "{keys[1]}" are both given. Use one of the two.')
+    return [] if not given else list(given[0]) if isinstance(given[0], list | tuple) else [given[0]]
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two names, or lists of names, mean the same."""
+    first, second = (value if isinstance(value, list) else [value] for value in (one, other))
+    return all(isinstance(name, str) for name in (*first, *second)) and first == second
+
+
+def listed_videos(values: Mapping[str, Any], label: str) -> list[dict[str, Any]]:
+    """The videos of a turn or a record, each as `read_visual` takes it."""
+    return [{"video": video} for video in listed(values, _VIDEOS, label)]
+
+
+def place_videos(
+    texts: Sequence[str], images: Sequence[Any], videos: Sequence[Any], label: str
+) -> tuple[list[str], list[Any]]:
+    """Texts whose tags are all ``<image>``, and what they stand for, in order: pictures and videos.
+
+    With videos, ``<video>`` in a text stands for the next one. Without any ``<video>`` they come after the images, as
+    ``<image>`` too.
+
+    Raises ConversationError for another number of ``<video>`` than of videos, or of ``<image>`` than of images.
+    """
+    if not videos:
+        return list(texts), list(images)
+    tags = re.findall(f"{IMAGE_TOKEN}|{VIDEO_TAG}", "".join(texts))
+    if VIDEO_TAG not in tags:
+        return list(texts), [*images, *videos]
+    for tag, given in ((IMAGE_TOKEN, images), (VIDEO_TAG, videos)):
+        if tags.count(tag) != len(given):
+            raise ConversationError(
+                f"{label}{tags.count(tag)} {tag} tag(s) in the text, but {len(given)} given. Put one {tag} where each "
+                "belongs."
+            )
+    left = {IMAGE_TOKEN: iter(images), VIDEO_TAG: iter(videos)}
+    return [text.replace(VIDEO_TAG, IMAGE_TOKEN) for text in texts], [next(left[tag]) for tag in tags]
 
 
 def _kind(part: Any) -> str | None:
-    """Whether a part is "text" or "image", None for neither; its type may be left out where a key tells it."""
+    """Whether a part is "text", "image" or "video", None for none of them; without a type a key may tell it."""
     if not isinstance(part, Mapping):
         return None
-    kind = part.get("type", next((key for key in ("text", "image", "image_url") if key in part), None))
-    if not isinstance(kind, str):
-        return None
-    return "text" if kind in _TEXT_PARTS else "image" if kind in _IMAGE_PARTS else None
+    kind = part.get("type", next((key for key in _KINDS if key in part), None))
+    names = {"text": _TEXT_PARTS, "image": _IMAGE_PARTS, "video": _VIDEO_PARTS}
+    return next((plain for plain in names if isinstance(kind, str) and kind in names[plain]), None)
 
 
 def unused_keys(values: Mapping[str, Any], known: Iterable[str]) -> tuple[str, ...]:

@@ -55,14 +55,15 @@ def weight_product(x: jax.Array, kernel: jax.Array, contract: int) -> jax.Array:
 
 
 def as_bits(x: jax.Array) -> jax.Array:
-    """bfloat16 as uint16, anything else as it is.
+    """bfloat16 as uint16, float8 as int8, anything else as it is.
 
-    XLA's compiler for CPUs slices and gathers bfloat16 in float32: it converts the whole array before.
+    XLA's compiler for CPUs slices and gathers them in float32 and float16: it converts the whole array before.
     """
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+    bits = {"bfloat16": jnp.uint16, "float8_e4m3fn": jnp.int8}.get(x.dtype.name)
+    return x if bits is None else lax.bitcast_convert_type(x, bits)
 
 
-def bits_to_slice(x: jax.Array, at: jax.Array) -> jax.Array:
+def bits_to_slice(x: jax.Array, at: Any) -> jax.Array:
     """`as_bits` of an array that is then sliced at what ``at`` gives, without a copy of the whole.
 
     The compiler must not take the array's bits out of a loop, where they would be a copy.
@@ -71,7 +72,7 @@ def bits_to_slice(x: jax.Array, at: jax.Array) -> jax.Array:
 
 
 def from_bits(x: jax.Array) -> jax.Array:
-    """What `as_bits` was given."""
+    """What `as_bits` was given, of bfloat16."""
     return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
 

@@ -234,13 +234,30 @@ def _tpu_tgmm(
 
 
 def _blocked(x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array) -> jax.Array:
-    """One block of rows at a time.
+    def product(x: jax.Array, group: jax.Array, i: jax.Array) -> jax.Array:
+        w = lax.dynamic_index_in_dim(bits_to_slice(w_gkn, i), group, keepdims=False)  # [K, N]
+        return rows_product(x, from_bits(w))
+
+    return by_blocks(product, x_mk, w_gkn.shape[2], group_sizes_g)
+
+
+def by_blocks(
+    product: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    x_mk: jax.Array,
+    width: int,
+    group_sizes_g: jax.Array,
+) -> jax.Array:
+    """`grouped_matmul` on CPUs: one block of rows at a time.
 
     The last block of a group reaches into the rows of the next one; blocks come in order, so the next block
     overwrites those rows with their own product. Of a large block only as many rows are multiplied, in quarters, as
     belong to its group: what the last block of a group has less than the others would be half of a block.
+
+    Args:
+      product: of rows [rows, K], their group i32[] and the block's number i32[], to [rows, N].
+      width: N.
     """
-    rows, groups = x_mk.shape[0], w_gkn.shape[0]
+    rows, groups = x_mk.shape[0], group_sizes_g.shape[0]
     block = cpu_row_block(rows, groups)
     group, start, stop, count = cut_groups(group_sizes_g, block, rows)
     padded_mk = as_bits(jnp.pad(x_mk, ((0, block), (0, 0))))
@@ -248,19 +265,18 @@ def _blocked(x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array) -> jax
     sizes = [block * quarter // 4 for quarter in (1, 2, 3, 4)] if block >= LARGE_BLOCK else [block]
 
     def first_rows(size: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        def product(x: jax.Array, w: jax.Array) -> jax.Array:
-            return jnp.pad(as_bits(rows_product(from_bits(x[:size]), from_bits(w))), ((0, block - size), (0, 0)))
+        def some(x: jax.Array, i: jax.Array) -> jax.Array:
+            return jnp.pad(as_bits(product(from_bits(x[:size]), group[i], i)), ((0, block - size), (0, 0)))
 
-        return product
+        return some
 
     def body(i: jax.Array, out_mn: jax.Array) -> jax.Array:
         x = lax.dynamic_slice_in_dim(padded_mk, start[i], block)  # [block, K]
-        w = lax.dynamic_index_in_dim(bits_to_slice(w_gkn, i), group[i], keepdims=False)  # [K, N]
         quarters = (stop[i] - start[i] - 1) * len(sizes) // block  # less one
-        y = lax.switch(quarters, [first_rows(size) for size in sizes], x, w)
+        y = lax.switch(quarters, [first_rows(size) for size in sizes], x, i)
         return lax.dynamic_update_slice_in_dim(out_mn, y, start[i], axis=0)
 
-    out_mn = lax.fori_loop(0, count, body, as_bits(jnp.zeros((rows + block, w_gkn.shape[2]), x_mk.dtype)))
+    out_mn = lax.fori_loop(0, count, body, as_bits(jnp.zeros((rows + block, width), x_mk.dtype)))
     return _zero_beyond_groups(from_bits(out_mn[:rows]), group_sizes_g)
 
 

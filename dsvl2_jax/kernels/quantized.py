@@ -13,15 +13,21 @@ Tested in tests/kernels/test_quantized.py.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 KINDS = ("int8", "int4", "float8")
 
 INT4_OFFSET = 8  # a value v from -8 to 7 is stored as v + 8
+GROUP = 128  # inputs that share a scale in int4, where the weight has as many
+SMALLEST_GROUP = 16
+_LARGEST = {"int8": 127, "float8": 448}
+_INT4_PARTS = (1, 0.92, 0.84, 0.76)  # of the largest magnitude, that the values of int4 may reach to
 
 
 @jax.tree_util.register_dataclass
@@ -90,3 +96,72 @@ def dequantize(weight: Quantized, dtype: DTypeLike) -> jax.Array:
     split = values.reshape(*values.shape[:axis], groups, size, *values.shape[axis + 1 :])
     whole = split.astype(jnp.float32) * jnp.expand_dims(scale, axis + 1).astype(jnp.float32)
     return whole.reshape(values.shape).astype(dtype)
+
+
+def group_size(inputs: int) -> int | None:
+    """How many consecutive inputs share a scale in int4: `GROUP`, or the largest power of two below that divides.
+
+    Args:
+      inputs: of the weight's last input axis.
+
+    Returns:
+      None where it would be below `SMALLEST_GROUP`, so that scales take too many bytes.
+    """
+    size = GROUP
+    while size >= SMALLEST_GROUP and inputs % size:
+        size //= 2
+    return size if size >= SMALLEST_GROUP else None
+
+
+def quantize(weight: Any, kind: str, inputs: Sequence[int]) -> dict[str, Any]:
+    """Rounds a weight to the nearest values of ``kind``, symmetrically.
+
+    A scale of int8 and float8 is what the largest magnitude needs; of int4 the one of a few that gives the least sum of
+    squared errors.
+
+    Args:
+      weight: floating point, numpy or jax, which the result is too.
+      kind: of `KINDS`. For int4, `group_size` of the last of ``inputs`` is not None.
+      inputs: the axes that products contract; int4 has groups along the last of them, and a scale for each entry of
+        the others.
+
+    Returns:
+      {kind: values, "scale": f32 scale}, see `Quantized`.
+    """
+    xp = jnp if isinstance(weight, jax.Array) else np
+    if kind == "int4":
+        return _quantize_int4(xp, weight, inputs[-1])
+    weight = weight.astype(xp.float32)
+    largest = xp.abs(weight).max(tuple(inputs), keepdims=True)
+    scale = _not_zero(xp, largest / xp.float32(_LARGEST[kind]))
+    scaled = weight / scale
+    if kind == "float8":
+        return {kind: scaled.astype(jnp.float8_e4m3fn), "scale": scale}
+    return {kind: xp.rint(scaled).astype(xp.int8), "scale": scale}
+
+
+def _quantize_int4(xp: Any, weight: Any, axis: int) -> dict[str, Any]:
+    """The number that is largest by magnitude becomes -8, whatever its sign, or 7, or is cut."""
+    shape, size = weight.shape, group_size(weight.shape[axis])
+    groups = shape[axis] // size
+    split = weight.astype(xp.float32).reshape(*shape[:axis], groups, size, *shape[axis + 1 :])
+    low, high = split.min(axis + 1, keepdims=True), split.max(axis + 1, keepdims=True)
+    largest = xp.where(high > -low, high, low)
+
+    def rounded(scale: Any) -> Any:
+        return xp.clip(xp.rint(split / scale), -INT4_OFFSET, INT4_OFFSET - 1)
+
+    scale, least = None, None
+    for value in (-INT4_OFFSET, INT4_OFFSET - 1):
+        for part in _INT4_PARTS:
+            tried = _not_zero(xp, largest * xp.float32(part) / xp.float32(value))
+            error = xp.square(rounded(tried) * tried - split).sum(axis + 1, keepdims=True)
+            scale = tried if scale is None else xp.where(error < least, tried, scale)
+            least = error if least is None else xp.minimum(error, least)
+    values = rounded(scale).astype(xp.int8).reshape(shape)
+    return {"int4": pack_int4(values, groups, axis), "scale": scale.squeeze(axis + 1)}
+
+
+def _not_zero(xp: Any, scale: Any) -> Any:
+    """Of zeros alone, any scale will do."""
+    return xp.where(scale == 0, xp.float32(1), scale)

@@ -12,10 +12,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dsvl2_jax import fields
 from dsvl2_jax.errors import ConfigError
 from dsvl2_jax.fields import setting
 from dsvl2_jax.json_files import read_json_object
+from dsvl2_jax.model.rope_scaling import RopeScaling, plain_frequencies, read_rope
 
 ROUTING_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 SCORING_FUNCTIONS = ("softmax", "sigmoid")
@@ -123,7 +126,7 @@ class LanguageConfig:
     eos_token_id: int = _count(100001, _MOST_TOKENS)
     tie_word_embeddings: bool = False
     rope_theta: float = setting(10000.0, above=0)
-    rope_scaling: dict | None = None
+    rope_scaling: RopeScaling | None = None
     attention_bias: bool = False
     use_mla: bool = True
 
@@ -131,6 +134,43 @@ class LanguageConfig:
     def head_dim(self) -> int:
         """Width of one head of multi-head attention (``use_mla`` false)."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def longest_context(self) -> int:
+        """Positions that the model was made for: those of its training, or as many as its scaling stretches them to."""
+        if self.rope_scaling is None:
+            return self.max_position_embeddings
+        original = self.rope_scaling.original_max_position_embeddings or self.max_position_embeddings
+        return max(self.max_position_embeddings, int(original * self.rope_scaling.factor))
+
+    @property
+    def rotary_width(self) -> int:
+        """Width of what is rotated: the part of a head that latent attention keeps for it, or a whole head."""
+        return self.qk_rope_head_dim if self.use_mla else self.head_dim
+
+    @property
+    def inverse_frequencies(self) -> np.ndarray:
+        """f32[rotary_width / 2], radians a position; of "dynamic" those of sequences that the context holds."""
+        if self.rope_scaling is None:
+            return plain_frequencies(self.rotary_width, self.rope_theta)
+        return self.rope_scaling.inverse_frequencies(self.rotary_width, self.rope_theta, self.max_position_embeddings)
+
+    def stretches(self, length: int) -> bool:
+        """Whether the positions of a sequence of so many tokens are others than those of a shorter one."""
+        scaling = self.rope_scaling
+        return scaling is not None and scaling.kind == "dynamic" and length > self.max_position_embeddings
+
+    @property
+    def softmax_scale(self) -> float:
+        """Factor on the scores of attention.
+
+        Yarn's ``mscale_all_dim`` is a matter of latent attention: multi-head attention is that of Llama, which has cos
+        and sin scaled only.
+        """
+        if not self.use_mla:
+            return self.head_dim**-0.5
+        factor = 1.0 if self.rope_scaling is None else self.rope_scaling.softmax_factor
+        return (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5 * factor
 
     @property
     def kv_heads(self) -> int:
@@ -194,6 +234,27 @@ class Config:
         return cls.from_dict(read_json_object(path, ConfigError), source=str(path))
 
 
+def with_rope_scaling(config: Config, scaling: Mapping[str, Any]) -> Config:
+    """The configuration with other positions, given as ``rope_scaling`` of a ``config.json``.
+
+    Raises:
+      ConfigError: they are not supported, or a number is missing or wrong.
+    """
+    language = config.language
+    rope, problems = read_rope({"rope_scaling": scaling})
+    changes = {}
+    for name, value in rope.items():
+        changes[name], wrong = fields.build(fields.type_at(LanguageConfig, (name,)), value, (name,))
+        problems += map(str, wrong)
+    if not problems:
+        language = dataclasses.replace(language, **changes)
+        if language.rope_scaling is not None:
+            problems = [f"rope_scaling: {text}" for text in language.rope_scaling.problems(language.rotary_width)]
+    if problems:
+        raise ConfigError("the positions cannot be scaled so:\n  " + "\n  ".join(problems))
+    return dataclasses.replace(config, language=language)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Top:
     """The file's own keys, beside the three objects."""
@@ -220,7 +281,6 @@ _COMPUTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "rope_theta": (10000.0,),
     "rope_interleave": (True,),
-    "rope_type": ("default",),
     "position_embedding_type": ("rope", "rotary"),
     "partial_rotary_factor": (1,),
     "norm_type": ("rmsnorm", "rms_norm", "layernorm", "layer_norm"),
@@ -244,7 +304,7 @@ def _other_keys(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
     for part, cls in _PARTS.items():
         inner = raw.get(part)
         known = {field.name for field in dataclasses.fields(cls)}
-        known.update(STORAGE_KEYS if part == "language_config" else ())
+        known |= {"rope_parameters", *STORAGE_KEYS} if cls is LanguageConfig else set()  # see `read_rope`
         yield from (
             (part, key, value) for key, value in (inner if isinstance(inner, dict) else {}).items() if key not in known
         )
@@ -255,12 +315,7 @@ def _changes(key: str, value: Any) -> bool:
     if not _CHANGES.search(key.lower()):
         return False
     neutral = (*_NEUTRAL, *_COMPUTED.get(key, ()), *((1,) if "multiplier" in key or "scale" in key else ()))
-    if any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral):
-        return False
-    # transformers 5 keeps the base of the rotary positions in an object.
-    if key == "rope_parameters" and isinstance(value, dict):
-        return value.keys() - {"rope_type", "rope_theta"} != set() or any(_changes(k, v) for k, v in value.items())
-    return True
+    return not any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral)
 
 
 def keys_that_change(raw: Mapping[str, Any]) -> list[str]:
@@ -311,12 +366,10 @@ class _Reader:
         self.stop_if_wrong()
         vision = self.part(VisionConfig, raw, "vision_config")
         projector = self.part(ProjectorConfig, raw, "projector_config")
-        language = self.part(LanguageConfig, raw, "language_config")
-        if language.rope_scaling:
-            self.problems.append(
-                f"language_config.rope_scaling: found {language.rope_scaling!r}, but only null (no scaling) is "
-                "supported; no released DeepSeek-VL2 scales its positions"
-            )
+        rope, problems = read_rope(raw["language_config"])
+        self.problems += [f"language_config.{problem}" for problem in problems]
+        with_rope = {"language_config": raw["language_config"] | rope}
+        language = self.part(LanguageConfig, with_rope, "language_config")
         top, problems = fields.build(_Top, raw, strict=False)
         self.problems += map(str, problems)
         self.problems += keys_that_change(raw)
@@ -394,6 +447,9 @@ class _Reader:
                 heads % kv_heads == 0,
                 f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}",
             )
+        if language.rope_scaling is not None:
+            for problem in language.rope_scaling.problems(language.rotary_width):
+                expect(False, f"rope_scaling: {problem}")
         if language.has_moe:
             self.check_routing(language, expect)
 

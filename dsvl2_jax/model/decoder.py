@@ -22,7 +22,7 @@ from dsvl2_jax.model.config import LanguageConfig
 from dsvl2_jax.model.layer_runs import LayerWrapper, language_runs, run_layers
 from dsvl2_jax.model.layers import GatedMLP, Linear, RMSNorm, declare
 from dsvl2_jax.model.moe import MoE, Routing
-from dsvl2_jax.model.weights import are_plain
+from dsvl2_jax.model.rotary import sequence_lengths
 from dsvl2_jax.sharding import batch_axis, constrain
 
 Cache = list[LayerCache]
@@ -45,13 +45,14 @@ class DecoderLayer(nn.Module):
         *,
         read_cache: bool = False,
         decode: bool = False,
+        lengths_bt: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None, Routing | None]:
         """As `hidden_states`, of one layer; the routing is None in a dense layer."""
         cfg, batch = self.config, batch_axis(decode)
         attention = LatentAttention if cfg.use_mla else MultiHeadAttention
         normed = RMSNorm(cfg.rms_norm_eps, name="input_layernorm")(x_btd)
         attended, cache = attention(cfg, self.dtype, name="self_attn")(
-            normed, positions_bt, cache, read_cache=read_cache, decode=decode
+            normed, positions_bt, cache, read_cache=read_cache, decode=decode, lengths_bt=lengths_bt
         )
         x_btd = constrain(x_btd + attended, batch, "length", "embed")
         normed = RMSNorm(cfg.rms_norm_eps, name="post_attention_layernorm")(x_btd)
@@ -131,6 +132,7 @@ def hidden_states(
     cache: Cache | None = None,
     read_cache: bool = False,
     decode: bool = False,
+    lengths_b: jax.Array | None = None,
     report: Callable[[Routing], Any] | None = None,
     wrap: LayerWrapper | None = None,
 ) -> tuple[jax.Array, Cache | None, list[Any]]:
@@ -143,6 +145,8 @@ def hidden_states(
       valid_bt: bool[B, T], False for padding; None: no padding.
       cache: one dict per layer (see `dsvl2_jax.model.attention`), or None.
       read_cache, decode: static; see `LatentAttention`.
+      lengths_b: i32[B], tokens of each row's whole prompt, for positions that scale with it; None: those of each
+        sample without a cache, and those up to the token itself in a decode step.
       report: of each MoE layer's routing, what to return of it; None: nothing.
       wrap: see `run_layers`.
 
@@ -150,11 +154,13 @@ def hidden_states(
       [B, T, D] hidden states, the updated cache, and for each run of MoE layers the reports, stacked over its layers.
     """
     x_btd = constrain(x_btd, batch_axis(decode), "length", "embed")
-    fused = decode and report is None and x_btd.shape[1] == 1 and are_plain(params)
+    fused = decode and report is None and x_btd.shape[1] == 1
     if fused:
         dtype, cache_dtypes = params["embed_tokens"].dtype, [array.dtype for array in jax.tree.leaves(cache)]
         fused = gpu_decode.is_supported(config, len(x_btd), dtype, cache_dtypes)
+        fused = fused and gpu_decode.reads_layers(params, config)
     on_gpu = _gpu_layer(config, positions_bt, valid_bt) if fused else None
+    lengths_bt = sequence_lengths(config, positions_bt, lengths_b, decode=decode)
     new_cache, reports = [], []
     for run in language_runs(config):
         module = DecoderLayer(config, run.first, params["embed_tokens"].dtype)
@@ -162,9 +168,9 @@ def hidden_states(
         def modules(
             layer_params: Any, x: jax.Array, layer_cache: Any, module: DecoderLayer = module
         ) -> tuple[jax.Array, Any, Any]:
-            x, layer_cache, routing = module.apply(
-                {"params": layer_params}, x, positions_bt, valid_bt, layer_cache, read_cache=read_cache, decode=decode
-            )
+            arrays = x, positions_bt, valid_bt, layer_cache
+            how = {"read_cache": read_cache, "decode": decode, "lengths_bt": lengths_bt}
+            x, layer_cache, routing = module.apply({"params": layer_params}, *arrays, **how)
             return x, layer_cache, None if routing is None or report is None else report(routing)
 
         def layer(x: jax.Array, layer_params: Any, layer_cache: Any, modules=modules, run=run):

@@ -23,7 +23,7 @@ from dsvl2_jax.model.adaptor import Adaptor
 from dsvl2_jax.model.config import NEWLINE_POSITION, SEPARATOR_POSITION, TEXT_POSITION, Config
 from dsvl2_jax.model.decoder import Cache, Decoder, decoder, hidden_states
 from dsvl2_jax.model.layer_runs import LayerWrapper
-from dsvl2_jax.model.layers import declare
+from dsvl2_jax.model.layers import WeightBox, declare
 from dsvl2_jax.sharding import PARAM_RULES, add_fsdp_axis, constrain, partition_spec
 
 Params = dict[str, Any]
@@ -67,7 +67,15 @@ def init_params(config: Config, rng: jax.Array, mesh: Mesh | None = None) -> Par
 
 
 def abstract_params(config: Config) -> tuple[Params, Params]:
-    """(tree of `jax.ShapeDtypeStruct` in float32, tree of logical-axis tuples), nothing allocated.
+    """(tree of `jax.ShapeDtypeStruct` in float32, tree of logical-axis tuples), nothing allocated."""
+    boxed = _boxed(config)
+    shapes = {path: jax.ShapeDtypeStruct(box.value.shape, box.value.dtype) for path, box in boxed.items()}
+    return unflatten_dict(shapes), unflatten_dict({path: tuple(box.names) for path, box in boxed.items()})
+
+
+@functools.lru_cache(maxsize=8)
+def _boxed(config: Config) -> dict[tuple[str, ...], nn.LogicallyPartitioned]:
+    """Path → box of an abstract array, as every parameter was declared.
 
     One layer of each kind is traced, and stands for all of its kind.
     """
@@ -83,20 +91,28 @@ def abstract_params(config: Config) -> tuple[Params, Params]:
     decoder_tree, encoder_tree = boxed["language"], boxed["vision"]
     decoder_tree |= {f"layers_{i}": decoder_tree[f"layers_{first[kind]}"] for i, kind in enumerate(kinds)}
     encoder_tree |= {f"blocks_{i}": encoder_tree["blocks_0"] for i in range(config.vision.layers)}
-
-    def is_box(leaf: Any) -> bool:
-        return isinstance(leaf, nn.LogicallyPartitioned)
-
-    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.value.shape, p.value.dtype), boxed, is_leaf=is_box)
-    axes = jax.tree.map(lambda p: tuple(p.names), boxed, is_leaf=is_box)
-    return shapes, axes
+    return flatten_dict(boxed)
 
 
 @functools.lru_cache(maxsize=8)
 def abstract_leaves(config: Config) -> dict[tuple[str, ...], tuple[tuple[int, ...], tuple[str | None, ...]]]:
     """Path → (shape, logical axes) of every parameter."""
-    shapes, axes = (flatten_dict(tree) for tree in abstract_params(config))
-    return {path: (shapes[path].shape, axes[path]) for path in shapes}
+    return {path: (box.value.shape, tuple(box.names)) for path, box in _boxed(config).items()}
+
+
+@functools.lru_cache(maxsize=8)
+def weight_inputs(config: Config) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Path → the axes that products contract, of every weight that may be quantized or have an adapter.
+
+    They are the first ones after that of the experts, or the last one alone: see `declare`.
+    """
+    found = {}
+    for path, box in _boxed(config).items():
+        if isinstance(box, WeightBox):
+            first = 1 if box.names[0] == "expert" else 0
+            is_last = box.inputs == box.value.ndim - 1
+            found[path] = (box.inputs,) if is_last else tuple(range(first, box.inputs + 1))
+    return found
 
 
 def entry_axes(config: Config) -> dict[tuple[str, ...], int]:
@@ -227,6 +243,7 @@ def prefill(
     lengths: jax.Array,
     cache: Cache,
     start: jax.Array | None = None,
+    totals: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Runs prompts, or one chunk of them, into the cache.
 
@@ -237,6 +254,7 @@ def prefill(
       lengths: i32[B], real tokens of each row in this call (0 … T).
       cache: of `dsvl2_jax.model.cache.init_cache`, with B slots and a length of at least start + T.
       start: i32[B], tokens already in the cache. None: nothing is, and the cache is not read.
+      totals: i32[B], tokens of each row's whole prompt, of which "dynamic" positions depend; None: it ends here.
 
     Returns:
       f32[B, V] logits after the last real token of each row (of no meaning where the length is 0),
@@ -245,10 +263,11 @@ def prefill(
     steps = jnp.broadcast_to(jnp.arange(embeddings.shape[1]), embeddings.shape[:2])
     positions_bt = steps if start is None else start[:, None] + steps
     valid_bt = steps < lengths[:, None]
+    if totals is None:
+        totals = lengths if start is None else start + lengths
+    how = {"cache": cache, "read_cache": start is not None, "lengths_b": totals}
     language = params["language"], config.language
-    hidden_btd, cache, _ = hidden_states(
-        *language, embeddings, positions_bt, valid_bt, cache=cache, read_cache=start is not None
-    )
+    hidden_btd, cache, _ = hidden_states(*language, embeddings, positions_bt, valid_bt, **how)
     last_bd = jnp.take_along_axis(hidden_btd, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     return _next_logits(params, config, last_bd), cache
 

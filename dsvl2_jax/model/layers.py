@@ -14,16 +14,20 @@ Tested in tests/model/test_attention.py, test_moe.py and test_deepseek_vl2.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from dsvl2_jax.kernels import quantized_matmul
 from dsvl2_jax.kernels.cpu import weight_product
-from dsvl2_jax.kernels.grouped_matmul import grouped_matmul, grouped_swiglu, named_product
+from dsvl2_jax.kernels.grouped_matmul import GROUPED_PRODUCT, grouped_matmul, grouped_swiglu, named_product
 from dsvl2_jax.kernels.precision import matmul_precision
 from dsvl2_jax.kernels.quantized import Quantized
 from dsvl2_jax.model.weights import Adapted, Weight, is_stored_weight, weight_of
@@ -35,6 +39,12 @@ Axes = tuple[str | None, ...]
 def partitioned(init: nn.initializers.Initializer, axes: Axes) -> nn.initializers.Initializer:
     """An initializer whose result carries the logical names of its axes; see `dsvl2_jax.sharding.PARAM_RULES`."""
     return nn.with_logical_partitioning(init, axes)
+
+
+class WeightBox(nn.LogicallyPartitioned):
+    """What `declare` gives a weight at initialisation: as `partitioned`, and its ``inputs``."""
+
+    inputs: int | None = struct.field(default=None, pytree_node=False)
 
 
 def declare(
@@ -59,10 +69,11 @@ def declare(
       inputs: of a weight, the last axis that products contract, as its released layout counts; None: of anything that
         is kept as a plain array only.
     """
-    if inputs is not None and module.has_variable("params", name):
+    if inputs is not None:
         stored = module.get_variable("params", name)
         if is_stored_weight(stored):
             return weight_of(stored, inputs - len(shape))
+        return module.param(name, lambda *drawn: WeightBox(init(*drawn), axes, inputs=inputs), tuple(shape))
     return module.param(name, partitioned(init, axes), tuple(shape))
 
 
@@ -85,13 +96,40 @@ def linear(
 def _product(x: jax.Array, kernel: Weight, contract: int) -> jax.Array:
     """x · kernel over the last ``contract`` dimensions of x and the first of kernel."""
     if isinstance(kernel, Quantized):
-        return weight_product(x, kernel.dequantized(x.dtype), contract)
+        rows, features = x.shape[: x.ndim - contract], kernel.shape[contract:]
+        x_mk = x.reshape(-1, math.prod(kernel.shape[:contract]))
+        return quantized_matmul.product(x_mk, quantized_matmul.as_matrices(kernel, contract)).reshape(*rows, *features)
     if not isinstance(kernel, Adapted):
         return weight_product(x, kernel, contract)
-    hidden = kernel.own_ranks(weight_product(kernel.dropped(x), kernel.lora_a, contract))
-    out = _product(x, kernel.base, contract) + weight_product(hidden, kernel.lora_b, 1)
-    gain = kernel.row_gain(out.ndim)
-    return out if gain is None else out * gain
+    entered = kernel.dropped(x)
+    hidden = kernel.own_ranks(weight_product(entered, kernel.lora_a, contract))
+    added = weight_product(hidden, kernel.lora_b, 1)
+    gain = kernel.row_gain(added.ndim)
+    return _combined(kernel, lambda x: _product(x, kernel.base, contract), x, entered, added, gain)
+
+
+def _combined(
+    weight: Adapted,
+    of_base: Callable[[jax.Array], jax.Array],
+    x: jax.Array,
+    entered: jax.Array,
+    added: jax.Array,
+    gain: jax.Array | None,
+) -> jax.Array:
+    """The base's product and what an adapter adds, times the gain.
+
+    With dropout, what the gain changes of the base's product is of the inputs that are left, as `peft` has it.
+
+    Args:
+      of_base: from inputs to their product with the base.
+      entered: x with dropout. added: its product with the adapter.
+    """
+    out = of_base(x)
+    if gain is None:
+        return out + added
+    if weight.dropout is None:
+        return (out + added) * gain
+    return out + (gain - 1) * of_base(entered) + gain * added
 
 
 def einsum_weight(
@@ -104,7 +142,8 @@ def einsum_weight(
     x, weight = x.astype(dtype), weight.astype(dtype)
     if isinstance(weight, Adapted):
         return _adapted_einsum(subscripts, x, weight, rows)
-    weight = weight.dequantized(dtype) if isinstance(weight, Quantized) else weight
+    if isinstance(weight, Quantized):
+        return quantized_matmul.einsum(subscripts, slice(None) if rows is None else rows, x, weight)
     weight = weight if rows is None else weight[:, rows]
     return jnp.einsum(subscripts, x, weight, precision=matmul_precision(dtype))
 
@@ -129,25 +168,34 @@ def _adapted_einsum(subscripts: str, x: jax.Array, weight: Adapted, rows: slice 
     entered = weight.dropped(x) if expanded else x
     hidden = jnp.einsum(f"{x_axes},{first_axes}->{kept}Z", entered, first, precision=precision)
     added = jnp.einsum(f"{kept}Z,{second_axes}->{out}", weight.own_ranks(hidden), second, precision=precision)
-    whole = einsum_weight(subscripts, x, weight.base, dtype=x.dtype, rows=rows) + added
-    return whole * gain if expanded and gain is not None else whole
+    return _combined(
+        weight,
+        lambda x: einsum_weight(subscripts, x, weight.base, dtype=x.dtype, rows=rows),
+        x,
+        entered,
+        added,
+        gain if expanded else None,
+    )
 
 
 def grouped(x_cd: jax.Array, weights_gdf: Weight, group_sizes_g: jax.Array) -> jax.Array:
     """Consecutive rows, each group times its own matrix: [C, D], [G, D, F], i32[G] → [C, F]; see `grouped_matmul`."""
     if isinstance(weights_gdf, Quantized):
-        return named_product(x_cd, weights_gdf.dequantized(x_cd.dtype), group_sizes_g)
+        product_cf = quantized_matmul.grouped_product(x_cd, weights_gdf, group_sizes_g)
+        return checkpoint_name(product_cf, GROUPED_PRODUCT)
     if not isinstance(weights_gdf, Adapted):
         return named_product(x_cd, weights_gdf, group_sizes_g)
-    hidden_cr = grouped_matmul(weights_gdf.dropped(x_cd), weights_gdf.lora_a, group_sizes_g)
+    entered_cd = weights_gdf.dropped(x_cd)
+    hidden_cr = grouped_matmul(entered_cd, weights_gdf.lora_a, group_sizes_g)
     added_cf = grouped_matmul(weights_gdf.own_ranks(hidden_cr), weights_gdf.lora_b, group_sizes_g)
-    out_cf = grouped(x_cd, weights_gdf.base, group_sizes_g) + added_cf
-    if weights_gdf.gain is None:
-        return out_cf
-    ends_g = jnp.cumsum(group_sizes_g)
-    group_c = jnp.minimum(jnp.searchsorted(ends_g, jnp.arange(len(x_cd)), side="right"), len(ends_g) - 1)
     gain = weights_gdf.gain
-    return out_cf * (gain[group_c] if weights_gdf.owner is None else gain[weights_gdf.rows, group_c])
+    if gain is not None:
+        ends_g = jnp.cumsum(group_sizes_g)
+        group_c = jnp.minimum(jnp.searchsorted(ends_g, jnp.arange(len(x_cd)), side="right"), len(ends_g) - 1)
+        gain = gain[group_c] if weights_gdf.owner is None else gain[weights_gdf.rows, group_c]
+    return _combined(
+        weights_gdf, lambda x_cd: grouped(x_cd, weights_gdf.base, group_sizes_g), x_cd, entered_cd, added_cf, gain
+    )
 
 
 def grouped_gated(x_cd: jax.Array, gate_gdf: Weight, up_gdf: Weight, group_sizes_g: jax.Array) -> jax.Array:
@@ -220,13 +268,6 @@ class GatedMLP(nn.Module):
         up = Linear(self.width, axes, self.dtype, self.std, name="up_proj")(x_btd)
         hidden = constrain(nn.silu(gate) * up, batch_axis(decode), "length", "mlp")
         return Linear(x_btd.shape[-1], axes[::-1], self.dtype, self.std, name="down_proj")(hidden)
-
-
-def rotary_tables(positions: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, f32[..., width/2], for i32 positions [...]; kept in float32 whatever the model's dtype."""
-    inverse_frequency = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angles = positions.astype(jnp.float32)[..., None] * inverse_frequency
-    return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate_half(x_bthd: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

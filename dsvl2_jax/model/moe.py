@@ -6,8 +6,6 @@ Dropless: every token reaches each of its experts, whatever the balance; there i
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -17,15 +15,11 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from dsvl2_jax.kernels.grouped_matmul import (
-    grouped_swiglu,
-    grouped_transposed,
-    grouped_weighted,
-    tgmm,
-)
+from dsvl2_jax.kernels.quantized import Quantized
 from dsvl2_jax.model.config import LanguageConfig
+from dsvl2_jax.model.expert_chunks import run_chunked
 from dsvl2_jax.model.layers import GatedMLP, declare, grouped, grouped_gated, linear
-from dsvl2_jax.model.weights import Weight, taken_rows
+from dsvl2_jax.model.weights import Adapted, Weight, own_dropout, taken_rows
 from dsvl2_jax.sharding import ACTIVATION_RULES, PARAM_RULES, ambient_mesh_shape, batch_axis, mesh_axes, partition_spec
 
 
@@ -122,29 +116,88 @@ class RoutedExperts(nn.Module):
             return partition_spec(shape, axes, mesh_shape, rules)
 
         tokens = spec(x_btd.shape, (batch_axis(decode), "length", None), ACTIVATION_RULES)
-        into_spec, back_spec = spec(gate.shape, into, PARAM_RULES), spec(down.shape, back, PARAM_RULES)
-        shards = mesh_shape["expert"] if into_spec[0] else 1
+        # The width is split as every one of the three weights can be: a quantized one between groups only.
+        into_spec = spec((e, d, _splittable(down, f)), into, PARAM_RULES)
+        of_expert, _, of_width = into_spec
+        shards = mesh_shape["expert"] if of_expert else 1
         gathered = shards > 1 and "expert" in mesh_axes(tokens[0])
-        summed = mesh_axes(into_spec[2]) + (("expert",) if shards > 1 and not gathered else ())
+        summed = mesh_axes(of_width) + (("expert",) if shards > 1 and not gathered else ())
 
         @jax.named_scope("experts")  # shard_map begins names anew
-        def local(x, experts, weights, gate, up, down):
-            first = lax.axis_index("expert") * gate.shape[0] if shards > 1 else 0
+        def local(x, experts, weights, *matrices):
+            first = lax.axis_index("expert") * matrices[0].shape[0] if shards > 1 else 0
             if gathered:
-                given = x, experts, weights
-                x, experts, weights = (lax.all_gather(a, "expert", axis=0, tiled=True) for a in given)
-            out = run_experts(x, experts, weights, gate, up, down, first, shards)
+                x, experts, weights = (_gathered(a) for a in (x, experts, weights))
+                matrices = (_with_rows_of_all(matrix) for matrix in matrices)
+            matrices = (_own_dropout(matrix, mesh_shape) for matrix in matrices)
+            out = run_experts(x, experts, weights, *matrices, first, shards)
             if gathered:
                 out = lax.psum_scatter(out, "expert", scatter_dimension=0, tiled=True)
             return lax.psum(out, summed) if summed else out
 
         over_shards = jax.shard_map(
             local,
-            in_specs=(tokens, tokens, tokens, into_spec, into_spec, back_spec),
+            in_specs=(
+                *(tokens, tokens, tokens),
+                *(_specs(weight, (of_expert, None, of_width), tokens[0]) for weight in (gate, up)),
+                _specs(down, (of_expert, of_width, None), tokens[0]),
+            ),
             out_specs=PartitionSpec(*tokens),
             check_vma=False,
         )
         return over_shards(x_btd, experts_btk, weights_btk, gate, up, down)
+
+
+def _gathered(x: jax.Array) -> jax.Array:
+    return lax.all_gather(x, "expert", axis=0, tiled=True)
+
+
+def _splittable(down_gfd: Weight, width: int) -> int:
+    """Into how many equal parts an expert's width can be split at most: between groups of a quantized weight's inputs.
+
+    Their number divides the width, so that gate and up, whose output it is, can be split alike.
+    """
+    base = down_gfd.base if isinstance(down_gfd, Adapted) else down_gfd
+    return base.scale.shape[1] if isinstance(base, Quantized) and base.kind == "int4" else width
+
+
+def _specs(weight: Weight, names: tuple[Any, ...], rows: Any) -> Any:
+    """The PartitionSpecs of a weight's arrays, in a weight of the same form.
+
+    Args:
+      weight: [E, inputs, outputs]. names: the mesh axes of each of its axes. rows: those of the batch's rows.
+    """
+    expert, inputs, outputs = names
+    if isinstance(weight, Quantized):
+        # A scale has size 1 along the inputs, or an entry for each group of them.
+        by_group = inputs if weight.scale.shape[1] > 1 else None
+        specs = {"values": PartitionSpec(*names), "scale": PartitionSpec(expert, by_group, outputs)}
+        return dataclasses.replace(weight, **specs)
+    if not isinstance(weight, Adapted):
+        return PartitionSpec(*names)
+    optional = {
+        "gain": (expert, outputs) if weight.owner is None else (None, expert, outputs),
+        "owner": (None,),
+        "rows": (rows,),
+    }
+    specs = {name: PartitionSpec(*spec) for name, spec in optional.items() if getattr(weight, name) is not None}
+    dropout = None if weight.dropout is None else (PartitionSpec(), PartitionSpec())
+    lora = {"lora_a": PartitionSpec(expert, inputs, None), "lora_b": PartitionSpec(expert, None, outputs)}
+    return dataclasses.replace(weight, base=_specs(weight.base, names, rows), **lora, **specs, dropout=dropout)
+
+
+def _with_rows_of_all(weight: Weight) -> Weight:
+    """For the rows of all devices along ``expert``, whose tokens are gathered."""
+    if isinstance(weight, Adapted) and weight.rows is not None:
+        return dataclasses.replace(weight, rows=_gathered(weight.rows))
+    return weight
+
+
+def _own_dropout(weight: Weight, mesh_shape: dict[str, int]) -> Weight:
+    """With a random key of the experts and tokens of this device; the devices along ``tensor`` share them."""
+    for axis in ("data", "expert"):
+        weight = own_dropout(weight, lax.axis_index(axis)) if mesh_shape[axis] > 1 else weight
+    return weight
 
 
 def run_experts(
@@ -180,15 +233,16 @@ def run_experts(
         order = _sorted_by(local, count)
         group_sizes_g = (local[:, None] == jnp.arange(count)).sum(0, dtype=jnp.int32)
         x_td = x_btd.reshape(b * t, d)
+    weights = gate_gdf, up_gdf, down_gfd
     if shards > 1:
-        weights = gate_gdf, up_gdf, down_gfd
-        mixed = _run_chunked(shards, x_td, weights_btk.reshape(-1), *weights, order, group_sizes_g)
+        weights = (taken_rows(weight, jnp.arange(b * t) // t) for weight in weights)
+        mixed = run_chunked(shards, x_td, weights_btk.reshape(-1), *weights, order, group_sizes_g)
         return mixed.reshape(b, t, d).astype(x_btd.dtype)
 
     with jax.named_scope("dispatch"):
         tokens = order // top_k
         rows_cd = x_td[tokens]  # C = B·T·K
-        gate_gdf, up_gdf, down_gfd = (taken_rows(weight, tokens // t) for weight in (gate_gdf, up_gdf, down_gfd))
+        gate_gdf, up_gdf, down_gfd = (taken_rows(weight, tokens // t) for weight in weights)
 
     with jax.named_scope("mlp"):
         out_cd = grouped(grouped_gated(rows_cd, gate_gdf, up_gdf, group_sizes_g), down_gfd, group_sizes_g)
@@ -209,123 +263,6 @@ def _sorted_by(keys: jax.Array, most: int) -> jax.Array:
         return jnp.argsort(keys, stable=True)
     packed = lax.sort(keys * count + jnp.arange(count, dtype=keys.dtype), is_stable=False)
     return packed % count
-
-
-@dataclasses.dataclass(frozen=True)
-class _Chunk:
-    """C consecutive ones of the assignments sorted by expert."""
-
-    assignments: jax.Array  # i32[C], of tokens · K
-    tokens: jax.Array  # i32[C]
-    inside: jax.Array  # bool[C], False beyond the last group
-    weights: jax.Array  # f32[C, 1], zero beyond the last group
-    group_sizes: jax.Array  # i32[G]
-
-
-def _chunks(
-    shards: int, weights: jax.Array, order: jax.Array, group_sizes_g: jax.Array, tokens: int
-) -> tuple[Callable[[jax.Array], _Chunk], jax.Array]:
-    """(a function from the index of a chunk to the chunk, how many chunks there are)."""
-    total = order.shape[0]
-    size = -(-total // shards)
-    padded = jnp.pad(order, (0, size))
-    ends_g = jnp.cumsum(group_sizes_g)
-
-    def chunk(i: jax.Array) -> _Chunk:
-        start = i * size
-        assignments = lax.dynamic_slice_in_dim(padded, start, size)
-        inside = start + jnp.arange(size) < ends_g[-1]
-        ends_in_chunk = jnp.clip(ends_g - start, 0, size)
-        return _Chunk(
-            assignments,
-            assignments // (total // tokens),
-            inside,
-            jnp.where(inside, weights[assignments], 0.0)[:, None],
-            jnp.diff(ends_in_chunk, prepend=0),
-        )
-
-    return chunk, -(-ends_g[-1] // size)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run_chunked(
-    shards: int,
-    x_td: jax.Array,
-    weights: jax.Array,
-    gate_gdf: jax.Array,
-    up_gdf: jax.Array,
-    down_gfd: jax.Array,
-    order: jax.Array,
-    group_sizes_g: jax.Array,
-) -> jax.Array:
-    """The weighted sums of `run_experts`, f32[tokens, D], a chunk of the assignments at a time.
-
-    Args:
-      x_td: [tokens, D]. weights: f32[tokens · K].
-      gate_gdf, up_gdf, down_gfd: of the G experts held here.
-      order: i32[tokens · K], the assignments sorted by expert. group_sizes_g: i32[G].
-    """
-    chunk_at, count = _chunks(shards, weights, order, group_sizes_g, x_td.shape[0])
-
-    def body(i: jax.Array, sums_td: jax.Array) -> jax.Array:
-        with jax.named_scope("dispatch"):
-            chunk = chunk_at(i)
-            rows_cd = x_td[chunk.tokens]
-        with jax.named_scope("mlp"):
-            hidden_cf = grouped_swiglu(rows_cd, gate_gdf, up_gdf, chunk.group_sizes)
-            out_cd = grouped_weighted(hidden_cf, down_gfd, chunk.group_sizes, chunk.weights[:, 0])
-        with jax.named_scope("combine"):
-            return sums_td.at[chunk.tokens].add(out_cd)
-
-    return lax.fori_loop(0, count, body, jnp.zeros(x_td.shape, jnp.float32))
-
-
-def _run_chunked_forward(shards: int, *arguments: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return _run_chunked(shards, *arguments), arguments
-
-
-def _run_chunked_backward(shards: int, arguments: tuple[jax.Array, ...], cotangent_td: jax.Array) -> tuple[Any, ...]:
-    """Computes the experts' hidden rows again; their output is not needed."""
-    x_td, weights, gate_gdf, up_gdf, down_gfd, order, group_sizes_g = arguments
-    chunk_at, count = _chunks(shards, weights, order, group_sizes_g, x_td.shape[0])
-    cotangent_td = cotangent_td.astype(x_td.dtype)  # which it had before the sum
-
-    def body(i: jax.Array, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        dx_td, dweights, dgate_gdf, dup_gdf, ddown_gfd = gradients
-        chunk = chunk_at(i)
-
-        def back(rows: jax.Array, weights: jax.Array) -> jax.Array:
-            return grouped_transposed(rows, weights, chunk.group_sizes)
-
-        def outer(total: jax.Array, rows: jax.Array, drows: jax.Array) -> jax.Array:
-            return tgmm(rows, drows, chunk.group_sizes, total)
-
-        rows_cd = x_td[chunk.tokens]
-        gate_cf, up_cf = (grouped(rows_cd, weight, chunk.group_sizes) for weight in (gate_gdf, up_gdf))
-        hidden_cf, pullback = jax.vjp(lambda gate, up: nn.silu(gate) * up, gate_cf, up_cf)
-        dout_cd = cotangent_td[chunk.tokens]
-        dhidden_cf = back(dout_cd, down_gfd)  # without the assignment's weight, whose gradient it gives
-        dweight_c = (hidden_cf.astype(jnp.float32) * dhidden_cf.astype(jnp.float32)).sum(-1)
-        dweight_c = jnp.where(chunk.inside, dweight_c, 0.0)
-        dgate_cf, dup_cf = pullback((dhidden_cf * chunk.weights).astype(hidden_cf.dtype))
-        drows_cd = back(dgate_cf, gate_gdf) + back(dup_cf, up_gdf)
-        return (
-            dx_td.at[chunk.tokens].add(drows_cd.astype(jnp.float32)),
-            dweights.at[chunk.assignments].add(dweight_c),
-            outer(dgate_gdf, rows_cd, dgate_cf),
-            outer(dup_gdf, rows_cd, dup_cf),
-            outer(ddown_gfd, hidden_cf, (dout_cd * chunk.weights).astype(x_td.dtype)),
-        )
-
-    # Few experts are in two chunks, so their gradients may be added in the dtype in which they are returned.
-    differentiated = arguments[:5]
-    dtypes = jnp.float32, jnp.float32, gate_gdf.dtype, up_gdf.dtype, down_gfd.dtype
-    zeros = tuple(jnp.zeros(a.shape, dtype) for a, dtype in zip(differentiated, dtypes, strict=True))
-    gradients = lax.fori_loop(0, count, body, zeros)
-    return *(g.astype(a.dtype) for g, a in zip(gradients, differentiated, strict=True)), None, None
-
-
-_run_chunked.defvjp(_run_chunked_forward, _run_chunked_backward)
 
 
 class MoE(nn.Module):

@@ -93,9 +93,14 @@ class Adapted:
 Weight = jax.Array | Quantized | Adapted
 
 
+def is_quantized(value: Any) -> bool:
+    """True for the dict of a quantized weight."""
+    return isinstance(value, Mapping) and any(kind in value for kind in KINDS)
+
+
 def is_stored_weight(value: Any) -> bool:
     """True for a dict that stands in the place of a weight."""
-    return isinstance(value, Mapping) and ("base" in value or any(kind in value for kind in KINDS))
+    return is_quantized(value) or (isinstance(value, Mapping) and "base" in value)
 
 
 def are_plain(params: Any) -> bool:
@@ -160,14 +165,14 @@ def merged(weight: Weight, packed_axis: int) -> jax.Array:
     return whole * outputs.reshape(*outputs.shape[:lead], *(1,) * (last + 1 - lead), *outputs.shape[lead:])
 
 
-def for_rows(params: Any, rows: jax.Array) -> Any:
+def for_rows(params: Any, rows: jax.Array | None) -> Any:
     """Parameters whose adapted weights know which adapter each row of a batch wants.
 
     Args:
       params: nested dict, of the model or of a part of it.
-      rows: i32[B], a number of `Adapted.owner`, or -1.
+      rows: i32[B], a number of `Adapted.owner`, or -1; None: no adapters lie side by side.
     """
-    if not isinstance(params, Mapping):
+    if rows is None or not isinstance(params, Mapping):
         return params
     if "owner" in params:
         return {**params, "rows": rows}
@@ -179,3 +184,12 @@ def taken_rows(weight: Weight, index: jax.Array) -> Weight:
     if isinstance(weight, Adapted) and weight.rows is not None:
         return dataclasses.replace(weight, rows=weight.rows[index])
     return weight
+
+
+def own_dropout(weight: Weight, number: int | jax.Array) -> Weight:
+    """The weight with another random key for its dropout, if it has any: one for each ``number``."""
+    if not isinstance(weight, Adapted) or weight.dropout is None:
+        return weight
+    rate, key = weight.dropout
+    own = jax.random.fold_in(jax.random.wrap_key_data(key), number)
+    return dataclasses.replace(weight, dropout=(rate, jax.random.key_data(own)))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
+from pathlib import Path
 
 import jax
 
@@ -13,8 +15,14 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 _M_ARENA_MAX = -8
 
+# Without such a device file no accelerator can be used: NVIDIA's, AMD's, and two kinds of TPU machines'.
+_ACCELERATORS = ("nvidia*", "kfd", "accel*", "vfio/[0-9]*")
+
 # What a user may have chosen himself: these are then left as they are.
 _CHOSEN = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX")
+
+
+_kept = False
 
 
 def keep_freed_memory() -> bool:
@@ -22,13 +30,13 @@ def keep_freed_memory() -> bool:
 
     XLA takes and frees its temporary arrays in every execution. glibc would return them to the system at once, which
     clears all their pages before it gives them out again: a tenth of the time of encoding a picture. The process then
-    stays as large as it was at most. To be called before the first program runs: threads keep what they began with.
+    stays as large as it was at most. To be called before jax has begun to run: threads keep what they began with.
 
     Returns:
       Whether it does: not where programs run elsewhere, not without glibc, nor where GLIBC_TUNABLES or MALLOC_*
       variables say how memory is kept.
     """
-    if jax.default_backend() != "cpu":
+    if not _programs_run_on_cpus():
         return False
     if "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(name in os.environ for name in _CHOSEN):
         return False
@@ -36,5 +44,23 @@ def keep_freed_memory() -> bool:
         return False
     # One arena, since others cannot hold arrays of more than 64 MB; no array in a mapping of its own; nothing returned.
     settings = (_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)
+    global _kept
     mallopt = ctypes.CDLL(None).mallopt
-    return all(mallopt(name, value) for name, value in settings)
+    _kept = all(mallopt(name, value) for name, value in settings)
+    return _kept
+
+
+def _programs_run_on_cpus() -> bool:
+    """True where jax's programs run on CPUs: asked of jax, which starts its threads then, only if it cannot be told."""
+    platforms = jax.config.jax_platforms
+    if platforms:
+        return platforms.split(",")[0] == "cpu"
+    accelerators = (path for pattern in _ACCELERATORS for path in Path("/dev").glob(pattern))
+    return not any(accelerators) or jax.default_backend() == "cpu"
+
+
+def give_freed_memory_back() -> None:
+    """Returns what is free to the system, unless `keep_freed_memory` has it kept for the next array."""
+    if not _kept:
+        with contextlib.suppress(AttributeError, OSError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)

@@ -21,6 +21,7 @@ from dsvl2_jax import fields
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.fields import Problem, setting
 from dsvl2_jax.inputs.images import ImageSource
+from dsvl2_jax.inputs.tile_budget import TileBudget
 from dsvl2_jax.inputs.tokenizer import IMAGE_TOKEN
 from dsvl2_jax.json_files import parse_json, read_text
 
@@ -117,12 +118,16 @@ def read_key(file: Path | None) -> str:
     return lines[0][-1]
 
 
-def messages(conversation: tuple[Mapping[str, str], ...], urls: list[str]) -> list[dict[str, Any]]:
+def messages(
+    conversation: tuple[Mapping[str, str], ...], urls: Sequence[str], budgets: Sequence[TileBudget]
+) -> list[dict[str, Any]]:
     """The conversation as a server takes it: each ``<image>`` of a user's turn becomes a part with the next address.
+
+    An image's own budget goes with it, as a server of this project reads it.
 
     A newline behind a tag goes with it: an image part stands for ``<image>`` and a newline.
     """
-    left = iter(urls)
+    images = ({"url": url, **budget.given()} for url, budget in zip(urls, budgets, strict=True))
     turns = []
     for turn in conversation:
         content: Any = turn["content"]
@@ -130,7 +135,7 @@ def messages(conversation: tuple[Mapping[str, str], ...], urls: list[str]) -> li
             first, *others = content.split(IMAGE_TOKEN)
             content = [{"type": "text", "text": first}]
             for text in others:
-                content.append({"type": "image_url", "image_url": {"url": next(left)}})
+                content.append({"type": "image_url", "image_url": next(images)})
                 content.append({"type": "text", "text": text.removeprefix("\n")})
             content = [part for part in content if part.get("text") != ""]
         turns.append({"role": turn["role"], "content": content})

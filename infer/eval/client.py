@@ -112,7 +112,8 @@ class Server:
     def _request(self, sample: Sample, questions: Questions) -> bytes:
         """The body of a sample's request."""
         urls = [data_url(*image) for image in questions.images(sample)]
-        body = {"messages": messages(sample.conversation, urls)} | self._body
+        asked = messages(sample.conversation, urls, sample.budgets)
+        body = {"messages": asked} | sample.budget.given() | self._body
         return json.dumps({name: value for name, value in body.items() if value is not None}).encode()
 
     async def _ask(self, client: httpx2.AsyncClient, sample: Sample, body: bytes) -> Result:

@@ -29,6 +29,7 @@ from dsvl2_jax.infer.eval.results import file_digest, open_run
 from dsvl2_jax.infer.eval.samples import Sample, read_samples
 from dsvl2_jax.inputs.image_sources import ImageStore, open_images
 from dsvl2_jax.inputs.images import trait_notes
+from dsvl2_jax.inputs.tile_budget import MAX_TILES
 from dsvl2_jax.runtime import processes
 from dsvl2_jax.runtime.console import PrintableConsole
 from dsvl2_jax.runtime.progress import progress
@@ -50,7 +51,11 @@ class EvalOptions:
     cache_dtype: str | None = None
     mesh: str | None = None
     verify: bool = False
-    candidates: int | None = setting(None, least=1)
+    adapter: str | None = None
+    context: int | None = setting(None, least=1)
+    rope_scaling: str | None = None
+    max_tiles: int | None = setting(None, least=1, most=MAX_TILES)
+    min_tiles: int | None = setting(None, least=1, most=MAX_TILES)
     speculate: int = setting(0, least=0)
     as_seen: bool = False
     prompt_template: str | None = None
@@ -65,11 +70,11 @@ class EvalOptions:
 
     def identity(self) -> dict[str, Any]:
         names = ("metric", "images", "max_new_tokens", "prompt_template")
-        if self.server is None:
-            names += ("dtype", "candidates")
-        # Runs from before there was this option go on without it.
-        names += tuple(name for name in ("as_seen", "cache_dtype") if getattr(self, name))
-        return {name: getattr(self, name) for name in names}
+        optional = "as_seen", "min_tiles", "cache_dtype", "adapter", "context", "rope_scaling"
+        names += tuple(name for name in optional if getattr(self, name))
+        named = {name: getattr(self, name) for name in names}
+        # The option was called candidates, and its runs go on.
+        return named | ({"dtype": self.dtype, "candidates": self.max_tiles} if self.server is None else {})
 
 
 def evaluate(ckpt: str | None, data: Path, options: EvalOptions) -> dict[str, Any]:
@@ -97,7 +102,8 @@ def evaluate(ckpt: str | None, data: Path, options: EvalOptions) -> dict[str, An
     from dsvl2_jax.infer.eval.loaded import LoadedModel, follow  # imports jax
     from dsvl2_jax.infer.loading import LoadOptions
 
-    loading = LoadOptions(options.dtype, options.mesh, verify=options.verify, cache_dtype=options.cache_dtype)
+    names = ("verify", "adapter", "cache_dtype", "max_tiles", "min_tiles", "context", "rope_scaling")
+    loading = LoadOptions(options.dtype, options.mesh, **{name: getattr(options, name) for name in names})
     if not processes.is_first():
         follow(ckpt, loading, options.batch_size, options.speculate)
         return {}
@@ -108,7 +114,6 @@ def evaluate(ckpt: str | None, data: Path, options: EvalOptions) -> dict[str, An
         max_new_tokens=options.max_new_tokens,
         batch_size=options.batch_size,
         speculate=options.speculate,
-        candidates=options.candidates,
     )
     return _run(model, data, store, samples, options)
 

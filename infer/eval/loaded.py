@@ -25,13 +25,8 @@ from dsvl2_jax.infer.eval.results import DIGEST
 from dsvl2_jax.infer.eval.samples import Sample
 from dsvl2_jax.infer.loading import LoadOptions, load
 from dsvl2_jax.infer.request import Request
-from dsvl2_jax.inputs.images import select_best_resolution
-from dsvl2_jax.inputs.processor import (
-    MAX_TILED_IMAGES,
-    Processor,
-    extended_candidate_resolutions,
-    image_tokens,
-)
+from dsvl2_jax.inputs.processor import Processor, image_tokens
+from dsvl2_jax.inputs.visuals import Picture
 from dsvl2_jax.runtime import processes
 
 _THREADS = 2  # that read and tile images while the device is busy
@@ -53,21 +48,25 @@ class LoadedModel:
         max_new_tokens: int,
         batch_size: int,
         speculate: int,
-        candidates: int | None,
     ):
         """Finds the checkpoint; see `dsvl2_jax.infer.eval.evaluate.EvalOptions` for the options.
 
-        Raises CheckpointError or UsageError when there is none.
+        Raises CheckpointError or UsageError when there is none, or no adapter where one is wanted.
         """
         self._ckpt, self._options = ckpt, options
-        self._max_new_tokens, self._batch_size, self._candidates = max_new_tokens, batch_size, candidates
-        self._speculate = speculate
+        self._max_new_tokens, self._batch_size, self._speculate = max_new_tokens, batch_size, speculate
         self._directory = locate.resolve(ckpt)
+        self._adapter = None if options.adapter is None else locate.find_adapter(options.adapter)
         self._model: Model | None = None  # until it is loaded
         self.name = "bundled" if ckpt is None else checkpoint_name(self._directory)
+        if self._adapter is not None:
+            self.name += f"+{checkpoint_name(self._adapter)}"
 
     def identity(self) -> dict[str, Any]:
-        return {"checkpoint": {"name": self.name, "digest": checkpoint_digest(self._directory)}}
+        identity = {"checkpoint": {"name": self.name, "digest": checkpoint_digest(self._directory)}}
+        if self._adapter is not None:
+            identity["adapter"] = {"digest": checkpoint_digest(self._adapter)}
+        return identity
 
     def summary(self) -> dict[str, Any]:
         return {"checkpoint": self.name}
@@ -76,7 +75,6 @@ class LoadedModel:
         """Loads the model if it is needed, in the other processes too."""
         if processes.from_first(lambda: needed):
             self._model = load(self._ckpt, self._options)
-            _extend_candidates(self._model.processor, self._candidates)
 
     def answer(self, questions: Questions) -> None:
         """Asks the largest samples first, so that a lack of memory shows at once."""
@@ -85,9 +83,10 @@ class LoadedModel:
         ordered = sorted(questions.samples, key=lambda sample: sizes[sample.line], reverse=True)
 
         def prepare(sample: Sample) -> _Prepared:
-            images = [asked.image for asked in questions.images(sample)]
+            asked = questions.images(sample)
+            images = [Picture(one.image, own) for one, own in zip(asked, sample.budgets, strict=True)]
             try:
-                inputs = model.processor(list(sample.conversation), images)
+                inputs = model.processor(list(sample.conversation), images, **sample.budget._asdict())
             except DSVL2Error as error:
                 raise questions.unusable(sample, error) from error
             try:
@@ -143,15 +142,15 @@ def checkpoint_name(directory: Path) -> str:
 
 
 def checkpoint_digest(directory: Path) -> str:
-    """16 hexadecimal digits that differ where checkpoints do: names, sizes and contents of their files.
+    """16 hexadecimal digits that differ where checkpoints or adapters do: names, sizes and contents of their files.
 
     Of a large file, pieces spread evenly over it are read.
 
     Args:
-      directory: as `dsvl2_jax.checkpoint.locate.resolve` returns it.
+      directory: as `dsvl2_jax.checkpoint.locate.resolve` or `find_adapter` returns it.
     """
     params = directory / PARAMS_NAME
-    files = [params / name for name in files_below(params)] if params.is_dir() else directory.glob("*.safetensors")
+    files = [params / name for name in files_below(params)] if params.is_dir() else _weight_files(directory)
     names_and_files = [(str(p.relative_to(directory)), p) for p in files]
     names_and_files += [(p.name, p) for p in model_files(directory).glob("*.json")]
     digest = hashlib.sha256()
@@ -165,16 +164,18 @@ def checkpoint_digest(directory: Path) -> str:
     return digest.hexdigest()[:DIGEST]
 
 
+def _weight_files(directory: Path) -> list[Path]:
+    return [*directory.glob("*.safetensors"), *directory.glob("*.bin")]
+
+
 def prompt_size(sample: Sample, processor: Processor) -> tuple[int, int]:
     """(tiles, tokens) of a sample's prompt, from its texts and the sizes of its images; the template not counted."""
     config = processor.config
     tiles = 0
     tokens = sum(len(processor.tokenizer.encode(turn["content"])) for turn in sample.conversation)
-    for size in sample.sizes:
-        canvas = (config.tile_size,) * 2
-        if len(sample.sizes) <= MAX_TILED_IMAGES:
-            canvas = select_best_resolution(size, config.candidate_resolutions)
-        cols, rows = (length // config.tile_size for length in canvas)
+    budget = sample.budget.over(processor.budget)
+    for size, own in zip(sample.sizes, sample.budgets, strict=True):
+        cols, rows = processor.grid(size, len(sample.sizes), own, budget)
         tiles += 1 + cols * rows
         tokens += image_tokens(cols, rows, config.tokens_per_side)
     return tiles, tokens
@@ -185,13 +186,6 @@ class _Prepared:
     sample: Sample
     request: Request | None  # None: the prompt cannot be answered
     error: str = ""
-
-
-def _extend_candidates(processor: Processor, max_tiles: int | None) -> None:
-    if max_tiles is not None:
-        config = processor.config
-        resolutions = extended_candidate_resolutions(max_tiles, config.tile_size)
-        processor.config = dataclasses.replace(config, candidate_resolutions=resolutions)
 
 
 def _result(sample: Sample, generation: Generation) -> Result:

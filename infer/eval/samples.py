@@ -18,7 +18,9 @@ from dsvl2_jax.inputs.grounding import parse_boxes
 from dsvl2_jax.inputs.image_sources import ImageStore, resolve_image
 from dsvl2_jax.inputs.images import image_size
 from dsvl2_jax.inputs.records import parse_record, place
+from dsvl2_jax.inputs.tile_budget import BUDGET_KEYS, NO_BUDGET, TileBudget
 from dsvl2_jax.inputs.tokenizer import IMAGE_TOKEN
+from dsvl2_jax.inputs.visuals import Picture, Video, read_visual
 from dsvl2_jax.json_files import parse_json, read_lines
 
 METRICS = ("exact", "contains", "anls", "relaxed", "vqa", "choice", "iou", "facts")
@@ -45,6 +47,8 @@ class Sample:
     choices: tuple[str, ...] = ()
     boxes: tuple[tuple[float, ...], ...] = ()  # x1, y1, x2, y2 in pixels of the last image
     facts: tuple[str, ...] = ()
+    budgets: tuple[TileBudget, ...] = ()  # the images' own
+    budget: TileBudget = NO_BUDGET  # of images that have none
     group: str | None = None  # samples of one group count as one, with the lowest of their scores
 
     @property
@@ -143,7 +147,8 @@ class _Reader:
             raise DataError('has no "metric", and --metric gives none. Known are ' + ", ".join(METRICS) + ".")
         if metric not in METRICS:
             raise DataError(f'"metric" is {metric!r}, expected one of {", ".join(METRICS)}.')
-        conversation, images, last_answer = self._conversation(record)
+        conversation, visuals, budget, last_answer = self._conversation(record)
+        images = tuple(visual.source for visual in visuals)
         sizes = tuple(map(self._size, images))
         answers = _texts(record, "answers", "answer") or ([last_answer] if last_answer else [])
         choices = _texts(record, "choices")
@@ -155,6 +160,8 @@ class _Reader:
             conversation=self._templated(conversation, choices),
             images=images,
             sizes=sizes,
+            budgets=tuple(visual.budget for visual in visuals),
+            budget=budget,
             answers=tuple(answers),
             choices=tuple(choices),
             boxes=_boxes(record, answers, sizes) if metric == "iou" else (),
@@ -164,18 +171,22 @@ class _Reader:
         _check_references(sample, "facts" in record)
         return sample
 
-    def _conversation(self, record: Mapping[str, Any]) -> tuple[list[dict[str, str]], tuple[Any, ...], str]:
-        """(turns up to the last user's, images, the assistant's answer to it or "")."""
+    def _conversation(self, record: Mapping[str, Any]) -> tuple[list[dict[str, str]], list[Picture], TileBudget, str]:
+        """(turns up to the last user's, images, budget, the assistant's answer to it or "")."""
         if "question" in record:
             if not isinstance(record["question"], str) or not record["question"].strip():
                 raise DataError(f'"question" is {record["question"]!r:.60}, expected a text.')
             turns = [{"role": "user", "content": record["question"]}]
-            record = {key: record[key] for key in ("image", "images") if key in record} | {"messages": turns}
+            kept = ("image", "images", "video", "videos", *BUDGET_KEYS)
+            record = {key: record[key] for key in kept if key in record} | {"messages": turns}
         elif "messages" not in record and "conversations" not in record:
             raise DataError(f'expected "question" or "messages"; found {", ".join(sorted(map(str, record)))}.')
         parsed = parse_record(record)
+        visuals = list(map(read_visual, parsed.images))
+        if any(isinstance(visual, Video) for visual in visuals):
+            raise DataError("has a video, and questions are about images. Give frames of it as images.")
         if parsed.objects is not None:
-            parsed, _ = place(parsed, list(map(self._size, parsed.images)))
+            parsed, _ = place(parsed, [self._size(visual.source) for visual in visuals])
         turns = [dict(turn) for turn in parsed.conversation]
         answer = turns.pop()["content"].strip() if turns[-1]["role"] == "assistant" else ""
         if not turns or turns[-1]["role"] != "user":
@@ -183,7 +194,7 @@ class _Reader:
         tags = sum(turn["content"].count(IMAGE_TOKEN) for turn in turns if turn["role"] == "user")
         if tags != len(parsed.images):
             raise DataError(f"has {tags} {IMAGE_TOKEN} tag(s) and {len(parsed.images)} image(s); put one tag for each.")
-        return turns, parsed.images, answer
+        return turns, visuals, parsed.budget, answer
 
     def _templated(self, turns: list[dict[str, str]], choices: list[str]) -> tuple[dict[str, str], ...]:
         """The turns with the last one's text in the template, behind its image tags."""

@@ -1,6 +1,6 @@
 """The outermost layer: a line in the log for each request, an id for it, and headers that keep browsers safe.
 
-A line has method, path, status, seconds, the key's name and the id: no query, no body, no header.
+A line has method, path, status, seconds, the key's name, the model's and the id: no query, no body, no header.
 """
 
 from __future__ import annotations
@@ -56,5 +56,5 @@ class Access:
             level = logging.DEBUG if scope["path"] in _QUIET else logging.INFO
             seconds = time.perf_counter() - started
             path = scope["path"][:_MOST_LOGGED].encode("unicode_escape").decode()
-            owner = scope.get("owner", "-")
-            logger.log(level, "%s %s %d %.3fs %s %s", scope["method"], path, status, seconds, owner, identity)
+            names = scope.get("owner", "-"), scope.get("model", "-")
+            logger.log(level, "%s %s %d %.3fs %s %s %s", scope["method"], path, status, seconds, *names, identity)

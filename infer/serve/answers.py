@@ -16,6 +16,7 @@ from dsvl2_jax.infer.request import Delta, Request
 from dsvl2_jax.infer.serve import logprobs
 from dsvl2_jax.infer.serve.errors import ApiError, ClientGoneError
 from dsvl2_jax.infer.serve.grammars import Constraint
+from dsvl2_jax.infer.serve.models import ServedModel
 from dsvl2_jax.infer.serve.prompts import Prompt
 from dsvl2_jax.infer.serve.schemas import Sampling
 from dsvl2_jax.infer.serve.state import Serving
@@ -67,6 +68,7 @@ class Usage:
 class Wanted:
     """How answers are wanted, beside what `Sampling` says; ``max_tokens``, ``top_logprobs``: as `Request` has them."""
 
+    model: ServedModel
     max_tokens: int
     n: int = 1
     stop: tuple[str, ...] = ()
@@ -98,7 +100,7 @@ async def ask(
             message = "answers cannot be constrained with this checkpoint's tokenizer, which has no tokenizer.json"
             raise ApiError(400, f"{constraint.field}: {message}.", param=constraint.field, code="unsupported_value")
         grammar = await serving.in_pool(constraint.compile, serving.grammars)
-    context = serving.engine.model.config.language.max_position_embeddings
+    context = serving.engine.model.context
 
     def build() -> list[Request]:
         return [
@@ -110,13 +112,14 @@ async def ask(
                 top_logprobs=wanted.top_logprobs,
                 grammar=grammar,
                 owner=http.scope.get("owner", ""),
+                adapter=wanted.model.adapter,
             )
             for prompt in prompts
             for choice in range(wanted.n)
         ]
 
     requests = await serving.in_pool(build)
-    answers = Answers(serving, arrived)
+    answers = Answers(serving, wanted.model, arrived)
     try:
         for number, request in enumerate(requests):
             answers.add(prompts[number // wanted.n], serving.engine.submit(request))
@@ -127,10 +130,11 @@ async def ask(
 
 
 class Answers:
-    """Answers that grow. `close` them, whatever happens: the engine goes on until then."""
+    """Answers of one model that grow. `close` them, whatever happens: the engine goes on until then."""
 
-    def __init__(self, serving: Serving, arrived: float):
+    def __init__(self, serving: Serving, model: ServedModel, arrived: float):
         self.all: list[Growing] = []
+        self.model = model
         self._serving, self._arrived = serving, arrived
         self._failed = False
         self._closed = False
@@ -197,10 +201,10 @@ class Answers:
     def _grow(self, index: int, delta: Delta) -> News:
         answer, serving = self.all[index], self._serving
         if not answer.token_ids and delta.token_ids:
-            serving.metrics.first_token(time.perf_counter() - self._arrived)
+            serving.metrics.first_token(self.model.name, time.perf_counter() - self._arrived)
             inputs = answer.prompt.inputs
             if not any(other.token_ids for other in self.all if other.prompt is answer.prompt):
-                serving.metrics.prompt(len(inputs.input_ids), int(inputs.image_mask.sum()))
+                serving.metrics.prompt(self.model.name, len(inputs.input_ids), int(inputs.image_mask.sum()))
         entries = logprobs.content(serving.processor.tokenizer, delta)
         answer.text += delta.text
         answer.token_ids += delta.token_ids
@@ -212,7 +216,8 @@ class Answers:
 
     def _count(self, answer: Growing, reason: str) -> None:
         seconds = time.perf_counter() - self._arrived
-        self._serving.metrics.answer(reason, len(answer.token_ids), seconds, answer.asked.timing)
+        tokens = len(answer.token_ids)
+        self._serving.metrics.answer(self.model.name, reason, tokens, seconds, answer.asked.timing)
 
 
 async def unless_gone(http: HttpRequest, work: Coroutine[Any, Any, T]) -> T:

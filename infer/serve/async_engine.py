@@ -28,6 +28,7 @@ from dsvl2_jax.infer.scheduler import Event, Scheduler
 from dsvl2_jax.infer.serve.turns import Turns, Word
 from dsvl2_jax.infer.slots import PAGE
 from dsvl2_jax.infer.speculation import MAX_DRAFTS
+from dsvl2_jax.inputs.tile_budget import MAX_TILES
 from dsvl2_jax.messages import first_line
 from dsvl2_jax.runtime import processes
 from dsvl2_jax.runtime.timing import compile_log
@@ -46,7 +47,8 @@ class EngineOptions:
       speculate: the most tokens that a step drafts for an answer; see `dsvl2_jax.infer.speculation`.
       prefix_bytes: of device memory for the beginnings of prompts. feature_bytes: for pictures' features.
       max_queue: requests that may wait; max_queued_tokens: their prompts and answers together.
-      max_tiles: of one request's pictures.
+      max_tiles: of one request's pictures, global views included.
+      max_image_tiles: local tiles that a request may ask for of one picture; None: the checkpoint's largest number.
       max_wait: seconds that a request may wait for a slot.
       hang_timeout: seconds without an answer from the device after which it is taken for dead.
 
@@ -61,6 +63,7 @@ class EngineOptions:
     max_queue: int = setting(256, least=0)
     max_queued_tokens: int = setting(1 << 20, least=1)
     max_tiles: int = setting(64, least=1)
+    max_image_tiles: int | None = setting(None, least=1, most=MAX_TILES)
     max_wait: float = setting(120.0, above=0)
     hang_timeout: float = setting(300.0, above=0)
 
@@ -122,13 +125,13 @@ class Answer:
 def follow(model: Model, options: EngineOptions, grammars: GrammarCompiler | None) -> None:
     """What the other processes do while the `AsyncEngine` of process 0 serves; all of them have the same options."""
     scheduler = make_scheduler(model, options)
-    scheduler.executor.warm_up(_tile_counts(scheduler, options), lambda text: None)
+    scheduler.executor.warm_up(_tile_counts(model, options), lambda text: None)
     Turns(scheduler, grammars).follow()
 
 
 def make_scheduler(model: Model, options: EngineOptions) -> Scheduler:
     """For answers of any length that the context allows."""
-    context = model.config.language.max_position_embeddings
+    context = model.context
     return Scheduler(
         model,
         model.whole_slots(options.slots),
@@ -139,9 +142,16 @@ def make_scheduler(model: Model, options: EngineOptions) -> Scheduler:
     )
 
 
-def _tile_counts(scheduler: Scheduler, options: EngineOptions) -> range:
-    """Tiles of the pictures that may come: two at least, the global view and one local."""
-    return range(2, min(options.max_tiles, scheduler.executor.most_tiles) + 1)
+def _tile_counts(model: Model, options: EngineOptions) -> range:
+    """Tiles of the pictures that may come: two at least, the global view and one local; not more than the context."""
+    fitting = model.context // model.config.tokens_per_tile
+    return range(2, min(options.max_tiles, 1 + max_image_tiles(model, options), fitting) + 1)
+
+
+def max_image_tiles(model: Model, options: EngineOptions) -> int:
+    """The most local tiles that a request may ask for of one picture."""
+    asked = options.max_image_tiles
+    return model.processor.config.largest if asked is None else asked
 
 
 class AsyncEngine:
@@ -174,6 +184,11 @@ class AsyncEngine:
         self._warm_compilations = 0
 
     @property
+    def max_image_tiles(self) -> int:
+        """The most local tiles that a request may ask for of one picture."""
+        return max_image_tiles(self.model, self.options)
+
+    @property
     def health(self) -> str:
         began = self._turn_began
         if began is not None and time.perf_counter() - began > self.options.hang_timeout:
@@ -187,7 +202,7 @@ class AsyncEngine:
           say: told what is being compiled, in the loop.
         """
         self._loop = asyncio.get_running_loop()
-        counts = _tile_counts(self._scheduler, self.options)
+        counts = _tile_counts(self.model, self.options)
 
         def warm_up() -> None:
             self._scheduler.executor.warm_up(counts, lambda text: self._loop.call_soon_threadsafe(say, text))
@@ -196,6 +211,15 @@ class AsyncEngine:
         self._warm_compilations = compile_log().count
         self._state = "ok"
         self._thread.start()
+
+    def check_tiles(self, tiles: int) -> None:
+        """Raises RefusedError for a prompt with more tiles than a request may have."""
+        if tiles > self.options.max_tiles:
+            raise RefusedError(
+                f"the pictures have {tiles} tiles, but a request may have {self.options.max_tiles}; "
+                "send fewer, smaller or less elongated ones, or a lower max_tiles.",
+                413,
+            )
 
     def submit(self, request: Request) -> Answer:
         """Asks for an answer; called in the loop.
@@ -208,13 +232,7 @@ class AsyncEngine:
         if state != "ok":
             raise RefusedError(f"the server is {state}; try again later.", 503, retry_after=5.0)
         self.model.check_context(request.inputs)
-        tiles = len(request.inputs.tiles)
-        if tiles > self.options.max_tiles:
-            raise RefusedError(
-                f"the pictures have {tiles} tiles, but a request may have {self.options.max_tiles}; "
-                "send fewer, smaller or less elongated ones.",
-                413,
-            )
+        self.check_tiles(len(request.inputs.tiles))
         tokens = self.model.last_position(request)
         queued = sum(self._waiting.values()) + tokens
         free = self._scheduler.rows.count(None) - len(self._waiting)

@@ -15,10 +15,10 @@ from dsvl2_jax.infer.serve.bodies import STREAMED, described, read_body
 from dsvl2_jax.infer.serve.errors import ApiError, SafeRoute
 from dsvl2_jax.infer.serve.events import DONE, event, respond, stream_error
 from dsvl2_jax.infer.serve.grammars import Constraint, constraint
-from dsvl2_jax.infer.serve.prompts import Picture, Text, Turn, chat_prompt
+from dsvl2_jax.infer.serve.prompts import Picture, Text, Turn, Video, chat_prompt
 from dsvl2_jax.infer.serve.schemas import Streamed
-from dsvl2_jax.infer.serve.schemas_chat import ChatRequest, Message, TextPart
-from dsvl2_jax.infer.serve.state import Serving, serving_of
+from dsvl2_jax.infer.serve.schemas_chat import ChatRequest, Message, TextPart, VideoPart
+from dsvl2_jax.infer.serve.state import serving_of
 from dsvl2_jax.inputs.turns import ROLES
 
 router = APIRouter(route_class=SafeRoute)
@@ -30,7 +30,7 @@ async def chat_completions(request: Request) -> Response:
     arrived = time.perf_counter()
     serving = serving_of(request)
     body = await read_body(request, serving, ChatRequest)
-    serving.check_model(body.model)
+    model = serving.model_of(request, body.model)
     check_stream_options(body)
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         field = "max_completion_tokens"
@@ -38,6 +38,7 @@ async def chat_completions(request: Request) -> Response:
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs: needs logprobs: true.", param="top_logprobs")
     wanted = Wanted(
+        model,
         max_tokens=body.max_completion_tokens or body.max_tokens or serving.options.default_max_tokens,
         n=body.n or 1,
         stop=body.stops,
@@ -46,14 +47,14 @@ async def chat_completions(request: Request) -> Response:
     )
 
     async def asked() -> Answers:
-        prompt = await chat_prompt(serving, turns(body.messages), "messages")
+        prompt = await chat_prompt(serving, turns(body.messages), "messages", body.budget)
         return await ask(serving, request, body, [prompt], wanted, arrived)
 
     return await respond(
         request,
         stream=bool(body.stream),
         asked=asked,
-        reply=lambda answers: _Reply(serving, body, answers, "chat.completion"),
+        reply=lambda answers: _Reply(body, answers, "chat.completion"),
     )
 
 
@@ -64,17 +65,23 @@ def turns(messages: list[Message], field: str = "messages") -> list[Turn]:
         here = f"{field}[{number}].content"
         if message.content is None and message.role != "assistant":
             raise ApiError(400, f"{here}: is missing.", param=here, code="missing_parameter")
-        parts: list[Text | Picture] = []
+        parts: list[Text | Picture | Video] = []
         if isinstance(message.content, str):
             parts.append(Text(message.content, here))
         for place, part in enumerate(message.content if isinstance(message.content, list) else []):
             if isinstance(part, TextPart):
                 parts.append(Text(part.text, f"{here}[{place}].text"))
+            elif isinstance(part, VideoPart):
+                where, video = f"{here}[{place}].video_url", part.video_url
+                if isinstance(video, str):
+                    parts.append(Video(video, where))
+                else:
+                    parts.append(Video(video.url, f"{where}.url", video.frames, video.frame_choice, video.budget))
             elif isinstance(part.image_url, str):
                 parts.append(Picture(part.image_url, f"{here}[{place}].image_url", None))
             else:
                 where = f"{here}[{place}].image_url.url"
-                parts.append(Picture(part.image_url.url, where, part.image_url.detail))
+                parts.append(Picture(part.image_url.url, where, part.image_url.detail, part.image_url.budget))
         out.append(Turn(ROLES[message.role], [parts]))
     return out
 
@@ -115,13 +122,13 @@ def usage_object(usage: Usage) -> dict[str, Any]:
 class _Reply:
     """The objects that a request to the chat is answered with."""
 
-    def __init__(self, serving: Serving, body: ChatRequest, answers: Answers, kind: str):
+    def __init__(self, body: ChatRequest, answers: Answers, kind: str):
         self._body, self._answers = body, answers
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "object": kind,
             "created": int(time.time()),
-            "model": serving.options.model_name,
+            "model": answers.model.name,
         }
 
     def whole(self) -> dict[str, Any]:

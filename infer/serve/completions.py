@@ -30,9 +30,10 @@ async def completions(request: Request) -> Response:
     arrived = time.perf_counter()
     serving = serving_of(request)
     body = await read_body(request, serving, CompletionRequest)
-    serving.check_model(body.model)
+    model = serving.model_of(request, body.model)
     check_stream_options(body)
     wanted = Wanted(
+        model,
         max_tokens=body.max_tokens or _MAX_TOKENS,
         n=body.n or 1,
         stop=body.stops,
@@ -43,9 +44,7 @@ async def completions(request: Request) -> Response:
     async def asked() -> Answers:
         return await ask(serving, request, body, await _prompts(serving, body), wanted, arrived)
 
-    return await respond(
-        request, stream=bool(body.stream), asked=asked, reply=lambda answers: _Reply(serving, body, answers)
-    )
+    return await respond(request, stream=bool(body.stream), asked=asked, reply=lambda answers: _Reply(body, answers))
 
 
 async def _prompts(serving: Serving, body: CompletionRequest) -> list[Prompt]:
@@ -64,13 +63,13 @@ async def _prompts(serving: Serving, body: CompletionRequest) -> list[Prompt]:
 class _Reply:
     """The objects that a request is answered with."""
 
-    def __init__(self, serving: Serving, body: CompletionRequest, answers: Answers):
+    def __init__(self, body: CompletionRequest, answers: Answers):
         self._body, self._answers = body, answers
         self._head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": serving.options.model_name,
+            "model": answers.model.name,
         }
 
     def whole(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ PORT = 443
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MOST_REDIRECTS = 5
 _MOST_DOWNLOADS = 32  # at once; others wait, within their time limit
-_HEADERS = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "dsvl2-jax", "Connection": "close"}
+_HEADERS = {"Accept-Encoding": "identity", "User-Agent": "dsvl2-jax", "Connection": "close"}
 
 Resolver = Callable[[str], Awaitable[Sequence[str]]]
 
@@ -41,6 +41,7 @@ class Downloader:
         *,
         max_bytes: int,
         time_limit: float,
+        kind: str = "picture",
         resolve: Resolver | None = None,
         network: httpcore2.AsyncNetworkBackend | None = None,
         ssl_context: ssl.SSLContext | None = None,
@@ -50,13 +51,15 @@ class Downloader:
           domains: `domain_name`s.
           max_bytes: the most that a file may have.
           time_limit: seconds, for all of a download: names, connections, redirects, the file.
+          kind: "picture" or "video", what is fetched.
           resolve: the addresses of a host name; the system's resolver unless given. Raises OSError.
           network: opens the connections to addresses; the system's unless given.
           ssl_context: whom to trust; those whom the system trusts unless given.
         """
         self._names = {domain for domain in domains if not domain.startswith("*")}
         self._suffixes = tuple(domain.removeprefix("*") for domain in domains if domain.startswith("*"))
-        self._max_bytes, self._time_limit = max_bytes, time_limit
+        self._max_bytes, self._time_limit, self._kind = max_bytes, time_limit, kind
+        self._headers = {"Accept": {"picture": "image/*", "video": "video/*"}[kind], **_HEADERS}
         self._resolve = resolve or _resolve
         self._network = network or httpcore2.AnyIOBackend()
         self._ssl_context = ssl_context or httpcore2.default_ssl_context()
@@ -128,7 +131,7 @@ class Downloader:
         url = httpcore2.URL(scheme="https", host=host, port=PORT, target=target)
         # Half of the time for the first of several addresses, so that the second gets a chance.
         options = {"timeout": {"connect": self._time_limit / min(len(addresses), 2)}}
-        request = httpcore2.Request("GET", url, headers={"Host": host, **_HEADERS}, extensions=options)
+        request = httpcore2.Request("GET", url, headers={"Host": host, **self._headers}, extensions=options)
         network = _Pinned(self._network, addresses)
         connection = httpcore2.AsyncHTTPConnection(url.origin, self._ssl_context, network_backend=network)
         try:
@@ -159,7 +162,7 @@ class Downloader:
                         break
                 else:
                     return bytes(content)
-        raise MediaError(field, 413, too_many_bytes(self._max_bytes))
+        raise MediaError(field, 413, too_many_bytes(self._max_bytes, self._kind))
 
 
 class _Pinned(httpcore2.AsyncNetworkBackend):

@@ -20,13 +20,13 @@ def scheme_of(reference: str) -> str:
     return match[0].lower() if match else ""
 
 
-def read_file(reference: str, roots: Sequence[str], max_bytes: int, field: str) -> bytes:
+def read_file(reference: str, roots: Sequence[str], max_bytes: int, field: str, kind: str = "picture") -> bytes:
     """The regular file that a ``file:`` URL or a path names.
 
     Args:
       reference: a relative path is looked up in each root in turn.
       roots: folders, absolute and without links.
-      field: for errors.
+      field, kind: for errors.
 
     Raises:
       MediaError: it is no path, in none of the folders, not there, not readable, or larger than ``max_bytes``.
@@ -50,7 +50,7 @@ def read_file(reference: str, roots: Sequence[str], max_bytes: int, field: str) 
     except ValueError as error:  # also of paths that the system cannot spell
         raise MediaError(field, 400, f"{shown(reference)} is no file's path: {error}.") from None
     if len(data) > max_bytes:
-        raise MediaError(field, 413, too_many_bytes(max_bytes))
+        raise MediaError(field, 413, too_many_bytes(max_bytes, kind))
     return data
 
 

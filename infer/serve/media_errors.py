@@ -1,4 +1,4 @@
-"""The error of a picture that is not read, and the words that several of its messages share.
+"""The error of a picture or a video that is not read, and the words that several of its messages share.
 
 Tested in tests/infer/serve/test_media.py.
 """
@@ -9,7 +9,7 @@ from dsvl2_jax.errors import DSVL2Error
 
 
 class MediaError(DSVL2Error):
-    """A picture that a request names and that is not read.
+    """A picture or a video that a request names and that is not read.
 
     Attributes:
       field: where the request names it, as in ``messages[1].content[0].image_url.url``.
@@ -22,8 +22,8 @@ class MediaError(DSVL2Error):
         self.field, self.status = field, status
 
 
-def too_many_bytes(most: int) -> str:
-    return f"the file has more than the {most} bytes that a picture may have. Make it smaller."
+def too_many_bytes(most: int, kind: str = "picture") -> str:
+    return f"the file has more than the {most} bytes that a {kind} may have. Make it smaller."
 
 
 def shown(text: str) -> str:

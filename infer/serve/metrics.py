@@ -5,7 +5,7 @@ The engine counts what it does (`AsyncEngine.statistics`); the counters and time
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -42,12 +42,17 @@ _PHASES = {"queue": "request_queue_time_seconds", "prefill": "request_prefill_ti
 
 
 class Metrics:
-    """The counters of one server."""
+    """The counters of one server.
 
-    def __init__(self, model: str, statistics: Callable[[], Mapping[str, float]], lag: LoopLag):
+    What counts answers has the name of the model that was asked, the base or an adapter; the engine's own figures and
+    those of HTTP are all under the base's.
+    """
+
+    def __init__(self, models: Sequence[str], statistics: Callable[[], Mapping[str, float]], lag: LoopLag):
+        """``models``: names, the base's first."""
         self.registry = CollectorRegistry()
-        self.registry.register(_Statistics(model, statistics, lag))
-        self._model = model
+        self.registry.register(_Statistics(models[0], statistics, lag))
+        self._base = models[0]
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of the requests that were answered.")
         self._image_tokens = self._counter("prompt_image_tokens", "Those of them that stand for pictures.")
         self._generation_tokens = self._counter("generation_tokens", "Tokens of answers.")
@@ -75,36 +80,37 @@ class Metrics:
 
     def request(self, path: str, status: int) -> None:
         """Counts an HTTP request. ``path`` is a route's: what clients make up would be counters without end."""
-        self._requests.labels(self._model, path, str(status)).inc()
+        self._requests.labels(self._base, path, str(status)).inc()
 
-    def prompt(self, tokens: int, image_tokens: int) -> None:
+    def prompt(self, model: str, tokens: int, image_tokens: int) -> None:
         """Counts a prompt that an answer has begun to."""
-        self._prompt_tokens.labels(self._model).inc(tokens)
-        self._image_tokens.labels(self._model).inc(image_tokens)
+        self._prompt_tokens.labels(model).inc(tokens)
+        self._image_tokens.labels(model).inc(image_tokens)
 
-    def first_token(self, seconds: float) -> None:
+    def first_token(self, model: str, seconds: float) -> None:
         """Counts the time from a request's arrival to an answer's first token."""
-        self._times["time_to_first_token_seconds"].labels(self._model).observe(seconds)
+        self._times["time_to_first_token_seconds"].labels(model).observe(seconds)
 
-    def answer(self, reason: str, tokens: int, seconds: float, timing: Mapping[str, float]) -> None:
+    def answer(self, model: str, reason: str, tokens: int, seconds: float, timing: Mapping[str, float]) -> None:
         """Counts an answer that has ended.
 
         Args:
+          model: name of the one that was asked.
           reason: "stop", "length", "abort" (the client has gone) or "error".
           tokens: of the answer.
           seconds: since the request arrived.
           timing: `Answer.timing`.
         """
-        self._generation_tokens.labels(self._model).inc(tokens)
-        self._success.labels(self._model, reason).inc()
+        self._generation_tokens.labels(model).inc(tokens)
+        self._success.labels(model, reason).inc()
         if reason not in ("stop", "length"):
             return
-        self._times["e2e_request_latency_seconds"].labels(self._model).observe(seconds)
+        self._times["e2e_request_latency_seconds"].labels(model).observe(seconds)
         for phase, name in _PHASES.items():
             if phase in timing:
-                self._times[name].labels(self._model).observe(timing[phase])
+                self._times[name].labels(model).observe(timing[phase])
         if "decode" in timing and tokens > 1:
-            self._per_token.labels(self._model).observe(timing["decode"] / (tokens - 1))
+            self._per_token.labels(model).observe(timing["decode"] / (tokens - 1))
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

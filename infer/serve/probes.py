@@ -12,6 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
 from dsvl2_jax.infer.serve.errors import ApiError, SafeRoute, found
+from dsvl2_jax.infer.serve.models import ServedModel
 from dsvl2_jax.infer.serve.page import load_page
 from dsvl2_jax.infer.serve.state import Serving, serving_of
 
@@ -20,18 +21,19 @@ router = APIRouter(route_class=SafeRoute)
 
 @router.get("/v1/models", tags=["server"])
 async def models(request: Request) -> Response:
-    """The one model that this server has."""
-    return JSONResponse({"object": "list", "data": [_model(serving_of(request))]})
+    """The models that this server has: the base, and its adapters."""
+    serving = serving_of(request)
+    return JSONResponse({"object": "list", "data": [_model(serving, one) for one in serving.models.values()]})
 
 
 @router.get("/v1/models/{name:path}", tags=["server"])
 async def model(request: Request, name: str) -> Response:
     """The model of a name."""
     serving = serving_of(request)
-    if name != serving.options.model_name:
-        message = f"{found(name)} is no model here; GET /v1/models names the one there is."
+    if name not in serving.models:
+        message = f"{found(name)} is no model here; GET /v1/models names those that are."
         raise ApiError(404, message, param="model", code="model_not_found")
-    return JSONResponse(_model(serving))
+    return JSONResponse(_model(serving, serving.models[name]))
 
 
 class Health(BaseModel):
@@ -87,12 +89,14 @@ def _examples() -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir(), key=str) if file.name.endswith(".png")}
 
 
-def _model(serving: Serving) -> dict[str, object]:
-    context = serving.engine.model.config.language.max_position_embeddings
+def _model(serving: Serving, served: ServedModel) -> dict[str, object]:
+    context = serving.engine.model.context
     return {
-        "id": serving.options.model_name,
+        "id": served.name,
         "object": "model",
         "created": serving.created,
         "owned_by": "dsvl2",
+        "root": served.root,
+        "parent": served.parent,
         "max_model_len": context,
     }

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from dsvl2_jax.errors import ConversationError
+from dsvl2_jax.errors import ConversationError, UsageError
 from dsvl2_jax.infer.serve.errors import ApiError
+from dsvl2_jax.infer.serve.media import Clip
 from dsvl2_jax.infer.serve.state import Serving
+from dsvl2_jax.inputs import visuals as visuals_of
 from dsvl2_jax.inputs.processor import ModelInputs
+from dsvl2_jax.inputs.tile_budget import NO_BUDGET, TileBudget
 from dsvl2_jax.inputs.tokenizer import IMAGE_TOKEN
 from dsvl2_jax.inputs.turns import OLD_IMAGE_TOKEN, parts_text
 from dsvl2_jax.model.config import TEXT_POSITION
@@ -36,16 +39,27 @@ class Picture(NamedTuple):
     reference: str
     field: str
     detail: str | None
+    budget: TileBudget = NO_BUDGET
+
+
+class Video(NamedTuple):
+    """A video where it stands in a message, and the field that says where it is found."""
+
+    reference: str
+    field: str
+    frames: int | None = None
+    frame_choice: str | None = None
+    budget: TileBudget = NO_BUDGET
 
 
 class Turn(NamedTuple):
-    """Messages of one role, "system", "user" or "assistant": of each its texts and pictures in order."""
+    """Messages of one role, "system", "user" or "assistant": of each its texts, pictures and videos in order."""
 
     role: str
-    messages: list[list[Text | Picture]]
+    messages: list[list[Text | Picture | Video]]
 
     @property
-    def parts(self) -> list[Text | Picture]:
+    def parts(self) -> list[Text | Picture | Video]:
         """Of all messages."""
         return [part for message in self.messages for part in message]
 
@@ -56,35 +70,78 @@ class Prompt:
 
     Attributes:
       inputs: of the processor.
-      sizes: (width, height) of each picture, in whose pixels boxes are told.
+      sizes: (width, height) of each picture and frame, in whose pixels boxes are told.
     """
 
     inputs: ModelInputs
     sizes: tuple[tuple[int, int], ...] = ()
 
 
-async def chat_prompt(serving: Serving, turns: Sequence[Turn], field: str) -> Prompt:
+async def chat_prompt(serving: Serving, turns: Sequence[Turn], field: str, budget: TileBudget = NO_BUDGET) -> Prompt:
     """The prompt of a conversation.
 
     Args:
       field: what the messages are called, for errors.
+      budget: of pictures that have none of their own.
 
     Raises:
       ApiError: the conversation cannot be answered, or a picture not be had.
+      RefusedError: it has more tiles than a request may have.
     """
-    joined = join(turns)
-    pictures = [part for turn in joined for part in turn.parts if isinstance(part, Picture)]
-    images = await serving.media.load([(picture.reference, picture.field) for picture in pictures], field)
-    sizes = tuple(image.size for image in images)
-    if serving.options.honour_detail:
-        low = [image for image, picture in zip(images, pictures, strict=True) if picture.detail == "low"]
-        await serving.in_pool(_shrink, low, serving.processor.config.tile_size)
+    joined, processor = join(turns), serving.processor
+    _check_budget(serving, budget, "")
+    parts = [part for turn in joined for part in turn.parts if not isinstance(part, Text)]
+    budgets = [_own_budget(serving, part) for part in parts]
+    pictures = [(part.reference, part.field) for part in parts if isinstance(part, Picture)]
+    clips = [
+        Clip(part.reference, part.field, part.frames or processor.frames, part.frame_choice or processor.frame_choice)
+        for part in parts
+        if isinstance(part, Video)
+    ]
+    images = await serving.media.load(pictures, field)
+    videos = await serving.media.load_videos(clips, field, images)
+    left = {Picture: iter([[image] for image in images]), Video: iter(videos)}
+    seen = [next(left[type(part)]) for part in parts]
+    visuals = [
+        visuals_of.Picture(shown[0], own)
+        if isinstance(part, Picture)
+        else visuals_of.Video(shown, len(shown), "even", own)
+        for part, shown, own in zip(parts, seen, budgets, strict=True)
+    ]
+    sizes = tuple(image.size for shown in seen for image in shown)
+    owns = [own for shown, own in zip(seen, budgets, strict=True) for _ in shown]
     conversation = [{"role": turn.role, "content": render(turn)} for turn in joined]
     try:
-        inputs = await serving.in_pool(serving.processor, conversation, images)
-    except ConversationError as error:
+        meant = budget.over(processor.budget)
+        grids = [processor.grid(size, len(sizes), own, meant) for size, own in zip(sizes, owns, strict=True)]
+        # Before they are cut, so that no work is done in vain.
+        serving.engine.check_tiles(sum(1 + cols * rows for cols, rows in grids))
+        inputs = await serving.in_pool(partial(processor, conversation, visuals, **budget._asdict()))
+    except (ConversationError, UsageError) as error:
         raise ApiError(400, f"{field}: {error}", param=field) from None
     return _prompt(serving, inputs, field, sizes)
+
+
+def _own_budget(serving: Serving, part: Picture | Video) -> TileBudget:
+    """The budget of a part, or what its detail means. Raises ApiError for one that cannot be."""
+    _check_budget(serving, part.budget, part.field.removesuffix(".url"))
+    if part.budget == NO_BUDGET and isinstance(part, Picture) and serving.options.honour_detail:
+        most = serving.engine.max_image_tiles
+        return {"low": TileBudget(1), "high": TileBudget(most)}.get(part.detail, NO_BUDGET)
+    return part.budget
+
+
+def _check_budget(serving: Serving, budget: TileBudget, field: str) -> None:
+    most = serving.engine.max_image_tiles
+    for name, value in budget.given().items():
+        if value > most:
+            where = f"{field}.{name}".removeprefix(".")
+            message = f"{where}: found {value}, expected at most {most}, which this server cuts a picture into "
+            raise ApiError(400, message + "(--max-image-tiles).", param=where)
+    try:
+        serving.processor.config.candidates(budget.checked())
+    except UsageError as error:
+        raise ApiError(400, f"{field or 'max_tiles'}: {error}", param=field or "max_tiles") from None
 
 
 async def text_prompt(serving: Serving, text: str, field: str) -> Prompt:
@@ -124,8 +181,9 @@ def join(turns: Iterable[Turn]) -> list[Turn]:
     joined: list[Turn] = []
     for turn in turns:
         for part in turn.parts:
-            if isinstance(part, Picture) and turn.role != "user":
-                message = f"{part.field}: found a picture in a message of the {turn.role}, expected pictures in user "
+            if isinstance(part, Picture | Video) and turn.role != "user":
+                kind = type(part).__name__.lower()
+                message = f"{part.field}: found a {kind} in a message of the {turn.role}, expected {kind}s in user "
                 raise ApiError(400, message + "messages alone. Move it to a user message.", param=part.field)
             if isinstance(part, Text) and IMAGE_TOKEN in part.text:
                 raise _marks_image(part.field)
@@ -146,12 +204,6 @@ def render(turn: Turn) -> str:
         text += parts_text(part.text if isinstance(part, Text) else None for part in message)
         after_text = isinstance(message[-1], Text)
     return text
-
-
-def _shrink(images: Iterable[Image.Image], side: int) -> None:
-    """Makes pictures so small that each gets a single local tile."""
-    for image in images:
-        image.thumbnail((side, side), Image.Resampling.BICUBIC)
 
 
 def _prompt(serving: Serving, inputs: ModelInputs, field: str, sizes: tuple[tuple[int, int], ...] = ()) -> Prompt:

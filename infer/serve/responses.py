@@ -14,9 +14,9 @@ from dsvl2_jax.infer.serve.bodies import STREAMED, described, read_body
 from dsvl2_jax.infer.serve.errors import ApiError, SafeRoute
 from dsvl2_jax.infer.serve.events import event, respond, stream_error
 from dsvl2_jax.infer.serve.grammars import constraint
-from dsvl2_jax.infer.serve.prompts import Picture, Text, Turn, chat_prompt
-from dsvl2_jax.infer.serve.schemas_responses import InputText, ResponsesRequest
-from dsvl2_jax.infer.serve.state import Serving, serving_of
+from dsvl2_jax.infer.serve.prompts import Picture, Text, Turn, Video, chat_prompt
+from dsvl2_jax.infer.serve.schemas_responses import InputText, InputVideo, ResponsesRequest
+from dsvl2_jax.infer.serve.state import serving_of
 from dsvl2_jax.inputs.turns import ROLES
 
 router = APIRouter(route_class=SafeRoute)
@@ -28,24 +28,23 @@ async def responses(request: Request) -> Response:
     arrived = time.perf_counter()
     serving = serving_of(request)
     body = await read_body(request, serving, ResponsesRequest)
-    serving.check_model(body.model)
+    model = serving.model_of(request, body.model)
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options: needs stream: true.", param="stream_options")
     form = body.text.format if body.text is not None else None
     schema = None if form is None else form.schema_
     wanted = Wanted(
+        model,
         max_tokens=body.max_output_tokens or serving.options.default_max_tokens,
         top_logprobs=(body.top_logprobs or 0) if body.include or body.top_logprobs is not None else None,
         constraint=constraint(body, form and form.type, schema, "text.format.schema" if schema else "text.format"),
     )
 
     async def asked() -> Answers:
-        prompt = await chat_prompt(serving, turns(body), "input")
+        prompt = await chat_prompt(serving, turns(body), "input", body.budget)
         return await ask(serving, request, body, [prompt], wanted, arrived)
 
-    return await respond(
-        request, stream=bool(body.stream), asked=asked, reply=lambda answers: _Reply(serving, body, answers)
-    )
+    return await respond(request, stream=bool(body.stream), asked=asked, reply=lambda answers: _Reply(body, answers))
 
 
 def turns(body: ResponsesRequest) -> list[Turn]:
@@ -57,7 +56,7 @@ def turns(body: ResponsesRequest) -> list[Turn]:
         return [*out, Turn("user", [[Text(body.input, "input")]])]
     for number, message in enumerate(body.input):
         here = f"input[{number}].content"
-        parts: list[Text | Picture] = []
+        parts: list[Text | Picture | Video] = []
         if isinstance(message.content, str):
             parts.append(Text(message.content, here))
         else:
@@ -65,8 +64,12 @@ def turns(body: ResponsesRequest) -> list[Turn]:
                 field = f"{here}[{place}]"
                 if isinstance(part, InputText):
                     parts.append(Text(part.text, f"{field}.text"))
+                elif isinstance(part, InputVideo):
+                    parts.append(
+                        Video(part.video_url, f"{field}.video_url", part.frames, part.frame_choice, part.budget)
+                    )
                 else:
-                    parts.append(Picture(part.image_url, f"{field}.image_url", part.detail))
+                    parts.append(Picture(part.image_url, f"{field}.image_url", part.detail, part.budget))
         out.append(Turn(ROLES[message.role], [parts]))
     return out
 
@@ -74,8 +77,8 @@ def turns(body: ResponsesRequest) -> list[Turn]:
 class _Reply:
     """The objects and events that a request is answered with."""
 
-    def __init__(self, serving: Serving, body: ResponsesRequest, answers: Answers):
-        self._serving, self._body, self._answers = serving, body, answers
+    def __init__(self, body: ResponsesRequest, answers: Answers):
+        self._body, self._answers = body, answers
         self._id, self._message_id = f"resp_{uuid.uuid4().hex}", f"msg_{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._number = 0
@@ -159,7 +162,7 @@ class _Reply:
             "incomplete_details": None,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
-            "model": self._serving.options.model_name,
+            "model": self._answers.model.name,
             "output": output,
             "parallel_tool_calls": False,
             "previous_response_id": None,

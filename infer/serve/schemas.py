@@ -32,6 +32,7 @@ TAGS = frozenset(
         "<parts>",
         "<items>",
         "<image>",
+        "<video>",
         "<object>",
         "<schema>",
         "<input>",
@@ -133,7 +134,9 @@ class ResponseFormat(Body):
 class Sampling(Harmless):
     """How tokens are chosen, and how an answer is given: the same at every endpoint that answers."""
 
-    model: str | None = Field(None, description="As GET /v1/models names it; without it, the one model there is.")
+    model: str | None = Field(
+        None, description="As GET /v1/models names it: the base or an adapter; without it, the base."
+    )
     stream: bool | None = None
     temperature: float | None = Field(None, ge=0, le=2, description="0, as without it, is greedy.")
     top_p: float | None = Field(None, gt=0, le=1)

@@ -8,10 +8,13 @@ from pydantic import BeforeValidator, Field
 
 from dsvl2_jax.infer.sampling import MAX_TOP_LOGPROBS
 from dsvl2_jax.infer.serve.schemas import Body, Streamed, TopLogprobs, by_type, one_of, only
+from dsvl2_jax.inputs.frame_choice import FRAMES, MAX_FRAMES
+from dsvl2_jax.inputs.tile_budget import MAX_TILES, TileBudget
 
 MAX_PROMPTS = 64  # of one request to /v1/completions
 
 Detail = Literal["auto", "low", "high", "original"]
+Tiles = Annotated[int, Field(ge=1, le=MAX_TILES)]
 Role = Annotated[
     Literal["system", "developer", "user", "assistant"],
     BeforeValidator(lambda role: role.lower() if isinstance(role, str) else role),
@@ -41,11 +44,39 @@ class TextPart(Body):
     prompt_cache_breakpoint: dict[str, Any] | None = None
 
 
-class ImageUrl(Body):
+class Budgeted(Body):
+    """Into how many tiles pictures are cut, beside the view of the whole."""
+
+    max_tiles: Tiles | None = Field(None, description="At most; without it, as the checkpoint has it.")
+    min_tiles: Tiles | None = Field(None, description="At least, however many pictures there are.")
+
+    @property
+    def budget(self) -> TileBudget:
+        return TileBudget(self.max_tiles, self.min_tiles)
+
+
+class ImageUrl(Budgeted):
     """Where a picture is: a data URL; https and file URLs where the operator allows them."""
 
     url: str
     detail: Detail | None = None
+
+
+class Framed(Budgeted):
+    """Which frames of a video are shown, as pictures."""
+
+    frames: Annotated[int, Field(ge=1, le=MAX_FRAMES)] | None = Field(
+        None, description=f"At most; without it {FRAMES}."
+    )
+    frame_choice: Literal["even", "scene"] | None = Field(
+        None, description="At even distances, as without it, or one of each part between the greatest changes."
+    )
+
+
+class VideoUrl(Framed):
+    """Where a video is: a data URL; https and file URLs where the operator allows them."""
+
+    url: str
 
 
 class ImagePart(Body):
@@ -60,12 +91,29 @@ class ImagePart(Body):
     prompt_cache_breakpoint: dict[str, Any] | None = None
 
 
+class VideoPart(Body):
+    """A video of a message: frames of it are seen where it stands."""
+
+    type: Literal["video_url"]
+    video_url: one_of(  # type: ignore[valid-type]
+        {"<text>": str, "<object>": VideoUrl},
+        lambda value: "<text>" if isinstance(value, str) else "<object>" if isinstance(value, dict) else None,
+        "an object with a url",
+    )
+    prompt_cache_breakpoint: dict[str, Any] | None = None
+
+
 def _part(value: Any) -> str | None:
     kind = value.get("type") if isinstance(value, dict) else None
-    return {"text": "<text>", "image_url": "<image>"}.get(kind) if isinstance(kind, str) else None
+    tags = {"text": "<text>", "image_url": "<image>", "video_url": "<video>"}
+    return tags.get(kind) if isinstance(kind, str) else None
 
 
-Part = one_of({"<text>": TextPart, "<image>": ImagePart}, _part, 'a part of the type "text" or "image_url"')
+Part = one_of(
+    {"<text>": TextPart, "<image>": ImagePart, "<video>": VideoPart},
+    _part,
+    'a part of the type "text", "image_url" or "video_url"',
+)
 Content = one_of(
     {"<text>": str, "<parts>": Annotated[list[Part], Field(min_length=1)]},
     by_type("<text>", "<parts>"),
@@ -87,7 +135,7 @@ class Message(Body):
     boxes: list[dict[str, Any]] | None = None
 
 
-class ChatRequest(Streamed):
+class ChatRequest(Streamed, Budgeted):
     """The body of POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
@@ -144,7 +192,7 @@ class CompletionRequest(Streamed):
     suffix: NoSuffix = None
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(Budgeted):
     """The body of POST /tokenize: a prompt as /v1/completions takes it, or the messages of a chat."""
 
     model: str | None = None

@@ -7,7 +7,17 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from dsvl2_jax.infer.serve.schemas import Body, Sampling, TopLogprobs, Unobfuscated, by_type, one_of, only
-from dsvl2_jax.infer.serve.schemas_chat import Detail, NoCalls, NoEffort, NoModeration, NoVerbosity, Role, ToolChoice
+from dsvl2_jax.infer.serve.schemas_chat import (
+    Budgeted,
+    Detail,
+    Framed,
+    NoCalls,
+    NoEffort,
+    NoModeration,
+    NoVerbosity,
+    Role,
+    ToolChoice,
+)
 
 _STORED = "answers are not stored; send the whole conversation as input"
 NoEarlier = only(None, but=_STORED)
@@ -34,7 +44,7 @@ class InputText(Body):
     prompt_cache_breakpoint: dict[str, Any] | None = None
 
 
-class InputImage(Body):
+class InputImage(Budgeted):
     """A picture of a message."""
 
     type: Literal["input_image"]
@@ -44,17 +54,26 @@ class InputImage(Body):
     prompt_cache_breakpoint: dict[str, Any] | None = None
 
 
+class InputVideo(Framed):
+    """A video of a message."""
+
+    type: Literal["input_video"]
+    video_url: str
+    file_id: NoFile = None
+    prompt_cache_breakpoint: dict[str, Any] | None = None
+
+
 def _part(value: Any) -> str | None:
     kind = value.get("type") if isinstance(value, dict) else None
-    if kind == "input_image":
-        return "<image>"
+    if kind in ("input_image", "input_video"):
+        return "<image>" if kind == "input_image" else "<video>"
     return "<text>" if kind in ("input_text", "output_text", "text") else None
 
 
 InputPart = one_of(
-    {"<text>": InputText, "<image>": InputImage},
+    {"<text>": InputText, "<image>": InputImage, "<video>": InputVideo},
     _part,
-    'a part of the type "input_text", "input_image" or "output_text"',
+    'a part of the type "input_text", "input_image", "input_video" or "output_text"',
 )
 InputContent = one_of(
     {"<text>": str, "<parts>": Annotated[list[InputPart], Field(min_length=1)]},
@@ -106,7 +125,7 @@ class ResponseStreamOptions(Body):
     include_obfuscation: Unobfuscated = None
 
 
-class ResponsesRequest(Sampling):
+class ResponsesRequest(Sampling, Budgeted):
     """The body of POST /v1/responses."""
 
     input: one_of(  # type: ignore[valid-type]

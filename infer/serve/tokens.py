@@ -21,7 +21,7 @@ async def tokenize(request: Request) -> Response:
     """The tokens of a prompt as /v1/completions reads it, or of a conversation as the chat does."""
     serving = serving_of(request)
     body = await read_body(request, serving, TokenizeRequest)
-    serving.check_model(body.model)
+    serving.model_of(request, body.model)
     if (body.prompt is None) == (body.messages is None):
         both = "neither" if body.prompt is None else "both"
         raise ApiError(400, f"prompt and messages: found {both}, expected one of them.", param="prompt")
@@ -30,7 +30,7 @@ async def tokenize(request: Request) -> Response:
         if body.add_special_tokens is False:
             message = "add_special_tokens: found false, but a chat always has them; leave it out."
             raise ApiError(400, message, param="add_special_tokens", code="unsupported_value")
-        prompt = await unless_gone(request, chat_prompt(serving, turns(body.messages), "messages"))
+        prompt = await unless_gone(request, chat_prompt(serving, turns(body.messages), "messages", body.budget))
         tokens = prompt.inputs.input_ids.tolist()
     else:
         tokens = await serving.in_pool(tokenizer.encode, body.prompt)
@@ -46,7 +46,7 @@ async def detokenize(request: Request) -> Response:
     """The text of tokens."""
     serving = serving_of(request)
     body = await read_body(request, serving, DetokenizeRequest)
-    serving.check_model(body.model)
+    serving.model_of(request, body.model)
     tokenizer = serving.processor.tokenizer
     most = len(tokenizer) - 1
     for index, token in enumerate(body.tokens):
@@ -57,4 +57,4 @@ async def detokenize(request: Request) -> Response:
 
 
 def _context(serving: Serving) -> int:
-    return serving.engine.model.config.language.max_position_embeddings
+    return serving.engine.model.context

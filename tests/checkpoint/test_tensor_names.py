@@ -145,7 +145,7 @@ def without(tensors, *names):
 REFUSED = {
     "an adapter's names": (
         lambda t, c: {f"base_model.model.{LAYER}q_proj.lora_A.weight": np.ones((2, 2), np.float32)},
-        [r"belong to an adapter", r"merge_and_unload\(\)", "lora_A"],
+        [r"belong to an adapter", "dsvl2 merge CHECKPOINT ADAPTER", "lora_A"],
     ),
     "a base model inside an adapter": (
         lambda t, c: {name.replace("o_proj.", "o_proj.base_layer."): x for name, x in t.items()},

@@ -178,7 +178,7 @@ def config(content: bytes, folder: Path) -> None:
 def processor_config(content: bytes, folder: Path) -> None:
     read = ProcessorConfig.from_dir(written(content, folder, "processor_config.json").parent)
     image = load_image(picture())
-    tile_image(image, read.candidate_resolutions, read.tile_size, read.pad_colour, True)
+    tile_image(image, read.candidate_resolutions, read.tile_size, read.pad_colour)
 
 
 # Tokenizers

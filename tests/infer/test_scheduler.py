@@ -75,7 +75,7 @@ def requests(model):
 
 def test_an_answer_is_the_same_in_any_company_and_on_cache_hits_bit_for_bit_and_nothing_compiles(model, requests):
     engine, said = scheduler(model, prefix_bytes=STORE, feature_bytes=STORE), []
-    engine.executor.warm_up(range(2, engine.executor.most_tiles + 1), said.append)
+    engine.executor.warm_up(range(2, 11), said.append)  # of pictures with up to nine local tiles
     assert len(said) > len(CHUNKS)
     compiled = compile_log().count
     alone = [result(run(scheduler(model), [request])[0]) for request in requests]

@@ -41,7 +41,8 @@ def test_resolution_choice_equals_the_official_one():
 @given(width=st.integers(1, 900), height=st.integers(1, 900), crop=st.booleans())
 def test_tiles_put_together_are_the_padded_image(width, height, crop):
     pixels = np.random.default_rng(width * 1000 + height).integers(0, 255, (height, width, 3), np.uint8)
-    tiles, (cols, rows) = tile_image(Image.fromarray(pixels), RELEASED, S, GRAY, crop)
+    candidates = RELEASED if crop else [(S, S)]
+    tiles, (cols, rows) = tile_image(Image.fromarray(pixels), candidates, S, GRAY)
     assert tiles.shape == (1 + cols * rows, S, S, 3)
     assert tiles.dtype == np.uint8
     assert 1 <= cols * rows <= 9
@@ -54,7 +55,7 @@ def test_local_tiles_go_row_by_row():
     image = Image.new("RGB", (3 * S, 2 * S))
     for index in range(6):
         image.paste((40 * index, 0, 0), (S * (index % 3), S * (index // 3), S * (index % 3 + 1), S * (index // 3 + 1)))
-    tiles, grid = tile_image(image, RELEASED, S, GRAY, crop=True)
+    tiles, grid = tile_image(image, RELEASED, S, GRAY)
     assert grid == (3, 2)
     assert [int(tile[S // 2, S // 2, 0]) for tile in tiles[1:]] == [40 * index for index in range(6)]
     assert tuple(tiles[0][0, 0]) == GRAY
@@ -62,7 +63,7 @@ def test_local_tiles_go_row_by_row():
 
 def test_an_image_too_thin_to_survive_resizing_still_gives_tiles():
     for size in ((1, 5000), (5000, 1)):
-        tiles, grid = tile_image(Image.new("RGB", size), RELEASED, S, GRAY, crop=True)
+        tiles, grid = tile_image(Image.new("RGB", size), RELEASED, S, GRAY)
         assert (tiles.shape, grid) == ((2, S, S, 3), (1, 1))
 
 

@@ -22,7 +22,6 @@ from dsvl2_jax.inputs.processor import (
     ModelInputs,
     Processor,
     ProcessorConfig,
-    extended_candidate_resolutions,
     image_positions,
 )
 
@@ -247,14 +246,6 @@ def test_options_reach_the_image_loader(tmp_path):
     assert inputs.tile_grid.tolist() == [[1, 2]]
     assert inputs.image_sizes.tolist() == [[384, 768]]
     assert inputs.image_traits == ("turned",)
-
-
-def test_candidates_extended_to_eighteen_tiles(mini):
-    assert extended_candidate_resolutions(9, 384) == mini.config.candidate_resolutions
-    config = dataclasses.replace(mini.config, candidate_resolutions=extended_candidate_resolutions(18, 384))
-    inputs = dataclasses.replace(mini, config=config)(prompt="<image>", images=[Image.new("RGB", (2400, 1200))])
-    assert inputs.tile_grid.tolist() == [[6, 3]]
-    assert len(inputs.tiles) == 19
 
 
 def test_system_prompt_of_a_conversation_warns_and_changes_nothing(mini):

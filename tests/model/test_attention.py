@@ -12,7 +12,8 @@ import pytest
 from dsvl2_jax.kernels.quantized_cache import quantize_entries
 from dsvl2_jax.model.attention import LatentAttention, MultiHeadAttention, write_cache
 from dsvl2_jax.model.config import LanguageConfig
-from dsvl2_jax.model.layers import rotary_tables, rotate_half, rotate_interleaved
+from dsvl2_jax.model.layers import rotate_half, rotate_interleaved
+from dsvl2_jax.model.rotary import rotary_tables
 from dsvl2_jax.sharding import make_mesh
 
 ROWS, LENGTH, CACHE_LENGTH = 2, 9, 16
@@ -211,13 +212,13 @@ def test_without_reading_a_cache_only_the_distances_of_positions_matter(variant)
 
 def test_the_two_rotary_layouts_are_complex_rotations_of_their_own_pairs():
     x = inputs().reshape(ROWS, LENGTH, 4, 8)
-    cos, sin = rotary_tables(jnp.arange(LENGTH)[None], 8, 100.0)
+    cos, sin = rotary_tables(LanguageConfig(qk_rope_head_dim=8, rope_theta=100.0), jnp.arange(LENGTH)[None])
     for rotate, interleaved in ((rotate_half, False), (rotate_interleaved, True)):
         close(rotate(x, cos, sin), [rotated(row, 100.0, interleaved) for row in x])
 
 
 def test_rotary_tables_stay_float32_and_exact_at_the_context_s_end():
-    cos, sin = rotary_tables(jnp.asarray([[4095]]), 64, 10000.0)
+    cos, sin = rotary_tables(LanguageConfig(), jnp.asarray([[4095]]))
     assert cos.dtype == sin.dtype == jnp.float32
     frequencies = np.float64(10000.0) ** (-np.arange(0, 64, 2) / 64)
     # float32 angles near 4095 are themselves rounded to 2.4e-4.

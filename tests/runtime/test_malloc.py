@@ -10,7 +10,7 @@ import pytest
 # Takes and gives back 64 MiB, ten times; prints whether malloc keeps memory, and how many pages the last time cost.
 SCRIPT = """
 import ctypes, resource
-from dsvl2_jax.runtime.malloc import keep_freed_memory
+from dsvl2_jax.runtime.malloc import give_freed_memory_back, keep_freed_memory
 
 kept = keep_freed_memory()
 libc = ctypes.CDLL(None)
@@ -22,6 +22,7 @@ def pages():
     array = libc.malloc(64 << 20)
     ctypes.memset(array, 1, 64 << 20)
     libc.free(array)
+    give_freed_memory_back()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 print(kept, [pages() for _ in range(10)][-1])

@@ -26,6 +26,7 @@ from dsvl2_jax.inputs.processor import Processor
 from dsvl2_jax.inputs.record_boxes import AUTO, BOX_KINDS
 from dsvl2_jax.inputs.records import NO_LOSS
 from dsvl2_jax.inputs.tokenizer import DET_TOKEN
+from dsvl2_jax.model.config import TEXT_POSITION
 from dsvl2_jax.runtime.console import PrintableConsole
 from dsvl2_jax.runtime.progress import progress
 from dsvl2_jax.train.data.notes import BOXES, GUESSED, UNUSED, Notes, UnusedKey
@@ -56,6 +57,7 @@ class Summary:
     unused: list[UnusedKey] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)  # what is to be said about the two
     with_boxes: list[int] = dataclasses.field(default_factory=list)  # samples whose text has boxes, the first ones
+    image_tokens: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))  # i64[usable]
 
     @property
     def broken_samples(self) -> int:
@@ -84,6 +86,7 @@ class Summary:
             "sequence_length": self.sequence_length,
             "tiles_per_sequence": self.tiles_per_sequence,
             "tokens": _spread(self.tokens),
+            "image_tokens": _spread(self.image_tokens),
             "supervised_tokens": _spread(self.supervised),
             "tiles": _spread(self.tiles),
         }
@@ -116,7 +119,7 @@ def examine(
     notes, without_loss, with_boxes = Notes(), 0, []
     broken: Counter[str] = Counter()
     problems: list[str] = []
-    sizes: list[tuple[int, int, int]] = []
+    sizes: list[tuple[int, int, int, int]] = []
     traits = Counter(dict.fromkeys(TRAITS, 0))
     for index, sample in enumerate(_measured(source, det)):
         if isinstance(sample, SkippedSample) and sample.reason == NO_LOSS:
@@ -126,13 +129,13 @@ def examine(
             if len(problems) < most_problems:
                 problems.append(f"{sample.name}: {sample.message}")
         else:
-            sizes.append((sample.tokens, sample.learnt, sample.tiles))
+            sizes.append((sample.tokens, sample.learnt, sample.tiles, sample.image_tokens))
             traits.update(sample.traits)
             for _ in notes.take(sample.notes):
                 pass  # all is said at the end
             if sample.boxes and len(with_boxes) < _MOST_DRAWN:
                 with_boxes.append(index)
-    tokens, supervised, tiles = np.array(sizes, np.int64).reshape(-1, 3).T
+    tokens, supervised, tiles, image_tokens = np.array(sizes, np.int64).reshape(-1, 4).T
     return Summary(
         len(source.files),
         len(source),
@@ -149,6 +152,7 @@ def examine(
         notes.unused,
         notes.totals(),
         with_boxes,
+        image_tokens,
     )
 
 
@@ -163,6 +167,10 @@ def check(
     tiles_per_sequence: int = 20,
     mask_prompt: bool = False,
     as_seen: bool = False,
+    max_tiles: int | None = None,
+    min_tiles: int | None = None,
+    frames: int | None = None,
+    frame_choice: str | None = None,
     most_problems: int = 20,
     histogram: Path | None = None,
     draw: Path | None = None,
@@ -172,7 +180,7 @@ def check(
 
     Args:
       checkpoint: whose tokenizer and tiling; None: the bundled model's. The others are as in `examine`.
-      as_seen: read pictures as people see them, as with the setting ``data.as_seen``.
+      as_seen, max_tiles, min_tiles, frames, frame_choice: as the settings of these names under ``data``.
       histogram: a PNG to write.
       draw: a folder to write the pictures of some samples to, with their boxes.
       as_json: prints one JSON object instead of tables.
@@ -188,6 +196,7 @@ def check(
     if boxes not in (AUTO, *BOX_KINDS):
         raise UsageError(f"--boxes {boxes}: is none of {', '.join((AUTO, *BOX_KINDS))}.")
     processor = Processor.from_dir(resolve(checkpoint), as_seen=as_seen, warns=False)
+    processor.set_visuals(max_tiles, min_tiles, frames, frame_choice)
     if draw is not None:
         _make(draw)
     summary = examine(
@@ -275,6 +284,7 @@ class _Measured(NamedTuple):
     tokens: int
     learnt: int  # tokens
     tiles: int
+    image_tokens: int
     traits: tuple[str, ...]  # of images
     boxes: bool  # whether its text has some
     notes: dict[str, object]  # for `Notes`
@@ -291,7 +301,10 @@ def _measured(source: SampleSource, det: int) -> Iterator[_Measured | SkippedSam
         learnt = int((item["tokens"][1:, 1] >= 0).sum())
         boxes = bool((item["tokens"][:, 0] == det).any())
         told = {key: item[key] for key in ("name", UNUSED, BOXES, GUESSED)}
-        return _Measured(len(item["tokens"]), learnt, len(item["tiles"]), item["image_traits"], boxes, told)
+        image_tokens = int((item["tokens"][:, 2] != TEXT_POSITION).sum())
+        return _Measured(
+            len(item["tokens"]), learnt, len(item["tiles"]), image_tokens, item["image_traits"], boxes, told
+        )
 
     with (
         concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads,
@@ -315,6 +328,7 @@ def _print(summary: Summary, bundled: bool, as_seen: bool) -> None:
         *([("  without a loss, as they say", summary.without_loss)] if summary.without_loss else []),
         (f"  over {summary.sequence_length} tokens or {summary.tiles_per_sequence} tiles", summary.too_long),
         ("tokens", int(summary.tokens.sum())),
+        ("  of images", int(summary.image_tokens.sum())),
         ("  learnt", int(summary.supervised.sum())),
         ("tiles", int(summary.tiles.sum())),
         *((f"  {trait} pictures", count) for trait, count in summary.traits.items() if count),

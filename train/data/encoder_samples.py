@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dsvl2_jax.errors import DataError, ImageError, SampleError
-from dsvl2_jax.inputs.image_sources import ImageStore, resolve_image
+from dsvl2_jax.inputs.image_sources import ImageStore
 from dsvl2_jax.inputs.processor import ModelInputs, Processor
 from dsvl2_jax.inputs.record_forms import type_name
 from dsvl2_jax.inputs.records import (
@@ -27,10 +27,18 @@ from dsvl2_jax.inputs.records import (
     unreadable_image,
 )
 from dsvl2_jax.inputs.tokenizer import IMAGE_TOKEN, Tokenizer
+from dsvl2_jax.inputs.visuals import Picture, Video, resolve_visual
 from dsvl2_jax.model.config import TEXT_POSITION
 
 # The reasons for which a record that is whole is left out of the encoder's training.
 NO_IMAGE, NO_ATTRIBUTE = "no image", "no such attribute"
+
+
+def picture_of(visual: Picture | Video) -> Picture:
+    """The picture itself. Raises SampleError for a video."""
+    if isinstance(visual, Video):
+        raise SampleError(NO_IMAGE, "has a video, and contrastive training reads images alone. Give a frame of it.")
+    return visual
 
 
 def process_pair(resolved: Resolved, processor: Processor, text_length: int) -> tuple[ModelInputs, bool]:
@@ -64,7 +72,7 @@ def process_pair(resolved: Resolved, processor: Processor, text_length: int) -> 
     truncated = len(ids) >= text_length
     tokens = np.array([*ids[: text_length - 1], tokenizer.eos_id], np.int32)
     try:
-        image, traits = processor.read_image(resolved.images[0])
+        image, traits = processor.read_image(picture_of(resolved.images[0]).source)
     except ImageError as error:
         raise unreadable_image(error, record.images[:1]) from error
     return _one_tile(tokens, processor.global_view(image), traits, caption), truncated
@@ -170,7 +178,7 @@ def process_regions(regions: Regions, processor: Processor, store: ImageStore, p
     Raises SampleError with the reason; OSError when a file cannot be read.
     """
     try:
-        image, traits = processor.read_image(resolve_image(regions.image, store))
+        image, traits = processor.read_image(picture_of(resolve_visual(regions.image, store)).source)
     except ImageError as error:
         raise unreadable_image(error, [regions.image]) from error
     tile = processor.global_view(image)

@@ -27,8 +27,8 @@ from dsvl2_jax.json_files import parse_json, read_json_object
 from dsvl2_jax.train.data.tables import open_table
 from dsvl2_jax.train.data.unpacked import COMPRESSED, decompress, unpacked
 
-_IMAGE_KEY = b'"image'  # "image", "images", "image_url": without it no line of a file has images
-
+# "image", "images", "image_url", and so for videos: without any of them no line of a file has images.
+_IMAGE_KEYS = (b'"image', b'"video')
 
 # Of the files of a folder that is given as a data set, and how the parts of a split are named there.
 _SET_SUFFIXES = (".parquet", ".arrow", ".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -247,7 +247,7 @@ def _index_lines(path: str, size: int) -> JsonFile:
         digest.update(block)
         ends.append(np.flatnonzero(block == ord("\n")) + start + 1)
         # A key may lie across the edge of two blocks.
-        images = images or _IMAGE_KEY in data[start : start + _BLOCK + len(_IMAGE_KEY)].tobytes()
+        images = images or _names_images(data[start : start + _BLOCK + len(_IMAGE_KEYS[0])].tobytes())
     ends.append(np.array([size]))
     bounds = np.unique(np.concatenate(ends))  # the last line may end without a newline
     starts = np.concatenate([[0], bounds[:-1]]).astype(np.int64)[: len(bounds) if size else 0]
@@ -291,7 +291,11 @@ def _index_array(path: str) -> JsonFile:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: begins with [ but is no JSON array of records ({error}). Repair the file.") from None
     columns = [np.array(column, np.int64) for column in (starts, sizes, lines)]
-    return JsonFile(path, hashlib.sha256(data).hexdigest(), _IMAGE_KEY in data, *columns)
+    return JsonFile(path, hashlib.sha256(data).hexdigest(), _names_images(data), *columns)
+
+
+def _names_images(data: bytes) -> bool:
+    return any(key in data for key in _IMAGE_KEYS)
 
 
 def _split_key(name: str) -> tuple[str, str]:

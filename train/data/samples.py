@@ -132,7 +132,8 @@ class SampleSource:
         file, number = self._locate(index)
         record = parse_record(*file.read(number, self._pool))
         resolved = resolve(record, self._processor, self._store(file), self._boxes)
-        images = [self._processor.read_image(image)[0] for image in resolved.images]
+        pictures = [picture for visual in resolved.images for picture in self._processor.pictures(visual)]
+        images = [self._processor.read_image(picture.source)[0] for picture in pictures]
         boxes = learnt_boxes(record, [image.size for image in images], resolved.kind)
         return [(image, [box for box in boxes if box.image == place]) for place, image in enumerate(images)]
 

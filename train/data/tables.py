@@ -58,7 +58,8 @@ def open_table(path: str, suffix: str, digest: str) -> TableFile:
         batches = _batches(table, digest)
     except (OSError, arrow.ArrowException) as error:
         raise _damaged(path, error) from None
-    images = bool(batches) and "image" in str(batches[0].schema)
+    schema = str(batches[0].schema) if batches else ""
+    images = "image" in schema or "video" in schema
     ends = np.cumsum([batch.num_rows for batch in batches], dtype=np.int64)
     return TableFile(path, digest, images, table, ends)
 

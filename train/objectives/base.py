@@ -24,12 +24,13 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
+from dsvl2_jax.checkpoint.locate import PARAMS_NAME
 from dsvl2_jax.errors import SettingsError
 from dsvl2_jax.inputs.processor import rebased
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import Params, abstract_leaves
 from dsvl2_jax.model.parameter_paths import LeafPath, path_name
-from dsvl2_jax.sharding import ACTIVATION_RULES, PARAM_RULES, add_fsdp_axis, partition_spec
+from dsvl2_jax.sharding import ACTIVATION_RULES, PARAM_RULES, add_fsdp_axis, axes_of, partition_spec
 from dsvl2_jax.train.data.batch import TrainBatch
 from dsvl2_jax.train.flops import StepFlops
 from dsvl2_jax.train.optimizer import make_optimizer
@@ -77,10 +78,9 @@ class BaseTrainer:
         self.settings = settings
         self.mesh = mesh
         self._pixels = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-        self._members = stacked_paths(config, list(abstract_leaves(config)), stack=settings.compute.scan_layers)
-        paths = map(path_name, abstract_leaves(config))
-        # By the paths of layers apart.
-        self.parameter_rules = assign(paths, settings.stage.parameters, settings.stage.objective)
+        self._leaves = self._all_leaves()
+        self._members = stacked_paths(config, list(self._leaves), stack=settings.compute.scan_layers)
+        self.parameter_rules = self._assigned_rules()  # by the paths of layers apart
         self.rules = self._stacked_rules()
         trained = {path: rule for path, rule in self.rules.items() if rule.train}
         self._optimizer = make_optimizer(settings, trained | dict(auxiliary or {}))
@@ -88,7 +88,7 @@ class BaseTrainer:
         # Metrics are whole on every device, so that every process can look at them.
         self._step = jax.jit(self._update, donate_argnums=0, out_shardings=(shardings, self._whole()))
         self._evaluate = jax.jit(self._measure, out_shardings=self._whole())
-        separate = {path: self._sharding(*leaf, False) for path, leaf in abstract_leaves(config).items()}
+        separate = {path: self._sharding(*leaf, False) for path, leaf in self._leaves.items()}
         self._separate = jax.jit(self._unstacked, out_shardings=separate)
 
     metrics: type  # what a step reports: has ``finite``, ``logged`` and ``average``
@@ -104,6 +104,15 @@ class BaseTrainer:
     def _measure(self, state: TrainState, batch: TrainBatch) -> Any:
         """The metrics of a batch. Jitted."""
         raise NotImplementedError
+
+    def _all_leaves(self) -> Mapping[LeafPath, tuple[tuple[int, ...], tuple[str | None, ...]]]:
+        """Path → (shape, logical axes) of all that the state's three parts hold, layers apart."""
+        return abstract_leaves(self.config)
+
+    def _assigned_rules(self) -> dict[str, ParameterRule]:
+        """The rule of every parameter."""
+        stage = self.settings.stage
+        return assign(map(path_name, self._leaves), stage.parameters, stage.objective)
 
     def _stacked_rules(self) -> dict[str, ParameterRule]:
         """Stacked path → rule."""
@@ -150,7 +159,7 @@ class BaseTrainer:
         """The state's shapes, dtypes and shardings. Frozen parameters, whose dtype is the checkpoint's, say float32."""
         shapes: dict[str, dict[str, jax.ShapeDtypeStruct]] = {"trained": {}, "biases": {}, "frozen": {}}
         for path, members in self._members.items():
-            shape, axes = abstract_leaves(self.config)[members[0]]
+            shape, axes = self._leaves[members[0]]
             stacked = path != members[0]
             shape, axes = ((len(members), *shape), (None, *axes)) if stacked else (shape, axes)
             sharding = self._sharding(shape, axes, stacked)
@@ -177,6 +186,10 @@ class BaseTrainer:
     def params(self, state: TrainState) -> Params:
         """The parameters as a checkpoint holds them: nested, layers separate. They share no memory with the state."""
         return unflatten_dict(self._separate({**state.trained, **state.biases, **state.frozen}))
+
+    def contents(self, state: TrainState) -> dict[str, Any]:
+        """What a checkpoint has of the parameters, by name, for `orbax_io.Saving`."""
+        return {PARAMS_NAME: self.params(state)}
 
     def step(self, state: TrainState, batch: TrainBatch) -> tuple[TrainState, Any]:
         """One optimizer step; the state given is consumed. ``batch``: numpy, the rows of this process."""
@@ -231,8 +244,8 @@ class BaseTrainer:
             return jax.make_array_from_callback(shape, NamedSharding(self.mesh, spec), local)
 
         batch = dataclasses.replace(batch, image_index=index, tiles=None)
-        placed = jax.tree.map(lambda x: put(x, rows, PartitionSpec(None, ACTIVATION_RULES["batch"])), batch)
-        tiles = put(tiles.reshape(a, -1, *tiles.shape[3:]), even, PartitionSpec(None, ACTIVATION_RULES["tiles"]))
+        placed = jax.tree.map(lambda x: put(x, rows, PartitionSpec(None, axes_of("batch", self.mesh))), batch)
+        tiles = put(tiles.reshape(a, -1, *tiles.shape[3:]), even, PartitionSpec(None, axes_of("tiles", self.mesh)))
         return dataclasses.replace(placed, tiles=tiles)
 
     def _stacked(self, leaves: dict[LeafPath, jax.Array], dtype: Any) -> dict[LeafPath, jax.Array]:
@@ -240,7 +253,7 @@ class BaseTrainer:
         return {path: leaf.astype(dtype) for path, leaf in stacked.items()}
 
     def _unstacked(self, leaves: Arrays) -> dict[LeafPath, jax.Array]:
-        separate = {path: leaves[path_name(path)] for path in self._members}
+        separate = {path: leaves[path_name(path)] for path in self._members if path_name(path) in leaves}
         separate = unstack_layers(separate, self.config, stack=self.settings.compute.scan_layers)
         # A jitted function returns an argument that it does not change as it is, hence the copy.
         return {path: jnp.copy(leaf) for path, leaf in separate.items()}

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.deepseek_vl2 import Params
 from dsvl2_jax.model.parameter_paths import path_name
 from dsvl2_jax.train.data.batch import TrainBatch
 from dsvl2_jax.train.flops import StepFlops, step_flops
@@ -94,20 +95,22 @@ class LanguageTrainer(BaseTrainer):
         others = {**state.frozen, **state.biases}
         totals = step_totals(batch)
 
-        def loss(trained: Arrays, micro: TrainBatch) -> tuple[jax.Array, Sums]:
-            return self._loss({**trained, **others}, micro, totals)
+        def loss(trained: Arrays, micro: TrainBatch, number: ArrayLike) -> tuple[jax.Array, Sums]:
+            params = self._joined({**trained, **others}, (state.step, number))
+            return self._loss(params, micro, totals)
 
         gradient_of = jax.grad(loss, has_aux=True)
-        if batch.ids.shape[0] == 1:
-            gradient, sums = gradient_of(state.trained, batch.micro(0))
+        count = batch.ids.shape[0]
+        if count == 1:
+            gradient, sums = gradient_of(state.trained, batch.micro(0), 0)
         else:
 
-            def add(total: Any, micro: TrainBatch) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, total, gradient_of(state.trained, micro)), None
+            def add(total: Any, micro: tuple[TrainBatch, jax.Array]) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, total, gradient_of(state.trained, *micro)), None
 
-            shapes = jax.eval_shape(gradient_of, state.trained, batch.micro(0))
+            shapes = jax.eval_shape(gradient_of, state.trained, batch.micro(0), 0)
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-            (gradient, sums), _ = lax.scan(add, zeros, batch)
+            (gradient, sums), _ = lax.scan(add, zeros, (batch, jnp.arange(count)))
         updates, optimizer = self._optimizer.update(gradient, state.optimizer, state.trained)
         trained = optax.apply_updates(state.trained, updates)
         biases = self._moved_biases(state.biases, sums.load)
@@ -115,13 +118,18 @@ class LanguageTrainer(BaseTrainer):
         return state, _metrics(sums, optax.tree.norm(gradient))
 
     def _measure(self, state: TrainState, batch: TrainBatch) -> LanguageMetrics:
-        params = {**state.trained, **state.biases, **state.frozen}
+        params = self._joined({**state.trained, **state.biases, **state.frozen})
         totals = step_totals(batch)
         parts = lax.map(lambda micro: self._loss(params, micro, totals)[1], batch)
         return _metrics(jax.tree.map(lambda part: part.sum(0), parts), jnp.float32(jnp.nan))
 
-    def _loss(self, params: Mapping[str, jax.Array], micro: TrainBatch, totals: Any) -> tuple[jax.Array, Sums]:
-        return loss_fn(unflatten_dict(params, sep="/"), self.config, micro, totals, *self._pixels, self._options)
+    def _joined(self, params: Mapping[str, jax.Array], turn: tuple[ArrayLike, ArrayLike] | None = None) -> Params:
+        """The nested parameters that the loss takes. ``turn``: number of step and accumulation step, in training."""
+        del turn
+        return unflatten_dict(params, sep="/")
+
+    def _loss(self, params: Params, micro: TrainBatch, totals: Any) -> tuple[jax.Array, Sums]:
+        return loss_fn(params, self.config, micro, totals, *self._pixels, self._options)
 
     def _moved_biases(self, biases: Arrays, load: jax.Array) -> Arrays:
         """Bias update of ``noaux_tc``: up by the speed where the load was below its layer's mean, down where above."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.fields import Problem
-from dsvl2_jax.train.settings.schema import DataSettings, Settings, StageSettings
+from dsvl2_jax.train.settings.schema import DataSettings, Settings
 
 
 def check_sources(data: DataSettings) -> Iterator[Problem]:
@@ -29,8 +29,11 @@ def check_sources(data: DataSettings) -> Iterator[Problem]:
                 yield Problem((*path, "path"), f"must be given, as in {field}.path=my.jsonl{without}")
 
 
-def check_rules(stage: StageSettings) -> Iterator[Problem]:
-    path = ("stage", "parameters")
+def check_rules(settings: Settings) -> Iterator[Problem]:
+    stage, path = settings.stage, ("stage", "parameters")
+    if settings.adapter.kind != "none":
+        yield from _check_adapter(settings)
+        return
     if not stage.parameters:
         yield Problem(path, "no rule; every parameter needs one. The presets have tables to start from.")
     elif not any(rule.train for rule in stage.parameters):
@@ -44,15 +47,47 @@ def check_rules(stage: StageSettings) -> Iterator[Problem]:
             yield Problem((*path, i, "match"), f"{rule.match!r} is not a regular expression: {error}.")
 
 
+def _check_adapter(settings: Settings) -> Iterator[Problem]:
+    """What an adapter is trained with, and what it is not."""
+    stage, kind = settings.stage, settings.adapter.kind
+    only = f"adapter.kind = {kind} trains an adapter and leaves the model as it is"
+    if stage.parameters:
+        yield Problem(("stage", "parameters"), f"{only}: remove the rules, or set adapter.kind = none.")
+    if stage.objective != "language":
+        yield Problem(("stage", "objective"), f"{only}; the objective {stage.objective} has none.")
+    if stage.bias_update_speed:
+        yield Problem(("stage", "bias_update_speed"), f"{only}, the routers' biases too: set it to 0.")
+    if settings.model.random_init:
+        yield Problem(("model", "random_init"), f"{only}, so it needs a model that has learnt something.")
+    if not settings.adapter.targets:
+        yield Problem(("adapter", "targets"), "no target; leave it out for attention, dense and shared MLPs.")
+    for i, target in enumerate(settings.adapter.targets):
+        try:
+            re.compile(target)
+        except re.error as error:
+            yield Problem(("adapter", "targets", i), f"{target!r} is not a regular expression: {error}.")
+
+
 def check_together(settings: Settings) -> Iterator[Problem]:
     """Fields that must fit each other, each of them in its range."""
-    from dsvl2_jax.sharding import batch_parts, parse_mesh  # imports jax, which a command's --help does without
+    from dsvl2_jax.sharding import (
+        SEQUENCE,
+        batch_parts,
+        parse_mesh,
+    )  # imports jax, which a command's --help does without
 
-    batch, run, shards = settings.batch, settings.run, 1
+    batch, run, sizes = settings.batch, settings.run, {}
     try:
-        shards = batch_parts(parse_mesh(settings.compute.mesh))
+        sizes = parse_mesh(settings.compute.mesh)
     except UsageError as error:
         yield Problem(("compute", "mesh"), str(error).removeprefix("--mesh: "))
+    shards, parts = batch_parts(sizes), sizes.get(SEQUENCE, 1)
+    if settings.data.sequence_length % parts:
+        text = f"{settings.data.sequence_length} tokens do not divide into the {parts} parts of compute.mesh."
+        yield Problem(("data", "sequence_length"), text)
+    if parts > 1 and settings.stage.objective != "language":
+        text = f"{SEQUENCE}={parts} splits rows of text, which the objective {settings.stage.objective} has none of."
+        yield Problem(("compute", "mesh"), text)
     if batch.sequences % (batch.microbatch_size * shards):
         parts = f" × {shards} data shards" if shards > 1 else ""
         unit = f"microbatch_size = {batch.microbatch_size}{parts}"
@@ -60,6 +95,7 @@ def check_together(settings: Settings) -> Iterator[Problem]:
     streams = settings.data.streams
     if batch.sequences % streams:
         yield Problem(("data", "streams"), f"{streams} does not divide batch.sequences = {batch.sequences}.")
+    yield from _check_tiles(settings.data)
     warmup = settings.optimizer.warmup_steps
     if warmup >= run.steps:
         text = f"must be less than run.steps = {run.steps}, not {warmup}."
@@ -69,3 +105,12 @@ def check_together(settings: Settings) -> Iterator[Problem]:
         if not match or not 1 <= int(match[1]) <= int(match[2]) <= run.steps:
             expected = f"must be FIRST:LAST with 1 ≤ FIRST ≤ LAST ≤ run.steps = {run.steps}"
             yield Problem(("run", "profile"), f"{expected}, as in 3:5, not {run.profile!r}.")
+
+
+def _check_tiles(data: DataSettings) -> Iterator[Problem]:
+    most, least = data.max_tiles, data.min_tiles
+    if most and least > most:
+        yield Problem(("data", "min_tiles"), f"must be at most data.max_tiles = {most}, not {least}.")
+    if max(most, least) >= data.tiles_per_sequence > 0 and max(most, least):
+        text = f"must be more than the {max(most, least)} local tiles that an image may have (and its global view one)"
+        yield Problem(("data", "tiles_per_sequence"), f"{text}, not {data.tiles_per_sequence}.")

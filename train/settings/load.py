@@ -80,7 +80,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, accept_old_names: b
     problems += wrong_fields
     settings = _without_weightless(settings)
     wrong = {problem.path for problem in problems}
-    further = (*check.check_sources(settings.data), *check.check_rules(settings.stage))
+    further = (*check.check_sources(settings.data), *check.check_rules(settings))
     problems += [problem for problem in further if not _touches(problem.path, wrong)]
     if not problems:
         problems += check.check_together(settings)
@@ -139,9 +139,9 @@ def _described(cls: Any, table: str) -> Iterator[str]:
         name = f"{table.strip('[]')}.{field.name}".removeprefix(".")
         if dataclasses.is_dataclass(hint):
             inner.append((hint, f"[{name}]"))
-        elif typing.get_origin(hint) is tuple:
+        elif typing.get_origin(hint) is tuple and dataclasses.is_dataclass(typing.get_args(hint)[0]):
             inner.append((typing.get_args(hint)[0], f"[[{name}]]"))
-        elif typing.get_args(hint):
+        elif typing.get_origin(hint) is Mapping:
             inner.append((typing.get_args(hint)[1], f"[{name}.NAME]"))
         else:
             choices = f"{' | '.join(rule.choices)}; " if rule.choices else ""
@@ -183,12 +183,15 @@ def _without_weightless(settings: Settings) -> Settings:
     return dataclasses.replace(settings, data=dataclasses.replace(settings.data, train=train))
 
 
+def _is_tables(value: Any) -> bool:
+    """True for an array of tables."""
+    return isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value))
+
+
 def _tables(value: Any, name: str) -> Iterator[str]:
     items = vars(value) if dataclasses.is_dataclass(value) else value
     inner = {
-        key: x
-        for key, x in items.items()
-        if dataclasses.is_dataclass(x) or isinstance(x, Mapping) or (isinstance(x, tuple) and x)
+        key: x for key, x in items.items() if dataclasses.is_dataclass(x) or isinstance(x, Mapping) or _is_tables(x)
     }
     plain = {key: x for key, x in items.items() if key not in inner}
     if name and plain:

@@ -12,7 +12,9 @@ import dataclasses
 from collections.abc import Mapping
 
 from dsvl2_jax.fields import setting
+from dsvl2_jax.inputs.frame_choice import EVEN, FRAME_CHOICES, FRAMES, MAX_FRAMES
 from dsvl2_jax.inputs.record_boxes import AUTO, BOX_KINDS
+from dsvl2_jax.inputs.tile_budget import MAX_TILES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,14 @@ class ModelSettings:
         "any",
         choices=("any", "tiny", "small", "base"),
         help="released size that the checkpoint must have; any: no matter which",
+    )
+    context: int = setting(
+        0, least=0, help="max_position_embeddings of the model that the run trains and writes; 0: the checkpoint's"
+    )
+    rope_scaling: str = setting(
+        "",
+        help="how that model scales its positions, JSON as in config.json: "
+        '{"type": "yarn", "factor": 4}; empty: as the checkpoint',
     )
 
 
@@ -77,6 +87,18 @@ class DataSettings:
         False,
         help="true: read pictures as people see them: turned as EXIF says, transparent ones over white, 16-bit gray "
         "divided; false: as the official code does",
+    )
+    max_tiles: int = setting(
+        0, least=0, most=MAX_TILES, help="most local tiles of an image; 0: as the checkpoint's candidates (9)"
+    )
+    min_tiles: int = setting(
+        0, least=0, most=MAX_TILES, help="fewest local tiles of an image, however many a sample has; 0: one"
+    )
+    frames: int = setting(FRAMES, least=1, most=MAX_FRAMES, help="most frames of a video")
+    frame_choice: str = setting(
+        EVEN,
+        choices=FRAME_CHOICES,
+        help="even: frames at equal distances; scene: one of each part between the greatest changes",
     )
     mask_prompt: bool = setting(False, help="true: loss on answers alone (stage 3); false: on all text")
     shuffle: bool = setting(True, help="read the samples of each epoch in a random order")
@@ -133,6 +155,37 @@ class StageSettings:
     )
 
 
+# Of the decoder's layers, all but the routed experts.
+ADAPTER_TARGETS = (
+    r"^language/layers_\d+/self_attn/",
+    r"^language/layers_\d+/mlp/(shared_experts/)?(gate|up|down)_proj/",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterStage:
+    """An adapter is trained instead of the model, whose parameters all stay as they are; see docs/finetune.md."""
+
+    kind: str = setting(
+        "none", choices=("none", "lora", "dora"), help="none: the parameters are trained as stage.parameters says"
+    )
+    rank: int = setting(16, least=1, help="of each weight's addition, A · B")
+    alpha: float = setting(32.0, above=0, help="the addition is multiplied with alpha / rank")
+    rslora: bool = setting(False, help="true: multiplied with alpha / √rank instead")
+    dropout: float = setting(0.0, least=0, below=1, help="share of A's inputs that are dropped")
+    targets: tuple[str, ...] = setting(
+        ADAPTER_TARGETS,
+        help="regular expressions for the paths of the weights that have one; '^language/.*/mlp/experts/' are the "
+        "routed experts, each with its own A and B, '^vision/' is the encoder, '^projector/' the adaptor",
+    )
+    base: str = setting(
+        "stored",
+        choices=("stored", "float32", "bfloat16"),
+        help="dtype in which the model's own parameters are kept; stored: as the checkpoint has them, quantized ones "
+        "too",
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class ContrastiveSettings:
     """The text's side of the objectives "contrastive" and "regions", and their loss (SigLIP)."""
@@ -180,7 +233,7 @@ class ComputeSettings:
     dtype: str = setting(
         "bfloat16", choices=("bfloat16", "float32"), help="of computation; trained parameters are float32 always"
     )
-    mesh: str = setting("", may_change=True, help="data=…,tensor=…,expert=…; empty: all devices along data")
+    mesh: str = setting("", may_change=True, help="data=…,tensor=…,expert=…,sequence=…; empty: all devices along data")
     scan_layers: bool = setting(True, help="stacked layers under lax.scan; false: a loop, slower to compile")
     remat: str = setting(
         "full",
@@ -223,6 +276,7 @@ class Settings:
     data: DataSettings = DataSettings()
     batch: BatchSettings = BatchSettings()
     stage: StageSettings = StageSettings()
+    adapter: AdapterStage = AdapterStage()
     contrastive: ContrastiveSettings = ContrastiveSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     compute: ComputeSettings = ComputeSettings()

@@ -28,6 +28,7 @@ from dsvl2_jax.convert.to_orbax import convert
 from dsvl2_jax.errors import DSVL2Error
 from dsvl2_jax.model.released import released_config
 from dsvl2_jax.runtime import processes
+from dsvl2_jax.runtime.malloc import keep_freed_memory
 from dsvl2_jax.sharding import check_mesh, make_mesh, parse_mesh
 
 
@@ -195,6 +196,7 @@ def _work(job: dict[str, Any]) -> int:
     if "plain" in job:
         print(_read_and_cast(Path(job["directory"]), job["dtype"]))
         return 0
+    keep_freed_memory()  # as every command that loads a model
     try:
         processes.Processes(**job["together"]).join({})
         measured = _measure(Path(job["directory"]), job["sizes"], job["dtype"])

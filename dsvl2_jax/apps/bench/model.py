@@ -39,6 +39,7 @@ from dsvl2_jax.apps.plan.scopes import scopes_of
 from dsvl2_jax.errors import DSVL2Error, UsageError
 from dsvl2_jax.messages import first_line
 from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.quantization import quantization_of
 from dsvl2_jax.runtime.hardware import peaks
 
 MOST_MEMORY = 0.95  # of a device, for parameters and a program
@@ -94,6 +95,7 @@ class _Bench:
     def __init__(self, name: str, config: Config, options: ModelOptions, dtype: Any, report: Report, budget: Budget):
         self.name, self.config, self.options, self.dtype = name, config, options, dtype
         self.report, self.budget = report, budget
+        self.quantization = quantization_of(options.quantize, None)
         self.device = jax.devices()[0]
         self.failed = False
         self.measured: list[Mapping[str, Any]] = []
@@ -108,11 +110,12 @@ class _Bench:
     def about(self) -> dict[str, Any]:
         language = self.config.language
         parts = self._parts()
-        shapes = shapes_of(self.config, self.dtype, parts)
-        count, size = sum(leaf.size for leaf in jax.tree.leaves(shapes)), bytes_of(shapes)
+        shapes = shapes_of(self.config, self.dtype, parts, self.quantization)
+        plain = shapes_of(self.config, self.dtype, parts)
+        count, size = sum(leaf.size for leaf in jax.tree.leaves(plain)), bytes_of(shapes)
         about = (
             f"{self.name}, {language.num_hidden_layers} layers of the language model and {self.config.vision.layers} "
-            f"of the encoder, {self.dtype.name}, random weights: {count / 1e9:.2f} B parameters, {size / 1e9:.1f} GB\n"
+            f"of the encoder, {self._kept()}, random weights: {count / 1e9:.2f} B parameters, {size / 1e9:.1f} GB\n"
             f"{self.device.device_kind}; {machine()}"
         )
         return {
@@ -121,12 +124,17 @@ class _Bench:
             "layers": language.num_hidden_layers,
             "encoder_layers": self.config.vision.layers,
             "dtype": self.dtype.name,
+            "quantize": self.options.quantize,
             "parameters": count,
             "parameter_bytes": size,
             "device": self.device.device_kind,
             "platform": self.device.platform,
             "jax": jax.__version__,
         }
+
+    def _kept(self) -> str:
+        """In which dtypes the weights are."""
+        return self.dtype.name if self.quantization is None else f"{self.quantization.kind} and {self.dtype.name}"
 
     def run(self) -> int:
         if self.programs:
@@ -148,7 +156,7 @@ class _Bench:
         if "kernels" in self.options.jobs:
             self._kernels()
         if self.options.plot is not None and self.measured:
-            title = f"{self.name}, {self.dtype.name}, {self.device.device_kind}"
+            title = f"{self.name}, {self._kept()}, {self.device.device_kind}"
             model_plot.plot(self.measured, title, self.options.plot)
         return int(self.failed)
 
@@ -190,11 +198,15 @@ class _Bench:
         for job in options.jobs:
             if job == "decode":
                 context = options.context
-                made += [model_jobs.decode(config, slots, context, dtype, self._row_of) for slots in options.slots]
+                made += [
+                    model_jobs.decode(config, slots, context, dtype, self._row_of, self.quantization)
+                    for slots in options.slots
+                ]
             elif job in ("prefill", "chunk"):
-                made += [getattr(model_jobs, job)(config, tokens, dtype) for tokens in options.tokens]
+                make = getattr(model_jobs, job)
+                made += [make(config, tokens, dtype, self.quantization) for tokens in options.tokens]
             elif job == "encode":
-                made += [model_jobs.encode(config, tiles, dtype) for tiles in options.tiles]
+                made += [model_jobs.encode(config, tiles, dtype, self.quantization) for tiles in options.tiles]
             elif job == "train":
                 from dsvl2_jax.apps.bench import model_train
 
@@ -211,7 +223,7 @@ class _Bench:
         names = {str(program) for program in self.programs}
         if "decode" not in self.options.jobs:
             return []
-        filling = model_jobs.prefill(self.config, self.options.context, self.dtype)
+        filling = model_jobs.prefill(self.config, self.options.context, self.dtype, self.quantization)
         return [] if str(filling) in names else [filling]
 
     def _parts(self) -> set[str]:
@@ -233,7 +245,7 @@ class _Bench:
         """Raises UsageError when the parameters do not fit the device."""
 
         def size(layers: int | None) -> int:
-            return bytes_of(shapes_of(with_layers(self.config, layers), self.dtype, self._parts()))
+            return bytes_of(shapes_of(with_layers(self.config, layers), self.dtype, self._parts(), self.quantization))
 
         most, needed = MOST_MEMORY * self._memory(), size(None)
         if needed <= most:
@@ -242,7 +254,7 @@ class _Bench:
         fitting = 2 + int((most * FOR_PARAMETERS - two) // max(1, three - two))
         advice = f"try --layers {fitting}" if fitting >= 2 else "choose a smaller one"
         raise UsageError(
-            f"{self.name} in {self.dtype.name} takes {needed / 1e9:.1f} GB, and the device has {most / 1e9:.1f} GB to "
+            f"{self.name} in {self._kept()} takes {needed / 1e9:.1f} GB, and the device has {most / 1e9:.1f} GB to "
             f"give; {advice}."
         )
 
@@ -283,7 +295,7 @@ class _Bench:
             return
         params = None
         if any(program.job != "train" for program in programs):
-            params = random_params(shapes_of(self.config, self.dtype, self._parts()))
+            params = random_params(shapes_of(self.config, self.dtype, self._parts(), self.quantization))
             jax.block_until_ready(params)
         for program in programs:
             if str(program) not in self.compiled or self.budget.left <= 0:
@@ -332,7 +344,7 @@ class _Bench:
         """Prefills the prompt of the decode slots, unless that is done."""
         context = self.options.context
         if context not in self.rows:
-            filling = model_jobs.prefill(self.config, context, self.dtype)
+            filling = model_jobs.prefill(self.config, context, self.dtype, self.quantization)
             if str(filling) not in self.compiled:
                 raise DSVL2Error(f"{filling}: was not compiled, and nothing else fills the caches.")
             self.rows[context] = filling.start(self.compiled[str(filling)][0], params)

@@ -25,6 +25,7 @@ from dsvl2_jax.infer.buckets import cache_bucket
 from dsvl2_jax.infer.slots import GROUP, PAGE
 from dsvl2_jax.model.config import TEXT_POSITION, Config
 from dsvl2_jax.model.deepseek_vl2 import Params
+from dsvl2_jax.model.quantization import Quantization
 
 HALF = np.full(3, 0.5, np.float32)  # mean and standard deviation of the released models' pixels
 NO_EOS = -1  # no token ends an answer
@@ -133,38 +134,42 @@ def random_tiles(config: Config, count: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, side, side, 3)).astype(np.uint8)
 
 
-def encode(config: Config, tiles: int, dtype: Any) -> Program:
+def encode(config: Config, tiles: int, dtype: Any, quantization: Quantization | None = None) -> Program:
     """Encoder and adaptor on some tiles."""
     arrays = {"tiles": random_tiles(config, tiles), "mean": HALF, "std": HALF}
 
     def lower() -> Lowered:
-        return executor.adapt_tiles.lower(params=shapes_of(config, dtype, ("vision",)), config=config, **arrays)
+        params = shapes_of(config, dtype, ("vision",), quantization)
+        return executor.adapt_tiles.lower(params=params, config=config, **arrays)
 
     def start(compiled: Compiled, params: Params) -> Running:
-        part = _of_shapes(params, shapes_of(config, dtype, ("vision",)))
+        part = _of_shapes(params, shapes_of(config, dtype, ("vision",), quantization))
         return Repeated(lambda: compiled(params=part, **arrays), lambda out: {"features": out})
 
-    least = encode_work(config, tiles, dtype.itemsize)
+    least = encode_work(config, tiles, dtype.itemsize, quantization=quantization)
     return Program("encode", {"tiles": tiles}, least, "tiles", tiles, lower, start)
 
 
-def prefill(config: Config, tokens: int, dtype: Any) -> Program:
+def prefill(config: Config, tokens: int, dtype: Any, quantization: Quantization | None = None) -> Program:
     """A whole prompt into an empty cache."""
-    least = prefill_work(config, 1, tokens, dtype.itemsize, cache_dtype=dtype.name)
-    lower, start = _chunk(config, tokens, 0, dtype)
+    least = prefill_work(config, 1, tokens, dtype.itemsize, cache_dtype=dtype.name, quantization=quantization)
+    lower, start = _chunk(config, tokens, 0, dtype, quantization)
     return Program("prefill", {"tokens": tokens}, least, "tokens", tokens, lower, start)
 
 
-def chunk(config: Config, tokens: int, dtype: Any) -> Program:
+def chunk(config: Config, tokens: int, dtype: Any, quantization: Quantization | None = None) -> Program:
     """The last chunk of a prompt, as the engine prefills it: it attends to the tokens before it in the cache."""
     size = min(PAGE, tokens)
     first = tokens - size
-    least = prefill_work(config, 1, size, dtype.itemsize, before=first, cache_dtype=dtype.name)
-    lower, start = _chunk(config, size, first, dtype)
+    kept = {"cache_dtype": dtype.name, "quantization": quantization}
+    least = prefill_work(config, 1, size, dtype.itemsize, before=first, **kept)
+    lower, start = _chunk(config, size, first, dtype, quantization)
     return Program("chunk", {"tokens": size, "before": first}, least, "tokens", size, lower, start)
 
 
-def _chunk(config: Config, size: int, first: int, dtype: Any) -> tuple[Callable, Callable]:
+def _chunk(
+    config: Config, size: int, first: int, dtype: Any, quantization: Quantization | None
+) -> tuple[Callable, Callable]:
     """How a chunk of ``size`` tokens after ``first`` others is lowered and started."""
     length = cache_bucket(first + size, PAGE, max(config.language.max_position_embeddings, first + size))
     static = {"config": config, "read_length": None if first == 0 else length}
@@ -175,14 +180,15 @@ def _chunk(config: Config, size: int, first: int, dtype: Any) -> tuple[Callable,
         "image_index_bt": np.full((1, size), TEXT_POSITION, np.int32),
         "length": np.int32(size),
         "start": np.int32(first),
+        "total": np.int32(first + size),
     }
 
     def lower() -> Lowered:
-        params = shapes_of(config, dtype, ("language",))
+        params = shapes_of(config, dtype, ("language",), quantization)
         return executor.prefill_chunk.lower(params=params, features=features, row=row, **static, **arrays)
 
     def start(compiled: Compiled, params: Params) -> Running:
-        part = _of_shapes(params, shapes_of(config, dtype, ("language",)))
+        part = _of_shapes(params, shapes_of(config, dtype, ("language",), quantization))
         table = jnp.zeros(features.shape, dtype)
         kept = executor.init_row(config=config, slots=1, cache_length=length, dtype=dtype)
         return Prefilling(lambda row: compiled(params=part, features=table, row=row, **arrays), kept)
@@ -233,7 +239,14 @@ class _Decoding:
         return self._outputs
 
 
-def decode(config: Config, slots: int, context: int, dtype: Any, row: Callable[[], Any]) -> Program:
+def decode(
+    config: Config,
+    slots: int,
+    context: int,
+    dtype: Any,
+    row: Callable[[], Any],
+    quantization: Quantization | None = None,
+) -> Program:
     """Groups of decode steps.
 
     Args:
@@ -249,20 +262,22 @@ def decode(config: Config, slots: int, context: int, dtype: Any, row: Callable[[
         return executor.init_slots(config=config, slots=slots, cache_length=length, dtype=dtype)
 
     def lower() -> Lowered:
-        params, budget = shapes_of(config, dtype, ("language",)), jax.ShapeDtypeStruct((slots,), jnp.int32)
+        params = shapes_of(config, dtype, ("language",), quantization)
+        budget = jax.ShapeDtypeStruct((slots,), jnp.int32)
         return executor.decode_group.lower(
             params=params, state=jax.eval_shape(init), budget_b=budget, allowed_bv=None, **static
         )
 
     def start(compiled: Compiled, params: Params) -> Running:
-        part = _of_shapes(params, shapes_of(config, dtype, ("language",)))
+        part = _of_shapes(params, shapes_of(config, dtype, ("language",), quantization))
         repeat = jax.jit(lambda cache: jax.tree.map(lambda x: jnp.repeat(x, slots, axis=0), cache))
         state = dataclasses.replace(init(), cache=None)
         state = dataclasses.replace(state, cache=repeat(row()))
         return _Decoding(compiled, part, state, config, slots, context)
 
     steps = GROUPS * GROUP
-    least = decode_work(config, slots, context - steps // 2, dtype.itemsize, cache_dtype=dtype.name)
+    kept = {"cache_dtype": dtype.name, "quantization": quantization}
+    least = decode_work(config, slots, context - steps // 2, dtype.itemsize, **kept)
     sizes = {"slots": slots, "context": context}
     return Program("decode", sizes, least, "tokens", slots, lower, start, steps=GROUP, runs=GROUPS)
 

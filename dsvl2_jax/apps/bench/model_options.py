@@ -28,6 +28,7 @@ class ModelOptions:
       tiles: for encode; training takes the largest number.
       overrides: for train, settings of the preset.
       dtype: None: bfloat16, float32 on a CPU.
+      quantize: the weights, as `dsvl2 convert --quantize`; None: they are of ``dtype``.
       against: "torch" or None.
       profile: a job whose programs are split up by named scope, or None.
       budget: seconds after which nothing is begun; None: no limit.
@@ -43,6 +44,7 @@ class ModelOptions:
     tiles: tuple[int, ...] = (10,)
     overrides: tuple[str, ...] = ()
     dtype: str | None = None
+    quantize: str | None = None
     against: str | None = None
     profile: str | None = None
     budget: float | None = None
@@ -90,6 +92,11 @@ class ModelOptions:
                 )
         if self.overrides and "train" not in self.jobs:
             raise UsageError("--set is of the training step; add train to --jobs, or leave --set out.")
+        if self.quantize is not None:
+            unquantized = [job for job in ("train", "kernels") if job in self.jobs]
+            if unquantized or self.against is not None:
+                what = f"--jobs {unquantized[0]}" if unquantized else "--against torch"
+                raise UsageError(f"--quantize {self.quantize}: {what} takes weights as they are; leave one out.")
         if self.against is not None and self.jobs == ("kernels",):
             raise UsageError("--against torch compares programs; --jobs kernels has none.")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from dsvl2_jax.apps.cli.options import command_group, needs_train_extra
+from dsvl2_jax.apps.cli.options import FrameChoice, command_group, needs_train_extra
 
 
 def check(
@@ -23,6 +23,10 @@ def check(
     tiles_per_sequence: int = 20,
     mask_prompt: bool = False,
     as_seen: bool = False,
+    max_tiles: int | None = None,
+    min_tiles: int | None = None,
+    frames: int | None = None,
+    frame_choice: FrameChoice | None = None,
     problems: int = 20,
     histogram: Path | None = None,
     draw: Path | None = None,
@@ -41,6 +45,10 @@ def check(
         tiles_per_sequence: image tiles of a training row.
         mask_prompt: count answers alone as learnt, as in fine-tuning.
         as_seen: read images as with the setting data.as_seen.
+        max_tiles: cut an image into at most this many tiles, as with the setting data.max_tiles.
+        min_tiles: cut an image into at least this many tiles, as with the setting data.min_tiles.
+        frames: take at most this many frames of a video, as with the setting data.frames; 8 without it.
+        frame_choice: as with the setting data.frame_choice; even without it.
         problems: how many broken samples to list; all are counted.
         histogram: PNG to draw token and tile counts to.
         draw: folder to write pictures of up to 20 samples to, with their boxes.
@@ -59,6 +67,10 @@ def check(
             tiles_per_sequence=tiles_per_sequence,
             mask_prompt=mask_prompt,
             as_seen=as_seen,
+            max_tiles=max_tiles,
+            min_tiles=min_tiles,
+            frames=frames,
+            frame_choice=frame_choice,
             most_problems=problems,
             histogram=histogram,
             draw=draw,

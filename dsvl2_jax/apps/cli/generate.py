@@ -27,6 +27,7 @@ def generate(
     *,
     prompt: str,
     image: Images = (),
+    video: Images = (),
     answering: InAnswering = Answering(),  # noqa: B008 (frozen)
     stop: UseAppendAction[tuple[str, ...]] = (),
     chunk_size: int | None = None,
@@ -39,12 +40,13 @@ def generate(
 
     Args:
         ckpt: converted directory, released-layout directory, training run or hub id; without it, the bundled model.
-        prompt: the user's text. <image> marks where each image goes; without it the images come first.
+        prompt: the user's text. <image> marks where each image goes, <video> each video; without them they come first.
         image: image files, in order; may be given several times.
+        video: video files, or folders of frames, in order; may be given several times. Needs the extra video.
         stop: end the answer before this string; may be given several times.
         chunk_size: prefill this many tokens at a time, to bound memory; 512 without it, and at most.
         json: print one JSON object instead of streaming text.
-        draw: write the last image with the answer's boxes drawn.
+        draw: write the last image, or frame, with the answer's boxes drawn.
     """
     together.join(flattened(locals()))
     from dsvl2_jax.apps.generate import generate as run
@@ -53,6 +55,7 @@ def generate(
         ckpt,
         prompt=prompt,
         images=[path for group in image for path in group],
+        videos=[path for group in video for path in group],
         system=answering.system,
         max_new_tokens=answering.max_new_tokens,
         sampling=answering.sampling(stop),

@@ -14,7 +14,7 @@ from typing import Any
 import tyro
 
 from dsvl2_jax.apps.cli.bench import bench
-from dsvl2_jax.apps.cli.checkpoints import convert, doctor, export
+from dsvl2_jax.apps.cli.checkpoints import convert, doctor, export, merge
 from dsvl2_jax.apps.cli.data import data
 from dsvl2_jax.apps.cli.evaluate import evaluate
 from dsvl2_jax.apps.cli.generate import chat, generate
@@ -29,6 +29,7 @@ from dsvl2_jax.runtime.terminal import with_escaped_output
 COMMANDS = {
     "convert": convert,
     "export": export,
+    "merge": merge,
     "generate": generate,
     "chat": chat,
     "serve": serve,
@@ -45,7 +46,7 @@ COMMANDS = {
 
 
 # Options by their old names, which are errors that give the new ones.
-_RENAMED = {"--exif": "--as-seen"}
+_RENAMED = {"--exif": "--as-seen, which also covers transparency", "--candidates": "--max-tiles"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: list[str]) -> int:
     for option in args:
         if new := _RENAMED.get(option.partition("=")[0]):
-            raise UsageError(f"{option}: this option is now called {new}, which also covers transparency.")
+            raise UsageError(f"{option}: this option is now called {new}.")
     status = tyro.extras.subcommand_cli_from_dict(
         {name: with_escaped_output(command) for name, command in COMMANDS.items()},
         prog="dsvl2",

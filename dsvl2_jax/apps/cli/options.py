@@ -26,8 +26,11 @@ Checkpoint = Positional[str | None]
 Dtype = Literal["float32", "bfloat16"]
 CacheDtype = Literal["float32", "bfloat16", "int8"]
 Size = Literal["tiny", "small", "base"]
+FrameChoice = Literal["even", "scene"]
 Images = Annotated[tuple[tuple[Path, ...], ...], UseAppendAction]
 Settings = Annotated[tuple[str, ...], UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")]
+QuantizeTo = Annotated[str, tyro.conf.arg(metavar="int8|int4|float8")]
+QuantizeRules = Annotated[tuple[str, ...], UseAppendAction, tyro.conf.arg(metavar="REGEX=KIND")]
 Together = Annotated[Processes, tyro.conf.arg(name="")]
 
 
@@ -43,6 +46,10 @@ class Computing:
     """shard over devices, e.g. data=2,tensor=2,expert=2."""
     verify: bool = False
     """read every file of the checkpoint first and compare it with its digest."""
+    context: int | None = None
+    """the most positions of a prompt and its answer together; as many as the model was made for without it."""
+    rope_scaling: str | None = None
+    """scale positions so, instead of as config.json says: '{"type": "yarn", "factor": 4}'."""
 
     def load_options(self) -> LoadOptions:
         """What `dsvl2_jax.infer.loading.load` takes."""
@@ -55,11 +62,21 @@ class Computing:
 class Loading(Computing):
     """Options of the commands that load a model for the user's own prompts and images."""
 
+    adapter: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """a LoRA or DoRA adapter for the checkpoint: a directory that training or peft wrote, or a hub id."""
     as_seen: bool = False
     """read images as people see them, which the official code does not: turned as EXIF says, transparency over white,
     16-bit gray divided."""
     strict_special_tokens: bool = False
     """treat special tokens written in the prompt as plain text."""
+    max_tiles: int | None = None
+    """cut an image into at most this many tiles (InfoVQA: 18) instead of as the checkpoint says (9)."""
+    min_tiles: int | None = None
+    """cut an image into at least this many tiles, however many images there are."""
+    frames: int | None = None
+    """show at most this many frames of a video; 8 without it."""
+    frame_choice: FrameChoice | None = None
+    """even: frames at equal distances, as without it; scene: one of each part between the greatest changes."""
 
 
 @dataclasses.dataclass(frozen=True)

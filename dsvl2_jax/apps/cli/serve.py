@@ -58,6 +58,8 @@ class Limits:
     """tokens, of prompts and answers, that may wait."""
     max_tiles: int = 64
     """image tiles of a request."""
+    max_image_tiles: int | None = None
+    """local tiles that a request may ask for of one picture; without it, the checkpoint's most (9)."""
     max_wait: float = 120.0
     """seconds that an answer may wait for a slot."""
     hang_timeout: float = 300.0
@@ -71,7 +73,15 @@ class Limits:
     max_image_pixels: int = 50_000_000
     """pixels of a picture."""
     max_request_pixels: int = 200_000_000
-    """pixels of all pictures of a request."""
+    """pixels of all pictures and frames of a request."""
+    max_video_bytes: str = "64MiB"
+    """size of a video's file."""
+    max_video_seconds: float = 600.0
+    """length of a video."""
+    max_frames: int = 32
+    """frames of all videos of a request."""
+    video_timeout: float = 20.0
+    """seconds that decoding a request's videos may take."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,18 +92,21 @@ class Behaving:
     """name in /v1/models; without it, the checkpoint's."""
     model_alias: Names = ()
     """a pattern of other names for it; without any, OpenAI's own: gpt-*, chatgpt-*, o[0-9]*."""
+    adapter: Annotated[Names, tyro.conf.arg(metavar="NAME=DIR")] = ()
+    """also answer with this LoRA or DoRA adapter, when a request's model is NAME; may be given several times."""
     default_max_tokens: int = 512
     """the most tokens of an answer when a request names no number."""
     media_domain: Names = ()
-    """fetch pictures over https from this host, or from all below *.HOST; may be given several times."""
+    """fetch pictures and videos over https from this host, or from all below *.HOST; may be given several times."""
     media_path: Names = ()
-    """read pictures from this folder; may be given several times."""
+    """read pictures and videos from this folder; may be given several times."""
     media_timeout: float = 10.0
-    """seconds that fetching a picture may take."""
+    """seconds that fetching a file may take."""
     official_images: bool = False
     """read pictures as the official code does: no EXIF orientation, transparency dropped."""
     honour_detail: bool = False
-    """a picture sent with "detail": "low" is seen in one tile; otherwise detail changes nothing."""
+    """a picture sent with "detail": "low" is seen in one tile, and one with "high" in as many as a request may ask for,
+    even among many pictures; otherwise detail changes nothing."""
     strict_special_tokens: bool = False
     """treat special tokens written in messages as plain text."""
 
@@ -129,10 +142,14 @@ def serve(
         from dsvl2_jax.infer.serve.async_engine import EngineOptions
         from dsvl2_jax.infer.serve.auth import read_keys
         from dsvl2_jax.infer.serve.media import MediaOptions
+        from dsvl2_jax.infer.serve.models import parse_adapters
         from dsvl2_jax.infer.serve.run import ListenOptions
         from dsvl2_jax.infer.serve.state import OPENAI_NAMES, ServeOptions
 
-    loading = dataclasses.replace(computing.load_options(), strict_special_tokens=behaving.strict_special_tokens)
+    adapters = parse_adapters(behaving.adapter)
+    loading = dataclasses.replace(
+        computing.load_options(), strict_special_tokens=behaving.strict_special_tokens, adapter=dict(adapters)
+    )
     engine_options = EngineOptions(
         slots=limits.slots,
         speculate=limits.speculate,
@@ -141,6 +158,7 @@ def serve(
         max_queue=limits.max_queue,
         max_queued_tokens=limits.max_queued_tokens,
         max_tiles=limits.max_tiles,
+        max_image_tiles=limits.max_image_tiles,
         max_wait=limits.max_wait,
         hang_timeout=limits.hang_timeout,
     )
@@ -155,6 +173,7 @@ def serve(
         options=ServeOptions(
             model_name=behaving.model_name,
             aliases=behaving.model_alias or OPENAI_NAMES,
+            adapters=adapters,
             keys=read_keys(listening.api_key_file),
             honour_detail=behaving.honour_detail,
             default_max_tokens=behaving.default_max_tokens,
@@ -168,7 +187,11 @@ def serve(
             max_pixels=limits.max_image_pixels,
             max_images=limits.max_images,
             max_request_pixels=limits.max_request_pixels,
+            max_video_bytes=parse_bytes(limits.max_video_bytes),
+            max_video_seconds=limits.max_video_seconds,
+            max_frames=limits.max_frames,
             time_limit=behaving.media_timeout,
+            video_time_limit=limits.video_timeout,
             official=behaving.official_images,
         ),
         listen=ListenOptions(**listen),

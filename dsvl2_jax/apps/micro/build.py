@@ -25,7 +25,7 @@ from dsvl2_jax.checkpoint.digests import SUMS_NAME, sums
 from dsvl2_jax.checkpoint.staging import replacing, scratch, write_text
 from dsvl2_jax.convert.to_safetensors import export
 from dsvl2_jax.errors import CheckpointError, UsageError
-from dsvl2_jax.inputs.processor import extended_candidate_resolutions
+from dsvl2_jax.inputs.tile_budget import extended_candidate_resolutions
 from dsvl2_jax.inputs.tokenizer import DEFAULT_PAD_TOKEN, PROCESSOR_TOKENS
 
 SEED = 0

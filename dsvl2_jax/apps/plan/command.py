@@ -19,13 +19,14 @@ from dsvl2_jax.apps.plan.job import Job, parse_job
 from dsvl2_jax.apps.plan.report import plan_lines
 from dsvl2_jax.apps.plan.saved_plans import saved_plan
 from dsvl2_jax.apps.plan.table import HEADER, csv_row, table_line, table_rows, update_csv
-from dsvl2_jax.checkpoint.locate import resolve
+from dsvl2_jax.checkpoint.locate import quantization_in, resolve
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.quantization import Quantization
 from dsvl2_jax.model.released import SIZES, released_config
 from dsvl2_jax.runtime.console import PrintableConsole
 from dsvl2_jax.runtime.hardware import topology
-from dsvl2_jax.sharding import parse_mesh
+from dsvl2_jax.sharding import SEQUENCE, parse_mesh
 
 
 def config_of(model: str) -> Config:
@@ -42,6 +43,13 @@ def config_of(model: str) -> Config:
     return Config.from_file(path if path.suffix == ".json" else resolve(model))
 
 
+def quantization_of_model(model: str) -> Quantization | None:
+    """How the weights of a checkpoint are kept; None for anything else."""
+    if model in (*SIZES, "micro") or Path(model).suffix == ".json":
+        return None
+    return quantization_in(resolve(model))
+
+
 def run_plan(
     models: Sequence[str],
     topology_name: str | None,
@@ -52,6 +60,7 @@ def run_plan(
     slots: int | None,
     micro: int | None,
     overrides: Sequence[str],
+    quantization: Quantization | None,
     cache_dtype: str | None,
     mesh: str,
     csv: Path | None,
@@ -63,6 +72,7 @@ def run_plan(
     Args:
       topology_name: None: the table over all of `dsvl2_jax.apps.plan.table.TABLE_TOPOLOGIES`.
       kind: of a job; None: decode, in the table prefill as well.
+      quantization: of the weights; None: as the checkpoint keeps them.
       csv: where rows of the table are kept.
 
     Raises:
@@ -76,20 +86,14 @@ def run_plan(
     kinds = [kind] if kind is not None else ["decode"] if topology_name is not None else ["prefill", "decode"]
     work: list[tuple[str, Config, list[Job]]] = []
     for model in models:
-        jobs = [
-            parse_job(
-                name,
-                batch,
-                sequence,
-                slots,
-                model=model,
-                micro=micro,
-                overrides=overrides,
-                cache_dtype=cache_dtype,
-            )
-            for name in kinds
-        ]
-        work.append((model, config_of(model), jobs))
+        config, stored = config_of(model), quantization_of_model(model)
+        if stored is not None and quantization is not None:
+            raise UsageError(f"--quantize {quantization.kind}: {model} is quantized already, as {stored.kind}.")
+        rounding = quantization or stored
+        options = {"model": model, "micro": micro, "overrides": overrides, "quantization": rounding}
+        options["cache_dtype"] = cache_dtype
+        jobs = [parse_job(name, batch, sequence, slots, **options) for name in kinds]
+        work.append((model if quantization is None else f"{model}-{quantization.kind}", config, jobs))
     if csv is not None:
         _check_csv(csv, topology_name, kind, cache_dtype)
     if topology_name is None:
@@ -121,6 +125,8 @@ def _single(
     place = topology(topology_name)
     with _progress() as say:
         sizes = None if mesh == "auto" else parse_mesh(mesh)
+        if sizes and SEQUENCE in sizes and job.settings is None:
+            raise UsageError(f"--mesh {mesh}: {SEQUENCE} splits rows in training alone; --job {job.kind} has none.")
         plan = saved_plan(
             config, job, place, sizes, lambda doing: say(f"{job.kind} on {topology_name}: {doing}"), cache=cache
         )

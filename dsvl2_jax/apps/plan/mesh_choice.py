@@ -9,31 +9,39 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from jax.sharding import PartitionSpec
+
 from dsvl2_jax.apps.plan.job import ITEMSIZE, Job
 from dsvl2_jax.apps.plan.training_step import check_batch, training_state_bytes
 from dsvl2_jax.model.cache import cache_arrays
 from dsvl2_jax.model.config import Config
-from dsvl2_jax.model.deepseek_vl2 import abstract_leaves
 from dsvl2_jax.model.parameter_paths import LeafPath
+from dsvl2_jax.model.quantization import leaves_of, quantized_weights, stored_specs
 from dsvl2_jax.runtime.hardware import Topology
-from dsvl2_jax.sharding import ACTIVATION_RULES, MESH_AXES, PARAM_RULES, batch_parts, mesh_axes, partition_spec
+from dsvl2_jax.sharding import ACTIVATION_RULES, MESH_AXES, batch_parts, mesh_axes, partition_spec
 
 # Of a device's memory, what parameters and cache may take, so that there is room for a program to work.
 MAX_MEMORY_FRACTION = 0.85
 
 
-def resident_bytes(config: Config, job: Job, sizes: dict[str, int]) -> float:
-    """Bytes of a device that parameters and cache, or a training state with gradients, take: what must be there."""
+def resident_bytes(config: Config, job: Job, sizes: dict[str, int], itemsize: int = ITEMSIZE) -> float:
+    """Bytes of a device that parameters and cache, or a training state with gradients, take: what must be there.
+
+    Args:
+      itemsize: of the numbers of inference that are not quantized.
+    """
     if job.settings is not None:
-        return training_state_bytes(config, job.settings, sizes)
-    return sum(_weight_bytes(config, sizes).values()) + _cache_bytes(config, job, sizes)
+        return training_state_bytes(config, job.settings, sizes, job.quantization)
+    return sum(_weight_bytes(config, job, sizes, itemsize).values()) + _cache_bytes(config, job, sizes)
 
 
-def _weight_bytes(config: Config, sizes: dict[str, int]) -> dict[LeafPath, float]:
-    """Of a device, by parameter."""
+def _weight_bytes(config: Config, job: Job, sizes: dict[str, int], itemsize: int) -> dict[LeafPath, float]:
+    """Of a device, by array of the parameters."""
+    leaves = leaves_of(config, quantized_weights(config, job.quantization))
+    specs = stored_specs(config, sizes, {path: shape for path, (shape, _) in leaves.items()})
     return {
-        path: ITEMSIZE * math.prod(shape) / pieces(shape, axes, sizes, PARAM_RULES)
-        for path, (shape, axes) in abstract_leaves(config).items()
+        path: math.prod(shape) * (itemsize if dtype is None else dtype.itemsize) / _cut(specs[path], sizes)
+        for path, (shape, dtype) in leaves.items()
     }
 
 
@@ -49,7 +57,10 @@ def _cache_bytes(config: Config, job: Job, sizes: dict[str, int]) -> float:
 
 def pieces(shape: tuple[int, ...], axes: tuple[str | None, ...], sizes: dict[str, int], rules: Any) -> int:
     """How many different pieces the mesh cuts an array into."""
-    spec = partition_spec(shape, axes, sizes, rules)
+    return _cut(partition_spec(shape, axes, sizes, rules), sizes)
+
+
+def _cut(spec: PartitionSpec, sizes: dict[str, int]) -> int:
     return math.prod(sizes[name] for entry in spec for name in mesh_axes(entry))
 
 
@@ -64,7 +75,7 @@ def _device_load(config: Config, job: Job, sizes: dict[str, int]) -> float:
         return 1 / pieces(heads, ("batch", "length", "heads", "head_dim"), sizes, ACTIVATION_RULES)
     visited = min(1.0, job.batch * cfg.num_experts_per_tok / cfg.n_routed_experts) if cfg.n_routed_experts else 0.0
     read = _cache_bytes(config, job, sizes)
-    for path, size in _weight_bytes(config, sizes).items():
+    for path, size in _weight_bytes(config, job, sizes, ITEMSIZE).items():
         if path[0] == "language" and path[1] != "embed_tokens":
             read += size * (visited if "experts" in path else 1.0)
     return read

@@ -95,9 +95,10 @@ def _compile(
     say("tracing")
     if job.settings is None:
         sizes = {"batch": job.batch, "sequence": job.sequence}
-        lowered = lower_inference(job.kind, config, mesh, **sizes, cache_dtype=job.cache_dtype)
+        options = {"quantization": job.quantization, "cache_dtype": job.cache_dtype}
+        lowered = lower_inference(job.kind, config, mesh, **sizes, **options)
     else:
-        lowered = lower_training_step(config, job.settings, mesh)
+        lowered = lower_training_step(config, job.settings, mesh, job.quantization)
     traced = time.monotonic()
     say("compiling")
     compiled, problem = None, {}

@@ -61,7 +61,7 @@ def _key(config: Config, job: Job, topology: Topology, sizes: dict[str, int] | N
         "packages": {name: _version(name) for name in _PACKAGES},
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "config": dataclasses.asdict(config),
-        "job": [job.kind, job.batch, job.sequence, job.cache_dtype, settings],
+        "job": [job.kind, job.batch, job.sequence, job.cache_dtype, settings, job.quantization],
         "topology": dataclasses.asdict(topology),
         "mesh": sizes,
     }

@@ -30,6 +30,7 @@ from dsvl2_jax.kernels import gpu_grouped_matmul, hopper_attention, hopper_group
 from dsvl2_jax.kernels.block_sizes import SHARED_MEMORY, HopperProduct, TritonProduct
 from dsvl2_jax.kernels.gpu_attention import attention_backward, attention_forward
 from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.quantization import Quantization
 from dsvl2_jax.model.released import released_config
 from dsvl2_jax.runtime.hardware import compile_devices, topology
 from dsvl2_jax.sharding import batch_parts, make_mesh
@@ -295,3 +296,11 @@ def test_whole_models_compile_and_fit(monkeypatch, place, size, kind):
     found = checked(monkeypatch, config, job, place, 20 * GB)  # layers are gathered whole, and so are their gradients
     too_large = place == "h100-1" and size == "small" and kind == "sft"  # 258 GB of state
     assert found["fits"] != too_large
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_an_adapter_of_base_is_trained_on_one_card(monkeypatch, kind):
+    config = Config.from_dict(released_config("base"))
+    job = parse_job("lora", 1, 4096, None, model="base", quantization=Quantization(kind))
+    assert checked(monkeypatch, config, job, "h100-1", 20 * GB)["fits"]

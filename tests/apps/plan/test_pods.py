@@ -9,6 +9,7 @@ import pytest
 from dsvl2_jax.apps.plan.job import Job, parse_job
 from dsvl2_jax.apps.plan.planner import plan
 from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.quantization import Quantization
 from dsvl2_jax.model.released import released_config
 from dsvl2_jax.runtime.hardware import topology
 
@@ -79,3 +80,9 @@ def test_small_is_trained_on_sixteen_chips(name, settings, moments, arguments):
     assert found["bytes_per_device"]["arguments"] <= arguments
     assert found["bytes_per_device"]["temporaries"] <= 7.0e9
     assert found["flops_ratio"] <= 1.10
+
+
+@pytest.mark.parametrize(("size", "name", "kind"), [("small", "v6e-1", "int8"), ("tiny", "v5e-1", None)])
+def test_adapters_are_trained_on_one_chip(size, name, kind):
+    job = parse_job("lora", 1, None, None, model=size, quantization=kind and Quantization(kind))
+    assert planned(size, job, name)["flops_ratio"] <= 1.10

@@ -15,6 +15,7 @@ from dsvl2_jax.apps.cli.main import main
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.infer.eval.chat_request import KEY_VARIABLE, base_url, data_url, messages, read_key
 from dsvl2_jax.inputs.images import load_image, read_image
+from dsvl2_jax.inputs.tile_budget import NO_BUDGET
 
 KEY = "sk-0123456789abcdef"
 
@@ -30,7 +31,7 @@ def no_key(monkeypatch):
     [
         (["--dtype", "float32"], "--dtype: is for a model that is loaded here, but --server answers"),
         (["--mesh", "data=2"], "--mesh: is for a model that is loaded here"),
-        (["--candidates", "18"], "--candidates: is for a model"),
+        (["--max-tiles", "18"], "--max-tiles: is for a model"),
         (["--batch-size", "16"], "--batch-size: is for a model"),
         (["--processes", "2"], "--processes: is for a model"),
         (["more.jsonl"], "found 2 arguments, expected DATA.jsonl alone with --server"),
@@ -122,7 +123,7 @@ def test_images_stand_where_their_tags_stood(contents):
     conversation = tuple({"role": roles[i % 2], "content": text} for i, text in enumerate(contents))
     asked = "".join(turn["content"] for turn in conversation[::2])
     urls = [f"data:image/png;base64,{i:04}" for i in range(asked.count("<image>"))]
-    sent = messages(conversation, urls)
+    sent = messages(conversation, urls, [NO_BUDGET] * len(urls))
     assert [turn["role"] for turn in sent] == [turn["role"] for turn in conversation]
     seen = []
     for before, after in zip(conversation, sent, strict=True):

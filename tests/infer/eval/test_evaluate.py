@@ -269,7 +269,7 @@ def test_candidates_give_more_tiles(questions, tmp_path, parrot):
     Image.new("RGB", (side * 6, side * 3)).save(tmp_path / "large.png")
     write(questions, [RECORDS[0] | {"image": "large.png"}])
     evaluate.evaluate(None, questions, options(tmp_path))
-    evaluate.evaluate(None, questions, options(tmp_path, out=tmp_path / "more", candidates=18))
+    evaluate.evaluate(None, questions, options(tmp_path, out=tmp_path / "more", max_tiles=18))
     assert [len(inputs.tiles) for inputs in parrot.asked] == [9, 19]
 
 
@@ -393,7 +393,7 @@ def test_a_broken_record_is_named_with_file_and_line(questions, record, message)
     [
         (["--batch-size", "0"], "--batch-size: must be positive, not 0"),
         (["--max-new-tokens", "-1"], "--max-new-tokens: must be positive, not -1"),
-        (["--candidates", "0"], "--candidates: must be positive, not 0"),
+        (["--max-tiles", "0"], "--max-tiles: must be from 1 to 100, not 0"),
         (["--limit", "0"], "--limit: must be positive, not 0"),
         (["--report-samples", "-1"], "--report-samples: must be 0 or more, not -1"),
         (["--prompt-template", "Answer:"], "--prompt-template: found 'Answer:', expected a text with {question}"),

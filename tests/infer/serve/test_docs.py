@@ -49,11 +49,11 @@ def test_the_python_works_as_it_stands(running, capsys, monkeypatch):
 @pytest.fixture(scope="module")
 def told():
     """The names of all metrics, without the prefix."""
-    metrics = Metrics("micro", lambda: dict.fromkeys([*ENGINE_GAUGES, *ENGINE_COUNTERS], 0.0), LoopLag())
+    metrics = Metrics(["micro"], lambda: dict.fromkeys([*ENGINE_GAUGES, *ENGINE_COUNTERS], 0.0), LoopLag())
     metrics.request("/", 200)
-    metrics.prompt(1, 1)
-    metrics.first_token(1.0)
-    metrics.answer("stop", 2, 1.0, {"queue": 0.1, "prefill": 0.1, "decode": 0.1})
+    metrics.prompt("micro", 1, 1)
+    metrics.first_token("micro", 1.0)
+    metrics.answer("micro", "stop", 2, 1.0, {"queue": 0.1, "prefill": 0.1, "decode": 0.1})
     text = metrics.text().decode()
     return {name.removeprefix(PREFIX) for name in re.findall(r"^(dsvl2:\w+)", text, re.MULTILINE)}
 

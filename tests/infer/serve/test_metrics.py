@@ -44,7 +44,7 @@ def test_requests_are_counted(running):
 
 def test_the_engines_statistics_are_told_by_the_names_that_dashboards_know():
     values = {name: float(i) for i, name in enumerate([*ENGINE_GAUGES, *ENGINE_COUNTERS])}
-    told = samples(Metrics("micro", lambda: values, LoopLag()).text().decode())
+    told = samples(Metrics(["micro"], lambda: values, LoopLag()).text().decode())
     for name, value in values.items():
         assert told[name + ("_total" if name in ENGINE_COUNTERS else ""),] == value
     assert told["event_loop_lag_seconds",] == 0
