@@ -91,8 +91,8 @@ class VideoFile:
         with self._container() as (container, stream):
             self._check_length((container.duration or 0) / 1e6)
             self._has_size = stream.codec_context.width > 0
-            self._aspect = float(stream.sample_aspect_ratio or 1)
-            base, step = stream.time_base or Fraction(0), 1 / (stream.average_rate or Fraction(_RATE))
+            self._aspect = float(_fraction(stream.sample_aspect_ratio) or 1)
+            base, step = _fraction(stream.time_base), 1 / (_fraction(stream.average_rate) or Fraction(_RATE))
             counted = container.format.name == "avi"  # whose frames have no times, and get wrong ones
             packets, stored = [], 0
             for packet in self._packets(container, stream):
@@ -279,6 +279,11 @@ def _av() -> Any:
 def _failures() -> tuple[type[Exception], ...]:
     """What PyAV raises: its own errors, and those of reading the file and of memory."""
     return _av().error.FFmpegError, OSError, ValueError, MemoryError
+
+
+def _fraction(value: Any) -> Fraction:
+    """A number of PyAV, whose releases have different types of them; 0 where it says nothing."""
+    return Fraction(value.numerator, value.denominator) if value is not None and value.denominator else Fraction(0)
 
 
 def _stamp(packet: Any) -> int | None:
