@@ -168,7 +168,7 @@ def test_gradients_are_those_of_the_merged_weights(case):
 
 def test_of_the_frozen_model_no_gradient_is_computed():
     """The experts' products have gradients of matrices by name, `tgmm`; without adapters there, none is left."""
-    adapter = AdapterStage("lora", rank=2)
+    adapter = AdapterStage("lora", rank=2, alpha=4.0)
     trainer, state = trainer_and_state("tiny", settings(adapter, steps.ROWS, remat="full"))
     moments = next(s for s in jax.tree.leaves(state.optimizer, is_leaf=steps._is_adam) if steps._is_adam(s))
     assert moments.mu.keys() == moments.nu.keys() == state.trained.keys()
