@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 
 import pytest
 
+from dsvl2_jax.apps.plan.hlo_walk import walk
+from dsvl2_jax.apps.plan.inference_step import lower_inference
 from dsvl2_jax.apps.plan.job import Job, parse_job
+from dsvl2_jax.apps.plan.least_work import decode_work
 from dsvl2_jax.apps.plan.planner import plan
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.quantization import Quantization
 from dsvl2_jax.model.released import released_config
-from dsvl2_jax.runtime.hardware import topology
+from dsvl2_jax.runtime.hardware import compile_devices, topology
+from dsvl2_jax.sharding import make_mesh
 
 pytestmark = [
     pytest.mark.pods,
@@ -86,3 +91,14 @@ def test_small_is_trained_on_sixteen_chips(name, settings, moments, arguments):
 def test_adapters_are_trained_on_one_chip(size, name, kind):
     job = parse_job("lora", 1, None, None, model=size, quantization=kind and Quantization(kind))
     assert planned(size, job, name)["flops_ratio"] <= 1.10
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "float8"])
+def test_a_decode_step_reads_quantized_weights_as_they_lie(kind):
+    """Two layers of small on one chip; what the compiler converts, it converts where a product takes it."""
+    config, quantization = Config.from_dict(released_config("small")), Quantization(kind)
+    config = dataclasses.replace(config, language=dataclasses.replace(config.language, num_hidden_layers=2))
+    mesh = make_mesh(devices=compile_devices(topology("v5e-1")))
+    job = {"batch": 16, "sequence": 2176, "quantization": quantization}
+    text = lower_inference("decode", config, mesh, **job).compile().as_text()
+    assert walk(text).bytes <= 1.1 * decode_work(config, 16, 2176, quantization=quantization).bytes
