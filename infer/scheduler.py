@@ -417,8 +417,8 @@ class Scheduler:
 
     def _page_keys(self, request: Request) -> list[bytes]:
         """As `page_keys`; where positions depend on a prompt's length, its pages are for prompts as long only."""
-        scales = self.model.config.language.positions_depend_on(len(request.inputs.input_ids))
-        return page_keys(request, self.model.config.tokens_per_tile, self.model.adapters, of_length=scales)
+        stretches = self.model.config.language.stretches(len(request.inputs.input_ids))
+        return page_keys(request, self.model.config.tokens_per_tile, self.model.adapters, of_length=stretches)
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:

@@ -102,7 +102,7 @@ def check_buffer(name: str, values: np.ndarray, config: Config, source: str) -> 
       CheckpointError: they differ by more than bfloat16 rounds.
     """
     language = config.language
-    expected = language.inverse_frequencies()
+    expected = language.inverse_frequencies
     if values.shape != expected.shape or not np.allclose(values, expected, rtol=0.01, atol=0):
         says = f"config.json's rope_theta {language.rope_theta}"
         says += "" if language.rope_scaling is None else f" with rope_scaling {language.rope_scaling.kind}"

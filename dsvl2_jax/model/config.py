@@ -148,14 +148,14 @@ class LanguageConfig:
         """Width of what is rotated: the part of a head that latent attention keeps for it, or a whole head."""
         return self.qk_rope_head_dim if self.use_mla else self.head_dim
 
+    @property
     def inverse_frequencies(self) -> np.ndarray:
-        """f32[width / 2], radians a position; of "dynamic" those of a sequence that is not longer than the context."""
-        width, theta = self.rotary_width, self.rope_theta
+        """f32[rotary_width / 2], radians a position; of "dynamic" those of sequences that the context holds."""
         if self.rope_scaling is None:
-            return plain_frequencies(width, theta)
-        return self.rope_scaling.inverse_frequencies(width, theta, self.max_position_embeddings)
+            return plain_frequencies(self.rotary_width, self.rope_theta)
+        return self.rope_scaling.inverse_frequencies(self.rotary_width, self.rope_theta, self.max_position_embeddings)
 
-    def positions_depend_on(self, length: int) -> bool:
+    def stretches(self, length: int) -> bool:
         """Whether the positions of a sequence of so many tokens are others than those of a shorter one."""
         scaling = self.rope_scaling
         return scaling is not None and scaling.kind == "dynamic" and length > self.max_position_embeddings

@@ -91,6 +91,11 @@ class RopeScaling:
                 )
         return problems
 
+    def described(self) -> dict[str, Any]:
+        """As config.json has it."""
+        numbers = {key: getattr(self, key) for key in sorted(_KEYS[self.kind])}
+        return {"rope_type": self.kind} | {key: value for key, value in numbers.items() if value is not None}
+
     def inverse_frequencies(self, width: int, theta: float, context: int) -> np.ndarray:
         """f32[width / 2], radians a position; of "dynamic" those of a sequence that is not longer than the context.
 
