@@ -166,7 +166,7 @@ def test_gradients_are_those_of_the_merged_weights(case):
 def test_of_the_frozen_model_no_gradient_is_computed_and_every_bit_stays():
     """The experts' products have gradients of matrices by name, `tgmm`; without adapters there, none is left."""
     adapter = AdapterStage("lora", rank=2)
-    trainer, state = trainer_and_state("tiny", settings(adapter, steps.ROWS, remat="full"), kind="int8")
+    trainer, state = trainer_and_state("tiny", settings(adapter, steps.ROWS, remat="full"))
     program = trainer.lower(state, batch_of(False)).compile().as_text()
     assert "grouped_matmul" in program and "tgmm" not in program
     before = jax.device_get(state.frozen)
