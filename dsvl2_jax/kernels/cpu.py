@@ -63,7 +63,7 @@ def as_bits(x: jax.Array) -> jax.Array:
     return x if bits is None else lax.bitcast_convert_type(x, bits)
 
 
-def bits_to_slice(x: jax.Array, at: jax.Array) -> jax.Array:
+def bits_to_slice(x: jax.Array, at: Any) -> jax.Array:
     """`as_bits` of an array that is then sliced at what ``at`` gives, without a copy of the whole.
 
     The compiler must not take the array's bits out of a loop, where they would be a copy.

@@ -13,14 +13,25 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from dsvl2_jax.kernels.gpu_attention import MASKED
-from dsvl2_jax.kernels.gpu_few_rows import MIN_ROWS, compiler_params, load_tile, multiply, row_count, row_mask
+from dsvl2_jax.kernels.gpu_few_rows import (
+    MIN_ROWS,
+    Tile,
+    compiler_params,
+    depth_step,
+    load_tile,
+    multiply,
+    row_count,
+    row_mask,
+)
 from dsvl2_jax.kernels.precision import matmul_precision
+from dsvl2_jax.kernels.quantized import Quantized
 from dsvl2_jax.kernels.quantized_cache import Entries, QuantizedEntries
 from dsvl2_jax.kernels.triton import cost_metadata
 from dsvl2_jax.runtime.lazy import LazyModule
@@ -169,24 +180,28 @@ def combine(out_bshd: jax.Array, lse_bsh: jax.Array, *, dtype: jnp.dtype, interp
     )(out_bshd, lse_bsh)
 
 
-@functools.partial(jax.jit, static_argnames=("first_row", "interpret"))
+@functools.partial(jax.jit, static_argnames=("first_row", "dtype", "interpret"))
 def combine_latent(
-    out_bshr: jax.Array, lse_bsh: jax.Array, kv_b_hor: jax.Array, *, first_row: int, interpret: bool = False
+    out_bshr: jax.Array, lse_bsh: jax.Array, kv_b_hor: Any, *, first_row: int, dtype: jnp.dtype, interpret: bool = False
 ) -> jax.Array:
     """`combine`, and each head's sum taken from the latent space to its values.
 
     Args:
       out_bshr: f32[B, splits, H, R] and lse_bsh: f32[B, splits, H] of `attend_splits`.
-      kv_b_hor: [H, O, R], of whose rows those of a head's values begin at ``first_row``; as many as a multiple of 16.
+      kv_b_hor: [H, O, R], plain or `Quantized`, of whose rows those of a head's values begin at ``first_row``; as many
+        as a multiple of 16.
 
     Returns:
-      [B, H, Dv] in the dtype of ``kv_b_hor``.
+      [B, H, Dv] in ``dtype``.
     """
     (b, parts, heads, rank), width = out_bshr.shape, kv_b_hor.shape[1] - first_row
     rows, block = row_count(b), min(32, width & -width)
-    step = min(64, rank)
+    step = min(64, depth_step(rank, rows, block, 2, kv_b_hor))
+    flat, form = jax.tree.flatten(kv_b_hor)
 
-    def kernel(out_ref, lse_ref, w_ref, made_ref):
+    def kernel(out_ref, lse_ref, *refs):
+        *w_refs, made_ref = refs
+        weight = jax.tree.unflatten(form, w_refs)
         column, head = pl.program_id(0) * block, pl.program_id(1)
         all_rows = pl.ds(0, rows)
         mask = row_mask(b, rows, step)
@@ -203,23 +218,30 @@ def combine_latent(
                 part = load_tile(out_ref, (all_rows, s, head, pl.ds(start, step)), mask)
                 return x + part * (jnp.exp2(lse_of(s) - largest) / total)[:, None]
 
-            return lax.fori_loop(0, parts, add, jnp.zeros((rows, step), jnp.float32)).astype(w_ref.dtype)
+            return lax.fori_loop(0, parts, add, jnp.zeros((rows, step), jnp.float32)).astype(dtype)
+
+        mine = pl.ds(first_row + column, block)
 
         def load_w(start: jax.Array) -> jax.Array:
-            return w_ref[head, pl.ds(first_row + column, block), pl.ds(start, step)].T
+            stored = weight.values if isinstance(weight, Quantized) else weight
+            return stored[head, mine, pl.ds(start, step)].T
 
-        (out,) = multiply(load_x, [load_w], rank, step, (rows, block))
+        if isinstance(weight, Quantized):
+            tile = Tile(load_w, weight.kind, lambda group: weight.scale[head, mine, group], weight.scale.shape[2])
+        else:
+            tile = Tile(load_w)
+        (out,) = multiply(load_x, [tile], rank, step, (rows, block))
         stored = row_mask(b, rows, block)
         plgpu.store(made_ref.at[all_rows, head, pl.ds(column, block)], out.astype(made_ref.dtype), mask=stored)
 
-    made = jax.ShapeDtypeStruct((b, heads, width), kv_b_hor.dtype)
-    weight_bytes = heads * width * rank * kv_b_hor.dtype.itemsize
+    made = jax.ShapeDtypeStruct((b, heads, width), dtype)
+    weight_bytes = sum(a.size * a.dtype.itemsize for a in flat) * width / kv_b_hor.shape[1]
     return pl.pallas_call(
         kernel,
         grid=(width // block, heads),
         out_shape=made,
-        compiler_params=compiler_params((step, rows, block, kv_b_hor.dtype.itemsize)),
+        compiler_params=compiler_params((step, rows, block, jnp.dtype(dtype).itemsize)),
         interpret=interpret,
         metadata=cost_metadata(2.0 * b * heads * width * rank, [out_bshr, lse_bsh, made], weight_bytes),
         name="combine_latent",
-    )(out_bshr, lse_bsh, kv_b_hor)
+    )(out_bshr, lse_bsh, *flat)

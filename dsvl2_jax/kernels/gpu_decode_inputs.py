@@ -10,13 +10,26 @@ Tested in tests/model/test_gpu_decode.py; `dsvl2_jax.model.gpu_decode` calls the
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dsvl2_jax.kernels.gpu_few_rows import compiler_params, depth_step, load_tile, multiply, row_count, row_mask
+from dsvl2_jax.kernels.gpu_few_rows import (
+    Tile,
+    compiler_params,
+    depth_step,
+    load_tile,
+    multiply,
+    row_count,
+    row_mask,
+    stored_size,
+    values_of,
+)
+from dsvl2_jax.kernels.quantized import Quantized
 from dsvl2_jax.kernels.quantized_cache import LARGEST, Entries, QuantizedEntries, in_steps
 from dsvl2_jax.kernels.triton import cost_metadata
 from dsvl2_jax.runtime.lazy import LazyModule
@@ -32,7 +45,7 @@ PAIR_BLOCK = 16  # pairs of columns that a program of `heads_into_cache` makes
 def heads_into_cache(
     x_md: jax.Array,
     scale_d: jax.Array,
-    weights: tuple[jax.Array, jax.Array, jax.Array],
+    weights: tuple[Any, Any, Any],
     rotary: tuple[jax.Array, jax.Array],
     positions_m: jax.Array,
     cache: tuple[jax.Array, jax.Array],
@@ -44,7 +57,7 @@ def heads_into_cache(
 
     Args:
       x_md: [M, D], D a multiple of 16. scale_d: [D], the norm's weight. eps: its epsilon.
-      weights: of queries [D, H, w], keys and values [D, G, w]; w is a multiple of 32.
+      weights: of queries [D, H, w], keys and values [D, G, w], plain or `Quantized`; w is a multiple of 32.
       rotary: cos and sin, f32[M, w/2], by which queries and keys are rotated, in pairs (i, i + w/2).
       positions_m: i32[M], where in the cache a row's entry goes.
       cache: keys and values, [M, S, G, w] each.
@@ -55,21 +68,33 @@ def heads_into_cache(
     (m, d), (_, heads, width), groups = x_md.shape, weights[0].shape, weights[1].shape[1]
     half, rows = width // 2, row_count(x_md.shape[0])
     of_head = half // PAIR_BLOCK
-    step = depth_step(d, rows, 2 * PAIR_BLOCK, x_md.dtype.itemsize)
+    sizes = rows, 2 * PAIR_BLOCK, stored_size(weights[0])
+    step = min(depth_step(d, *sizes, weight) for weight in weights)
+    flat, form = jax.tree.flatten(weights)
 
-    def kernel(x_ref, scale_ref, q_w, k_w, v_w, cos_ref, sin_ref, at_ref, _keys, _values, q_ref, k_ref, v_ref):
+    def kernel(x_ref, scale_ref, cos_ref, sin_ref, at_ref, _keys, _values, *refs):
+        q_w, k_w, v_w = jax.tree.unflatten(form, refs[: len(flat)])
+        q_ref, k_ref, v_ref = refs[len(flat) :]
         program, all_rows = pl.program_id(0), pl.ds(0, rows)
         inside = row_mask(m, rows, PAIR_BLOCK)
 
         def load_x(start: jax.Array) -> jax.Array:
             return load_tile(x_ref, (all_rows, pl.ds(start, step)), row_mask(m, rows, step))
 
-        def halves(w_ref, head: jax.Array, pair: jax.Array) -> list[jax.Array]:
-            loads = [
-                lambda start, at=at: w_ref[pl.ds(start, step), head, pl.ds(at, PAIR_BLOCK)]
-                for at in (pair, half + pair)
-            ]
-            return multiply(load_x, loads, d, step, (rows, PAIR_BLOCK), norm=(scale_ref, eps))
+        def tile(weight: Any, head: jax.Array, at: jax.Array) -> Tile:
+            columns = head, pl.ds(at, PAIR_BLOCK)
+            if not isinstance(weight, Quantized):
+                return Tile(lambda start: weight[(pl.ds(start, step), *columns)])
+            return Tile(
+                lambda start: weight.values[(pl.ds(start, step), *columns)],
+                weight.kind,
+                lambda group: weight.scale[(group, *columns)],
+                weight.scale.shape[0],
+            )
+
+        def halves(weight: Any, head: jax.Array, pair: jax.Array) -> list[jax.Array]:
+            tiles = [tile(weight, head, at) for at in (pair, half + pair)]
+            return multiply(load_x, tiles, d, step, (rows, PAIR_BLOCK), norm=(scale_ref, eps))
 
         def rotated(first: jax.Array, second: jax.Array, pair: jax.Array) -> tuple[jax.Array, jax.Array]:
             cos, sin = (load_tile(ref, (all_rows, pl.ds(pair, PAIR_BLOCK)), inside) for ref in (cos_ref, sin_ref))
@@ -105,18 +130,18 @@ def heads_into_cache(
                     plgpu.store(out_ref.at[tuple(index)], value.astype(out_ref.dtype), mask=mask)
 
     q = jax.ShapeDtypeStruct((m, heads, width), x_md.dtype)
-    moved = [x_md, scale_d, *weights, *rotary, q]
+    moved = [x_md, scale_d, *flat, *rotary, q]
     entries = 2 * m * groups * width * cache[0].dtype.itemsize
     return pl.pallas_call(
         kernel,
         grid=((heads + 2 * groups) * of_head,),
         out_shape=(q, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in cache)),
-        input_output_aliases={8: 1, 9: 2},
-        compiler_params=compiler_params((step, rows, 2 * PAIR_BLOCK, x_md.dtype.itemsize)),
+        input_output_aliases={5: 1, 6: 2},
+        compiler_params=compiler_params((step, *sizes)),
         interpret=interpret,
-        metadata=cost_metadata(2.0 * m * sum(w.size for w in weights), moved, entries),
+        metadata=cost_metadata(2.0 * m * sum(math.prod(w.shape) for w in weights), moved, entries),
         name="heads_into_cache",
-    )(x_md, scale_d, *weights, *rotary, positions_m, *cache)
+    )(x_md, scale_d, *rotary, positions_m, *cache, *flat)
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "interpret"))
@@ -124,7 +149,7 @@ def latent_into_cache(
     q_mhd: jax.Array,
     compressed_mc: jax.Array,
     scale_r: jax.Array,
-    kv_b_hor: jax.Array,
+    kv_b_hor: Any,
     rotary: tuple[jax.Array, jax.Array],
     positions_m: jax.Array,
     cache: tuple[Entries, Entries],
@@ -138,7 +163,8 @@ def latent_into_cache(
       q_mhd: [M, H, nope + rope], rope and the latent's R powers of two, nope a multiple of 16.
       compressed_mc: [M, R + rope], latents before their norm, and keys before rotation.
       scale_r: [R], weight of the latents' norm. eps: its epsilon.
-      kv_b_hor: [H, O, R], whose first ``nope`` rows of a head take its queries into the latent space.
+      kv_b_hor: [H, O, R], plain or `Quantized`, whose first ``nope`` rows of a head take its queries into the latent
+        space.
       rotary: cos and sin, f32[M, rope/2]; pairs (2i, 2i + 1) are rotated, and written as halves.
       positions_m: i32[M], where in the cache a row's entry goes.
       cache: latents [M, S, R] and rotated keys [M, S, rope], both in int8 or neither.
@@ -147,15 +173,19 @@ def latent_into_cache(
       Queries in the latent space [M, H, R] and rotated ones [M, H, rope], and the cache, changed in place.
     """
     (m, heads, _), rank, half = q_mhd.shape, kv_b_hor.shape[2], rotary[0].shape[1]
+    kind = kv_b_hor.kind if isinstance(kv_b_hor, Quantized) else None
+    group = rank // kv_b_hor.scale.shape[2] if kind else rank  # columns that share a scale
     rope, rows = 2 * half, row_count(m)
     nope, head_rows = q_mhd.shape[2] - rope, row_count(heads)
-    block = min(128, rank)
-    columns = rank // block
-    step = depth_step(nope, rows, block, q_mhd.dtype.itemsize)
+    block, parts = _latent_block(kv_b_hor)
+    columns = rank // (block * parts)
+    step = depth_step(nope, rows, block * parts, q_mhd.dtype.itemsize)
+    flat, form = jax.tree.flatten(kv_b_hor)
     kept, tree = jax.tree.flatten(cache)
 
-    def kernel(q_ref, new_ref, scale_ref, w_ref, cos_ref, sin_ref, at_ref, *refs):
-        latent_q_ref, rope_q_ref, *cache_refs = refs[len(kept) :]
+    def kernel(q_ref, new_ref, scale_ref, cos_ref, sin_ref, at_ref, *refs):
+        weight = jax.tree.unflatten(form, refs[len(kept) : len(kept) + len(flat)])
+        latent_q_ref, rope_q_ref, *cache_refs = refs[len(kept) + len(flat) :]
         latent_ref, key_ref = jax.tree.unflatten(tree, cache_refs)
         program = pl.program_id(0)
 
@@ -172,16 +202,26 @@ def latent_into_cache(
 
         @pl.when(program < heads * columns)
         def _():
-            head, column = program // columns, pl.ds(program % columns * block, block)
+            head, number = program // columns, program % columns
 
             def load_q(start: jax.Array) -> jax.Array:
-                return load_tile(q_ref, (pl.ds(0, rows), head, pl.ds(start, step)), row_mask(m, rows, step))
+                q = load_tile(q_ref, (pl.ds(0, rows), head, pl.ds(start, step)), row_mask(m, rows, step))
+                if not isinstance(weight, Quantized):
+                    return q
+                # The scales are of rows, which are inputs here, and of the group of columns.
+                scale = weight.scale[head, pl.ds(start, step), number * parts * block // group]
+                return (q.astype(jnp.float32) * scale[None, :]).astype(q.dtype)
 
-            (out,) = multiply(
-                load_q, [lambda start: w_ref[head, pl.ds(start, step), column]], nope, step, (rows, block)
-            )
-            where = latent_q_ref.at[pl.ds(0, rows), head, column]
-            plgpu.store(where, out.astype(latent_q_ref.dtype), mask=row_mask(m, rows, block))
+            def load_w(part: int, start: jax.Array) -> jax.Array:
+                stored = weight.values if isinstance(weight, Quantized) else weight
+                tile = stored[head, pl.ds(start, step), pl.ds(number * block, block)]
+                return values_of(tile, kind, q_ref.dtype)[part]
+
+            tiles = [Tile(functools.partial(load_w, part)) for part in range(parts)]
+            for part, out in enumerate(multiply(load_q, tiles, nope, step, (rows, block))):
+                # Of int4 a block is a group, its low values the first half of the columns.
+                where = latent_q_ref.at[pl.ds(0, rows), head, pl.ds((number * parts + part) * block, block)]
+                plgpu.store(where, out.astype(latent_q_ref.dtype), mask=row_mask(m, rows, block))
 
         @pl.when(program >= heads * columns)
         def _():
@@ -213,15 +253,24 @@ def latent_into_cache(
                 plgpu.store(where, value.astype(rope_q_ref.dtype), mask=there)
 
     made = [jax.ShapeDtypeStruct((m, heads, width), q_mhd.dtype) for width in (rank, rope)]
-    entries = sum(a.nbytes // a.shape[1] for a in kept) + heads * nope * rank * kv_b_hor.dtype.itemsize
+    of_rows = sum(a.size * a.dtype.itemsize for a in flat) * nope / kv_b_hor.shape[1]
+    entries = sum(a.nbytes // a.shape[1] for a in kept) + of_rows
     outs = pl.pallas_call(
         kernel,
         grid=(heads * columns + m,),
         out_shape=(*made, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in kept)),
-        input_output_aliases={7 + number: 2 + number for number in range(len(kept))},
-        compiler_params=compiler_params((step, rows, block, q_mhd.dtype.itemsize)),
+        input_output_aliases={6 + number: 2 + number for number in range(len(kept))},
+        compiler_params=compiler_params((step, rows, block * parts, q_mhd.dtype.itemsize)),
         interpret=interpret,
         metadata=cost_metadata(2.0 * m * heads * nope * rank, [q_mhd, compressed_mc, *made], entries),
         name="latent_into_cache",
-    )(q_mhd, compressed_mc, scale_r, kv_b_hor, *rotary, positions_m, *kept)
+    )(q_mhd, compressed_mc, scale_r, *rotary, positions_m, *kept, *flat)
     return *outs[:2], *jax.tree.unflatten(tree, outs[2:])
+
+
+def _latent_block(kv_b_hor: Any) -> tuple[int, int]:
+    """Columns of what is stored that a program reads, and how many columns of the latent each of them is."""
+    rank = kv_b_hor.shape[2]
+    if not isinstance(kv_b_hor, Quantized) or kv_b_hor.kind != "int4":
+        return min(128, rank), 1
+    return rank // kv_b_hor.scale.shape[2] // 2, 2

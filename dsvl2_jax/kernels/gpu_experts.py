@@ -10,6 +10,7 @@ Tested in tests/model/test_gpu_decode.py and tests/kernels/test_gpu_decode.py; `
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,8 @@ from dsvl2_jax.kernels.gpu_few_rows import (
     multiply,
     row_count,
     row_mask,
+    stored_size,
+    tile,
 )
 from dsvl2_jax.kernels.triton import cost_metadata
 from dsvl2_jax.runtime.lazy import LazyModule
@@ -150,18 +153,18 @@ def _grid(rows: jax.Array, first: jax.Array, width: int) -> tuple[jax.Array, jax
     return tuple(jnp.broadcast_arrays(rows[:, None], columns[None, :]))
 
 
-def _expert_bytes(tokens: int, count: int, *weights: jax.Array) -> float:
+def _expert_bytes(tokens: int, count: int, *weights: Any) -> float:
     """Of the experts that so many tokens visit at most."""
     groups = weights[0].shape[0]
-    return min(tokens * count, groups) / groups * sum(w.size * w.dtype.itemsize for w in weights)
+    return min(tokens * count, groups) / groups * sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(weights))
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "interpret"))
 def gate_up(
     x_md: jax.Array,
     scale_d: jax.Array,
-    gate_gdf: jax.Array,
-    up_gdf: jax.Array,
+    gate_gdf: Any,
+    up_gdf: Any,
     experts_mk: jax.Array,
     *,
     eps: float,
@@ -171,7 +174,7 @@ def gate_up(
 
     Args:
       x_md: [M, D], D a multiple of 16. scale_d: [D], the norm's weight. eps: its epsilon.
-      gate_gdf, up_gdf: [G, D, F].
+      gate_gdf, up_gdf: [G, D, F], plain or `Quantized` both.
       experts_mk: i32[M, K], different experts of a token; G for none.
 
     Returns:
@@ -180,13 +183,15 @@ def gate_up(
     (m, d), count, (groups, _, f) = x_md.shape, experts_mk.shape[1], gate_gdf.shape
     places, by_assignment = _places(m, count, groups)
     block = column_block(places * f // 2)
-    step = depth_step(d, MIN_ROWS, 2 * block, x_md.dtype.itemsize)
+    sizes = MIN_ROWS, 2 * block, stored_size(gate_gdf)
+    step = depth_step(d, *sizes, gate_gdf)
+    flat, form = jax.tree.flatten((gate_gdf, up_gdf))
 
-    def kernel(x_ref, scale_ref, gate_ref, up_ref, experts_ref, out_ref):
+    def kernel(x_ref, scale_ref, experts_ref, *refs):
+        *w_refs, out_ref = refs
+        weights = jax.tree.unflatten(form, w_refs)
         first = pl.program_id(0) * block
-        columns = pl.ds(first, block)
         expert, visits, visit = _visits(experts_ref, pl.program_id(1), by_assignment, groups)
-        mask = column_mask(first, block, f, step)
 
         def body(i: jax.Array, _: None) -> None:
             tokens, places, inside = visit(i)
@@ -194,11 +199,8 @@ def gate_up(
             def load_x(start: jax.Array) -> jax.Array:
                 return load_tile(x_ref, _grid(tokens, start, step), _wide(inside, step))
 
-            loads = [
-                lambda start, ref=ref: load_tile(ref, (expert, pl.ds(start, step), columns), mask)
-                for ref in (gate_ref, up_ref)
-            ]
-            gate, up = multiply(load_x, loads, d, step, (MIN_ROWS, block), norm=(scale_ref, eps))
+            tiles = [tile(weight, first, block, step, (expert,)) for weight in weights]
+            gate, up = multiply(load_x, tiles, d, step, (MIN_ROWS, block), norm=(scale_ref, eps))
             stored = both(_wide(inside, block), column_mask(first, block, f, MIN_ROWS))
             out = (gate * jax.nn.sigmoid(gate) * up).astype(out_ref.dtype)
             plgpu.store(out_ref.at[_grid(tokens * count + places, first, block)], out, mask=stored)
@@ -213,30 +215,31 @@ def gate_up(
         kernel,
         grid=(pl.cdiv(f, block), places),
         out_shape=out,
-        compiler_params=compiler_params((step, MIN_ROWS, 2 * block, x_md.dtype.itemsize)),
+        compiler_params=compiler_params((step, *sizes)),
         interpret=interpret,
         metadata=moved,
         name="experts_gate_up",
-    )(x_md, scale_d, gate_gdf, up_gdf, experts_mk)
+    )(x_md, scale_d, experts_mk, *flat)
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
 def down(
     hidden_cf: jax.Array,
-    down_gfd: jax.Array,
+    down_gfd: Any,
     experts_mk: jax.Array,
     weights_mk: jax.Array,
     shared_mf: jax.Array | None,
-    shared_down_fd: jax.Array | None,
+    shared_down_fd: Any,
     *,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
     """The experts' outputs, and in the same launch those of the shared experts.
 
     Args:
-      hidden_cf: [M · K, F] of `gate_up`. down_gfd: [G, F, D].
+      hidden_cf: [M · K, F] of `gate_up`. down_gfd: [G, F, D], plain or `Quantized`.
       experts_mk: i32[M, K]. weights_mk: f32[M, K].
-      shared_mf: [M, n · F], hidden rows of n shared experts, and shared_down_fd: [n · F, D]; None: there are none.
+      shared_mf: [M, n · F], hidden rows of n shared experts, and shared_down_fd: [n · F, D], as ``down_gfd``; None:
+        there are none.
 
     Returns:
       f32[M, K, D], weighted, undefined where a token has no expert; f32[n, M, D], or None.
@@ -246,17 +249,19 @@ def down(
     places, by_assignment = _places(m, count, groups)
     rows = row_count(m)
     block = column_block((places + shared) * d // 2)
-    step, shared_step = (depth_step(f, height, block, hidden_cf.dtype.itemsize) for height in (MIN_ROWS, rows))
+    # Of the shared experts' weight each takes as many inputs as an expert has, in as many groups.
+    tiles = [(height, block, stored_size(down_gfd)) for height in (MIN_ROWS, rows)]
+    step, shared_step = (depth_step(f, *sizes, down_gfd) for sizes in tiles)
+    flat, form = jax.tree.flatten((down_gfd, shared_down_fd))
 
-    def kernel(hidden_ref, down_ref, experts_ref, weights_ref, *refs):
-        shared_ref, shared_down_ref, out_ref, shared_out_ref = refs if shared else (None, None, *refs, None)
+    def kernel(hidden_ref, experts_ref, weights_ref, *refs):
+        down_ref, shared_down_ref = jax.tree.unflatten(form, refs[: len(flat)])
+        shared_ref, out_ref, shared_out_ref = refs[len(flat) :] if shared else (None, *refs[len(flat) :], None)
         first, place = pl.program_id(0) * block, pl.program_id(1)
-        columns = pl.ds(first, block)
 
         @pl.when(place < places)
         def _():
             expert, visits, visit = _visits(experts_ref, place, by_assignment, groups)
-            mask = column_mask(first, block, d, step)
 
             def body(i: jax.Array, _: None) -> None:
                 tokens, at, inside = visit(i)
@@ -264,10 +269,8 @@ def down(
                 def load_hidden(start: jax.Array) -> jax.Array:
                     return load_tile(hidden_ref, _grid(tokens * count + at, start, step), _wide(inside, step))
 
-                def load_down(start: jax.Array) -> jax.Array:
-                    return load_tile(down_ref, (expert, pl.ds(start, step), columns), mask)
-
-                (out,) = multiply(load_hidden, [load_down], f, step, (MIN_ROWS, block))
+                of_expert = tile(down_ref, first, block, step, (expert,))
+                (out,) = multiply(load_hidden, [of_expert], f, step, (MIN_ROWS, block))
                 weights = plgpu.load(weights_ref.at[tokens, at], mask=inside, other=0)
                 stored = both(_wide(inside, block), column_mask(first, block, d, MIN_ROWS))
                 index = _wide(at, block), *_grid(tokens, first, block)
@@ -281,31 +284,26 @@ def down(
         @pl.when(place >= places)
         def _():
             number = place - places
-            mask = column_mask(first, block, d, shared_step)
 
             def load_hidden(start: jax.Array) -> jax.Array:
                 index = pl.ds(0, rows), pl.ds(number * f + start, shared_step)
                 return load_tile(shared_ref, index, row_mask(m, rows, shared_step))
 
-            def load_down(start: jax.Array) -> jax.Array:
-                return load_tile(shared_down_ref, (pl.ds(number * f + start, shared_step), columns), mask)
-
-            (out,) = multiply(load_hidden, [load_down], f, shared_step, (rows, block))
+            of_shared = tile(shared_down_ref, first, block, shared_step, part=(number, shared))
+            (out,) = multiply(load_hidden, [of_shared], f, shared_step, (rows, block))
             stored = both(row_mask(m, rows, block), column_mask(first, block, d, rows))
-            plgpu.store(shared_out_ref.at[number, pl.ds(0, rows), columns], out, mask=stored)
+            plgpu.store(shared_out_ref.at[number, pl.ds(0, rows), pl.ds(first, block)], out, mask=stored)
 
-    inputs = [hidden_cf, experts_mk, weights_mk] + ([shared_mf, shared_down_fd] if shared else [])
+    inputs = [hidden_cf, experts_mk, weights_mk] + ([shared_mf, *jax.tree.leaves(shared_down_fd)] if shared else [])
     outs = [jax.ShapeDtypeStruct((m, count, d), jnp.float32)]
     outs += [jax.ShapeDtypeStruct((shared, m, d), jnp.float32)] if shared else []
     out = pl.pallas_call(
         kernel,
         grid=(pl.cdiv(d, block), places + shared),
         out_shape=outs,
-        compiler_params=compiler_params(
-            (step, MIN_ROWS, block, hidden_cf.dtype.itemsize), (shared_step, rows, block, hidden_cf.dtype.itemsize)
-        ),
+        compiler_params=compiler_params((step, *tiles[0]), (shared_step, *tiles[1])),
         interpret=interpret,
         metadata=cost_metadata(2.0 * m * (count + shared) * d * f, [*inputs, *outs], _expert_bytes(m, count, down_gfd)),
         name="experts_down",
-    )(hidden_cf, down_gfd, experts_mk, weights_mk, *inputs[3:])
+    )(hidden_cf, experts_mk, weights_mk, *flat, *([shared_mf] if shared else []))
     return (out[0], out[1]) if shared else (out[0], None)

@@ -69,7 +69,8 @@ def _few_rows(x_mk: jax.Array, weight: Quantized, group: int | jax.Array) -> jax
     # The offset of int4 is taken off once for a sum, not of every value.
     total = -INT4_OFFSET * x.sum((2, 3)) if weight.kind == "int4" else jnp.zeros((), jnp.float32)
     values = weight.values.reshape(count, groups, height // summed, summed, n)
-    values = bits_to_slice(values, jnp.asarray(group))
+    # Tied to the rows, or a decode loop's compiler would convert the weight once, before the loop.
+    values = bits_to_slice(values, (x_mk, jnp.asarray(group)))
     for row in range(summed):
         # A slice for each row: a slice of the whole matrix would be written out.
         start = (group, 0, 0, row, 0)

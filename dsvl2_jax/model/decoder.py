@@ -23,7 +23,6 @@ from dsvl2_jax.model.layer_runs import LayerWrapper, language_runs, run_layers
 from dsvl2_jax.model.layers import GatedMLP, Linear, RMSNorm, declare
 from dsvl2_jax.model.moe import MoE, Routing
 from dsvl2_jax.model.rotary import sequence_lengths
-from dsvl2_jax.model.weights import are_plain
 from dsvl2_jax.sharding import batch_axis, constrain
 
 Cache = list[LayerCache]
@@ -155,10 +154,11 @@ def hidden_states(
       [B, T, D] hidden states, the updated cache, and for each run of MoE layers the reports, stacked over its layers.
     """
     x_btd = constrain(x_btd, batch_axis(decode), "length", "embed")
-    fused = decode and report is None and x_btd.shape[1] == 1 and are_plain(params)
+    fused = decode and report is None and x_btd.shape[1] == 1
     if fused:
         dtype, cache_dtypes = params["embed_tokens"].dtype, [array.dtype for array in jax.tree.leaves(cache)]
         fused = gpu_decode.is_supported(config, len(x_btd), dtype, cache_dtypes)
+        fused = fused and gpu_decode.reads_layers(params, config)
     on_gpu = _gpu_layer(config, positions_bt, valid_bt) if fused else None
     lengths_bt = sequence_lengths(config, positions_bt, lengths_b, decode=decode)
     new_cache, reports = [], []

@@ -14,6 +14,7 @@ import pytest
 from flax.traverse_util import unflatten_dict
 
 from dsvl2_jax.infer.slots import decode_group, init_slots
+from dsvl2_jax.kernels.quantized import quantize
 from dsvl2_jax.kernels.quantized_cache import dequantize_entries, quantize_entries
 from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model import gpu_decode
@@ -45,8 +46,8 @@ YARN = RopeScaling("yarn", 4.0, 32, mscale=0.5, mscale_all_dim=1.3)
 
 @pytest.mark.parametrize(
     ("size", "rows", "scaling", "int8"),
-    [("tiny", 5, YARN, False), ("base", 20, None, False), ("base", 5, YARN, True)],
-    ids=["tiny, yarn", "base", "base, yarn, cache in int8"],
+    [("tiny", 5, YARN, False), ("base", 20, None, False), ("tiny", 3, None, True), ("base", 5, YARN, True)],
+    ids=["tiny, yarn", "base", "tiny, cache in int8", "base, yarn, cache in int8"],
 )
 def test_a_layer_gives_what_the_modules_give(size, rows, scaling, int8):
     """Five rows visit fewer experts than there are, twenty all of them."""
@@ -81,6 +82,40 @@ def test_a_layer_gives_what_the_modules_give(size, rows, scaling, int8):
     # Sums in another order may round a number to the next step of its vector.
     steps = 1 / 127 if int8 else 2e-5
     assert all(close(floats(new[name]), floats(expected_cache[name]), steps) for name in cache)
+
+
+# Widths of which int4 has groups of 32, halves of which tensor cores take.
+WIDE = {"hidden_size": 96, "moe_intermediate_size": 128, "v_head_dim": 32, "qk_nope_head_dim": 32}
+
+
+@pytest.mark.parametrize("size", ["tiny", "base"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "float8"])
+def test_a_layer_with_quantized_weights_gives_what_the_modules_give(size, kind):
+    config = dataclasses.replace(language(size), **WIDE)
+    if not config.use_mla:
+        config = dataclasses.replace(config, hidden_size=128)
+    whole = dataclasses.replace(Config.from_dict(released_config(size)), language=config)
+    rng, rows, length = np.random.default_rng(0), 5, 40
+    inputs, params = model.weight_inputs(whole), {}
+    for path, (shape, _) in model.abstract_leaves(whole).items():
+        if path[:2] == ("language", "layers_1"):
+            value = jnp.asarray(0.3 * rng.normal(size=shape), jnp.float32)
+            params[path[2:]] = quantize(value, kind, inputs[path]) if path in inputs else value
+    params = unflatten_dict(params)
+    assert gpu_decode.reads_layers(
+        {"layers_0": params, "layers_1": params}, dataclasses.replace(config, first_k_dense_replace=0)
+    )
+    shapes = cache_layout(config).items()
+    cache = {name: jnp.asarray(rng.normal(size=(rows, length, *shape)), jnp.float32) for name, (shape, _) in shapes}
+    x = jnp.asarray(rng.normal(size=(rows, 1, config.hidden_size)), jnp.float32)
+    positions, active = jnp.arange(rows) * 7, jnp.arange(rows) != 1
+    given = x, positions[:, None], active[:, None], cache
+    call = functools.partial(DecoderLayer(config, 1, jnp.float32).apply, read_cache=True, decode=True)
+    expected, expected_cache, _ = jax.jit(call)({"params": params}, *given)
+    step = positions, active.astype(jnp.int32), gpu_decode.rotary_of(config, positions)
+    out, new = gpu_decode.decode_layer(params, config, x[:, 0], *step, cache, moe=True, interpret=True)
+    assert close(out, expected[:, 0])
+    assert all(close(new[name], expected_cache[name]) for name in cache)
 
 
 def close(a: jax.Array, b: jax.Array, tolerance: float = 2e-5) -> bool:
@@ -130,9 +165,3 @@ def test_what_the_kernels_are_not_for(fields, slots, dtype):
     changed = dataclasses.replace(SUPPORTED, **fields)
     assert not gpu_decode.is_supported(changed, slots, jnp.bfloat16, [dtype])
     assert not gpu_decode.is_supported(changed, slots, dtype, [jnp.bfloat16])
-
-
-def test_heads_in_int8_take_the_modules():
-    tiny = Config.from_dict(released_config("tiny")).language
-    assert gpu_decode.is_supported(tiny, 8, jnp.bfloat16, [jnp.bfloat16])
-    assert not gpu_decode.is_supported(tiny, 8, jnp.bfloat16, [jnp.int8, jnp.float32])

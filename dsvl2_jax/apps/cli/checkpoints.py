@@ -31,11 +31,11 @@ def convert(
         dtype: cast all tensors; without it each keeps its own.
         max_memory: the most memory for tensors on their way, e.g. 4GiB. A single larger tensor still passes.
         quantize: keep the weights of products in 8 or 4 bits.
-        rule: with --quantize, keep weights in whose path the regular expression is found as int8, int4, float8, or with
-            =keep as they are, such as self_attn=int8 or lm_head=int8. May be given several times; the first that is
-            found decides.
-        calibrate: with --quantize int4, round by what enters the weights when the model reads these samples, JSON Lines
-            as for training; the whole model is loaded.
+        rule: where weights are quantized, keep those in whose path the regular expression is found as int8, int4,
+            float8, or with =keep as they are, such as self_attn=int8 or lm_head=int8. May be given several times; the
+            first that is found decides.
+        calibrate: for int4, round by what enters the weights when the model reads these samples, JSON Lines as for
+            training; the whole model is loaded.
     """
     from dsvl2_jax.convert.to_orbax import convert as run
     from dsvl2_jax.model.quantization import quantization_of
@@ -80,10 +80,10 @@ def merge(
 
 
 def doctor(ckpt: Checkpoint = None, *, verify: bool = False, json: bool = False) -> int:
-    """Check a checkpoint in either layout; exit status 1 when it is unusable.
+    """Check a checkpoint in either layout, or an adapter; exit status 1 when it is unusable.
 
     Args:
-        ckpt: checkpoint or training run; without it, the bundled one.
+        ckpt: checkpoint, training run or adapter's directory; without it, the bundled checkpoint.
         verify: read every file and compare it with its digest.
         json: print the report as JSON.
     """

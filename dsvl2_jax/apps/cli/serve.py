@@ -105,8 +105,8 @@ class Behaving:
     official_images: bool = False
     """read pictures as the official code does: no EXIF orientation, transparency dropped."""
     honour_detail: bool = False
-    """a picture sent with "detail": "low" is seen in one tile, one with "high" in up to --max-image-tiles tiles even
-    among many; otherwise detail changes nothing."""
+    """a picture sent with "detail": "low" is seen in one tile, and one with "high" in as many as a request may ask for,
+    even among many pictures; otherwise detail changes nothing."""
     strict_special_tokens: bool = False
     """treat special tokens written in messages as plain text."""
 

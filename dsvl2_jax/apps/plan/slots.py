@@ -6,8 +6,6 @@ Tested in tests/apps/plan/test_slots.py.
 from __future__ import annotations
 
 import dataclasses
-import os
-from pathlib import Path
 
 import jax
 from rich.table import Table
@@ -20,6 +18,7 @@ from dsvl2_jax.infer.loading import LoadOptions
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.quantization import Quantization
 from dsvl2_jax.runtime.console import PrintableConsole
+from dsvl2_jax.runtime.hardware import device_memory
 from dsvl2_jax.sharding import MESH_AXES, parse_mesh
 
 
@@ -44,9 +43,10 @@ def print_slots(ckpt: str | None, loading: LoadOptions, wanted: int, stores: int
         sizes,
         itemsize=itemsize,
         cache_dtype=loading.cache_dtype or loading.dtype,
-        memory=_device_memory(),
+        memory=device_memory(jax.local_devices()[0]),
         stores=stores + adapters,
         quantization=quantization_in(directory),
+        context=loading.context,
     )
     table = Table(show_header=False, box=None)
     for words, value in (
@@ -86,6 +86,7 @@ def slots_that_fit(
     stores: float,
     quantization: Quantization | None = None,
     cache_dtype: str = "bfloat16",
+    context: int | None = None,
 ) -> SlotsReport:
     """How many slots of the whole context fit beside parameters and stores, with room for programs to work.
 
@@ -96,8 +97,9 @@ def slots_that_fit(
       memory: bytes of a device.
       stores: bytes that the engine's stores may take.
       quantization: of the weights.
+      context: positions of a slot; None: as many as the model has.
     """
-    context = config.language.max_position_embeddings
+    context = context or config.language.max_position_embeddings
 
     def resident(slots: int) -> float:
         job = Job("decode", slots, context, quantization=quantization, cache_dtype=cache_dtype)
@@ -110,14 +112,3 @@ def slots_that_fit(
     room = MAX_MEMORY_FRACTION * memory
     slots = max(0, int((room - parameters - stores) / slot))
     return SlotsReport(memory, room, parameters, stores, slot, context, slots)
-
-
-def _device_memory() -> float:
-    """Bytes of one device; a CPU has the machine's, or what its container may use of it."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return float(stats["bytes_limit"])
-    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return min(memory, float(text)) if text.isdecimal() else memory

@@ -45,6 +45,11 @@ def test_a_step_of_few_slots_reads_the_experts_that_it_visits(size, name, slots)
     assert planned(size, Job("decode", slots, 4096), name)["bytes_ratio"] <= 1.3
 
 
+def test_a_cache_in_int8_is_read_as_it_lies():
+    found = planned("small", Job("decode", 64, 4096, cache_dtype="int8"), "v5e-8")
+    assert found["bytes_ratio"] <= 1.3
+
+
 @pytest.mark.parametrize("job", [Job("prefill", 1, 4096), Job("decode", 16, 4096), Job("encode", 8, 0)], ids=str)
 def test_tiny_fits_one_chip(job):
     assert planned("tiny", job, "v5e-1")["flops_ratio"] <= 1.10
