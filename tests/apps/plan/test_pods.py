@@ -55,6 +55,14 @@ def test_a_cache_in_int8_is_read_as_it_lies():
     assert found["bytes_ratio"] <= 1.3
 
 
+@pytest.mark.parametrize("kind", ["chunk", "decode"])
+@pytest.mark.parametrize(("name", "tokens", "slots"), [("v5e-16", 32768, 8), ("v6e-16", 131072, 4)])
+def test_base_has_room_for_long_contexts(name, tokens, slots, kind):
+    """The cache is split along its length; what a prompt's chunk holds beside it does not depend on that length."""
+    found = planned("base", Job(kind, 1 if kind == "chunk" else slots, tokens), name)
+    assert found["bytes_per_device"]["temporaries"] <= 1e9
+
+
 @pytest.mark.parametrize("job", [Job("prefill", 1, 4096), Job("decode", 16, 4096), Job("encode", 8, 0)], ids=str)
 def test_tiny_fits_one_chip(job):
     assert planned("tiny", job, "v5e-1")["flops_ratio"] <= 1.10
