@@ -37,6 +37,7 @@ from dsvl2_jax.checkpoint.remote import absolute, path_of
 from dsvl2_jax.checkpoint.safetensors_source import WORKERS, Source, aligned_empty, numpy_dtype
 from dsvl2_jax.checkpoint.staging import refuse_existing, staged
 from dsvl2_jax.checkpoint.verify import tell
+from dsvl2_jax.convert.calibrate import calibrated_weights
 from dsvl2_jax.convert.sizes import parse_bytes
 from dsvl2_jax.convert.stored_source import StoredSource
 from dsvl2_jax.errors import CheckpointError, UsageError
@@ -82,6 +83,7 @@ def convert(
     dtype: Literal["float32", "bfloat16"] | None = None,
     max_memory: int | str = DEFAULT_MAX_MEMORY,
     quantization: Quantization | None = None,
+    calibrate: str | Path | None = None,
 ) -> Converted:
     """Converts a checkpoint in the released layout to an Orbax directory that is complete by itself.
 
@@ -91,6 +93,8 @@ def convert(
       dst: the directory to make. It appears when it is complete.
       dtype: casts every tensor that is not quantized; by default each keeps its own.
       quantization: which weights are rounded to 8 or 4 bits; None: none is.
+      calibrate: a file of samples, by which int4 weights are rounded; see `dsvl2_jax.convert.calibrate`. The whole
+        model is loaded for it.
       max_memory: most memory for parameters on their way, such as "4GiB" or a number of bytes; one
         parameter may always pass. The program itself takes about 0.3 GB besides.
 
@@ -104,6 +108,8 @@ def convert(
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}.")
     limit = parse_bytes(max_memory)
+    if calibrate is not None and quantization is None:
+        raise UsageError(f"--calibrate {calibrate}: serves --quantize int4; give both, or neither.")
     dst = absolute(path_of(dst))
     refuse_existing(dst)
     directory = resolve(src)
@@ -113,7 +119,7 @@ def convert(
             f"{directory}: is a converted checkpoint already; convert takes the released layout, or with --quantize "
             "this one too. To get the released layout back, use dsvl2 export."
         )
-    config, _ = open_model(directory)
+    config, processor = open_model(directory)
     with Source(directory) if released else StoredSource(directory, config) as source:
         source.fit(config)
         if released:
@@ -128,6 +134,9 @@ def convert(
         plan = {
             path: (shape, stored_as or read[path][1]) for path, (shape, stored_as) in leaves_of(config, kinds).items()
         }
+        calibrated = (
+            {} if calibrate is None else calibrated_weights(directory, config, processor, kinds, path_of(calibrate))
+        )
         total = sum(leaf_bytes(*entry) for entry in plan.values())
         notes = [*source.notes]
         if mixed:
@@ -142,7 +151,11 @@ def convert(
                     progress("convert", sum(leaf_bytes(*entry) for entry in read.values())) as advance,
                 ):
                     inputs = weight_inputs(config)
-                    rounding = {path: (kind, inputs[path]) for path, kind in kinds.items()}
+                    rounding = {
+                        path: functools.partial(quantize_in_parts, kind=kind, inputs=inputs[path])
+                        for path, kind in kinds.items()
+                    }
+                    rounding |= {path: lambda _, path=path: calibrated.pop(path) for path in calibrated}
                     fill = functools.partial(_read_released, source, leaves) if released else source.read_into
                     _write_parameters(fill, read, rounding, writer, limit, advance, flushing.take)
                     writer.finalize()
@@ -203,7 +216,7 @@ def _entry_axes(config: Config, kinds: Mapping[LeafPath, str]) -> dict[LeafPath,
 def _write_parameters(
     fill: Callable[[Mapping[LeafPath, np.ndarray]], None],
     read: Leaves,
-    rounding: Mapping[LeafPath, tuple[str, tuple[int, ...]]],
+    rounding: Mapping[LeafPath, Callable[..., dict[str, np.ndarray]]],
     writer: orbax_io.ParamWriter,
     limit: int,
     advance: Callable[[int], None],
@@ -214,7 +227,7 @@ def _write_parameters(
     Args:
       fill: reads parameters into arrays.
       read: shape and dtype of each parameter as it is read.
-      rounding: kind and input axes of those that are quantized.
+      rounding: what makes {kind: values, "scale": scale} of those that are quantized.
       written: called when a batch has been written and the next one has not begun.
     """
     memory, writing, in_flight = _Memory(), None, 0
@@ -231,7 +244,7 @@ def _write_parameters(
         fill(arrays)
         for path in batch:
             if path in rounding:
-                quantized = quantize_in_parts(arrays.pop(path), *rounding[path])
+                quantized = rounding[path](arrays.pop(path))
                 arrays |= {(*path, name): array for name, array in quantized.items()}
         writer.wait()
         written()

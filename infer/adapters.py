@@ -85,7 +85,7 @@ def side_by_side(params: Params, adapted: Mapping[str, Params]) -> tuple[Params,
     for path, base in flat.items():
         mine = {number: tree[path] for number, tree in enumerate(trees) if tree[path] is not base}
         for number, weight in mine.items():
-            if not is_stored_weight(weight):
+            if not is_stored_weight(weight) or weight["base"] is not base:
                 raise UsageError(
                     f"adapter {names[number]}: brings a whole {path_name(path)} along (modules_to_save), which answers "
                     "of several models would have to share. Merge it (dsvl2 merge), and serve the result alone."

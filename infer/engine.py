@@ -391,7 +391,8 @@ class Model:
             images = int(prompt.image_mask.sum())
             raise ConversationError(
                 f"the prompt has {tokens} tokens ({images} of them image tokens), but the model's context is {context} "
-                "(max_position_embeddings, or --context); shorten the text, or use fewer or less elongated images."
+                "(max_position_embeddings, or --context); shorten the text, or use fewer or less elongated images, "
+                "fewer frames of a video, or a lower max_tiles."
             )
 
     def _tiles(self, function: Callable, tiles: np.ndarray, adapter: str | None) -> jax.Array:

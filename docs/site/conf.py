@@ -23,6 +23,7 @@ CONTENTS = {
             "docs/serving",
             "docs/train",
             "docs/finetune",
+            "docs/quantization",
             "docs/data",
             "docs/evaluation",
             "docs/pods",

@@ -93,12 +93,14 @@ class _Reader:
             raise CheckpointError(
                 f"{self._source}: {len(wrong)} tensors are not floating point (F32, F16, BF16):\n{listed(wrong)}"
             )
-        for (module, _), parts in peft_names.by_module(keys).items():
+        for (module, inner), parts in peft_names.by_module(keys).items():
             for kind in parts.keys() & {"weight", "bias"}:
                 self._add_whole(f"{module}.{kind}", parts[kind])
             parts = {part: stored for part, stored in parts.items() if part not in ("weight", "bias")}
             if parts and module in fused:
                 self._add_fused(module, trained[module], parts)
+            elif parts and inner:
+                self._problems.append(f"{module}: an adapter inside another one; save each into a directory of its own")
             elif parts:
                 self._add_pair(module, trained[module], parts)
         adapter: dict[LeafPath, Any] = {}
@@ -108,8 +110,9 @@ class _Reader:
             self._problems.append("it has no tensors (its targets may have matched nothing)")
         if self._problems:
             raise CheckpointError(
-                f"{self._source}: the adapter does not fit the model that config.json describes; give the checkpoint "
-                f"that it was trained on{f' ({self._peft.base})' if self._peft.base else ''}:\n{listed(self._problems)}"
+                f"{self._source}: the adapter cannot be used with the model that config.json describes. Check that it "
+                f"was trained on this checkpoint{f' ({self._peft.base})' if self._peft.base else ''}:\n"
+                f"{listed(self._problems)}"
             )
         self._note_what_is_left_out()
         for path in adapter.keys() & self._whole.keys():
@@ -149,10 +152,11 @@ class _Reader:
         if leaf is None or leaf.path not in self._linear:
             self._problems.append(f"{module}: cannot have an adapter here; merge it with peft")
             return
-        if lacks := {"A", "B", *(["magnitude"] if self._peft.dora else [])} - parts.keys():
+        wanted = {"A", "B", *(["magnitude"] if self._peft.dora else [])}
+        if lacks := wanted - parts.keys():
             self._problems.append(f"{module}: lacks {', '.join(f'lora_{part}' for part in sorted(lacks))}")
             return
-        if extra := parts.keys() - {"A", "B", *(["magnitude"] if self._peft.dora else [])}:
+        if extra := parts.keys() - wanted:
             self._problems.append(
                 f"{module}: has {', '.join(sorted(extra))} too, which {CONFIG_NAME} does not speak of"
             )
@@ -164,8 +168,12 @@ class _Reader:
         if not all(right):
             return
         magnitude = self._array(parts["magnitude"]) if self._peft.dora else None
-        pair = _Pair(self._array(parts["A"]).T, self._array(parts["B"]).T, magnitude, alpha)
-        self._pairs.setdefault(leaf.path, {})[index] = pair
+        self._put(leaf, index, _Pair(self._array(parts["A"]).T, self._array(parts["B"]).T, magnitude, alpha))
+
+    def _put(self, leaf: rules.Leaf, index: int, pair: _Pair) -> None:
+        if index in self._pairs.setdefault(leaf.path, {}):
+            self._problems.append(f"{leaf.sources[index]}: has two adapters; remove the one that is not meant")
+        self._pairs[leaf.path][index] = pair
 
     def _has_shape(self, module: str, part: str, stored: str, expected: tuple[int, ...]) -> bool:
         found = self._tensors[stored].shape
@@ -177,9 +185,8 @@ class _Reader:
         leaf, _ = self._places.get(name, (None, 0))
         found = self._tensors[stored].shape
         if leaf is None or leaf.stacked or leaf.layout.source_shape != found:
-            expected = (
-                "is not replaced here" if leaf is None or leaf.stacked else f"expected {leaf.layout.source_shape}"
-            )
+            shape = None if leaf is None or leaf.stacked else list(leaf.layout.source_shape)
+            expected = "is not replaced here" if shape is None else f"expected {shape}"
             self._problems.append(f"{name}: a whole weight {list(found)}, {expected}")
             return
         self._whole[leaf.path] = np.empty(leaf.shape, numpy_dtype(rules.FLOAT_DTYPES[self._tensors[stored].dtype]))
@@ -214,7 +221,8 @@ class _Reader:
         if which == "gate_up_proj":
             halves = [(leaves[0], b_ero[..., :width]), (leaves[1], b_ero[..., width:])]
         for leaf, b in halves:
-            self._pairs[leaf.path] = {e: _Pair(a_eri[e].T, b[e], None, alpha) for e in range(experts)}
+            for e in range(experts):
+                self._put(leaf, e, _Pair(a_eri[e].T, b[e], None, alpha))
 
     def _stacked(self, path: LeafPath, pairs: Mapping[int, _Pair]) -> dict[str, np.ndarray]:
         """The arrays of one parameter: experts that have no adapter, or fewer ranks than others, get zeros."""

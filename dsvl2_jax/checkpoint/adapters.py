@@ -101,8 +101,7 @@ def read_adapter(directory: str | Path, config: Config) -> tuple[dict[str, Any],
     Returns:
       The adapter (see the module's text), of numpy arrays as stored, not multiplied by `AdapterSettings.factor`; and
       its settings. A whole weight that the adapter brings along (modules_to_save) is a plain array in the place of
-      its parameter, of that one's shape, or ``base`` of a dict; see `whole_weights`. What was tolerated is noted on
-      standard error.
+      its parameter, of that one's shape, or ``base`` in the dict there. What was tolerated is noted on standard error.
 
     Raises:
       CheckpointError: files are missing, damaged or changed, or it is for another model, or of a kind that is not
@@ -124,15 +123,8 @@ def read_adapter(directory: str | Path, config: Config) -> tuple[dict[str, Any],
         ranks={name: rank for name, rank in placed.ranks.items() if rank != peft.rank},
         alphas={name: alpha for name, alpha in placed.alphas.items() if alpha != peft.alpha},
     )
-    own = {key: manifest[key] for key in ("targets", "base", "base_digest") if key in manifest}
+    own = {key: manifest[key] for key in ("targets", "base", "base_digest") if manifest}
     return unflatten_dict(placed.arrays), dataclasses.replace(settings, **own)
-
-
-def whole_weights(adapter: Adapter) -> list[str]:
-    """The names of the parameters that an adapter does not add to but replaces: it cannot share a base with others."""
-    replaced = [path[:-1] if path[-1] == "base" else path for path in flatten_dict(adapter)]
-    arrays = ("lora_a", "lora_b", "magnitude")
-    return sorted(path_name(path) for path in replaced if path[-1] not in arrays)
 
 
 def open_tensors(directory: Path) -> dict[str, Tensor]:
@@ -162,6 +154,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             f"{path}: written in version {manifest.get('version')!r} of the layout, this program reads version "
             f"{MANIFEST_VERSION}. {_ADVICE}"
         )
+    kinds = {"sha256": dict, "targets": str, "base": str, "base_digest": str | None}
+    if wrong := [name for name, kind in kinds.items() if not isinstance(manifest.get(name), kind)]:
+        raise CheckpointError(f"{path}: cannot be read ({wrong[0]} is missing or of another kind). {_ADVICE}")
     digests.check(directory, manifest["sha256"], MANIFEST_NAME, _ADVICE[0].lower() + _ADVICE[1:-1])
     return manifest
 

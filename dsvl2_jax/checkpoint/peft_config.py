@@ -19,7 +19,9 @@ from dsvl2_jax.messages import listed
 CONFIG_NAME = "adapter_config.json"
 
 _ADVICE = "It comes with the adapter's weights: copy or save both again."
-_MAX_PATTERN = 1000  # characters of a regular expression that the file gives
+# A regular expression that the file gives may come from anybody, and match without end.
+_MAX_PATTERN = 1000  # characters
+_SLOW = re.compile(r"\)[*+{]|([*+{].*){4}", re.DOTALL)  # a repeated group, more than three repetitions
 
 # Without effect on what a saved adapter computes: about its making, its training, or which modules it was put into, as
 # the tensors themselves say.
@@ -168,8 +170,8 @@ def _patterns(
     for pattern in patterns:
         _value(patterns, pattern, *rule, problems)
         try:
-            if len(pattern) > _MAX_PATTERN:
-                raise re.error(f"more than {_MAX_PATTERN} characters")
+            if len(pattern) > _MAX_PATTERN or _SLOW.search(pattern):
+                raise re.error("it may take very long to match: list the modules' names instead")
             re.compile(rf"(.*\.)?({pattern})$")
         except (re.error, RecursionError, OverflowError) as error:
             problems.append(f"{name}: {pattern[:100]!r} is neither a module's name nor a regular expression ({error})")

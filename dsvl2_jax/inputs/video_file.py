@@ -46,7 +46,7 @@ class VideoLimits:
     Attributes:
       max_pixels: of a frame.
       max_total_pixels: of all frames that are taken.
-      max_seconds: that the video lasts.
+      max_seconds: that the video lasts. max_stored: frames that it has.
       deadline: of `time.monotonic`, after which decoding ends in an error.
       threads: that decode; 0: one for each processor.
     """
@@ -54,6 +54,7 @@ class VideoLimits:
     max_pixels: int = MAX_IMAGE_PIXELS
     max_total_pixels: int = 64 * MAX_IMAGE_PIXELS
     max_seconds: float = math.inf
+    max_stored: int = 2_000_000
     deadline: float = math.inf
     threads: int = 0
 
@@ -90,12 +91,16 @@ class VideoFile:
         with self._container() as (container, stream):
             self._check_length((container.duration or 0) / 1e6)
             self._has_size = stream.codec_context.width > 0
-            self._aspect = float(stream.sample_aspect_ratio or 1)
-            base, step = stream.time_base or Fraction(0), 1 / (stream.average_rate or Fraction(_RATE))
+            self._aspect = float(_fraction(stream.sample_aspect_ratio) or 1)
+            base, step = _fraction(stream.time_base), 1 / (_fraction(stream.average_rate) or Fraction(_RATE))
             counted = container.format.name == "avi"  # whose frames have no times, and get wrong ones
             packets, stored = [], 0
             for packet in self._packets(container, stream):
                 stored += 1
+                if stored > limits.max_stored:
+                    raise LimitError(
+                        f"{name}: the video has more than the {limits.max_stored} frames that are read. Give a part."
+                    )
                 if not packet.is_discard:
                     packets.append(_Packet(_stamp(packet), packet.duration or 0, packet.is_keyframe))
             if "mov" in container.format.name and stream.frames > stored:
@@ -120,14 +125,15 @@ class VideoFile:
         self.end = self.times[-1] + float(packets[-1].duration * base or step)
         self._check_length(self.end)
 
-    def thumbnails(self) -> np.ndarray:
-        found: dict[int, np.ndarray] = {}
+    def thumbnails(self) -> Iterator[np.ndarray]:
+        given, before = 0, None
         for index, frame in self._decoded(range(len(self.times)), strict=False):
-            found[index] = frame.reformat(THUMBNAIL, THUMBNAIL, "gray").to_ndarray()
-        # Where the decoder gave none, no change is seen.
-        known = sorted(found)
-        nearest = (known[max(0, bisect.bisect_right(known, index) - 1)] for index in range(len(self.times)))
-        return np.stack([found[index] for index in nearest])
+            thumbnail = frame.reformat(THUMBNAIL, THUMBNAIL, "gray").to_ndarray()
+            # Where the decoder gave none, no change is seen.
+            yield from itertools.repeat(thumbnail if before is None else before, index - given)
+            yield thumbnail
+            given, before = index + 1, thumbnail
+        yield from itertools.repeat(before, len(self.times) - given)
 
     def pictures(self, indices: Sequence[int]) -> Iterator[Image.Image]:
         for _, frame in self._decoded(indices):
@@ -273,6 +279,11 @@ def _av() -> Any:
 def _failures() -> tuple[type[Exception], ...]:
     """What PyAV raises: its own errors, and those of reading the file and of memory."""
     return _av().error.FFmpegError, OSError, ValueError, MemoryError
+
+
+def _fraction(value: Any) -> Fraction:
+    """A number of PyAV, whose releases have different types of them; 0 where it says nothing."""
+    return Fraction(value.numerator, value.denominator) if value is not None and value.denominator else Fraction(0)
 
 
 def _stamp(packet: Any) -> int | None:

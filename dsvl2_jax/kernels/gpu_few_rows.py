@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from dsvl2_jax.kernels.precision import matmul_precision
@@ -226,7 +227,8 @@ def tile(
         groups //= of
 
     def scale(group: Any) -> jax.Array:
-        return load_tile(weight.scale, (*lead, number * groups + group if groups > 1 else 0, columns), inside)
+        at = number * groups + group if groups > 1 else np.int32(0)
+        return load_tile(weight.scale, (*lead, at, columns), inside)
 
     return Tile(load, weight.kind, scale, groups)
 

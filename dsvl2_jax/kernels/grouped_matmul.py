@@ -173,13 +173,13 @@ def _adding(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return call
 
 
-def _zero_beyond_groups(out_mn: jax.Array, group_sizes_g: jax.Array) -> jax.Array:
+def zero_beyond_groups(out_mn: jax.Array, group_sizes_g: jax.Array) -> jax.Array:
     return jnp.where((jnp.arange(out_mn.shape[0]) < group_sizes_g.sum())[:, None], out_mn, 0)
 
 
 def _ragged(x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array) -> jax.Array:
     out_mn = lax.ragged_dot(x_mk, w_gkn, group_sizes_g, precision=matmul_precision(x_mk.dtype))
-    return _zero_beyond_groups(out_mn, group_sizes_g)
+    return zero_beyond_groups(out_mn, group_sizes_g)
 
 
 def _tpu(x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array, transposed: bool = False) -> jax.Array:
@@ -194,7 +194,7 @@ def _cuda(x_mk: jax.Array, w_gkn: jax.Array, group_sizes_g: jax.Array, transpose
     if isinstance(blocks, HopperProduct):
         from dsvl2_jax.kernels.hopper_grouped_matmul import gmm
     out_mn = gmm(x_mk, w_gkn, group_sizes_g, blocks=blocks, transposed=transposed)
-    return _zero_beyond_groups(out_mn, group_sizes_g)
+    return zero_beyond_groups(out_mn, group_sizes_g)
 
 
 def _cuda_tgmm(x_mk: jax.Array, dout_mn: jax.Array, group_sizes_g: jax.Array) -> jax.Array:
@@ -277,7 +277,7 @@ def by_blocks(
         return lax.dynamic_update_slice_in_dim(out_mn, y, start[i], axis=0)
 
     out_mn = lax.fori_loop(0, count, body, as_bits(jnp.zeros((rows + block, width), x_mk.dtype)))
-    return _zero_beyond_groups(from_bits(out_mn[:rows]), group_sizes_g)
+    return zero_beyond_groups(from_bits(out_mn[:rows]), group_sizes_g)
 
 
 def _blocked_tgmm(x_mk: jax.Array, dout_mn: jax.Array, group_sizes_g: jax.Array) -> jax.Array:

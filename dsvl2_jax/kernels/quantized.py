@@ -141,25 +141,44 @@ def quantize(weight: Any, kind: str, inputs: Sequence[int]) -> dict[str, Any]:
 
 
 def _quantize_int4(xp: Any, weight: Any, axis: int) -> dict[str, Any]:
-    """The number that is largest by magnitude becomes -8, whatever its sign, or 7, or is cut."""
     shape, size = weight.shape, group_size(weight.shape[axis])
     groups = shape[axis] // size
     split = weight.astype(xp.float32).reshape(*shape[:axis], groups, size, *shape[axis + 1 :])
-    low, high = split.min(axis + 1, keepdims=True), split.max(axis + 1, keepdims=True)
+    scale = int4_scale(split, axis + 1)
+    values = int4_values(split, scale).reshape(shape)
+    return {"int4": pack_int4(values, groups, axis), "scale": scale.squeeze(axis + 1)}
+
+
+def int4_scale(weight: Any, axis: int, importance: Any = 1.0) -> Any:
+    """The scale, along one axis of a weight (numpy or jax), that gives the least sum of squared errors.
+
+    The number that is largest by magnitude becomes -8, whatever its sign, or 7, or is cut.
+
+    Args:
+      weight: float32, all of whose numbers along ``axis`` share a scale.
+      importance: factor of each squared error; of a shape that ``weight`` can be multiplied with.
+
+    Returns:
+      float32 of the weight's shape, with 1 along ``axis``.
+    """
+    xp = jnp if isinstance(weight, jax.Array) else np
+    low, high = weight.min(axis, keepdims=True), weight.max(axis, keepdims=True)
     largest = xp.where(high > -low, high, low)
-
-    def rounded(scale: Any) -> Any:
-        return xp.clip(xp.rint(split / scale), -INT4_OFFSET, INT4_OFFSET - 1)
-
     scale, least = None, None
     for value in (-INT4_OFFSET, INT4_OFFSET - 1):
         for part in _INT4_PARTS:
             tried = _not_zero(xp, largest * xp.float32(part) / xp.float32(value))
-            error = xp.square(rounded(tried) * tried - split).sum(axis + 1, keepdims=True)
+            errors = xp.square(int4_values(weight, tried) * tried - weight)
+            error = (errors * importance).sum(axis, keepdims=True)
             scale = tried if scale is None else xp.where(error < least, tried, scale)
             least = error if least is None else xp.minimum(error, least)
-    values = rounded(scale).astype(xp.int8).reshape(shape)
-    return {"int4": pack_int4(values, groups, axis), "scale": scale.squeeze(axis + 1)}
+    return scale
+
+
+def int4_values(weight: Any, scale: Any) -> Any:
+    """int8 from -8 to 7, nearest to weight / scale; numpy or jax."""
+    xp = jnp if isinstance(weight, jax.Array) else np
+    return xp.clip(xp.rint(weight / scale), -INT4_OFFSET, INT4_OFFSET - 1).astype(xp.int8)
 
 
 def _not_zero(xp: Any, scale: Any) -> Any:

@@ -20,10 +20,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dsvl2_jax.kernels import quantized_cpu
-from dsvl2_jax.kernels.grouped_matmul import by_blocks, grouped_matmul, grouped_transposed
+from dsvl2_jax.kernels import gpu_quantized, quantized_cpu, tpu_quantized
+from dsvl2_jax.kernels.grouped_matmul import by_blocks, grouped_matmul, grouped_transposed, zero_beyond_groups
 from dsvl2_jax.kernels.precision import matmul_precision
 from dsvl2_jax.kernels.quantized import Quantized, dequantize
+from dsvl2_jax.sharding import ambient_mesh_shape
 
 
 def as_matrices(weight: Quantized, contract: int) -> Quantized:
@@ -42,20 +43,59 @@ def as_matrices(weight: Quantized, contract: int) -> Quantized:
 @jax.named_scope("quantized_product")
 def product(x_mk: jax.Array, weight: Quantized) -> jax.Array:
     """[M, K] times the one matrix of ``weight``: [M, N] in the dtype of ``x_mk``."""
-    return lax.platform_dependent(x_mk, weight, cpu=quantized_cpu.product, default=_plain)
+    if ambient_mesh_shape() is not None:
+        return _plain(x_mk, weight)
+    return lax.platform_dependent(x_mk, weight, cpu=quantized_cpu.product, cuda=_cuda, default=_plain)
 
 
-def _plain(x_mk: jax.Array, weight: Quantized) -> jax.Array:
-    return jnp.dot(x_mk, dequantize(weight, x_mk.dtype)[0], precision=matmul_precision(x_mk.dtype))
+def _cuda(x_mk: jax.Array, weight: Quantized) -> jax.Array:
+    if not gpu_quantized.is_supported(x_mk, weight):
+        return _plain(x_mk, weight)
+    return gpu_quantized.gmm(x_mk, weight, _all_rows(x_mk))
+
+
+def _all_rows(x_mk: jax.Array) -> jax.Array:
+    return jnp.full(1, len(x_mk), jnp.int32)
+
+
+def _plain(x_mk: jax.Array, weight: Quantized, transposed: bool = False) -> jax.Array:
+    """In operations of XLA, whose compiler for TPUs converts values where they enter the product.
+
+    So it does with the low and the high values of int4 apart, and not with both joined.
+    """
+    (values,), (scale,), dtype = weight.values, weight.scale, x_mk.dtype
+    groups, n = scale.shape
+    if transposed and groups == 1:
+        x_mk = (x_mk * scale).astype(dtype)
+    split = None if transposed else x_mk.reshape(len(x_mk), groups, quantized_cpu.parts(weight), -1)
+    # The axes of a part of a weight: groups of inputs, the inputs of each, outputs.
+    contracted = ((1,), (2,)) if transposed else ((1, 2), (0, 1))
+    made = []
+    is_float = weight.kind == "float8"
+    parts = [values.astype(jnp.float32)] if is_float else quantized_cpu.converted(values, weight.kind)
+    for part, value in enumerate(parts):
+        value = value.reshape(groups, -1, n)
+        value = (value * scale[:, None] if groups > 1 else value).astype(dtype)
+        x = x_mk if transposed else split[:, :, part]
+        dims = contracted, ((), ())
+        made.append(lax.dot_general(x, value, dims, matmul_precision(dtype), preferred_element_type=jnp.float32))
+    if transposed:  # each [M, groups, inputs]
+        return jnp.stack(made, axis=2).reshape(len(x_mk), -1).astype(dtype)
+    out = sum(made)
+    return (out if groups > 1 else out * scale).astype(dtype)
 
 
 @jax.named_scope("quantized_transposed")
 def _product_transposed(x_mn: jax.Array, weight: Quantized) -> jax.Array:
-    def plain(x_mn: jax.Array, weight: Quantized) -> jax.Array:
-        w_kn = dequantize(weight, x_mn.dtype)[0]
-        return lax.dot_general(x_mn, w_kn, (((1,), (1,)), ((), ())), precision=matmul_precision(x_mn.dtype))
+    def cuda(x_mn: jax.Array, weight: Quantized) -> jax.Array:
+        if not gpu_quantized.is_supported(x_mn, weight):
+            return plain(x_mn, weight)
+        return gpu_quantized.gmm_transposed(x_mn, weight, _all_rows(x_mn))
 
-    return lax.platform_dependent(x_mn, weight, cpu=quantized_cpu.product_transposed, default=plain)
+    plain = functools.partial(_plain, transposed=True)
+    if ambient_mesh_shape() is not None:
+        return plain(x_mn, weight)
+    return lax.platform_dependent(x_mn, weight, cpu=quantized_cpu.product_transposed, cuda=cuda, default=plain)
 
 
 def _forward(x_mk: jax.Array, weight: Quantized) -> tuple[jax.Array, Quantized]:
@@ -80,10 +120,28 @@ def grouped_product(x_mk: jax.Array, weight: Quantized, group_sizes_g: jax.Array
     Returns:
       [M, N] in the dtype of ``x_mk``; rows beyond the last group are zero.
     """
-    return lax.platform_dependent(x_mk, weight, group_sizes_g, cpu=_blocked, default=_plain_grouped)
+    return _grouped(x_mk, weight, group_sizes_g)
 
 
-def _blocked(x_mk: jax.Array, weight: Quantized, group_sizes_g: jax.Array, transposed: bool = False) -> jax.Array:
+def _grouped(x_mk: jax.Array, weight: Quantized, group_sizes_g: jax.Array, transposed: bool = False) -> jax.Array:
+    """On the platform that the program is lowered for."""
+    calls = {"cpu": _blocked, "cuda": _cuda_grouped, "tpu": _tpu_grouped, "default": _plain_grouped}
+    calls = {name: functools.partial(call, transposed=transposed) for name, call in calls.items()}
+    return lax.platform_dependent(x_mk, weight, group_sizes_g, **calls)
+
+
+def _cuda_grouped(x_mk: jax.Array, weight: Quantized, group_sizes_g: jax.Array, transposed: bool) -> jax.Array:
+    if not gpu_quantized.is_supported(x_mk, weight):
+        return _plain_grouped(x_mk, weight, group_sizes_g, transposed)
+    gmm = gpu_quantized.gmm_transposed if transposed else gpu_quantized.gmm
+    return zero_beyond_groups(gmm(x_mk, weight, group_sizes_g), group_sizes_g)
+
+
+def _tpu_grouped(x_mk: jax.Array, weight: Quantized, group_sizes_g: jax.Array, transposed: bool) -> jax.Array:
+    return tpu_quantized.gmm(x_mk, (weight,), group_sizes_g, transposed=transposed)
+
+
+def _blocked(x_mk: jax.Array, weight: Quantized, group_sizes_g: jax.Array, transposed: bool) -> jax.Array:
     one = quantized_cpu.product_transposed if transposed else quantized_cpu.product
 
     def product(x: jax.Array, group: jax.Array, i: jax.Array) -> jax.Array:
@@ -100,8 +158,7 @@ def _plain_grouped(x_mk: jax.Array, weight: Quantized, group_sizes_g: jax.Array,
 @jax.named_scope("quantized_grouped_transposed")
 def grouped_product_transposed(x_mn: jax.Array, weight: Quantized, group_sizes_g: jax.Array) -> jax.Array:
     """`grouped_product` with the transposed matrices: [M, N] → [M, K]."""
-    cpu, default = (functools.partial(call, transposed=True) for call in (_blocked, _plain_grouped))
-    return lax.platform_dependent(x_mn, weight, group_sizes_g, cpu=cpu, default=default)
+    return _grouped(x_mn, weight, group_sizes_g, transposed=True)
 
 
 def _grouped_forward(x_mk: jax.Array, weight: Quantized, group_sizes_g: jax.Array) -> tuple[jax.Array, tuple]:

@@ -54,7 +54,7 @@ def gmm(
     x_mk = jnp.pad(x_mk, ((0, -m % tile), (0, 0)))
     tiles = x_mk.shape[0] // tile
     itemsize = x_mk.dtype.itemsize
-    cores, fast_memory = _chip()
+    cores, fast_memory = chip()
     width = column_block(k, n, len(weights) * itemsize, fast_memory // 4)
     if -(-n // width) < cores:  # each core takes columns
         width = -(-n // (cores * LANES)) * LANES
@@ -78,7 +78,7 @@ def gmm(
     if row_weights_m is not None:
         in_specs.append(pl.BlockSpec((tile, 1), of_tile))
         arrays.append(jnp.pad(row_weights_m, (0, -m % tile))[:, None])
-    visits = _visits(group_sizes_g, tile, tiles)
+    visits = visits_of(group_sizes_g, tile, tiles)
     moved = tiles * tile * (k * columns * itemsize + n * out_dtype.itemsize)
     out_mn = pl.pallas_call(
         functools.partial(_kernel, matrices=len(weights), transposed=transposed),
@@ -103,7 +103,7 @@ def gmm(
     return out_mn[:m]
 
 
-def _chip() -> tuple[int, int]:
+def chip() -> tuple[int, int]:
     """Cores of a device, and bytes of fast memory that the kernel may take on it; of no TPU, what most have."""
     try:
         chip = pltpu.get_tpu_info()
@@ -112,7 +112,7 @@ def _chip() -> tuple[int, int]:
     return chip.num_cores, min(FAST_MEMORY, chip.vmem_capacity_bytes * 3 // 4)
 
 
-def _visits(group_sizes_g: jax.Array, tile: int, tiles: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def visits_of(group_sizes_g: jax.Array, tile: int, tiles: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The order in which tiles of rows meet the groups that have rows in them; then come the tiles beyond all groups.
 
     Returns:

@@ -24,8 +24,9 @@ from dsvl2_jax.kernels.gpu_decode_attention import attend_splits, combine, combi
 from dsvl2_jax.kernels.gpu_decode_inputs import heads_into_cache, latent_into_cache
 from dsvl2_jax.kernels.gpu_few_rows import MAX_ROWS, has_steps, project
 from dsvl2_jax.kernels.quantized import Quantized
+from dsvl2_jax.kernels.quantized_cache import QuantizedEntries
 from dsvl2_jax.kernels.quantized_matmul import as_matrices
-from dsvl2_jax.model.attention import LATENT_NORM_EPS, LayerCache
+from dsvl2_jax.model.attention import LATENT_NORM_EPS, LayerCache, write_cache
 from dsvl2_jax.model.config import LanguageConfig
 from dsvl2_jax.model.rotary import rotary_tables
 from dsvl2_jax.model.weights import Adapted, are_plain, weight_of
@@ -37,14 +38,12 @@ Rotary = tuple[jax.Array, jax.Array]
 def is_supported(config: LanguageConfig, slots: int, dtype: DTypeLike, cache_dtypes: Sequence[DTypeLike]) -> bool:
     """Whether the kernels are for this model, so many slots, and the dtypes of parameters and of the cache's arrays.
 
-    In int8 they have latents alone: a program of `heads_into_cache` makes a part of a head, and does not see the rest,
-    on which the scale depends. Tensor cores multiply 16 bits, and float32 is for exactness; their tiles want widths
-    that 16 divides, and powers of two where a tile is as wide as a head.
+    Tensor cores multiply 16 bits, and float32 is for exactness; their tiles want widths that 16 divides, and powers of
+    two where a tile is as wide as a head. A cache in int8 has scales in float32 beside it.
     """
     cfg = config
     kinds = {jnp.dtype(kind) for kind in cache_dtypes}
-    plain = kinds <= {jnp.dtype(jnp.bfloat16)}
-    if dtype != jnp.bfloat16 or not (plain or (jnp.dtype(jnp.int8) in kinds and cfg.use_mla)):
+    if dtype != jnp.bfloat16 or kinds not in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.int8), jnp.dtype(jnp.float32)}):
         return False
     if slots > MAX_ROWS or ambient_mesh_shape() is not None:
         return False
@@ -179,19 +178,27 @@ def _multi_head_attention(
     interpret: bool,
 ) -> tuple[jax.Array, LayerCache]:
     """[B, H, Dv], and the cache."""
+    into, at_b = (cache["key"], cache["value"]), positions_b
+    quantized = isinstance(cache["key"], QuantizedEntries)
+    if quantized:
+        # A program makes a part of a head, and does not see the rest, on which the scale depends.
+        into = tuple(jnp.zeros((len(x_bd), 1, *entries.shape[2:]), x_bd.dtype) for entries in into)
+        at_b = jnp.zeros_like(positions_b)
     q_bhd, keys, values = heads_into_cache(
         x_bd,
         params["input_layernorm"]["scale"],
         tuple(weights[name] for name in ("q_proj", "k_proj", "v_proj")),
         rotary,
-        positions_b,
-        (cache["key"], cache["value"]),
+        at_b,
+        into,
         eps=config.rms_norm_eps,
         interpret=interpret,
     )
+    new = {"key": keys, "value": values}
+    cache = write_cache(cache, new, positions_b[:, None]) if quantized else new
     options = {"scale": config.softmax_scale, "interpret": interpret}
-    split = attend_splits([q_bhd], [keys], values, positions_b, **options)
-    return combine(*split, dtype=x_bd.dtype, interpret=interpret), {"key": keys, "value": values}
+    split = attend_splits([q_bhd], [cache["key"]], cache["value"], positions_b, **options)
+    return combine(*split, dtype=x_bd.dtype, interpret=interpret), cache
 
 
 @jax.named_scope("self_attn")

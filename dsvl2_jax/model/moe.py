@@ -195,8 +195,8 @@ def _with_rows_of_all(weight: Weight) -> Weight:
 
 def _own_dropout(weight: Weight, mesh_shape: dict[str, int]) -> Weight:
     """With a random key of the experts and tokens of this device; the devices along ``tensor`` share them."""
-    for axis in ("data", "expert"):
-        weight = own_dropout(weight, lax.axis_index(axis)) if mesh_shape[axis] > 1 else weight
+    for axis, size in mesh_shape.items():
+        weight = own_dropout(weight, lax.axis_index(axis)) if size > 1 and axis != "tensor" else weight
     return weight
 
 

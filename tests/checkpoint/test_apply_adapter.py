@@ -12,7 +12,8 @@ from dsvl2_jax.checkpoint.adapters import AdapterSettings
 from dsvl2_jax.checkpoint.apply_adapter import base_digest, with_adapter
 from dsvl2_jax.checkpoint.load import load_params
 from dsvl2_jax.convert.to_orbax import convert
-from dsvl2_jax.errors import CheckpointError
+from dsvl2_jax.errors import CheckpointError, UsageError
+from dsvl2_jax.infer.adapters import side_by_side
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.quantization import Quantization
 from dsvl2_jax.runtime import stored_programs
@@ -74,6 +75,25 @@ def test_arrays_lie_where_their_base_does(checkpoints, config):
     for path in gains:
         np.testing.assert_allclose(one[path], many[path], rtol=1e-6)
     assert one[*experts, "lora_a"].dtype == jnp.bfloat16 and one[*experts, "gain"].dtype == jnp.float32
+
+
+def test_a_whole_weight_takes_the_place_of_the_models_own(checkpoints, config):
+    """Alone, or under an adapter of the same weight; then the model cannot be shared with other adapters."""
+    params = load_params(checkpoints / "mini-small", config)
+    settings = AdapterSettings("lora", 2, 4.0)
+    arrays = random_arrays(config, settings, "layers_0/self_attn/o_proj")
+    whole = np.full(params["language"]["layers_0"]["self_attn"]["o_proj"]["kernel"].shape, 0.5, np.float32)
+    arrays["language"]["layers_0"]["self_attn"]["o_proj"]["kernel"]["base"] = whole
+    arrays["language"]["norm"] = {"scale": np.full(params["language"]["norm"]["scale"].shape, 2, np.float32)}
+    for changed in ({"language": {"norm": arrays["language"].pop("norm")}}, arrays):
+        adapted = with_adapter(params, config, changed, settings)
+        with pytest.raises(UsageError, match=r"adapter one: brings a whole language/\w+"):
+            side_by_side(params, {"one": adapted})
+        if changed is arrays:
+            base = adapted["language"]["layers_0"]["self_attn"]["o_proj"]["kernel"]["base"]
+            assert base.dtype == jnp.bfloat16 and (base == 0.5).all()
+        else:
+            assert (adapted["language"]["norm"]["scale"] == 2).all()
 
 
 def test_stored_programs_tell_adapted_parameters_from_plain_ones(checkpoints, config, tmp_path):

@@ -78,6 +78,8 @@ def test_an_answer_is_the_same_in_any_company_on_cache_hits_and_with_drafts(mode
     for _ in range(2):
         assert [result(ticket) for ticket in run(engine, requests)] == alone
     assert engine.pages.hits
+    drafted = run(Scheduler(model, 4, 2 * PAGE, drafts=2), requests[:2])
+    assert [ticket.answer.tokens for ticket in drafted] == [tokens for tokens, *_ in alone[:2]]
     kept = jax.tree.leaves(engine.executor._state.cache, is_leaf=lambda x: isinstance(x, QuantizedEntries))
     assert all(isinstance(x, QuantizedEntries) for x in kept)
     (page,) = engine.executor._pages.values()

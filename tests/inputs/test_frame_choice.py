@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsvl2_jax.errors import UsageError
-from dsvl2_jax.inputs.frame_choice import check_frames, even_frames, natural_order, scene_frames
+from dsvl2_jax.inputs.frame_choice import changes_between, check_frames, even_frames, natural_order, scene_frames
 
 steps = st.lists(st.integers(1, 40), min_size=1, max_size=60)  # between frames, in tenths of a second
 
@@ -49,17 +49,17 @@ def test_of_each_scene_its_middle_is_taken(scenes, noise):
     length = len(shades)
     if any(frames < length / (4 * len(scenes)) for frames, _ in scenes):
         return  # nearer cuts than these are not made
-    chosen = scene_frames(range(length), thumbnails, length, len(scenes))
+    chosen = scene_frames(range(length), changes_between(thumbnails), length, len(scenes))
     starts = np.cumsum([0, *(frames for frames, _ in scenes)])
     assert chosen == [int(start + frames / 2) for start, (frames, _) in zip(starts, scenes, strict=False)]
     # Where more frames are asked for than there are scenes, no cut is made up.
-    assert scene_frames(range(length), thumbnails, length, min(length - 1, len(scenes) + 3)) == chosen
+    assert scene_frames(range(length), changes_between(thumbnails), length, min(length - 1, len(scenes) + 3)) == chosen
 
 
 @given(st.integers(2, 40), st.integers(1, 45), st.integers(0, 9))
 def test_scenes_of_anything_are_rising_and_no_more_than_asked(length, count, seed):
     thumbnails = np.random.default_rng(seed).integers(0, 256, (length, 3, 3), np.uint8)
-    chosen = scene_frames(range(length), thumbnails, length, count)
+    chosen = scene_frames(range(length), changes_between(thumbnails), length, count)
     assert chosen == sorted(set(chosen)) and len(chosen) <= min(count, length)
     assert chosen[0] >= 0 and chosen[-1] < length
     # A quarter of a part at least between two cuts leaves room for all of them.

@@ -182,12 +182,13 @@ def test_limits_are_kept_and_named():
         (VideoLimits(max_pixels=64 * 48 - 1), "its frames are 64×48 pixels, more than the 3071"),
         (VideoLimits(max_total_pixels=64 * 48 * 3 - 1), "have more than the 9215 pixels"),
         (VideoLimits(max_seconds=4.9), r"lasts 5 seconds, more than the 4\.9"),
+        (VideoLimits(max_stored=49), "has more than the 49 frames"),
         (VideoLimits(deadline=time.monotonic() - 1), "takes too long to decode"),
     ]
     for limits, message in cases:
         with pytest.raises(LimitError, match=message):
             read_frames(data, 3, limits=limits)
-    assert len(read_frames(data, 3, limits=VideoLimits(64 * 48, 64 * 48 * 3, 5.0, time.monotonic() + 60))) == 3
+    assert len(read_frames(data, 3, limits=VideoLimits(64 * 48, 64 * 48 * 3, 5.0, 50, time.monotonic() + 60))) == 3
 
 
 def test_without_the_extra_a_file_says_what_to_install_and_a_folder_is_read(tmp_path):

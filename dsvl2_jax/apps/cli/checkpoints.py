@@ -21,6 +21,7 @@ def convert(
     max_memory: str = "1GiB",
     quantize: QuantizeTo | None = None,
     rule: QuantizeRules = (),
+    calibrate: Path | None = None,
 ) -> None:
     """Convert a checkpoint in the released layout to an Orbax directory that is complete by itself.
 
@@ -30,14 +31,16 @@ def convert(
         dtype: cast all tensors; without it each keeps its own.
         max_memory: the most memory for tensors on their way, e.g. 4GiB. A single larger tensor still passes.
         quantize: keep the weights of products in 8 or 4 bits.
-        rule: with --quantize, keep weights in whose path the regular expression is found as int8, int4, float8, or with
-            =keep as they are, such as self_attn=int8 or lm_head=int8. May be given several times; the first that is
-            found decides.
+        rule: where weights are quantized, keep those in whose path the regular expression is found as int8, int4,
+            float8, or with =keep as they are, such as self_attn=int8 or lm_head=int8. May be given several times; the
+            first that is found decides.
+        calibrate: for int4, round by what enters the weights when the model reads these samples, JSON Lines as for
+            training; the whole model is loaded.
     """
     from dsvl2_jax.convert.to_orbax import convert as run
     from dsvl2_jax.model.quantization import quantization_of
 
-    run(src, dst, dtype=dtype, max_memory=max_memory, quantization=quantization_of(quantize, rule))
+    run(src, dst, dtype=dtype, max_memory=max_memory, quantization=quantization_of(quantize, rule), calibrate=calibrate)
 
 
 def export(ckpt: Positional[str], dst: Positional[Path], *, dtype: Dtype | None = None, verify: bool = False) -> None:

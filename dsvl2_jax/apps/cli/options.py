@@ -41,7 +41,7 @@ class Computing:
     dtype: Dtype = "float32"
     """in which the model computes."""
     cache_dtype: CacheDtype | None = None
-    """in which the cache keeps earlier tokens: int8 takes half the memory of bfloat16; without it, that of --dtype."""
+    """in which the cache keeps earlier tokens; int8 takes half of bfloat16's memory."""
     mesh: str | None = None
     """shard over devices, e.g. data=2,tensor=2,expert=2."""
     verify: bool = False

@@ -49,9 +49,10 @@ def plan(
         slots: sequences that decode together (64).
         micro: sequences that a data shard trains on at a time (the preset's).
         set: a setting of the preset, such as compute.remat=dots; may be given several times.
-        quantize: the weights of inference, or of the model beside an adapter, in 8 or 4 bits, as dsvl2 convert
-            --quantize makes them.
-        rule: with --quantize, how weights of some paths are kept; see dsvl2 convert --help. May be given several times.
+        quantize: the weights of inference, or of the model beside an adapter, in 8 or 4 bits, as dsvl2 convert makes
+            them.
+        rule: where weights are quantized, how those of some paths are kept, as dsvl2 convert has it. May be given
+            several times.
         cache_dtype: of the cache of prefill and decode; bfloat16 without it.
         mesh: as data=2,tensor=2,expert=4; auto chooses one and says why.
         csv: put the rows of the table into this file, in the place of older ones of the same model and job.

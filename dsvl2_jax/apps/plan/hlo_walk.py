@@ -409,6 +409,8 @@ class Walk:
                 total += user.arrays[0].size
             elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
                 continue  # changed in place
+            elif user.opcode == "scatter" and user.operands[0] == parameter.name:
+                total += fused[user.operands[-1]].arrays[0].size
             elif user.opcode == "bitcast" and not user.root:
                 total += self._used(user, fused, called)
             elif user.opcode == "fusion":

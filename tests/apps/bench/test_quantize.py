@@ -8,11 +8,15 @@ from dsvl2_jax.apps.bench.quantize import bench_quantize
 from dsvl2_jax.errors import UsageError
 
 
-def test_the_mini_checkpoints_loss_on_the_golden_prompts(checkpoints, data, capsys):
+def test_the_mini_checkpoints_loss_on_golden_prompts(checkpoints, data, tmp_path, capsys):
     name = str(checkpoints / "mini-tiny")
-    bench_quantize(
-        [name], kinds=["int8", "int4"], data=data / "golden_prompts.jsonl", samples=0, prompts=4, as_json=True
-    )
+    lines = [json.loads(line) for line in (data / "golden_prompts.jsonl").read_text().splitlines()]
+    short = [line for line in lines if line["id"] in ("text", "text_zh_code", "img_tiny20")]
+    for line in short:
+        line["images"] = [str(data / image) for image in line.get("images", [])]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in short))
+    bench_quantize([name], kinds=["int8", "int4"], data=prompts, samples=0, as_json=True)
     plain, int8, int4 = json.loads(capsys.readouterr().out)[name]
     assert plain["kl"] == 0 and plain["same"] == plain["quantized"] == plain["whole"] == plain["decode"] == 1
     assert 0 < int8["kl"] < 0.01 < int4["kl"] < 0.05

@@ -68,7 +68,9 @@ ANSWERING = {
     "--repetition-penalty": "1.0", "--seed": "0", "--speculate": "0",
 }  # fmt: skip
 OPTIONS = {
-    "convert": {"--dtype": "None", "--max-memory": "1GiB", "--quantize": "None", "--rule": "repeatable"},
+    "convert": {
+        "--dtype": "None", "--max-memory": "1GiB", "--quantize": "None", "--rule": "repeatable", "--calibrate": "None",
+    },
     "export": {"--dtype": "None", "--verify": "False"},
     "merge": {"--layout": "None", "--verify": "False"},
     "generate": {
@@ -101,10 +103,8 @@ OPTIONS = {
     "plot": {"--out": "plot.png"},
     "eval": {
         "--metric": "None", "--images": "''", "--follow-links": "False", "--out": "None", "--batch-size": "None",
-        "--max-image-pixels": "50000000", "--max-request-pixels": "200000000", "--max-image-tiles": "None",
-        "--max-video-bytes": "64MiB", "--max-video-seconds": "600.0", "--max-frames": "32", "--video-timeout": "20.0",
-        "--model-name": "''", "--model-alias": "repeatable", "--adapter": "repeatable",
-        "--default-max-tokens": "512", "--media-domain": "repeatable",
+        "--max-new-tokens": "128", "--dtype": "None", "--cache-dtype": "None", "--mesh": "None",
+        "--verify": "False", "--adapter": "None", **TILES,
         "--prompt-template": "None", "--limit": "None", "--report-samples": "1000", "--json": "False",
         "--server": "None", "--server-model": "None", "--api-key-file": "None", "--concurrency": "None",
         "--timeout": "None", "--extra-body": "None", "--as-seen": "False", "--speculate": "None",
@@ -157,7 +157,8 @@ def test_every_command_has_its_options_and_defaults(run, command):
     found = {}
     for option in re.split(r"(?<!\S)(?=--[a-z])", text)[1:]:
         default = re.findall(r"\((?:default: ([^()]*)|(required|repeatable))\)", option)
-        found[option.split()[0]] = "".join(default[-1]) if default else None
+        # A list may be broken after a comma.
+        found[option.split()[0]] = "".join(default[-1]).replace(", ", ",") if default else None
     assert found == {"--help": None} | OPTIONS[command]
 
 

@@ -249,6 +249,18 @@ def test_a_decode_step_is_few_launches_that_read_little_more_than_they_must(size
     assert cost.bytes <= 1.2 * least.bytes and 0.95 <= cost.flops / least.flops <= 1.05
 
 
+@pytest.mark.parametrize(("size", "dense", "moe"), [("tiny", 13, 15), ("small", *LAUNCHES["small"])])
+def test_a_decode_step_with_a_cache_in_int8_reads_half_of_it(size, dense, moe):
+    """Latents take no launch more; heads are quantized by XLA, after the kernel that makes them."""
+    config, slots = shallow(size, layers=3), 64
+    mesh = make_mesh(devices=compile_devices(topology("h100-1")))
+    sizes = {"batch": slots, "sequence": 2176, "cache_dtype": "int8"}
+    text = lower_inference("decode", config, mesh, **sizes).compile().as_text()
+    found = count_launches(text, scope_depth=1)
+    assert all(found.by_scope[f"layers_{i}"] <= (moe if i else dense) for i in range(3)), found.by_scope
+    assert walk(text).bytes <= 1.2 * decode_work(config, slots, 2176, cache_dtype="int8").bytes
+
+
 def test_a_step_of_the_decode_loop_is_one_command_buffer(tmp_path):
     """The loop itself is not captured by default; its condition is the one thing of a step that the host waits for."""
     config, (device,) = shallow("tiny"), compile_devices(topology("h100-1"))

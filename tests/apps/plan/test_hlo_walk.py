@@ -240,6 +240,35 @@ def test_what_is_prefetched_or_only_reshaped_counts_once():
     assert (gathered.count, gathered.bytes) == (1, 2 * 64 * 8)
 
 
+SCATTERED = """HloModule jit_write, is_scheduled=true
+
+%set (old: s8[], new: s8[]) -> s8[] {
+  %old = s8[] parameter(0)
+  ROOT %new = s8[] parameter(1)
+}
+
+%write (cache: s8[16,4096,128], at: s32[16,2], entries: f32[16,1,1,128]) -> s8[16,4096,128] {
+  %cache = s8[16,4096,128]{2,1,0} parameter(0)
+  %at = s32[16,2]{1,0} parameter(1)
+  %entries = f32[16,1,1,128]{3,2,1,0} parameter(2)
+  %rounded = s8[16,1,1,128]{3,2,1,0} convert(%entries)
+  ROOT %scatter = s8[16,4096,128]{2,1,0} scatter(%cache, %at, %rounded), to_apply=%set
+}
+
+ENTRY %main (whole: s8[16,4096,128], where: s32[16,2], new: f32[16,1,1,128]) -> s8[16,4096,128] {
+  %whole = s8[16,4096,128]{2,1,0} parameter(0)
+  %where = s32[16,2]{1,0} parameter(1)
+  %new = f32[16,1,1,128]{3,2,1,0} parameter(2)
+  ROOT %written = s8[16,4096,128]{2,1,0} fusion(%whole, %where, %new), kind=kInput, calls=%write
+}
+"""
+
+
+def test_a_fused_scatter_touches_what_it_changes():
+    changed, read = 16 * 128, 4 * 16 * 128 + 4 * 16 * 2
+    assert walk(SCATTERED).bytes == 2 * changed + read
+
+
 # A gathering that begins, goes on beside a product in whose fusion its buffers are, and ends.
 CARRIED = """HloModule jit_step, is_scheduled=true
 

@@ -53,6 +53,11 @@ def test_base_has_room_for_long_contexts(name, tokens, slots, kind):
     assert found["bytes_per_device"]["temporaries"] <= 1e9
 
 
+def test_a_cache_in_int8_is_read_as_it_lies():
+    found = planned("small", Job("decode", 64, 4096, cache_dtype="int8"), "v5e-8")
+    assert found["bytes_ratio"] <= 1.3
+
+
 @pytest.mark.parametrize("job", [Job("prefill", 1, 4096), Job("decode", 16, 4096), Job("encode", 8, 0)], ids=str)
 def test_tiny_fits_one_chip(job):
     assert planned("tiny", job, "v5e-1")["flops_ratio"] <= 1.10

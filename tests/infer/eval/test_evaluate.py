@@ -428,6 +428,22 @@ def test_checkpoints_are_told_apart_by_one_changed_byte(tmp_path, checkpoints):
     assert checkpoint_digest(copy) != checkpoint_digest(source)
 
 
+def test_results_are_told_apart_by_their_adapter(questions, tmp_path, parrot, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    adapters = [tmp_path / "mine", tmp_path / "runs" / "lora" / "checkpoints" / "8" / "adapter"]
+    for adapter in adapters:
+        adapter.mkdir(parents=True)
+        (adapter / "adapter_model.bin").write_bytes(b"numbers")
+    (tmp_path / "runs" / "lora" / "run.json").touch()
+    answers = ["eval", str(questions), "--metric", "anls"]
+    for adapter in (None, *adapters):
+        assert main(answers + ([] if adapter is None else ["--adapter", str(adapter)])) == 0
+    assert {path.name for path in (tmp_path / "eval").iterdir()} == {"bundled", "bundled+mine", "bundled+lora-8"}
+    (adapters[0] / "adapter_model.bin").write_bytes(b"others")
+    assert main([*answers, "--adapter", str(adapters[0])]) == 1
+    assert main([*answers, "--adapter", str(tmp_path / "none")]) == 1
+
+
 def test_it_works_without_the_training_extra():
     program = (
         "import sys\n"

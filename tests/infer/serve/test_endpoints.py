@@ -233,7 +233,7 @@ def test_detail_high_means_tiles_among_many_and_a_number_beats_it(serve):
     [
         ([picture(max_tiles=10)], {}, "messages[0].content[0].image_url.max_tiles", "at most 9, which this server"),
         ([picture()], {"max_tiles": 10}, "max_tiles", "(--max-image-tiles)"),
-        ([picture(max_tiles=0)], {}, "messages[0].content[0].image_url.max_tiles", "at least 1"),
+        ([picture(max_tiles=0)], {}, "messages[0].content[0].image_url.max_tiles", "equal to 1"),
         ([picture(max_tiles="4")], {}, "messages[0].content[0].image_url.max_tiles", "whole number"),
         ([picture()], {"max_tiles": 2, "min_tiles": 3}, "max_tiles", "more than max_tiles"),
         ([picture(max_tiles=2, min_tiles=3)], {}, "messages[0].content[0].image_url", "more than max_tiles"),
@@ -241,7 +241,7 @@ def test_detail_high_means_tiles_among_many_and_a_number_beats_it(serve):
             [{"type": "video_url", "video_url": {"url": "data:,", "frames": 0}}],
             {},
             "messages[0].content[0].video_url.frames",
-            "at least 1",
+            "equal to 1",
         ),
         (
             [{"type": "video_url", "video_url": {"url": "data:,", "frame_choice": "odd"}}],
