@@ -22,6 +22,7 @@ from dsvl2_jax.checkpoint.locate import PARAMS_NAME, kind, model_files, resolve
 from dsvl2_jax.checkpoint.quantized_tensors import stored_as
 from dsvl2_jax.checkpoint.safetensors_source import Source
 from dsvl2_jax.checkpoint.verify import verify as verify_files
+from dsvl2_jax.convert.doctor_adapter import AdapterReport, adapter_at, examine_adapter, print_adapter
 from dsvl2_jax.errors import CheckpointError, ConfigError, TokenizerError
 from dsvl2_jax.inputs.processor import ProcessorConfig
 from dsvl2_jax.inputs.tokenizer import Tokenizer
@@ -59,12 +60,13 @@ class Report:
 
 
 def doctor(ckpt: str | Path | None = None, *, verify: bool = False, as_json: bool = False) -> int:
-    """Examines a checkpoint in either layout and prints the report.
+    """Examines a checkpoint in either layout, or an adapter's directory, and prints the report.
 
     Args:
       ckpt: a converted directory, a directory in the released layout, a training run (its newest checkpoint) or one
-        of its checkpoints, or a hub id; None: the built-in model.
-      verify: reads every file and compares it with its digest as well.
+        of its checkpoints, or a hub id; None: the built-in model. Or a directory of an adapter's files, or a run that
+        trains one.
+      verify: reads every file and compares it with its digest as well; of an adapter that is done always.
       as_json: prints one JSON object instead of tables.
 
     Returns:
@@ -73,9 +75,12 @@ def doctor(ckpt: str | Path | None = None, *, verify: bool = False, as_json: boo
     Raises:
       CheckpointError: there is no such checkpoint.
     """
-    report = examine(ckpt, verify=verify)
+    adapter = adapter_at(ckpt)
+    report = examine(ckpt, verify=verify) if adapter is None else examine_adapter(adapter)
     if as_json:
         print(json.dumps(dataclasses.asdict(report) | {"ok": report.ok}, indent=2, ensure_ascii=False))
+    elif isinstance(report, AdapterReport):
+        print_adapter(report)
     else:
         _print(report)
     return 0 if report.ok else 1

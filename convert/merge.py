@@ -169,7 +169,8 @@ class _Merging:
                 yield path, array
             elif isinstance(change, Mapping):
                 factor = self._settings.factor(self.leaves[path].name)
-                yield path, merged_weight(array, self.leaves[path], change, factor)
+                base = change.get("base", array).astype(array.dtype)
+                yield path, merged_weight(base, self.leaves[path], change, factor)
             else:
                 yield path, change.astype(array.dtype)
 

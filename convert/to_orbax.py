@@ -7,6 +7,7 @@ is being written, the next is read and transposed; `max_memory` bounds what is h
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import sys
 import time
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 from rich import filesize
 
@@ -27,6 +29,7 @@ from dsvl2_jax.checkpoint.locate import (
     PARAMS_NAME,
     carry_files,
     kind,
+    model_files,
     open_model,
     resolve,
 )
@@ -34,13 +37,21 @@ from dsvl2_jax.checkpoint.remote import absolute, path_of
 from dsvl2_jax.checkpoint.safetensors_source import WORKERS, Source, aligned_empty, numpy_dtype
 from dsvl2_jax.checkpoint.staging import refuse_existing, staged
 from dsvl2_jax.checkpoint.verify import tell
+from dsvl2_jax.convert.calibrate import calibrated_weights
 from dsvl2_jax.convert.sizes import parse_bytes
+from dsvl2_jax.convert.stored_source import StoredSource
 from dsvl2_jax.errors import CheckpointError, UsageError
 from dsvl2_jax.kernels.quantized import quantize
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import entry_axes, weight_inputs
 from dsvl2_jax.model.parameter_paths import LeafPath, path_name
-from dsvl2_jax.model.quantization import Quantization, leaves_of, quantized_weights
+from dsvl2_jax.model.quantization import (
+    Quantization,
+    leaves_of,
+    quantize_array,
+    quantized_shapes,
+    quantized_weights,
+)
 from dsvl2_jax.runtime.progress import progress
 
 DEFAULT_MAX_MEMORY = 1 << 30
@@ -72,14 +83,18 @@ def convert(
     dtype: Literal["float32", "bfloat16"] | None = None,
     max_memory: int | str = DEFAULT_MAX_MEMORY,
     quantization: Quantization | None = None,
+    calibrate: str | Path | None = None,
 ) -> Converted:
     """Converts a checkpoint in the released layout to an Orbax directory that is complete by itself.
 
     Args:
-      src: a directory in the released layout (shards with an index, or a single file) or a hub id.
+      src: a directory in the released layout (shards with an index, or a single file) or a hub id; to be quantized,
+        also a converted directory, a training run or one of its checkpoints.
       dst: the directory to make. It appears when it is complete.
       dtype: casts every tensor that is not quantized; by default each keeps its own.
       quantization: which weights are rounded to 8 or 4 bits; None: none is.
+      calibrate: a file of samples, by which int4 weights are rounded; see `dsvl2_jax.convert.calibrate`. The whole
+        model is loaded for it.
       max_memory: most memory for parameters on their way, such as "4GiB" or a number of bytes; one
         parameter may always pass. The program itself takes about 0.3 GB besides.
 
@@ -93,57 +108,66 @@ def convert(
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}.")
     limit = parse_bytes(max_memory)
+    if calibrate is not None and quantization is None:
+        raise UsageError(f"--calibrate {calibrate}: serves --quantize int4; give both, or neither.")
     dst = absolute(path_of(dst))
     refuse_existing(dst)
     directory = resolve(src)
-    if kind(directory) != "released":
+    released = kind(directory) == "released"
+    if not released and quantization is None:
         raise CheckpointError(
-            f"{directory}: is a converted checkpoint already; convert takes the released layout. To get that layout "
-            "back, use dsvl2 export."
+            f"{directory}: is a converted checkpoint already; convert takes the released layout, or with --quantize "
+            "this one too. To get the released layout back, use dsvl2 export."
         )
-    config, _ = open_model(directory)
-    with Source(directory) as source:
+    config, processor = open_model(directory)
+    with Source(directory) if released else StoredSource(directory, config) as source:
         source.fit(config)
-        rules.check(source.shapes_and_dtypes, config, str(directory))
+        if released:
+            rules.check(source.shapes_and_dtypes, config, str(directory))
         leaves = {leaf.path: leaf for leaf in rules.expand(config)}
         read = {
             path: (leaf.shape, numpy_dtype(dtype) if dtype else source.leaf_dtype(leaf))
             for path, leaf in leaves.items()
         }
-        mixed = {} if dtype else mixed_dtypes(source, leaves, read)
+        mixed = {} if dtype else mixed_dtypes(source, leaves, read) if released else source.mixed_dtypes
         kinds = quantized_weights(config, quantization)
         plan = {
             path: (shape, stored_as or read[path][1]) for path, (shape, stored_as) in leaves_of(config, kinds).items()
         }
+        calibrated = (
+            {} if calibrate is None else calibrated_weights(directory, config, processor, kinds, path_of(calibrate))
+        )
         total = sum(leaf_bytes(*entry) for entry in plan.values())
         notes = [*source.notes]
-        if whole := [path for path, kind in kinds.items() if kind != quantization.kind]:
-            notes.append(
-                f"{len(whole)} weights are kept as int8: no group of 16 or more divides the inputs of "
-                f"{path_name(whole[0])}{' and others' if len(whole) > 1 else ''}"
-            )
+        if calibrated:
+            notes.append(f"{len(calibrated)} of the weights in int4 are rounded by the samples of {calibrate}")
         if mixed:
             notes.append(
                 f"{len(mixed)} tensors are of another dtype than others of the same stacked parameter: kept as float32"
             )
         with staged(dst, total, last=MANIFEST_NAME) as partial:
-            carry_files(directory, partial)
+            carry_files(model_files(directory), partial)
             with digests.Flushing(partial) as flushing:
                 with (
                     orbax_io.ParamWriter(partial / PARAMS_NAME, _entry_axes(config, kinds)) as writer,
                     progress("convert", sum(leaf_bytes(*entry) for entry in read.values())) as advance,
                 ):
                     inputs = weight_inputs(config)
-                    rounding = {path: (kind, inputs[path]) for path, kind in kinds.items()}
-                    _write_parameters(source, leaves, read, rounding, writer, limit, advance, flushing.take)
+                    rounding = {
+                        path: functools.partial(quantize_in_parts, kind=kind, inputs=inputs[path])
+                        for path, kind in kinds.items()
+                    }
+                    rounding |= {path: lambda _, path=path: calibrated.pop(path) for path in calibrated}
+                    fill = functools.partial(_read_released, source, leaves) if released else source.read_into
+                    _write_parameters(fill, read, rounding, writer, limit, advance, flushing.take)
                     writer.finalize()
                 # Now that the source is in the system's cache, as far as it has room; beside the conversion, reading
                 # it a second time made the conversion wait for the disk.
                 flushing.take()
-                known = source.digests  # of SHA256SUMS, and compared
+                known = source.digests  # of SHA256SUMS, and compared; or of a converted directory's own source
                 names = [file.name for file in source.files]
                 source_digests = digests.of_files(directory, [name for name in names if name not in known])
-                source_digests |= {name: known[name] for name in names if name in known}
+                source_digests |= {name: value for name, value in known.items() if not names or name in names}
                 own_digests = flushing.finish()
             write_manifest(
                 partial,
@@ -173,6 +197,13 @@ def mixed_dtypes(source: Source, leaves: Mapping[LeafPath, rules.Leaf], plan: Le
     }
 
 
+def _read_released(
+    source: Source, leaves: Mapping[LeafPath, rules.Leaf], arrays: Mapping[LeafPath, np.ndarray]
+) -> None:
+    for path, array in arrays.items():
+        source.read_into(leaves[path], array)
+
+
 def writing_bytes(size: int) -> int:
     """Memory that a batch takes while it is written: Orbax copies what it cuts into chunks, once as they are and
     once encoded."""
@@ -185,10 +216,9 @@ def _entry_axes(config: Config, kinds: Mapping[LeafPath, str]) -> dict[LeafPath,
 
 
 def _write_parameters(
-    source: Source,
-    leaves: Mapping[LeafPath, rules.Leaf],
+    fill: Callable[[Mapping[LeafPath, np.ndarray]], None],
     read: Leaves,
-    rounding: Mapping[LeafPath, tuple[str, tuple[int, ...]]],
+    rounding: Mapping[LeafPath, Callable[..., dict[str, np.ndarray]]],
     writer: orbax_io.ParamWriter,
     limit: int,
     advance: Callable[[int], None],
@@ -197,8 +227,9 @@ def _write_parameters(
     """Reads batches of parameters and gives them to ``writer``, one being written while the next is read.
 
     Args:
+      fill: reads parameters into arrays.
       read: shape and dtype of each parameter as it is read.
-      rounding: kind and input axes of those that are quantized.
+      rounding: what makes {kind: values, "scale": scale} of those that are quantized.
       written: called when a batch has been written and the next one has not begun.
     """
     memory, writing, in_flight = _Memory(), None, 0
@@ -212,11 +243,10 @@ def _write_parameters(
             writing = None
         block = memory.take(size + _ALIGNMENT * len(batch))
         arrays = _carve(block, {path: read[path] for path in batch})
-        for path, array in arrays.items():
-            source.read_into(leaves[path], array)
+        fill(arrays)
         for path in batch:
             if path in rounding:
-                quantized = quantize_in_parts(arrays.pop(path), *rounding[path])
+                quantized = rounding[path](arrays.pop(path))
                 arrays |= {(*path, name): array for name, array in quantized.items()}
         writer.wait()
         written()
@@ -228,29 +258,25 @@ def _write_parameters(
 
 
 def quantize_in_parts(weight: np.ndarray, kind: str, inputs: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """`quantize` of a large array, a part of it at a time and several at once, so that little is in float32.
+    """`quantize`, of a large array by a compiled program for parts of it, so that little is in float32 at a time.
 
     The parts are cut along an axis that has a scale for each entry: experts, heads or outputs.
     """
+    if weight.size <= _ROUND_AT_ONCE:
+        return quantize(weight, kind, inputs)
     axis = next(axis for axis in range(weight.ndim) if axis not in inputs)
     step = max(1, math.ceil(weight.shape[axis] * _ROUND_AT_ONCE / weight.size))
-    bounds = [(start, min(start + step, weight.shape[axis])) for start in range(0, weight.shape[axis], step)]
+    host = jax.local_devices(backend="cpu")[0]
+    stored = quantized_shapes(weight.shape, kind, inputs)
+    whole = {name: np.empty(shape, dtype) for name, (shape, dtype) in stored.items()}
 
-    def part(array: np.ndarray, start: int, stop: int) -> np.ndarray:
-        return array[(slice(None),) * axis + (slice(start, stop),)]
-
-    first = quantize(part(weight, *bounds[0]), kind, inputs)
-    whole = {
-        name: np.empty((*array.shape[:axis], weight.shape[axis], *array.shape[axis + 1 :]), array.dtype)
-        for name, array in first.items()
-    }
-
-    def fill(start: int, stop: int) -> None:
-        for name, array in quantize(part(weight, start, stop), kind, inputs).items():
-            part(whole[name], start, stop)[...] = array
+    def fill(start: int) -> None:
+        window = (slice(None),) * axis + (slice(start, start + step),)
+        for name, array in quantize_array(jax.device_put(weight[window], host), kind, inputs).items():
+            whole[name][window] = array
 
     with ThreadPoolExecutor(WORKERS, thread_name_prefix="dsvl2-quantize") as pool:
-        list(pool.map(fill, *zip(*bounds, strict=True)))
+        list(pool.map(fill, range(0, weight.shape[axis], step)))
     return whole
 
 

@@ -160,13 +160,14 @@ def export(
     config, _ = open_model(directory)
     leaves = {leaf.path: leaf for leaf in rules.expand(config)}
     manifest, stored = open_orbax(directory, config)
-    kinds = kinds_of(stored)
+    kinds, plain = kinds_of(stored), numpy_dtype(dtype) if dtype else plain_dtype(stored)
     if kinds:
-        names = ", ".join(sorted(set(kinds.values())))
+        names, written = ", ".join(sorted(set(kinds.values()))), plain.name
+        rounds_again = ", and bfloat16 rounds those of int8 once more (--dtype float32 does not)"
         print(
             f"note: {len(kinds)} weights are in {names} and are written as value times scale in "
-            f"{dtype or plain_dtype(stored).name}. What rounding took from the original numbers does not come back; "
-            "the model answers as the quantized one does.",
+            f"{written}. What rounding took from the original numbers does not come back"
+            f"{rounds_again if written == 'bfloat16' and 'int8' in names else ''}.",
             file=sys.stderr,
         )
     if absent := absent_leaves(directory / PARAMS_NAME, stored):
@@ -177,7 +178,7 @@ def export(
     tensors = {
         name: (
             leaf.layout.source_shape,
-            mixed.get(name, plain_dtype(stored) if path in kinds else stored[path][1])
+            mixed.get(name, plain if path in kinds else stored[path][1])
             if dtype is None or stays_float32(path)
             else numpy_dtype(dtype),
         )
@@ -188,7 +189,7 @@ def export(
     with staged(dst, total) as partial:
         carry_files(model_files(directory), partial)
         with ShardWriter(partial, tensors, shard_bytes) as writer, progress("export", total) as advance:
-            for path, parameter in read_weights(directory / PARAMS_NAME, stored, config):
+            for path, parameter in read_weights(directory / PARAMS_NAME, stored, config, plain):
                 parts = leaves[path].parts(parameter)
                 writer.write({name: part.astype(tensors[name][1], copy=False) for name, part in parts})
                 advance(sum(leaf_bytes(*tensors[name]) for name in leaves[path].sources))

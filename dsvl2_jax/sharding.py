@@ -1,6 +1,7 @@
 """Logical axes → mesh axes: one table for parameters, one for activations.
 
-The mesh has the axes ``data``, ``tensor`` and ``expert``. Modules name *logical* axes; this file alone knows what they
+The mesh has the axes ``data``, ``tensor`` and ``expert``, and in training perhaps ``sequence``, over which rows are
+split along their length. Modules name *logical* axes; this file alone knows what they
 map to. A dimension is split over those axes of its rule that divide it and that earlier dimensions of the array have
 left free; a parameter's dimension that stays whole for this reason is logged, never an error.
 """
@@ -22,6 +23,7 @@ from dsvl2_jax.errors import UsageError
 log = logging.getLogger(__name__)
 
 MESH_AXES = ("data", "tensor", "expert")
+SEQUENCE = "sequence"  # a fourth axis, of meshes that split rows along their length
 
 # Parameters with fewer entries are not split over further axes in training.
 MIN_SPLIT_SIZE = 1 << 14
@@ -56,7 +58,7 @@ ACTIVATION_RULES: Rules = {
     "logits_batch": ("data",),  # of training's logits, where the vocabulary stays split and the tokens visit it
     "slots": ("data", "tensor", "expert"),  # rows of the cache, and of all that meets it
     "cache_length": ("data", "tensor", "expert"),  # positions; they take the axes that few slots leave free
-    "length": (),
+    "length": (SEQUENCE,),
     "embed": (),
     "heads": ("tensor", "expert"),
     "kv_heads": ("tensor", "expert"),
@@ -65,7 +67,8 @@ ACTIVATION_RULES: Rules = {
     "latent": (),
     "mlp": ("tensor", "expert"),
     "vocab": ("tensor", "expert"),
-    "tiles": ("data", "expert", "tensor"),
+    "tiles": ("data", "expert", "tensor", SEQUENCE),
+    "features": ("data", "tensor", "expert"),  # the width of what a prompt's pictures gave, from which chunks take rows
 }
 
 
@@ -136,7 +139,9 @@ def add_fsdp_axis(
     entries = [mesh_axes(entry) for entry in spec]
     used = {name for entry in entries for name in entry}
     splits = {
-        i: _dividing(shape[i], MESH_AXES, mesh_shape, used) for i in range(int(layers), len(shape)) if not entries[i]
+        i: _dividing(shape[i], (*MESH_AXES, SEQUENCE), mesh_shape, used)
+        for i in range(int(layers), len(shape))
+        if not entries[i]
     }
     if not splits or math.prod(shape) < MIN_SPLIT_SIZE:
         return spec
@@ -148,6 +153,11 @@ def add_fsdp_axis(
 def batch_parts(mesh_shape: Mapping[str, int]) -> int:
     """Into how many data shards a mesh splits the rows of a batch that it divides."""
     return math.prod(mesh_shape.get(name, 1) for name in ACTIVATION_RULES["batch"])
+
+
+def axes_of(name: str, mesh: Mesh) -> tuple[str, ...]:
+    """The axes of a mesh that an activation's logical axis is split over if they divide it."""
+    return tuple(axis for axis in ACTIVATION_RULES[name] if axis in mesh.axis_names)
 
 
 def batch_axis(decode: bool) -> str:
@@ -218,8 +228,15 @@ def check_mesh(sizes: Mapping[str, int], devices: int) -> None:
         )
 
 
-def make_mesh(data: int = 1, tensor: int = 1, expert: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A ``data × tensor × expert`` mesh with automatic axes.
+def make_mesh(
+    data: int = 1,
+    tensor: int = 1,
+    expert: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    sequence: int = 1,
+) -> Mesh:
+    """A ``data × tensor × expert`` mesh with automatic axes; with ``sequence`` above 1, ``× sequence``.
 
     Devices are placed so that an axis runs along the links of a TPU slice; several slices share the ``data`` axis, the
     one that moves the least.
@@ -228,23 +245,24 @@ def make_mesh(data: int = 1, tensor: int = 1, expert: int = 1, devices: Sequence
       UsageError: the product is not the number of devices, or several slices do not divide ``data``.
     """
     devices = list(devices) if devices is not None else jax.devices()
-    sizes = (data, tensor, expert)
-    check_mesh(dict(zip(MESH_AXES, sizes, strict=True)), len(devices))
+    axes = MESH_AXES if sequence == 1 else (*MESH_AXES, SEQUENCE)
+    sizes = (data, tensor, expert, sequence)[: len(axes)]
+    check_mesh(dict(zip(axes, sizes, strict=True)), len(devices))
     # Not jax.make_mesh: except on v5e it refuses an axis that ends within a row of chips (data=8 of 4 × 4), and it
     # refuses several slices.
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     if data % slices:
         raise UsageError(f"mesh data={data}: {slices} TPU slices are used, so data must be a multiple of {slices}.")
     if slices > 1:
-        of_slice = (data // slices, tensor, expert)
-        placed = mesh_utils.create_hybrid_device_mesh(of_slice, (slices, 1, 1), devices, allow_split_physical_axes=True)
+        of_slice, apart = (data // slices, *sizes[1:]), (slices, *(1 for _ in sizes[1:]))
+        placed = mesh_utils.create_hybrid_device_mesh(of_slice, apart, devices, allow_split_physical_axes=True)
     else:
         placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(placed, axes, axis_types=(AxisType.Auto,) * len(axes))
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Parses ``data=2,tensor=2,expert=2``; axes not named are 1.
+    """Parses ``data=2,tensor=2,expert=2``; axes not named are 1, and ``sequence`` is there only above 1.
 
     Raises:
       UsageError: an unknown axis, one named twice, or a size that is not a positive whole number.
@@ -252,11 +270,14 @@ def parse_mesh(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, _, value = part.partition("=")
-        if name.strip() not in MESH_AXES:
-            raise UsageError(f"--mesh: unknown axis {name!r}; the axes are {', '.join(MESH_AXES)}.")
+        if name.strip() not in (*MESH_AXES, SEQUENCE):
+            known = ", ".join((*MESH_AXES, SEQUENCE))
+            raise UsageError(f"--mesh: unknown axis {name!r}; the axes are {known} (in training).")
         if name.strip() in sizes:
             raise UsageError(f"--mesh: {name.strip()} is given twice; give each axis one size.")
         if not value.strip().isdigit() or int(value) < 1:
             raise UsageError(f"--mesh: {part!r} needs a positive whole number, as in data=2,tensor=2,expert=2.")
         sizes[name.strip()] = int(value)
+    if sizes.get(SEQUENCE) == 1:
+        del sizes[SEQUENCE]
     return dict.fromkeys(MESH_AXES, 1) | sizes

@@ -40,13 +40,14 @@ from dsvl2_jax.inputs.processor import ModelInputs, Processor
 from dsvl2_jax.kernels.tuning import table_digest
 from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model.cache import check_cache_dtype
-from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.config import Config, with_rope_scaling
 from dsvl2_jax.model.deepseek_vl2 import Params
 from dsvl2_jax.model.weights import for_rows
 from dsvl2_jax.runtime.compile_cache import enable_compilation_cache
 from dsvl2_jax.runtime.malloc import keep_freed_memory
 from dsvl2_jax.runtime.stored_programs import StoredPrograms
 from dsvl2_jax.runtime.timing import Timing, compile_log
+from dsvl2_jax.sharding import SEQUENCE
 
 SLOTS = 8  # answers that grow at a time, in serving too: the same shapes give the same bits
 FEATURE_BYTES = 256 << 20  # of pictures' features that are kept while prompts are answered
@@ -60,7 +61,9 @@ def load(
     *,
     cache_dtype: str | None = None,
     verify: bool = False,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Mapping[str, str | Path] | None = None,
+    context: int | None = None,
+    rope_scaling: Mapping[str, Any] | None = None,
 ) -> Model:
     """Loads a model for inference.
 
@@ -75,26 +78,47 @@ def load(
         None: as the model computes. int8 has a scale for each vector, and takes about half the bytes of bfloat16.
       verify: read every file of the checkpoint before, and compare it with its digest.
       adapter: the directory of a LoRA or DoRA adapter for this checkpoint, as training and the `peft` package write
-        them, or a hub id; None: none.
+        them, or a hub id; None: none. Several by name: each prompt chooses one of them or none, see `Model.generate`.
+      context: the most positions of a prompt and its answer together; None: ``max_position_embeddings``. A note on
+        standard error says where that is more than the model was made for.
+      rope_scaling: how positions are scaled, instead of what config.json says; as it says it there.
 
     Raises:
-      CheckpointError, ConfigError, TokenizerError: the checkpoint or the adapter cannot be used; the message says why.
-      UsageError: a dtype that is none of those.
+      CheckpointError, ConfigError, TokenizerError: the checkpoint or an adapter cannot be used; the message says why.
+      UsageError: a dtype that is none of those, or adapters that cannot lie side by side.
     """
     check_cache_dtype(cache_dtype)
     compile_log()
     enable_compilation_cache()
     keep_freed_memory()
+    if context is not None and context < 1:
+        raise UsageError(f"a context of {context} positions holds nothing; give a positive number.")
+    if mesh is not None and SEQUENCE in mesh.axis_names:
+        raise UsageError(
+            f"a mesh with {SEQUENCE} is for training, where it splits rows; here a cache is split along its length by "
+            "itself, over the axes that its slots leave free: use data, tensor and expert."
+        )
     directory = resolve(path)
     if verify:
         tell(directory, verify_files(directory))
     config, processor = open_model(directory)
-    arrays_and_settings = None if adapter is None else read_adapter(adapter, config)
-    params = load_params(directory, config, dtype=dtype, mesh=mesh)
-    if arrays_and_settings is not None:
+    if rope_scaling is not None:
+        config = with_rope_scaling(config, rope_scaling)
+    made_for = config.language.longest_context
+    if context is not None and context > made_for:
+        told = f"a context of {context} is beyond the {made_for} positions that the model was made for: expect worse "
+        tell(directory, [told + "answers beyond them (rope_scaling stretches positions; docs/contexts.md)"])
+    several = isinstance(adapter, Mapping)
+    sources = dict(adapter) if several else {} if adapter is None else {"": adapter}
+    read = {name: read_adapter(source, config) for name, source in sources.items()}
+    params, adapters = load_params(directory, config, dtype=dtype, mesh=mesh), None
+    if read:
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-            params = with_adapter(params, config, *arrays_and_settings, mesh=mesh, source=adapter)
-    return Model(config, params, processor, mesh, cache_dtype=cache_dtype)
+            adapted = {
+                name: with_adapter(params, config, *one, mesh=mesh, source=sources[name]) for name, one in read.items()
+            }
+            params, adapters = side_by_side(params, adapted) if several else (adapted[""], None)
+    return Model(config, params, processor, mesh, adapters, cache_dtype=cache_dtype, context=context)
 
 
 class Model:
@@ -114,9 +138,11 @@ class Model:
         adapters: Adapters | None = None,
         *,
         cache_dtype: str | None = None,
+        context: int | None = None,
     ):
         check_cache_dtype(cache_dtype)
         self.config = config
+        self._context = context
         self.params = params
         self.processor = processor
         self.mesh = mesh
@@ -128,6 +154,11 @@ class Model:
         compile_log()
 
     @property
+    def context(self) -> int:
+        """The most positions of a prompt and its answer together."""
+        return self._context or self.config.language.max_position_embeddings
+
+    @property
     def dtype(self) -> str:
         return jnp.dtype(model.compute_dtype(self.params)).name
 
@@ -135,17 +166,11 @@ class Model:
     def cache_dtype(self) -> str:
         return self._cache_dtype or self.dtype
 
-    def with_adapters(self, adapted: Mapping[str, Params]) -> Model:
-        """This model with adapters to choose from; see `dsvl2_jax.infer.adapters.side_by_side`."""
-        with self.on_mesh():
-            params, adapters = side_by_side(self.params, adapted)
-        return Model(self.config, params, self.processor, self.mesh, adapters, cache_dtype=self._cache_dtype)
-
     def _params_for(self, adapter: str | None, rows: int) -> Params:
         """The parameters for a batch all of whose rows want one adapter."""
         if self.adapters is None and adapter is None:
             return self.params
-        return for_rows(self.params, jnp.full(rows, self._adapter(adapter), jnp.int32))
+        return for_rows(self.params, np.full(rows, self._adapter(adapter), np.int32))
 
     def _adapter(self, name: str | None) -> int:
         if self.adapters is None and name is not None:
@@ -224,7 +249,7 @@ class Model:
         logprobs: bool = False,
         slots: int = SLOTS,
         speculate: int = 0,
-        adapter: str | None | Sequence[str | None] = None,
+        adapter: str | Sequence[str | None] | None = None,
         on_text: Callable[[int, str], None] | None = None,
         timing: Timing | None = None,
     ) -> Generation | list[Generation]:
@@ -346,14 +371,13 @@ class Model:
     ) -> Scheduler:
         # A chunk that begins within a page may reach into the next one.
         spare = 0 if chunk == PAGE else PAGE
-        length = cache_bucket(last_position, PAGE, self.config.language.max_position_embeddings) + spare
+        length = cache_bucket(last_position, PAGE, self.context) + spare
         slots = self.whole_slots(slots)
         return Scheduler(self, slots, length, feature_bytes=FEATURE_BYTES, chunk=chunk, timing=timing, drafts=speculate)
 
     def last_position(self, request: Request) -> int:
         """The last position that a token of the answer may have."""
-        length, context = len(request.inputs.input_ids), self.config.language.max_position_embeddings
-        return min(length + request.max_new_tokens - 1, context)
+        return min(len(request.inputs.input_ids) + request.max_new_tokens - 1, self.context)
 
     def whole_slots(self, slots: int) -> int:
         """So many slots, or a few more: as many on each device of a mesh."""
@@ -362,12 +386,13 @@ class Model:
 
     def check_context(self, prompt: ModelInputs) -> None:
         """Raises ConversationError when a prompt is longer than the context."""
-        context, tokens = self.config.language.max_position_embeddings, len(prompt.input_ids)
+        context, tokens = self.context, len(prompt.input_ids)
         if tokens > context:
             images = int(prompt.image_mask.sum())
             raise ConversationError(
                 f"the prompt has {tokens} tokens ({images} of them image tokens), but the model's context is {context} "
-                "(max_position_embeddings); shorten the text, or use fewer or less elongated images."
+                "(max_position_embeddings, or --context); shorten the text, or use fewer or less elongated images, "
+                "fewer frames of a video, or a lower max_tiles."
             )
 
     def _tiles(self, function: Callable, tiles: np.ndarray, adapter: str | None) -> jax.Array:

@@ -18,9 +18,11 @@ from jax.sharding import Mesh
 from dsvl2_jax.infer import slots, speculation
 from dsvl2_jax.infer.adapters import BASE, Adapters
 from dsvl2_jax.infer.buckets import most_padding, tile_bucket
+from dsvl2_jax.infer.memory import check_memory
 from dsvl2_jax.infer.sampling import SamplingArrays, SamplingParams
 from dsvl2_jax.infer.slots import PAGE, Steps
 from dsvl2_jax.inputs.processor import ModelInputs, Processor
+from dsvl2_jax.kernels.attention import SPAN, is_long
 from dsvl2_jax.model import gpu_decode
 from dsvl2_jax.model.cache import init_cache, token_bytes
 from dsvl2_jax.model.config import TEXT_POSITION, Config
@@ -63,6 +65,10 @@ class LoadedModel(Protocol):
     @property
     def cache_dtype(self) -> str: ...
 
+    @property
+    def context(self) -> int:
+        """The most positions of a prompt and its answer together."""
+
     def run(self, function: Callable, static: Mapping[str, Any], **arrays: Any) -> Any:
         """A jitted function of keyword arguments, of which ``static`` are the static ones, on the model's mesh."""
 
@@ -90,9 +96,10 @@ class Executor:
         self.cache_length = cache_length
         self.drafts = drafts
         self.eos = owner.processor.tokenizer.eos_id
-        config, per_tile = owner.config, owner.config.tokens_per_tile
         # A prompt has at most so many tiles, and the last picture's are padded to their bucket.
-        self._tiles = config.language.max_position_embeddings // per_tile + most_padding(self._devices)
+        self._tiles = -(-owner.context // owner.config.tokens_per_tile) + most_padding(self._devices)
+        dtypes = owner.dtype, owner.cache_dtype
+        check_memory(owner.params, owner.config, owner.mesh, *dtypes, slots, cache_length, self._tiles)
         self._features: dict[Hashable, jax.Array] = {}
         self._pages: dict[Hashable, Any] = {}
         self.reset()
@@ -152,6 +159,11 @@ class Executor:
         return [*lengths, self.cache_length]
 
     @functools.cached_property
+    def _prefill_lengths(self) -> list[int]:
+        """The same for prefill, which reads no more than it needs of a long cache."""
+        return [n for n in self._read_lengths if n <= SPAN or n == self.cache_length or not is_long(self.cache_length)]
+
+    @functools.cached_property
     def decode_lengths(self) -> list[int]:
         """The same for decoding: one, where attention reads no more of the cache than is needed."""
         platform = self._device.platform if self.model.mesh is None else ""
@@ -161,7 +173,10 @@ class Executor:
             and not self.drafts
             and are_plain(self.model.params["language"])
             and gpu_decode.is_supported(
-                self.model.config.language, self.slots, *(a.dtype for a in jax.tree.leaves(self._state.cache))
+                self.model.config.language,
+                self.slots,
+                jnp.dtype(self.model.dtype),
+                [array.dtype for array in jax.tree.leaves(self._state.cache)],
             )
         )
         return [self.cache_length] if loops or skips else self._read_lengths
@@ -172,7 +187,7 @@ class Executor:
         return self._device.platform == "gpu" and not self.drafts
 
     def _wanted(self, adapters: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """What programs are told of the adapters of a batch's rows: nothing, where the model has none to choose from."""
+        """What programs are told of the adapters of a batch's rows; nothing, where there are none to choose from."""
         return {} if self.model.adapters is None else {"adapters_b": np.asarray(adapters, np.int32)}
 
     def encode(self, key: Hashable, tiles: np.ndarray, adapter: int = BASE) -> None:
@@ -205,7 +220,7 @@ class Executor:
         pad = (0, size - len(ids))
         ids_bt = np.pad(ids, pad)[None]
         index_bt = np.pad(image_index, pad, constant_values=TEXT_POSITION)[None]
-        read = None if start == 0 else next(n for n in self._read_lengths if start + size <= n)
+        read = None if start == 0 else next(n for n in self._prefill_lengths if start + size <= n)
         self._logits, self._row = self.model.run(
             prefill_chunk,
             {"config": self.model.config, "read_length": read},
@@ -316,7 +331,7 @@ class Executor:
             self.place(None, 0)
             self.drop_features(None)
         for size in CHUNKS:
-            starts = [0, *(n - PAGE for n in self._read_lengths if n > PAGE)]
+            starts = [0, *(n - PAGE for n in self._prefill_lengths if n > PAGE)]
             for start in starts:
                 say(f"prefill, {size} tokens from {start}")
                 self.prefill(np.zeros(size, np.int32), np.full(size, TEXT_POSITION, np.int32), start, start + size)

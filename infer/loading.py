@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -25,12 +28,14 @@ class LoadOptions:
     as_seen: bool = False
     strict_special_tokens: bool = False
     verify: bool = False
-    adapter: str | None = None
+    adapter: str | Mapping[str, str] | None = None
     cache_dtype: str | None = None
     max_tiles: int | None = None
     min_tiles: int | None = None
     frames: int | None = None
     frame_choice: str | None = None
+    context: int | None = None
+    rope_scaling: str | None = None  # JSON
 
 
 def load(ckpt: str | None, options: LoadOptions) -> Model:
@@ -47,13 +52,28 @@ def load(ckpt: str | None, options: LoadOptions) -> Model:
     mesh = None if options.mesh is None else make_mesh(**parse_mesh(options.mesh))
     if processes.joined():
         processes.same_everywhere("the checkpoint", description(resolve(ckpt)))
-        if options.adapter is not None:
-            processes.same_everywhere("the adapter", description(find_adapter(options.adapter)))
-    given = {"cache_dtype": options.cache_dtype, "verify": options.verify, "adapter": options.adapter}
-    model = engine.load(ckpt, dtype=options.dtype, mesh=mesh, **given)
+        adapters = options.adapter or {}
+        for adapter in [adapters] if isinstance(adapters, str) else adapters.values():
+            processes.same_everywhere("the adapter", description(find_adapter(adapter)))
+    given = {name: getattr(options, name) for name in ("dtype", "cache_dtype", "verify", "adapter", "context")}
+    model = engine.load(ckpt, mesh=mesh, rope_scaling=_parsed(options.rope_scaling), **given)
     model.store_programs()
     model.processor.as_seen = options.as_seen
     model.processor.warns = False  # the commands count pictures, and name their own option
     model.processor.strict_special_tokens = options.strict_special_tokens
     model.processor.set_visuals(options.max_tiles, options.min_tiles, options.frames, options.frame_choice)
     return model
+
+
+def _parsed(text: str | None) -> dict[str, Any] | None:
+    """``--rope-scaling``; raises UsageError where it is no JSON object."""
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        example = '{"type": "yarn", "factor": 4}'
+        raise UsageError(f"--rope-scaling {text}: is no JSON object; write it as in config.json: '{example}'.")
+    return value

@@ -30,7 +30,6 @@ from dsvl2_jax.infer.request import Delta, FailedError, Request, image_tiles
 from dsvl2_jax.infer.slots import GROUP, PAGE, Steps
 from dsvl2_jax.infer.stores import Store
 from dsvl2_jax.inputs.processor import ModelInputs
-from dsvl2_jax.model.rope_scaling import depends_on_length
 from dsvl2_jax.runtime.timing import Timing
 
 _SHORT_PROMPT = 2  # turns that a prompt may take for which groups are shortened
@@ -195,8 +194,7 @@ class Scheduler:
         if not BASE <= request.adapter < count:
             raise ValueError(f"the request is for adapter {request.adapter}, but the model has {count}")
         length = len(request.inputs.input_ids)
-        context = self.model.config.language.max_position_embeddings
-        new_tokens = min(request.max_new_tokens, context - length + 1)
+        new_tokens = min(request.max_new_tokens, self.model.context - length + 1)
         ticket = Ticket(request, AnswerBuilder(self.model.processor, request.sampling), length + new_tokens - 1)
         if ticket.limit > self.last_position:
             raise ValueError(f"an answer may end at position {ticket.limit}, but the cache has {self.last_position}")
@@ -419,8 +417,8 @@ class Scheduler:
 
     def _page_keys(self, request: Request) -> list[bytes]:
         """As `page_keys`; where positions depend on a prompt's length, its pages are for prompts as long only."""
-        scales = depends_on_length(self.model.config.language, len(request.inputs.input_ids))
-        return page_keys(request, self.model.config.tokens_per_tile, self.model.adapters, of_length=scales)
+        stretches = self.model.config.language.stretches(len(request.inputs.input_ids))
+        return page_keys(request, self.model.config.tokens_per_tile, self.model.adapters, of_length=stretches)
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:

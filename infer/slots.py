@@ -126,13 +126,15 @@ def adapt_tiles(
 
 
 def init_features(config: Config, tiles: int, dtype: DTypeLike) -> jax.Array:
-    """Room for the adaptor's output of a prompt's tiles: [tiles, tokens per tile, D], the same on all devices."""
-    return constrain(jnp.zeros((tiles, config.tokens_per_tile, config.language.hidden_size), dtype), None, None, None)
+    """Room for the adaptor's output of a prompt's tiles: [tiles, tokens per tile, D], D split over all devices."""
+    table = jnp.zeros((tiles, config.tokens_per_tile, config.language.hidden_size), dtype)
+    return constrain(table, None, None, "features")
 
 
 def place_features(table: jax.Array, features: jax.Array, first_tile: jax.Array) -> jax.Array:
     """Puts a picture's adaptor output [n, t, D] among those of its prompt [N, t, D], from tile ``first_tile`` on."""
-    return lax.dynamic_update_slice_in_dim(table, features.astype(table.dtype), first_tile, axis=0)
+    features = constrain(features.astype(table.dtype), None, None, "features")
+    return constrain(lax.dynamic_update_slice_in_dim(table, features, first_tile, axis=0), None, None, "features")
 
 
 def prefill_chunk(

@@ -59,6 +59,8 @@ SLOW_FILES = (
     "runtime/test_processes",
     "train/test_run",
     "train/objectives/test_language",
+    "train/objectives/test_adapter",
+    "train/test_run_adapter",
     "apps/plan/test_planner_tpu",
     "test_golden",
     "infer/test_mesh",

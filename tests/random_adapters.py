@@ -1,4 +1,4 @@
-"""Adapters of random numbers, as parameters that hold one each."""
+"""Adapters of random numbers."""
 
 from __future__ import annotations
 
@@ -6,60 +6,47 @@ import re
 import zlib
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from dsvl2_jax.model.weights import merged, weight_of
-
-# Weights that products read, and how many axes their inputs have; of experts after the first axis.
-_INPUTS = (
-    (r"(o_proj|attn/proj)/kernel$", 2),
-    (r"(self_attn/\w+|(gate|up|down)_proj|fc[12]|qkv|patch_embed|projector/\w+|lm_head)/kernel$", 1),
-    (r"experts/\w+_proj$", 1),
-    (r"kv_b_proj$", -1),
-)
+from dsvl2_jax.checkpoint.adapters import AdapterSettings, array_shapes
+from dsvl2_jax.checkpoint.rules import linear_leaves
+from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.weights import is_stored_weight, merged, weight_of
 
 
-def with_random_adapter(params: Any, targets: str, *, seed: int, rank: int, size: float, gain: bool = False) -> Any:
-    """The parameters with an adapter at each weight whose path matches ``targets``, a pattern of `re`.
+def random_adapter(
+    config: Config, targets: str, *, seed: int = 0, rank: int = 4, size: float = 0.01, dora: bool = False
+) -> tuple[dict[str, Any], AdapterSettings]:
+    """As `read_adapter` returns it, of the parameters whose name matches ``targets``, a pattern of `re`.
 
     Args:
-      size: of what it adds, about, over the size of the weights. gain: with gains too, as DoRA has them.
+      size: of lora_b's numbers, about.
     """
-
-    def walk(value: Any, path: str) -> Any:
-        if isinstance(value, dict):
-            return {name: walk(inner, f"{path}/{name}".lstrip("/")) for name, inner in value.items()}
-        inputs = next((count for pattern, count in _INPUTS if re.search(pattern, path)), None)
-        if inputs is None or not re.search(targets, path):
-            return value
-        lead = 1 if re.search(r"experts/\w+_proj$", path) else 0
-        shape = value.shape[lead:]
-        into, out = (shape[-1:], shape[:-1]) if inputs < 0 else (shape[:inputs], shape[inputs:])
-        draw = np.random.default_rng([seed, zlib.crc32(path.encode())])
-        arrays = {
-            "lora_a": draw.normal(size=(*value.shape[:lead], *into, rank)) * rank**-0.5,
-            "lora_b": draw.normal(size=(*value.shape[:lead], rank, *out)) * size * float(np.std(value)),
+    arrays: dict[tuple[str, ...], dict[str, np.ndarray]] = {}
+    for path, leaf in linear_leaves(config).items():
+        if not re.search(targets, leaf.name):
+            continue
+        draw = np.random.default_rng([seed, zlib.crc32(leaf.name.encode())])
+        shapes = array_shapes(leaf, rank)
+        arrays[path] = {
+            "lora_a": draw.normal(size=shapes["lora_a"]).astype(np.float32),
+            "lora_b": size * draw.normal(size=shapes["lora_b"]).astype(np.float32),
         }
-        if gain:
-            arrays["gain"] = 1 + size * draw.normal(size=(*value.shape[:lead], *out))
-        return {"base": value} | {name: jnp.asarray(x, value.dtype) for name, x in arrays.items()}
-
-    return walk(params, "")
+        if dora:
+            arrays[path]["magnitude"] = draw.uniform(0.5, 1.5, shapes["magnitude"]).astype(np.float32)
+    return unflatten_dict(arrays), AdapterSettings("dora" if dora else "lora", rank, alpha=2.0 * rank)
 
 
-def merged_params(params: Any) -> Any:
-    """Plain parameters in which each weight with an adapter is one array, as `merged` has it."""
+def merged_params(params: Any, config: Config) -> Any:
+    """Parameters with one adapter as plain ones."""
+    leaves = linear_leaves(config)
 
-    def walk(value: Any, path: str) -> Any:
-        if not isinstance(value, dict):
+    def plain(path: tuple[str, ...], value: Any) -> Any:
+        if not is_stored_weight(value):
             return value
-        if "base" not in value:
-            return {name: walk(inner, f"{path}/{name}") for name, inner in value.items()}
-        base = value["base"]
-        lead = 1 if re.search(r"experts/\w+_proj$", path) else 0
-        inputs = next(count for pattern, count in _INPUTS if re.search(pattern, path))
-        packed = -1 if inputs < 0 else lead + inputs - 1 - base.ndim
-        return merged(weight_of(value, packed), packed).astype(base.dtype)
+        packed = leaves[path].inputs[-1] - len(leaves[path].shape)
+        return merged(weight_of(value, packed), packed).astype(value["base"].dtype)
 
-    return walk(params, "")
+    flat = flatten_dict(params, is_leaf=lambda _, value: is_stored_weight(value))
+    return unflatten_dict({path: plain(path, value) for path, value in flat.items()})

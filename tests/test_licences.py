@@ -46,7 +46,7 @@ def binds(text: str) -> bool:
     return all(BINDING.search(choice) for choice in CHOICES.split(text))
 
 
-@pytest.mark.parametrize("extra", ["", "serve", "train", "demo"])
+@pytest.mark.parametrize("extra", ["", "serve", "train", "demo", "video"])
 def test_no_package_of_the_run_time_has_a_licence_that_binds_its_users(extra):
     packages = required("dsvl2-jax", frozenset({extra}))
     assert {"jax", "pillow"} <= packages and ("fastapi" in packages) == (extra == "serve")

@@ -35,6 +35,7 @@ class EngineOptions:
     max_queue: int = 256
     max_queued_tokens: int = 1_000_000
     max_tiles: int = 1024
+    max_image_tiles: int = 9
     max_wait: float = 300.0
 
 
@@ -94,6 +95,14 @@ class ThreadEngine:
     def statistics(self) -> dict[str, float]:
         waiting = sum(not task.done() for task in self.tasks)
         return {"num_requests_running": float(min(waiting, 1)), "num_requests_waiting": max(0, waiting - 1), "tiles": 0}
+
+    @property
+    def max_image_tiles(self) -> int:
+        return self.options.max_image_tiles
+
+    def check_tiles(self, tiles: int) -> None:
+        if tiles > self.options.max_tiles:
+            raise RefusedError(f"the pictures have {tiles} tiles.", 413)
 
     def submit(self, request: Request) -> Answer:
         if self.health != "ok":

@@ -4,7 +4,7 @@ it joins the frozen base inside the loss.
 An adapted weight is a dict in the weight's place (`dsvl2_jax.model.weights`). In the trained state ``lora_b`` is
 without the adapter's factor, as files hold it; `joined` multiplies it in.
 
-Tested in tests/train/test_adapter.py.
+Tested in tests/train/objectives/test_adapter.py.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def targeted(config: Config, targets: Iterable[str]) -> list[LeafPath]:
         if any(pattern.search(path_name(path)) for path in able):
             continue
         others = [name for path in abstract_leaves(config) if pattern.search(name := path_name(path))]
-        why = f"only parameters that are no matrix with an adapter's place:\n{listed(others, 10)}"
+        why = f"nothing that can have an adapter, only:\n{listed(others, 10)}"
         kinds = dict.fromkeys(re.sub(r"(layers|blocks)_\d+", r"\1_0", path_name(path)) for path in able)
         raise SettingsError(
             f"adapter.targets: '{text}' matches {why if others else 'no parameter of this model.'}\n"

@@ -65,7 +65,7 @@ def step_flops(
         trained = {path_name(path): ParameterRule(".") for path in adapter}
         rules = {path_name(path): ParameterRule(".", train=False) for path in abstract_leaves(config)} | trained
     language = config.language
-    passes = _Passes(rules, remat)
+    passes = _Passes(rules, remat, adapts=adapter is not None)
     per_token = per_feature = 0.0
     for path, size in _matrices(config, adapter or {}):
         flops = 2.0 * size * passes.of(path)
@@ -118,15 +118,19 @@ def _pooled(vision: VisionConfig) -> dict[str, int]:
 class _Passes:
     """How often a product is made: 1 forward, and 1 each for the gradients that are needed of its two inputs."""
 
-    def __init__(self, rules: Mapping[str, ParameterRule], remat: bool = False):
+    def __init__(self, rules: Mapping[str, ParameterRule], remat: bool = False, adapts: bool = False):
         self._rules = rules
         self._remat = remat
+        self._adapts = adapts
         self._trained = {_depth(path) for path, rule in rules.items() if rule.train}
         self._first = min(self._trained, default=(math.inf,))
 
     def of(self, path: str) -> int:
         """For a weight's product with its input."""
-        backward = (self._first < _depth(path)) + self._rules[path].train
+        depth, trained = _depth(path), self._rules[path].train
+        # In the first layer that has adapters, gradients flow from its later products to its earlier ones.
+        through = self._first < depth or (self._adapts and not trained and depth in self._trained)
+        backward = through + trained
         return 1 + backward + (self._remat and backward > 0 and _LAYER.search(path) is not None)
 
     def attention(self, part: float, layers: int) -> int:

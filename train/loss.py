@@ -23,7 +23,7 @@ from dsvl2_jax.model.decoder import hidden_states
 from dsvl2_jax.model.deepseek_vl2 import Params
 from dsvl2_jax.model.moe import Routing
 from dsvl2_jax.model.weights import is_quantized, weight_of
-from dsvl2_jax.sharding import constrain
+from dsvl2_jax.sharding import constrain, split_over
 from dsvl2_jax.train.data.batch import TrainBatch
 from dsvl2_jax.train.forward import compute_params, training_layers
 
@@ -164,18 +164,23 @@ def _head(
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array | None, jax.Array | None]]:
     """(the sum, the losses, the gradients of ``hidden_btd`` and ``kernel_dv``, each if it is among ``gradients``)."""
     b, t, _ = hidden_btd.shape
-    chunk = min(chunk, t)
+    # Where rows are split along their length, each part gives its share of a chunk.
+    cuts = split_over(hidden_btd.shape, ("logits_batch", "length", "embed"), 1)[1]
+    t, chunk = t // cuts, min(-(-chunk // cuts), t // cuts)
     product = functools.partial(jnp.einsum, precision=matmul_precision(hidden_btd.dtype))
     # The vocabulary stays split over `tensor` and `expert`, and tokens come to it: [D, V] is larger than they are.
     axes = "logits_batch", "length", "embed"
     hidden_btd, kernel_dv = constrain(hidden_btd, *axes), constrain(kernel_dv, "embed", "vocab")
 
     def split(x: jax.Array, fill: float = 0) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (0, -t % chunk)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
-        return jnp.moveaxis(x.reshape(b, -1, chunk, *x.shape[2:]), 1, 0)
+        x = x.reshape(b, cuts, t, *x.shape[2:])
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, -t % chunk)) + ((0, 0),) * (x.ndim - 3), constant_values=fill)
+        x = jnp.moveaxis(x.reshape(b, cuts, -1, chunk, *x.shape[3:]), 2, 0)
+        return x.reshape(-1, b, cuts * chunk, *x.shape[4:])
 
     def join(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x, 0, 1).reshape(b, -1, *x.shape[3:])[:, :t]
+        x = jnp.moveaxis(x.reshape(-1, b, cuts, chunk, *x.shape[3:]), 0, 2)
+        return x.reshape(b, cuts, -1, *x.shape[4:])[:, :, :t].reshape(b, cuts * t, *x.shape[4:])
 
     def body(dkernel_dv: jax.Array | None, part: tuple[jax.Array, ...]) -> tuple[jax.Array | None, tuple]:
         x_btd, target_bt, weight_bt = part  # of a chunk's tokens

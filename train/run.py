@@ -15,6 +15,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ from dsvl2_jax.messages import first_line, listed
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import Params, entry_axes, init_params
 from dsvl2_jax.model.released import variant
+from dsvl2_jax.model.weights import are_plain
 from dsvl2_jax.runtime import processes
 from dsvl2_jax.runtime.compile_cache import enable_compilation_cache
 from dsvl2_jax.runtime.malloc import keep_freed_memory
@@ -57,6 +59,7 @@ from dsvl2_jax.train.objectives.base import BaseTrainer, TrainState, data_shards
 from dsvl2_jax.train.objectives.contrastive import ContrastiveMetrics, ContrastiveTrainer
 from dsvl2_jax.train.objectives.language import LanguageMetrics, LanguageTrainer
 from dsvl2_jax.train.objectives.regions import RegionTrainer
+from dsvl2_jax.train.positions import with_positions
 from dsvl2_jax.train.run_directory import Identity, RunDirectory, Saved, model_identity, opened
 from dsvl2_jax.train.settings.load import load, to_toml
 from dsvl2_jax.train.settings.schema import Settings
@@ -108,19 +111,18 @@ def train(config: str | Path, overrides: Sequence[str] = (), *, verify: bool = F
             checkpoints = [run.checkpoint(step) for step in steps[-1:]]
             for checkpoint in [*checkpoints, source] if adapts or not steps else checkpoints:
                 tell(checkpoint, verify_files(checkpoint))
-        model, processor = _open_model(settings, source)
-        identity = _identity(settings, source)
-        if processes.is_first() and started:
-            run.check(settings, identity)
-            run.write_settings(settings)
-        elif processes.is_first():
-            run.begin(settings, model_files(source), identity)
-        processes.gather("the run has begun")
-        if not run.started:
-            raise RunError(
-                f"run.directory {run.path}: does not show what process 0 has written there. Choose a directory on "
-                "storage that all processes share."
+        with tempfile.TemporaryDirectory() as folder:
+            # What a run has written says already how its positions are.
+            written = steps and not adapts
+            files = model_files(source) if written else with_positions(settings.model, source, Path(folder))
+            model, processor = _open_model(settings, files)
+            identity = _identity(settings, files)
+            _begin(settings, run, files, identity, started=started)
+        if settings.data.sequence_length > model.language.longest_context:
+            told = (
+                f"rows of {settings.data.sequence_length} tokens are longer than the {model.language.longest_context} "
             )
+            tell(source, [told + "positions of the model; model.context and model.rope_scaling change them."])
         trainer = _trainer(settings, model, processor, mesh, source)
         pipeline = open_training(settings, processor, model, shard)
         with contextlib.closing(pipeline):
@@ -131,19 +133,34 @@ def train(config: str | Path, overrides: Sequence[str] = (), *, verify: bool = F
                 _Loop(settings, run, trainer, pipeline, validation, report, signals).run(state)
 
 
-def _identity(settings: Settings, source: Path) -> Identity:
+def _begin(settings: Settings, run: RunDirectory, files: Path, identity: Identity, *, started: bool) -> None:
+    """Writes what identifies the run, or compares it with what began here."""
+    if processes.is_first() and started:
+        run.check(settings, identity)
+        run.write_settings(settings)
+    elif processes.is_first():
+        run.begin(settings, files, identity)
+    processes.gather("the run has begun")
+    if not run.started:
+        raise RunError(
+            f"run.directory {run.path}: does not show what process 0 has written there. Choose a directory on storage "
+            "that all processes share."
+        )
+
+
+def _identity(settings: Settings, files: Path) -> Identity:
     """What the run is of; the same in all processes, validation data included."""
 
-    def files(train: bool) -> dict[str, str]:
+    def data(train: bool) -> dict[str, str]:
         other = {"validation" if train else "train": {}}
         return fingerprint(dataclasses.replace(settings, data=dataclasses.replace(settings.data, **other)))
 
-    identity = Identity(model_identity(model_files(source)), files(train=True))
+    identity = Identity(model_identity(files), data(train=True))
     if processes.joined():
         for what, content in (
             ("the settings", to_toml(settings)),
             ("the model", json.dumps(identity.model)),
-            ("the data", json.dumps([identity.data, files(train=False)])),
+            ("the data", json.dumps([identity.data, data(train=False)])),
         ):
             processes.same_everywhere(what, f"one with SHA-256 {hashlib.sha256(content.encode()).hexdigest()}")
     return identity
@@ -258,6 +275,11 @@ def _base(settings: Settings, trainer: BaseTrainer, source: Path, mesh: Mesh | N
     params = load_params(source, trainer.config, dtype, mesh, fsdp=True)
     if isinstance(trainer, AdapterTrainer):
         trainer.base_digest = base_digest(params)
+    elif not are_plain(params):
+        raise SettingsError(
+            f"model.checkpoint = {source}: its weights are quantized, and training changes plain ones. Give the "
+            "checkpoint that it was made from, or train an adapter beside it (adapter.kind=lora)."
+        )
     return params
 
 

@@ -17,8 +17,19 @@ version = release = importlib.metadata.version("dsvl2-jax")
 # In the order of the table of contents; a chapter that is missing is an error too.
 CONTENTS = {
     "Use": [
-        *("docs/install", "docs/python", "docs/serving", "docs/train", "docs/data", "docs/evaluation", "docs/pods"),
+        *(
+            "docs/install",
+            "docs/python",
+            "docs/serving",
+            "docs/train",
+            "docs/finetune",
+            "docs/quantization",
+            "docs/data",
+            "docs/evaluation",
+            "docs/pods",
+        ),
         "docs/plan",
+        "docs/contexts",
     ],
     "Reference": ["docs/site/api", "docs/architecture", "docs/parity", "docs/benchmarks", "configs/micro/README"],
     "Project": ["docs/development", "CONTRIBUTING", "CHANGELOG", "SECURITY"],

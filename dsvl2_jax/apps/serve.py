@@ -45,7 +45,8 @@ def serve(
       DSVL2Error: the checkpoint cannot be used, or the address not be listened at.
     """
     _log_to_standard_error()
-    name = options.model_name or (_BUNDLED if ckpt is None else checkpoint_name(resolve(ckpt)))
+    root = _BUNDLED if ckpt is None else checkpoint_name(resolve(ckpt))
+    options = dataclasses.replace(options, model_name=options.model_name or root, root=root)
     model = load(ckpt, loading)
     most = engine_options.max_image_tiles
     if most is not None and most < model.processor.config.largest:
@@ -54,12 +55,7 @@ def serve(
         follow(model, engine_options, _grammars(model))
         return
     engine = AsyncEngine(model, engine_options)
-    app = create_app(
-        engine,
-        dataclasses.replace(options, model_name=name),
-        Media(media, engine.pool),
-        _grammars(model),
-    )
+    app = create_app(engine, options, Media(media, engine.pool), _grammars(model))
     server = Server(
         engine,
         app,

@@ -23,11 +23,13 @@ from dsvl2_jax.model.parameter_paths import LeafPath, path_name
 
 
 class Placed(NamedTuple):
-    """``arrays``: path → what `read_adapter` returns for it; ``ranks`` and ``alphas`` by parameters' names."""
+    """``arrays``: path → what `read_adapter` returns for it; ``ranks`` and ``alphas`` by parameters' names; ``notes``:
+    what was tolerated."""
 
     arrays: dict[LeafPath, Any]
     ranks: dict[str, int]
     alphas: dict[str, float]
+    notes: list[str]
 
 
 def place(tensors: Mapping[str, Tensor], peft: PeftConfig, config: Config, source: str) -> Placed:
@@ -37,7 +39,16 @@ def place(tensors: Mapping[str, Tensor], peft: PeftConfig, config: Config, sourc
       CheckpointError: the adapter is for another model, or of a kind that is not computed here; ``source`` is named.
     """
     reader = _Reader(tensors, peft, config, source)
-    return Placed(reader.read(), reader.ranks, reader.alphas)
+    return Placed(reader.read(), reader.ranks, reader.alphas, reader.notes)
+
+
+def read_tensor(tensor: Tensor) -> np.ndarray:
+    """The array of a tensor, as stored. Raises CheckpointError: its file has become shorter."""
+    count = math.prod(tensor.shape)
+    array = np.fromfile(tensor.file, numpy_dtype(rules.FLOAT_DTYPES[tensor.dtype]), count, offset=tensor.start)
+    if array.size != count:
+        raise CheckpointError(f"{tensor.file}: ends while it is being read. Copy the adapter again.")
+    return array.reshape(tensor.shape)
 
 
 def scale_factor(alpha: float, rank: int, rslora: bool) -> float:
@@ -67,6 +78,7 @@ class _Reader:
         }  # released tensor → where it lies
         self.ranks: dict[str, int] = {}
         self.alphas: dict[str, float] = {}
+        self.notes: list[str] = []
         self._problems: list[str] = []
         self._pairs: dict[LeafPath, dict[int, _Pair]] = {}  # path → index of the expert → its pair
         self._whole: dict[LeafPath, np.ndarray] = {}
@@ -81,42 +93,70 @@ class _Reader:
             raise CheckpointError(
                 f"{self._source}: {len(wrong)} tensors are not floating point (F32, F16, BF16):\n{listed(wrong)}"
             )
-        for (module, _), parts in peft_names.by_module(keys).items():
-            if module in fused:
+        for (module, inner), parts in peft_names.by_module(keys).items():
+            for kind in parts.keys() & {"weight", "bias"}:
+                self._add_whole(f"{module}.{kind}", parts[kind])
+            parts = {part: stored for part, stored in parts.items() if part not in ("weight", "bias")}
+            if parts and module in fused:
                 self._add_fused(module, trained[module], parts)
-            elif parts.keys() <= {"weight", "bias"}:
-                for kind, stored in parts.items():
-                    self._add_whole(f"{module}.{kind}", stored)
-            else:
+            elif parts and inner:
+                self._problems.append(f"{module}: an adapter inside another one; save each into a directory of its own")
+            elif parts:
                 self._add_pair(module, trained[module], parts)
+        adapter: dict[LeafPath, Any] = {}
         if not self._problems:
-            adapter: dict[LeafPath, Any] = {path: self._stacked(path, pairs) for path, pairs in self._pairs.items()}
-        if not self._problems and not adapter:
+            adapter = {path: self._stacked(path, pairs) for path, pairs in self._pairs.items()}
+        if not self._problems and not adapter and not self._whole:
             self._problems.append("it has no tensors (its targets may have matched nothing)")
         if self._problems:
             raise CheckpointError(
-                f"{self._source}: the adapter does not fit the model that config.json describes; give the checkpoint "
-                f"that it was trained on{f' ({self._peft.base})' if self._peft.base else ''}:\n{listed(self._problems)}"
+                f"{self._source}: the adapter cannot be used with the model that config.json describes. Check that it "
+                f"was trained on this checkpoint{f' ({self._peft.base})' if self._peft.base else ''}:\n"
+                f"{listed(self._problems)}"
             )
+        self._note_what_is_left_out()
+        for path in adapter.keys() & self._whole.keys():
+            adapter[path]["base"] = self._whole.pop(path)
         return adapter | self._whole
 
+    def _note_what_is_left_out(self) -> None:
+        """Experts without an adapter beside others that have one, and modules that were named and are not there."""
+        some = [path for path, pairs in self._pairs.items() if self._linear[path].stacked]
+        some = [path for path in some if len(self._pairs[path]) < self._linear[path].shape[0]]
+        if some:
+            self.notes.append(
+                f"{len(some)} parameters have an adapter for some of their experts alone, such as {path_name(some[0])} "
+                f"for {len(self._pairs[some[0]])} of {self._linear[some[0]].shape[0]}"
+            )
+        sources = {path: leaf.sources for path, leaf in self._linear.items()}
+        absent = [
+            name.removesuffix(".weight")
+            for path, names in sources.items()
+            for i, name in enumerate(names)
+            if i not in self._pairs.get(path, {}) and self._peft.names_target(name.removesuffix(".weight"))
+        ]
+        if absent:
+            self.notes.append(
+                f"{len(absent)} modules that target_modules names have no tensors in it, such as {absent[0]}: they "
+                "stay as they are in the checkpoint"
+            )
+
     def _array(self, stored: str) -> np.ndarray:
-        tensor = self._tensors[stored]
-        count = math.prod(tensor.shape)
-        array = np.fromfile(tensor.file, numpy_dtype(rules.FLOAT_DTYPES[tensor.dtype]), count, offset=tensor.start)
-        if array.size != count:
-            raise CheckpointError(f"{tensor.file}: ends while {stored} is being read. Copy the adapter again.")
-        return array.reshape(tensor.shape)
+        array = read_tensor(self._tensors[stored])
+        if not np.isfinite(array).all():
+            self._problems.append(f"{stored}: has numbers that are none (inf or nan); train or copy the adapter again")
+        return array
 
     def _add_pair(self, module: str, trained: str, parts: Mapping[str, str]) -> None:
         leaf, index = self._places.get(f"{module}.weight", (None, 0))
         if leaf is None or leaf.path not in self._linear:
             self._problems.append(f"{module}: cannot have an adapter here; merge it with peft")
             return
-        if lacks := {"A", "B", *(["magnitude"] if self._peft.dora else [])} - parts.keys():
+        wanted = {"A", "B", *(["magnitude"] if self._peft.dora else [])}
+        if lacks := wanted - parts.keys():
             self._problems.append(f"{module}: lacks {', '.join(f'lora_{part}' for part in sorted(lacks))}")
             return
-        if extra := parts.keys() - {"A", "B", *(["magnitude"] if self._peft.dora else [])}:
+        if extra := parts.keys() - wanted:
             self._problems.append(
                 f"{module}: has {', '.join(sorted(extra))} too, which {CONFIG_NAME} does not speak of"
             )
@@ -128,8 +168,12 @@ class _Reader:
         if not all(right):
             return
         magnitude = self._array(parts["magnitude"]) if self._peft.dora else None
-        pair = _Pair(self._array(parts["A"]).T, self._array(parts["B"]).T, magnitude, alpha)
-        self._pairs.setdefault(leaf.path, {})[index] = pair
+        self._put(leaf, index, _Pair(self._array(parts["A"]).T, self._array(parts["B"]).T, magnitude, alpha))
+
+    def _put(self, leaf: rules.Leaf, index: int, pair: _Pair) -> None:
+        if index in self._pairs.setdefault(leaf.path, {}):
+            self._problems.append(f"{leaf.sources[index]}: has two adapters; remove the one that is not meant")
+        self._pairs[leaf.path][index] = pair
 
     def _has_shape(self, module: str, part: str, stored: str, expected: tuple[int, ...]) -> bool:
         found = self._tensors[stored].shape
@@ -141,9 +185,8 @@ class _Reader:
         leaf, _ = self._places.get(name, (None, 0))
         found = self._tensors[stored].shape
         if leaf is None or leaf.stacked or leaf.layout.source_shape != found:
-            expected = (
-                "is not replaced here" if leaf is None or leaf.stacked else f"expected {leaf.layout.source_shape}"
-            )
+            shape = None if leaf is None or leaf.stacked else list(leaf.layout.source_shape)
+            expected = "is not replaced here" if shape is None else f"expected {shape}"
             self._problems.append(f"{name}: a whole weight {list(found)}, {expected}")
             return
         self._whole[leaf.path] = np.empty(leaf.shape, numpy_dtype(rules.FLOAT_DTYPES[self._tensors[stored].dtype]))
@@ -178,7 +221,8 @@ class _Reader:
         if which == "gate_up_proj":
             halves = [(leaves[0], b_ero[..., :width]), (leaves[1], b_ero[..., width:])]
         for leaf, b in halves:
-            self._pairs[leaf.path] = {e: _Pair(a_eri[e].T, b[e], None, alpha) for e in range(experts)}
+            for e in range(experts):
+                self._put(leaf, e, _Pair(a_eri[e].T, b[e], None, alpha))
 
     def _stacked(self, path: LeafPath, pairs: Mapping[int, _Pair]) -> dict[str, np.ndarray]:
         """The arrays of one parameter: experts that have no adapter, or fewer ranks than others, get zeros."""

@@ -101,18 +101,18 @@ def read_adapter(directory: str | Path, config: Config) -> tuple[dict[str, Any],
     Returns:
       The adapter (see the module's text), of numpy arrays as stored, not multiplied by `AdapterSettings.factor`; and
       its settings. A whole weight that the adapter brings along (modules_to_save) is a plain array in the place of
-      its parameter, of that one's shape. What was tolerated is noted on standard error.
+      its parameter, of that one's shape, or ``base`` in the dict there. What was tolerated is noted on standard error.
 
     Raises:
       CheckpointError: files are missing, damaged or changed, or it is for another model, or of a kind that is not
         computed here.
     """
     directory = find_adapter(directory)
-    manifest = _read_manifest(directory)
+    manifest = read_manifest(directory)
     peft = peft_config.read(directory / CONFIG_NAME)
-    tensors = _open(directory)
+    tensors = open_tensors(directory)
     placed = place(tensors, peft, config, str(directory))
-    tell(directory, peft.notes)
+    tell(directory, [*peft.notes, *placed.notes])
     settings = AdapterSettings(
         "dora" if peft.dora else "lora",
         peft.rank,
@@ -123,11 +123,12 @@ def read_adapter(directory: str | Path, config: Config) -> tuple[dict[str, Any],
         ranks={name: rank for name, rank in placed.ranks.items() if rank != peft.rank},
         alphas={name: alpha for name, alpha in placed.alphas.items() if alpha != peft.alpha},
     )
-    own = {key: manifest[key] for key in ("targets", "base", "base_digest") if key in manifest}
+    own = {key: manifest[key] for key in ("targets", "base", "base_digest") if manifest}
     return unflatten_dict(placed.arrays), dataclasses.replace(settings, **own)
 
 
-def _open(directory: Path) -> dict[str, Tensor]:
+def open_tensors(directory: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's file, by their stored names. Raises CheckpointError: it is missing or damaged."""
     for name, read_header in ((WEIGHTS_NAME, safetensors_file.read_header), (PICKLED_NAME, pytorch_file.read_header)):
         if (directory / name).is_file():
             return read_header(directory / name)
@@ -137,8 +138,12 @@ def _open(directory: Path) -> dict[str, Tensor]:
     )
 
 
-def _read_manifest(directory: Path) -> dict[str, Any]:
-    """Of an adapter that was written here, after comparing its files with their digests; else empty."""
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of an adapter that was written here, after comparing its files with their digests; else empty.
+
+    Raises:
+      CheckpointError: files are missing or have changed.
+    """
     path = directory / MANIFEST_NAME
     if not path.is_file():
         return {}
@@ -149,6 +154,9 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
             f"{path}: written in version {manifest.get('version')!r} of the layout, this program reads version "
             f"{MANIFEST_VERSION}. {_ADVICE}"
         )
+    kinds = {"sha256": dict, "targets": str, "base": str, "base_digest": str | None}
+    if wrong := [name for name, kind in kinds.items() if not isinstance(manifest.get(name), kind)]:
+        raise CheckpointError(f"{path}: cannot be read ({wrong[0]} is missing or of another kind). {_ADVICE}")
     digests.check(directory, manifest["sha256"], MANIFEST_NAME, _ADVICE[0].lower() + _ADVICE[1:-1])
     return manifest
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from dsvl2_jax.checkpoint import orbax_io, rules
 from dsvl2_jax.checkpoint.leaves import Leaves, batches
-from dsvl2_jax.checkpoint.locate import PARAMS_NAME, kind, read_manifest, run_of
+from dsvl2_jax.checkpoint.locate import PARAMS_NAME, kind, read_manifest, refuse_adapter, run_of
 from dsvl2_jax.checkpoint.safetensors_source import Source, numpy_dtype
 from dsvl2_jax.checkpoint.verify import check_run_sizes, tell, way_out
 from dsvl2_jax.checkpoint.verify import verify as verify_files
@@ -132,6 +132,7 @@ def open_orbax(directory: Path, config: Config) -> tuple[dict[str, Any], Leaves]
     if kind(directory) == "orbax":
         manifest = read_manifest(directory)
     else:
+        refuse_adapter(directory)
         check_run_sizes(directory)
     stored = _stored(directory / PARAMS_NAME, config)
     if manifest and (problems := _unlike_manifest(manifest, stored)):
@@ -193,17 +194,20 @@ def read_leaves(
             yield path, array if dtypes is None else array.astype(dtypes[path]).block_until_ready()
 
 
-def read_weights(params: Path, stored: Leaves, config: Config) -> Iterator[tuple[LeafPath, np.ndarray]]:
+def read_weights(
+    params: Path, stored: Leaves, config: Config, dtype: np.dtype
+) -> Iterator[tuple[LeafPath, np.ndarray]]:
     """Reads an Orbax checkpoint to the host, parameter by parameter: as stored, or of quantized ones values · scale.
 
-    These have the dtype of `plain_dtype`.
+    Args:
+      dtype: of the latter.
 
     Raises:
       CheckpointError: the files cannot be read.
     """
     kinds, inputs = quantization.kinds_of(stored), weight_inputs(config)
     host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    plain = jax.jit(functools.partial(dequantize, dtype=plain_dtype(stored)))
+    plain = jax.jit(functools.partial(dequantize, dtype=dtype))
     order = sorted(stored, key=lambda path: path[:-1] if path[:-1] in kinds else path)  # values and scale together
     parts: dict[LeafPath, dict[str, jax.Array]] = {}
     for path, array in read_leaves(params, {path: stored[path] for path in order}, dict.fromkeys(stored, host)):

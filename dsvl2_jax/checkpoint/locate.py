@@ -213,11 +213,6 @@ def kind(directory: Path) -> str:
         )
     if run_of(directory) is not None:
         if directory.name.isdecimal() and orbax_io.is_checkpoint(directory):
-            if _has_adapter(directory):
-                raise CheckpointError(
-                    f"{directory}: of a run that trains an adapter, which is no model by itself. Give the model that "
-                    f"it was made for as the checkpoint, and this with --adapter {directory / ADAPTER_NAME}"
-                )
             return "run"
         raise CheckpointError(
             f"{directory}: not a complete checkpoint of the run. Name one of the numbered directories beside it, or "
@@ -243,6 +238,15 @@ def kind(directory: Path) -> str:
     )
 
 
+def refuse_adapter(checkpoint: Path) -> None:
+    """Raises CheckpointError for a run's checkpoint that holds an adapter instead of a model."""
+    if _has_adapter(checkpoint):
+        raise CheckpointError(
+            f"{checkpoint}: of a run that trains an adapter, which is no model by itself. Give the model that it was "
+            f"made for as the checkpoint, and this with --adapter {checkpoint / ADAPTER_NAME}"
+        )
+
+
 def _has_adapter(checkpoint: Path) -> bool:
     """True for a run's checkpoint that holds an adapter."""
     if remote.is_remote(checkpoint):
@@ -254,7 +258,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of a converted directory, after checking that every file it lists has its size.
 
     Besides "parameters", "files" (name → bytes) and "mixed_dtypes" it has "notes" (what was tolerated in the source),
-    "quantization" ("kind", "group" and "keep", see `dsvl2_jax.model.quantization`; empty where nothing is quantized),
+    "quantization" ("kind", "group" and "rules", see `dsvl2_jax.model.quantization`; empty where nothing is quantized),
     "sha256" (file → digest) and "source_sha256", which a manifest of an earlier version of this program lacks.
 
     Raises:
@@ -276,7 +280,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         ("parameters", dict, dict),
         ("mixed_dtypes", dict, str),
         ("notes", list, str),
-        ("quantization", dict, (str, int)),
+        ("quantization", dict, (str, int, list)),
         ("sha256", dict, str),
         ("source_sha256", dict, str),
     ):
@@ -299,7 +303,7 @@ def quantization_in(directory: Path) -> Quantization | None:
     from dsvl2_jax.model.quantization import Quantization  # jax, which finding a checkpoint does without
 
     found = read_manifest(directory)["quantization"] if kind(directory) == "orbax" else {}
-    return Quantization(found["kind"], found["keep"]) if found else None
+    return Quantization.of(found) if found else None
 
 
 def check_sizes(directory: Path, sizes: Mapping[str, int], problem: str) -> None:

@@ -195,7 +195,7 @@ class Files:
 
     def __init__(self, write: Callable[[Path], None], nbytes: int):
         """``write``: makes the directory that it is given, called in the first process. ``nbytes``: of the files."""
-        self._write = write
+        self.write = write
         self.nbytes = nbytes
 
     async def save(self, directory: Any) -> Awaitable[None]:
@@ -204,7 +204,7 @@ class Files:
             if jax.process_index() == 0:
                 with tempfile.TemporaryDirectory(prefix="dsvl2-files-") as parent:
                     made = Path(parent) / target.name
-                    self._write(made)
+                    self.write(made)
                     for file in sorted(made.iterdir()):
                         (target / file.name).write_bytes(file.read_bytes())
 

@@ -19,7 +19,9 @@ from dsvl2_jax.messages import listed
 CONFIG_NAME = "adapter_config.json"
 
 _ADVICE = "It comes with the adapter's weights: copy or save both again."
-_MAX_PATTERN = 1000  # characters of a regular expression that the file gives
+# A regular expression that the file gives may come from anybody, and match without end.
+_MAX_PATTERN = 1000  # characters
+_SLOW = re.compile(r"\)[*+{]|([*+{].*){4}", re.DOTALL)  # a repeated group, more than three repetitions
 
 # Without effect on what a saved adapter computes: about its making, its training, or which modules it was put into, as
 # the tensors themselves say.
@@ -66,11 +68,16 @@ class PeftConfig:
     base: str
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
+    targets: tuple[str, ...]
     notes: tuple[str, ...]
 
     def rank_of(self, module: str) -> int:
         """Of a module, by the name that it had in the model that was trained."""
         return self.rank_pattern.get(_matching(self.rank_pattern, module), self.rank)
+
+    def names_target(self, module: str) -> bool:
+        """Whether the file lists a module, by its released name, among those that have an adapter."""
+        return any(f".{module}".endswith(f".{target}") for target in self.targets)
 
     def alpha_of(self, module: str) -> float:
         return self.alpha_pattern.get(_matching(self.alpha_pattern, module), self.alpha)
@@ -114,6 +121,10 @@ def read(path: Path) -> PeftConfig:
         problems.append(f"base_model_name_or_path: found {base!r}, expected a name")
     if problems:
         raise CheckpointError(f"{path}: the adapter cannot be read:\n{listed(problems)}")
+    named = raw.get("target_modules")
+    narrowed = any(raw.get(name) for name in ("exclude_modules", "layers_to_transform", "target_parameters"))
+    # A regular expression, or what is narrowed further, says less than the tensors do.
+    targets = tuple(map(str, named)) if isinstance(named, list) and not narrowed else ()
     notes = []
     unknown = sorted(raw.keys() - _WITHOUT_EFFECT - _HONOURED - _REFUSED.keys())
     if unknown:
@@ -127,6 +138,7 @@ def read(path: Path) -> PeftConfig:
         base,
         patterns["rank_pattern"],
         patterns["alpha_pattern"],
+        targets,
         tuple(notes),
     )
 
@@ -158,8 +170,8 @@ def _patterns(
     for pattern in patterns:
         _value(patterns, pattern, *rule, problems)
         try:
-            if len(pattern) > _MAX_PATTERN:
-                raise re.error(f"more than {_MAX_PATTERN} characters")
+            if len(pattern) > _MAX_PATTERN or _SLOW.search(pattern):
+                raise re.error("it may take very long to match: list the modules' names instead")
             re.compile(rf"(.*\.)?({pattern})$")
         except (re.error, RecursionError, OverflowError) as error:
             problems.append(f"{name}: {pattern[:100]!r} is neither a module's name nor a regular expression ({error})")

@@ -98,14 +98,13 @@ def _taken_apart(stored: str, source: str) -> _Name:
     match = _LORA.fullmatch(name)
     if match is None:
         match = _FULL.fullmatch(name)
-        known = match is not None and "lora_" not in name and not match["module"].endswith(_INSIDE)
-        if not known or ".original_module" in name:
+        if match is None or "lora_" in name or ".original_module" in name:
             raise CheckpointError(
                 f"{source}: tensor {stored} is not one of LoRA's or DoRA's (lora_A, lora_B, lora_magnitude_vector), "
                 "nor a whole weight. Save the adapter alone, with peft's save_pretrained; merge adapters of other "
                 "kinds with peft."
             )
-        return _Name(stored, match["module"], match["kind"], match["adapter"], 0)
+        return _Name(stored, match["module"].removesuffix(_INSIDE), match["kind"], match["adapter"], 0)
     if match["kind"] == "bias":
         raise CheckpointError(
             f"{source}: tensor {stored} is a bias of lora_B (lora_bias), which is not computed here; merge the adapter "

@@ -319,7 +319,7 @@ def _lookup(weight: str, values: Tensor | None, parts: Mapping[str, Tensor], dty
         sizes = [*shape, block, inner]
         if len(shape) != 2 or not all(type(size) is int and 0 < size < 1 << 31 for size in sizes):
             raise ValueError("its sizes are none")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise _Wrong(f"{weight}.quant_state.bitsandbytes__{kind}: cannot be read ({error})") from None
     count = math.prod(shape)
     blocks = -(-count // block)

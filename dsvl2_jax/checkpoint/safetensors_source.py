@@ -218,9 +218,9 @@ class Source:
 
 
 def _row_bytes(tensor: Tensor | QuantizedTensor) -> int:
-    """Of a row of the tensor's first axis, as it is held while it is copied."""
+    """What a row of the tensor's first axis takes while it is copied; of a quantized one, float32 and its making."""
     if isinstance(tensor, QuantizedTensor):
-        return 4 * tensor.shape[1]
+        return 16 * tensor.shape[1]
     return tensor.size // max(1, tensor.shape[0])
 
 

@@ -19,7 +19,6 @@ from dsvl2_jax.checkpoint.shards import MERGE
 from dsvl2_jax.errors import CheckpointError
 from dsvl2_jax.messages import listed
 from dsvl2_jax.model.config import Config
-from dsvl2_jax.model.rope_scaling import inverse_frequencies
 
 # Parts of a name that wrappers put in, at any depth: compilation, sharded training, recomputation.
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -103,7 +102,7 @@ def check_buffer(name: str, values: np.ndarray, config: Config, source: str) -> 
       CheckpointError: they differ by more than bfloat16 rounds.
     """
     language = config.language
-    expected = inverse_frequencies(language)
+    expected = language.inverse_frequencies
     if values.shape != expected.shape or not np.allclose(values, expected, rtol=0.01, atol=0):
         says = f"config.json's rope_theta {language.rope_theta}"
         says += "" if language.rope_scaling is None else f" with rope_scaling {language.rope_scaling.kind}"

@@ -6,8 +6,9 @@ Tested in tests/inputs/test_frame_choice.py.
 from __future__ import annotations
 
 import bisect
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,17 +44,22 @@ def even_frames(times: Sequence[float], end: float, count: int) -> list[int]:
     return list(dict.fromkeys(shown))
 
 
-def scene_frames(times: Sequence[float], thumbnails: np.ndarray, end: float, count: int) -> list[int]:
+def changes_between(pictures: Iterable[np.ndarray]) -> np.ndarray:
+    """f64[pictures − 1], how much each picture, u8[...], differs from the one before: the mean of its values'
+    differences, from 0 to 255."""
+    signed = (picture.astype(np.int16) for picture in pictures)
+    return np.array([np.abs(after - before).mean() for before, after in itertools.pairwise(signed)])
+
+
+def scene_frames(times: Sequence[float], changes: np.ndarray, end: float, count: int) -> list[int]:
     """The frames in the middles of the pieces between the greatest changes; see `read_frames`.
 
     Args:
       times, end: as of `even_frames`.
-      thumbnails: u8[frames, ...], what is compared.
+      changes: f[frames − 1], of each frame after the first to the one before it.
     """
     if count >= len(times):
         return list(range(len(times)))
-    values = thumbnails.reshape(len(times), -1).astype(np.int16)
-    changes = np.abs(values[1:] - values[:-1]).mean(axis=1)
     apart = (end - times[0]) / (4 * count)
     cuts: list[int] = []  # the first frame of each piece but the first
     for index in np.argsort(-changes, kind="stable"):

@@ -46,7 +46,7 @@ class VideoLimits:
     Attributes:
       max_pixels: of a frame.
       max_total_pixels: of all frames that are taken.
-      max_seconds: that the video lasts.
+      max_seconds: that the video lasts. max_stored: frames that it has.
       deadline: of `time.monotonic`, after which decoding ends in an error.
       threads: that decode; 0: one for each processor.
     """
@@ -54,6 +54,7 @@ class VideoLimits:
     max_pixels: int = MAX_IMAGE_PIXELS
     max_total_pixels: int = 64 * MAX_IMAGE_PIXELS
     max_seconds: float = math.inf
+    max_stored: int = 2_000_000
     deadline: float = math.inf
     threads: int = 0
 
@@ -89,12 +90,17 @@ class VideoFile:
         self.name, self._file, self._limits = name, file, limits
         with self._container() as (container, stream):
             self._check_length((container.duration or 0) / 1e6)
-            self._aspect = float(stream.sample_aspect_ratio or 1)
-            base, step = stream.time_base or Fraction(0), 1 / (stream.average_rate or Fraction(_RATE))
+            self._has_size = stream.codec_context.width > 0
+            self._aspect = float(_fraction(stream.sample_aspect_ratio) or 1)
+            base, step = _fraction(stream.time_base), 1 / (_fraction(stream.average_rate) or Fraction(_RATE))
             counted = container.format.name == "avi"  # whose frames have no times, and get wrong ones
             packets, stored = [], 0
             for packet in self._packets(container, stream):
                 stored += 1
+                if stored > limits.max_stored:
+                    raise LimitError(
+                        f"{name}: the video has more than the {limits.max_stored} frames that are read. Give a part."
+                    )
                 if not packet.is_discard:
                     packets.append(_Packet(_stamp(packet), packet.duration or 0, packet.is_keyframe))
             if "mov" in container.format.name and stream.frames > stored:
@@ -119,14 +125,15 @@ class VideoFile:
         self.end = self.times[-1] + float(packets[-1].duration * base or step)
         self._check_length(self.end)
 
-    def thumbnails(self) -> np.ndarray:
-        found: dict[int, np.ndarray] = {}
+    def thumbnails(self) -> Iterator[np.ndarray]:
+        given, before = 0, None
         for index, frame in self._decoded(range(len(self.times)), strict=False):
-            found[index] = frame.reformat(THUMBNAIL, THUMBNAIL, "gray").to_ndarray()
-        # Where the decoder gave none, no change is seen.
-        known = sorted(found)
-        nearest = (known[max(0, bisect.bisect_right(known, index) - 1)] for index in range(len(self.times)))
-        return np.stack([found[index] for index in nearest])
+            thumbnail = frame.reformat(THUMBNAIL, THUMBNAIL, "gray").to_ndarray()
+            # Where the decoder gave none, no change is seen.
+            yield from itertools.repeat(thumbnail if before is None else before, index - given)
+            yield thumbnail
+            given, before = index + 1, thumbnail
+        yield from itertools.repeat(before, len(self.times) - given)
 
     def pictures(self, indices: Sequence[int]) -> Iterator[Image.Image]:
         for _, frame in self._decoded(indices):
@@ -142,7 +149,6 @@ class VideoFile:
 
         With ``strict``, ImageError where that is for an error in the file.
         """
-        av = _av()
         wanted = collections.deque(indices)
         failed: Exception | None = None
         last, given = None, None
@@ -165,7 +171,7 @@ class VideoFile:
                         continue
                 try:
                     frames = decoder.decode(packet)
-                except av.error.FFmpegError as error:
+                except _failures() as error:
                     failed = error
                     continue
                 for frame in frames:
@@ -203,7 +209,7 @@ class VideoFile:
         left = self._limits.deadline - time.monotonic()
         try:
             container = av.open(self._file, "r", options=options, timeout=left if 0 < left < math.inf else None)
-        except av.error.FFmpegError as error:
+        except _failures() as error:
             raise ImageError(
                 f"{self.name}: not a video in a format that is read (MP4, MOV, MKV, WebM, AVI, MPEG, FLV, Ogg, GIF), "
                 f"or damaged ({_reason(error)}). Play it to see whether it is whole, and convert it to MP4."
@@ -230,7 +236,7 @@ class VideoFile:
                 self._limits.check_time(self.name)
                 if packet.size:
                     yield packet
-        except _av().error.FFmpegError as error:
+        except _failures() as error:
             raise ImageError(f"{self.name}: the video is damaged ({_reason(error)}). Copy the file again.") from None
 
     def _check_pixels(self, width: int, height: int) -> None:
@@ -249,8 +255,11 @@ class VideoFile:
 
     def _damaged(self, index: int, error: Exception | None) -> ImageError:
         reason = f" ({_reason(error)})" if error is not None else ""
+        # Frames that are too large to be looked at have no size.
+        most = self._limits.max_pixels
+        large = "" if self._has_size else f", or its frames have more than the {most} pixels that are read"
         return ImageError(
-            f"{self.name}: the video is damaged: the frame at {self.times[index]:.2f} seconds cannot be "
+            f"{self.name}: the video is damaged{large}: the frame at {self.times[index]:.2f} seconds cannot be "
             f"decoded{reason}. Copy the file again, or convert it."
         )
 
@@ -265,6 +274,16 @@ def _av() -> Any:
             "videos need PyAV, which is not installed: pip install -e '.[video]' (a folder of pictures needs none)."
         ) from None
     return av
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What PyAV raises: its own errors, and those of reading the file and of memory."""
+    return _av().error.FFmpegError, OSError, ValueError, MemoryError
+
+
+def _fraction(value: Any) -> Fraction:
+    """A number of PyAV, whose releases have different types of them; 0 where it says nothing."""
+    return Fraction(value.numerator, value.denominator) if value is not None and value.denominator else Fraction(0)
 
 
 def _stamp(packet: Any) -> int | None:

@@ -15,7 +15,16 @@ import numpy as np
 from PIL import Image
 
 from dsvl2_jax.errors import ImageError
-from dsvl2_jax.inputs.frame_choice import EVEN, FRAMES, SCENE, check_frames, even_frames, natural_order, scene_frames
+from dsvl2_jax.inputs.frame_choice import (
+    EVEN,
+    FRAMES,
+    SCENE,
+    changes_between,
+    check_frames,
+    even_frames,
+    natural_order,
+    scene_frames,
+)
 from dsvl2_jax.inputs.image_sources import IMAGE_SUFFIXES, is_frame
 from dsvl2_jax.inputs.images import ImageSource, check_file, load_image, name_of
 from dsvl2_jax.inputs.video_file import THUMBNAIL, LimitError, VideoFile, VideoLimits
@@ -52,7 +61,7 @@ def read_frames(
     check_frames(frames, choice)
     with _opened(source, limits, as_seen) as clip:
         if choice == SCENE and frames < len(clip.times):
-            chosen = scene_frames(clip.times, clip.thumbnails(), clip.end, frames)
+            chosen = scene_frames(clip.times, changes_between(clip.thumbnails()), clip.end, frames)
         else:
             chosen = even_frames(clip.times, clip.end, frames)
         pictures, pixels = [], 0
@@ -74,8 +83,8 @@ class _Clip(Protocol):
     times: Sequence[float]
     end: float
 
-    def thumbnails(self) -> np.ndarray:
-        """u8[frames, 32, 32], gray."""
+    def thumbnails(self) -> Iterator[np.ndarray]:
+        """u8[32, 32] of each frame, gray."""
 
     def pictures(self, indices: Sequence[int]) -> Iterator[Image.Image]:
         """The frames of rising indices, in RGB."""
@@ -121,9 +130,9 @@ class _Pictures:
         self.times: Sequence[float] = range(len(sources))
         self.end = float(len(sources))
 
-    def thumbnails(self) -> np.ndarray:
+    def thumbnails(self) -> Iterator[np.ndarray]:
         gray = (self._load(source).convert("L").resize((THUMBNAIL, THUMBNAIL)) for source in self._sources)
-        return np.stack([np.asarray(picture) for picture in gray])
+        return map(np.asarray, gray)
 
     def pictures(self, indices: Sequence[int]) -> Iterator[Image.Image]:
         return (self._load(self._sources[index]) for index in indices)

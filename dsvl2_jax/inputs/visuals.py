@@ -52,8 +52,10 @@ def read_visual(reference: Any) -> Picture | Video:
     if not isinstance(reference, Mapping):
         return Picture(reference)
     key = next((key for key in ("video", "image") if reference.get(key) is not None), None)
-    source = reference if key is None else reference[key]
-    options = {**source, **reference} if isinstance(source, Mapping) else reference
+    source, options = reference, reference
+    while key is not None and isinstance(source, Mapping) and source.get(key) is not None:
+        source = source[key]
+        options = {**source, **options} if isinstance(source, Mapping) else options
     what = f"the {key or 'image'}'s "
     budget = read_budget(options, what)
     if key != "video":
@@ -70,7 +72,12 @@ def resolve_visual(reference: Any, store: ImageStore) -> Picture | Video:
     source = visual.source
     if isinstance(visual, Picture):
         return visual._replace(source=resolve_image(source, store))
-    names = store.frames(source) if isinstance(source, str) and source else None
+    name = (
+        next((source[key] for key in ("path", "url") if source.get(key)), None)
+        if isinstance(source, Mapping)
+        else source
+    )
+    names = store.frames(name) if isinstance(name, str) and name else None
     if names is not None:
         source = sorted(names, key=natural_order)
     if isinstance(source, Sequence) and not isinstance(source, str | bytes):

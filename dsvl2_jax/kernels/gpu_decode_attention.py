@@ -32,6 +32,7 @@ from dsvl2_jax.kernels.gpu_few_rows import (
 )
 from dsvl2_jax.kernels.precision import matmul_precision
 from dsvl2_jax.kernels.quantized import Quantized
+from dsvl2_jax.kernels.quantized_cache import Entries, QuantizedEntries
 from dsvl2_jax.kernels.triton import cost_metadata
 from dsvl2_jax.runtime.lazy import LazyModule
 
@@ -52,8 +53,8 @@ def splits(rows: int) -> int:
 @functools.partial(jax.jit, static_argnames=("scale", "interpret"))
 def attend_splits(
     queries: Sequence[jax.Array],
-    keys: Sequence[jax.Array],
-    values: jax.Array | None,
+    keys: Sequence[Entries],
+    values: Entries | None,
     last_b: jax.Array,
     *,
     scale: float,
@@ -63,7 +64,8 @@ def attend_splits(
 
     Args:
       queries: parts [B, H, width_i], widths powers of two from 16 on.
-      keys: parts [B, S, G, width_i], of G key heads which as many consecutive query heads each share.
+      keys: parts [B, S, G, width_i], of G key heads which as many consecutive query heads each share; they and the
+        values are all in int8, or none is.
       values: [B, S, G, Dv]; None: the first part of the keys.
       last_b: i32[B], the last position that a row sees, from 0 on.
       scale: factor on the scores.
@@ -76,15 +78,20 @@ def attend_splits(
     shared = heads // groups
     rows, parts = max(MIN_ROWS, 1 << (shared - 1).bit_length()), splits(b * groups)
     widths, value_width = [k.shape[-1] for k in keys], (keys[0] if values is None else values).shape[-1]
-    arrays = [*keys, *([] if values is None else [values])]
-    position_bytes = sum(a.shape[-1] * a.dtype.itemsize for a in arrays)
+    cache = [*keys, *([] if values is None else [values])]
+    arrays = [x.values if isinstance(x, QuantizedEntries) else x for x in cache]
+    scales = [x.scale for x in cache if isinstance(x, QuantizedEntries)]
+    dtype = queries[0].dtype
+    position_bytes = sum(a.shape[-1] * dtype.itemsize for a in arrays)  # as they are multiplied
     most = max(MIN_ROWS, min(64, TILE_BYTES // position_bytes))
     block = 1 << most.bit_length() - 1
-    precision = matmul_precision(keys[0].dtype)
+    precision = matmul_precision(dtype)
 
     def kernel(*refs):
+        *refs, last_ref, out_ref, lse_ref = refs
         q_refs, refs = refs[: len(queries)], refs[len(queries) :]
-        k_refs, (*v_refs, last_ref, out_ref, lse_ref) = refs[: len(keys)], refs[len(keys) :]
+        cache_refs, scale_refs = refs[: len(arrays)], refs[len(arrays) :]
+        k_refs, v_refs = cache_refs[: len(keys)], cache_refs[len(keys) :]
         part, group, row = (pl.program_id(axis) for axis in range(3))
         heads_here = pl.ds(group * shared, rows)
         last = last_ref[row]
@@ -100,19 +107,27 @@ def attend_splits(
             width, mask = ref.shape[-1], None
             if length % block:
                 mask = jnp.broadcast_to((start + jnp.arange(block) < length)[:, None], (block, width))
-            return load_tile(ref, (row, pl.ds(start, block), group, pl.ds(0, width)), mask)
+            return load_tile(ref, (row, pl.ds(start, block), group, pl.ds(0, width)), mask).astype(dtype)
+
+        def scaled(x: jax.Array, number: int, start: jax.Array) -> jax.Array:  # f32[rows, block], of the cache's arrays
+            if not scale_refs:
+                return x
+            mask = start + jnp.arange(block) < length if length % block else None
+            return x * load_tile(scale_refs[number], (row, pl.ds(start, block), group), mask)[None, :]
 
         def body(j: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]):
             m, l, acc = carry  # noqa: E741  f32[rows], f32[rows], f32[rows, Dv]
             start = j * block
             tiles = [load(ref, start) for ref in k_refs]
-            scores = sum(plgpu.dot(a, k, trans_b=True, precision=precision) for a, k in zip(q, tiles, strict=True))
+            parts = [plgpu.dot(a, k, trans_b=True, precision=precision) for a, k in zip(q, tiles, strict=True)]
+            scores = sum(scaled(part, number, start) for number, part in enumerate(parts))
             visible = (start + jnp.arange(block) <= last)[None, :]
             scores = jnp.where(visible, scores * (scale * math.log2(math.e)), MASKED)
             m_new = jnp.maximum(m, jnp.max(scores, axis=1))
             p, alpha = jnp.exp2(scores - m_new[:, None]), jnp.exp2(m - m_new)
             value = load(v_refs[0], start) if v_refs else tiles[0]
-            pv = plgpu.dot(p.astype(value.dtype), value, precision=precision)
+            weights = scaled(p, len(keys) if v_refs else 0, start).astype(dtype)
+            pv = plgpu.dot(weights, value, precision=precision)
             return m_new, l * alpha + jnp.sum(p, axis=1), acc * alpha[:, None] + pv
 
         start = jnp.full(rows, MASKED), jnp.zeros(rows), jnp.zeros((rows, value_width))
@@ -133,9 +148,11 @@ def attend_splits(
         out_shape=outs,
         compiler_params=plgpu.CompilerParams(num_warps=8 if rows * value_width > 8192 else 4, num_stages=2),
         interpret=interpret,
-        metadata=cost_metadata(2.0 * b * heads * length * (sum(widths) + value_width), [*queries, *arrays, *outs]),
+        metadata=cost_metadata(
+            2.0 * b * heads * length * (sum(widths) + value_width), [*queries, *arrays, *scales, *outs]
+        ),
         name="attend_splits",
-    )(*queries, *arrays, last_b)
+    )(*queries, *arrays, *scales, last_b)
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "interpret"))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from dsvl2_jax.kernels.gpu_few_rows import (
     values_of,
 )
 from dsvl2_jax.kernels.quantized import Quantized
+from dsvl2_jax.kernels.quantized_cache import LARGEST, Entries, QuantizedEntries, in_steps
 from dsvl2_jax.kernels.triton import cost_metadata
 from dsvl2_jax.runtime.lazy import LazyModule
 
@@ -150,11 +152,11 @@ def latent_into_cache(
     kv_b_hor: Any,
     rotary: tuple[jax.Array, jax.Array],
     positions_m: jax.Array,
-    cache: tuple[jax.Array, jax.Array],
+    cache: tuple[Entries, Entries],
     *,
     eps: float,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, Entries, Entries]:
     """Queries for the latent cache, and the cache with the new tokens' entries.
 
     Args:
@@ -165,7 +167,7 @@ def latent_into_cache(
         space.
       rotary: cos and sin, f32[M, rope/2]; pairs (2i, 2i + 1) are rotated, and written as halves.
       positions_m: i32[M], where in the cache a row's entry goes.
-      cache: latents [M, S, R] and rotated keys [M, S, rope].
+      cache: latents [M, S, R] and rotated keys [M, S, rope], both in int8 or neither.
 
     Returns:
       Queries in the latent space [M, H, R] and rotated ones [M, H, rope], and the cache, changed in place.
@@ -179,11 +181,24 @@ def latent_into_cache(
     columns = rank // (block * parts)
     step = depth_step(nope, rows, block * parts, q_mhd.dtype.itemsize)
     flat, form = jax.tree.flatten(kv_b_hor)
+    kept, tree = jax.tree.flatten(cache)
 
-    def kernel(q_ref, new_ref, scale_ref, cos_ref, sin_ref, at_ref, _latents, _keys, *refs):
-        weight = jax.tree.unflatten(form, refs[: len(flat)])
-        latent_q_ref, rope_q_ref, latent_ref, key_ref = refs[len(flat) :]
+    def kernel(q_ref, new_ref, scale_ref, cos_ref, sin_ref, at_ref, *refs):
+        weight = jax.tree.unflatten(form, refs[len(kept) : len(kept) + len(flat)])
+        latent_q_ref, rope_q_ref, *cache_refs = refs[len(kept) + len(flat) :]
+        latent_ref, key_ref = jax.tree.unflatten(tree, cache_refs)
         program = pl.program_id(0)
+
+        def write(ref, row: jax.Array, position: jax.Array, parts: Sequence[jax.Array]) -> None:
+            """An entry, which is one vector of consecutive parts."""
+            into = ref
+            if isinstance(ref, QuantizedEntries):
+                parts, into = [part.astype(q_mhd.dtype).astype(jnp.float32) for part in parts], ref.values
+                scale = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(part)) for part in parts]) / LARGEST
+                parts = [in_steps(part, scale) for part in parts]
+                ref.scale[row, position] = scale
+            for number, part in enumerate(parts):
+                into[row, position, pl.ds(number * part.size, part.size)] = part.astype(into.dtype)
 
         @pl.when(program < heads * columns)
         def _():
@@ -216,11 +231,10 @@ def latent_into_cache(
             latent = new_ref[row, pl.ds(0, rank)].astype(jnp.float32)
             latent = latent * lax.rsqrt(jnp.sum(latent * latent) / rank + eps)
             latent = latent.astype(new_ref.dtype) * scale_ref[pl.ds(0, rank)].astype(new_ref.dtype)
-            latent_ref[row, position, pl.ds(0, rank)] = latent.astype(latent_ref.dtype)
+            write(latent_ref, row, position, [latent])
             at = jnp.broadcast_to(row, (half,))
             first, second = (new_ref[at, rank + 2 * pairs + odd].astype(jnp.float32) for odd in (0, 1))
-            key_ref[row, position, pl.ds(0, half)] = (first * cos - second * sin).astype(key_ref.dtype)
-            key_ref[row, position, pl.ds(half, half)] = (second * cos + first * sin).astype(key_ref.dtype)
+            write(key_ref, row, position, [first * cos - second * sin, second * cos + first * sin])
 
             head = jnp.broadcast_to(jnp.arange(head_rows)[:, None], (head_rows, half))
             there = head < heads
@@ -240,17 +254,18 @@ def latent_into_cache(
 
     made = [jax.ShapeDtypeStruct((m, heads, width), q_mhd.dtype) for width in (rank, rope)]
     of_rows = sum(a.size * a.dtype.itemsize for a in flat) * nope / kv_b_hor.shape[1]
-    entries = m * (rank + rope) * cache[0].dtype.itemsize + of_rows
-    return pl.pallas_call(
+    entries = sum(a.nbytes // a.shape[1] for a in kept) + of_rows
+    outs = pl.pallas_call(
         kernel,
         grid=(heads * columns + m,),
-        out_shape=(*made, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in cache)),
-        input_output_aliases={6: 2, 7: 3},
+        out_shape=(*made, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in kept)),
+        input_output_aliases={6 + number: 2 + number for number in range(len(kept))},
         compiler_params=compiler_params((step, rows, block * parts, q_mhd.dtype.itemsize)),
         interpret=interpret,
         metadata=cost_metadata(2.0 * m * heads * nope * rank, [q_mhd, compressed_mc, *made], entries),
         name="latent_into_cache",
-    )(q_mhd, compressed_mc, scale_r, *rotary, positions_m, *cache, *flat)
+    )(q_mhd, compressed_mc, scale_r, *rotary, positions_m, *kept, *flat)
+    return *outs[:2], *jax.tree.unflatten(tree, outs[2:])
 
 
 def _latent_block(kv_b_hor: Any) -> tuple[int, int]:

@@ -47,8 +47,12 @@ def quantize_entries(x: jax.Array) -> QuantizedEntries:
     """Vectors [..., width] in int8. What is no number makes the scale of its vector none, and so the whole vector."""
     x = x.astype(jnp.float32)
     scale = jnp.abs(x).max(-1) / LARGEST
-    values = jnp.round(x / jnp.where(scale == 0, 1, scale)[..., None])
-    return QuantizedEntries(jnp.nan_to_num(values).astype(jnp.int8), scale)
+    return QuantizedEntries(jnp.nan_to_num(in_steps(x, scale[..., None])).astype(jnp.int8), scale)
+
+
+def in_steps(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """f32: how many times ``scale`` each number is, to the nearest whole one; by what Triton has, too."""
+    return jnp.floor(x / jnp.where(scale == 0, 1.0, scale) + 0.5)
 
 
 def dequantize_entries(x: Entries, dtype: DTypeLike) -> jax.Array:

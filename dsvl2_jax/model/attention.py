@@ -10,8 +10,6 @@ hold several samples one after the other, each with positions from 0: a token se
 
 from __future__ import annotations
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -22,7 +20,9 @@ from jax.typing import DTypeLike
 from dsvl2_jax.kernels.attention import (
     ATTENTION_OUTPUT,
     attend,
+    attend_in_spans,
     causal_self_attention,
+    is_long,
     mha_decode_attention,
     mla_decode_attention,
 )
@@ -108,14 +108,37 @@ def _write(cache: jax.Array, new: jax.Array, axes: tuple[str, ...], start_b: jax
             start = at
         return lax.dynamic_update_slice_in_dim(old, update, start, axis=0)
 
-    def rows(*arrays: jax.Array) -> tuple[jax.Array]:
-        return (jax.vmap(row)(*arrays),)
+    def rows(*arrays: jax.Array) -> jax.Array:
+        return jax.vmap(row)(*arrays)
+
+    def entries(old: jax.Array, update: jax.Array, start: jax.Array) -> jax.Array:
+        """One entry after the other, those alone that belong here: nothing of the cache is read.
+
+        On TPUs a part of an int8 array that is read at any position costs a copy of the whole.
+        """
+        start -= lax.axis_index(names) * old.shape[1] if names else 0
+        at = (start[:, None] + jnp.arange(update.shape[1])).reshape(-1)
+        update = update.reshape(len(at), 1, 1, *update.shape[2:])
+        inside = (at >= 0) & (at < old.shape[1])
+        order = jnp.argsort(~inside) if names or drafts else jnp.arange(len(at))
+
+        def put(i: jax.Array, old: jax.Array) -> jax.Array:
+            index = order[i] // (len(at) // len(start)), at[order[i]], *[0] * (old.ndim - 2)
+            return lax.dynamic_update_slice(old, update[order[i]], index)
+
+        return lax.fori_loop(0, inside.sum(), put, old)
+
+    few = cache.dtype == jnp.int8 and (drafts or new.shape[1] == 1)
+
+    def write(*arrays: jax.Array) -> tuple[jax.Array]:
+        return (lax.platform_dependent(*arrays, tpu=entries, default=rows) if few else rows(*arrays),)
 
     new = new.astype(cache.dtype)
-    if names:
-        whole = "slots", *[None] * (cache.ndim - 1)
-        return shard_map_kernel(rows, (axes, whole, whole[:1]), (axes,), [cache])(cache, new, start_b)[0]
-    return constrain(rows(cache, constrain(new, "slots", None, *axes[2:]), start_b)[0], *axes)
+    if names or few:
+        # Positions take the axes that slots leave free, and leave none to heads.
+        of_new = "slots", None, *([None] * (cache.ndim - 2) if names else axes[2:])
+        return shard_map_kernel(write, (axes, of_new, of_new[:1]), (axes,), [cache])(cache, new, start_b)[0]
+    return constrain(rows(cache, constrain(new, "slots", None, *axes[2:]), start_b), *axes)
 
 
 class MultiHeadAttention(nn.Module):
@@ -163,14 +186,24 @@ class MultiHeadAttention(nn.Module):
                 cache = write_cache(cache, new, positions_bt, drafts=decode and x_btd.shape[1] > 1)
         with jax.named_scope("attention"):
             source = cache if read_cache else new
-            # A decode step reads the cache as it lies; longer ones are few rows.
-            k_bshd, v_bshd = (
-                source[name] if decode else dequantize_entries(source[name], self.dtype) for name in ("key", "value")
-            )
-            repeat = functools.partial(jnp.repeat, repeats=heads // kv_heads, axis=2)
-            k_bshd, v_bshd = jax.tree.map(repeat, (k_bshd, v_bshd))
-            scale = cfg.softmax_scale
-            if read_cache:
+            scale, spans = cfg.softmax_scale, read_cache and not decode and is_long(cache["key"].shape[1])
+
+            def repeated(*entries: Entries) -> tuple[Entries, ...]:
+                # A decode step reads the cache as it lies; longer ones are few rows.
+                entries = (x if decode else dequantize_entries(x, self.dtype) for x in entries)
+                return tuple(jax.tree.map(lambda x: jnp.repeat(x, heads // kv_heads, axis=2), x) for x in entries)
+
+            k_bshd, v_bshd = (None, None) if spans else repeated(source["key"], source["value"])
+            if spans:
+                kv_axes = batch, None, "kv_heads", "head_dim"
+                arrays = jax.tree.map(lambda x: constrain(x, *kv_axes[: x.ndim]), [cache["key"], cache["value"]])
+
+                def expand(keys: Entries, values: Entries) -> tuple[list[jax.Array], jax.Array]:
+                    keys, values = repeated(keys, values)
+                    return [keys], values
+
+                out_bthd = attend_in_spans([q_bthd], arrays, expand, positions_bt, scale)
+            elif read_cache:
                 # A decode step goes to the cache, which is split by slots; longer ones fetch it, split by heads.
                 axes = ("slots", "cache_length", None) if decode else (batch, None, "heads")
                 first_axis, length_axis, head_axis = axes
@@ -258,8 +291,10 @@ class LatentAttention(nn.Module):
             with jax.named_scope("cache_write"):
                 cache = write_cache(cache, new, positions_bt, drafts=decode and x_btd.shape[1] > 1)
         source = cache if read_cache else new
+        spans = read_cache and not decode and is_long(source["latent"].shape[1])
         latent_bsr, rope_key = (
-            source[name] if decode else dequantize_entries(source[name], dtype) for name in ("latent", "rope_key")
+            source[name] if decode or spans else dequantize_entries(source[name], dtype)
+            for name in ("latent", "rope_key")
         )
 
         # Rows of a head: first the keys' part W_uk, then the values' part W_uv. Heads lead, so that neither form
@@ -268,6 +303,14 @@ class LatentAttention(nn.Module):
         kv_b = declare(self, "kv_b_proj", kv_b_shape, kv_b_axes, nn.initializers.normal(std), inputs=2)
         key_rows, value_rows = slice(nope), slice(nope, None)
         scale = cfg.softmax_scale
+
+        @jax.named_scope("kv_b_proj")
+        def expand(latent_bsr: jax.Array) -> tuple[jax.Array, jax.Array]:
+            k_bshd = einsum_weight("bsr,hnr->bshn", latent_bsr, kv_b, dtype=dtype, rows=key_rows)
+            v_bshd = einsum_weight("bsr,hvr->bshv", latent_bsr, kv_b, dtype=dtype, rows=value_rows)
+            k_bshd, v_bshd = (constrain(x, batch, "length", "heads", "head_dim") for x in (k_bshd, v_bshd))
+            return k_bshd, v_bshd
+
         if decode:
             with jax.named_scope("kv_b_proj"):
                 q_latent = einsum_weight("bthn,hnr->bthr", q_nope, kv_b, dtype=dtype, rows=key_rows)
@@ -280,12 +323,20 @@ class LatentAttention(nn.Module):
                 out_bthr = constrain(out_bthr, batch, "length", "heads", "latent")
             with jax.named_scope("kv_b_proj"):
                 out_bthd = einsum_weight("bthr,hvr->bthv", out_bthr, kv_b, dtype=dtype, rows=value_rows)
+        elif spans:
+
+            def expand_span(*entries: Entries) -> tuple[list[jax.Array], jax.Array]:
+                latent_bsr, rope_key = (dequantize_entries(x, dtype) for x in entries)
+                k_bshd, v_bshd = expand(latent_bsr)
+                return [k_bshd, rope_key], v_bshd
+
+            with jax.named_scope("attention"):
+                entry_axes = batch, None, "latent"
+                arrays = jax.tree.map(lambda x: constrain(x, *entry_axes[: x.ndim]), [latent_bsr, rope_key])
+                out_bthd = attend_in_spans([q_nope, q_rope], arrays, expand_span, positions_bt, scale)
         else:
-            latent_bsr, rope_key = (constrain(x, batch, None, "latent") for x in (latent_bsr, rope_key))
-            with jax.named_scope("kv_b_proj"):
-                k_bshd = einsum_weight("bsr,hnr->bshn", latent_bsr, kv_b, dtype=dtype, rows=key_rows)
-                v_bshd = einsum_weight("bsr,hvr->bshv", latent_bsr, kv_b, dtype=dtype, rows=value_rows)
-                k_bshd, v_bshd = (constrain(x, batch, "length", "heads", "head_dim") for x in (k_bshd, v_bshd))
+            latent_bsr, rope_key = (constrain(x, batch, "length", "latent") for x in (latent_bsr, rope_key))
+            k_bshd, v_bshd = expand(latent_bsr)
             with jax.named_scope("attention"):
                 if read_cache:
                     parts = [q_nope, q_rope], [k_bshd, rope_key]

@@ -12,11 +12,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dsvl2_jax import fields
 from dsvl2_jax.errors import ConfigError
 from dsvl2_jax.fields import setting
 from dsvl2_jax.json_files import read_json_object
-from dsvl2_jax.model.rope_scaling import RopeScaling, read_rope
+from dsvl2_jax.model.rope_scaling import RopeScaling, plain_frequencies, read_rope
 
 ROUTING_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 SCORING_FUNCTIONS = ("softmax", "sigmoid")
@@ -134,9 +136,29 @@ class LanguageConfig:
         return self.hidden_size // self.num_attention_heads
 
     @property
+    def longest_context(self) -> int:
+        """Positions that the model was made for: those of its training, or as many as its scaling stretches them to."""
+        if self.rope_scaling is None:
+            return self.max_position_embeddings
+        original = self.rope_scaling.original_max_position_embeddings or self.max_position_embeddings
+        return max(self.max_position_embeddings, int(original * self.rope_scaling.factor))
+
+    @property
     def rotary_width(self) -> int:
         """Width of what is rotated: the part of a head that latent attention keeps for it, or a whole head."""
         return self.qk_rope_head_dim if self.use_mla else self.head_dim
+
+    @property
+    def inverse_frequencies(self) -> np.ndarray:
+        """f32[rotary_width / 2], radians a position; of "dynamic" those of sequences that the context holds."""
+        if self.rope_scaling is None:
+            return plain_frequencies(self.rotary_width, self.rope_theta)
+        return self.rope_scaling.inverse_frequencies(self.rotary_width, self.rope_theta, self.max_position_embeddings)
+
+    def stretches(self, length: int) -> bool:
+        """Whether the positions of a sequence of so many tokens are others than those of a shorter one."""
+        scaling = self.rope_scaling
+        return scaling is not None and scaling.kind == "dynamic" and length > self.max_position_embeddings
 
     @property
     def softmax_scale(self) -> float:
@@ -210,6 +232,27 @@ class Config:
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
         return cls.from_dict(read_json_object(path, ConfigError), source=str(path))
+
+
+def with_rope_scaling(config: Config, scaling: Mapping[str, Any]) -> Config:
+    """The configuration with other positions, given as ``rope_scaling`` of a ``config.json``.
+
+    Raises:
+      ConfigError: they are not supported, or a number is missing or wrong.
+    """
+    language = config.language
+    rope, problems = read_rope({"rope_scaling": scaling})
+    changes = {}
+    for name, value in rope.items():
+        changes[name], wrong = fields.build(fields.type_at(LanguageConfig, (name,)), value, (name,))
+        problems += map(str, wrong)
+    if not problems:
+        language = dataclasses.replace(language, **changes)
+        if language.rope_scaling is not None:
+            problems = [f"rope_scaling: {text}" for text in language.rope_scaling.problems(language.rotary_width)]
+    if problems:
+        raise ConfigError("the positions cannot be scaled so:\n  " + "\n  ".join(problems))
+    return dataclasses.replace(config, language=language)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -108,11 +108,6 @@ def decoder(params: dict[str, Any], config: LanguageConfig) -> Decoder:
     return Decoder(config, params["embed_tokens"].dtype).bind({"params": params})
 
 
-def _dtypes(params: dict[str, Any], cache: Cache | None) -> list[jnp.dtype]:
-    """Of the embeddings, as of all weights, and of the cache."""
-    return [params["embed_tokens"].dtype, *(a.dtype for a in jax.tree.leaves(cache))]
-
-
 def _gpu_layer(config: LanguageConfig, positions_bt: jax.Array, valid_bt: jax.Array | None) -> Callable:
     """A decode step's layer by `gpu_decode`: (parameters, [B, 1, D], cache) → ([B, 1, D], cache)."""
     positions_b = positions_bt[:, 0].astype(jnp.int32)
@@ -160,8 +155,10 @@ def hidden_states(
     """
     x_btd = constrain(x_btd, batch_axis(decode), "length", "embed")
     fused = decode and report is None and x_btd.shape[1] == 1
-    fused = fused and gpu_decode.is_supported(config, len(x_btd), *_dtypes(params, cache))
-    fused = fused and gpu_decode.reads_layers(params, config)
+    if fused:
+        dtype, cache_dtypes = params["embed_tokens"].dtype, [array.dtype for array in jax.tree.leaves(cache)]
+        fused = gpu_decode.is_supported(config, len(x_btd), dtype, cache_dtypes)
+        fused = fused and gpu_decode.reads_layers(params, config)
     on_gpu = _gpu_layer(config, positions_bt, valid_bt) if fused else None
     lengths_bt = sequence_lengths(config, positions_bt, lengths_b, decode=decode)
     new_cache, reports = [], []

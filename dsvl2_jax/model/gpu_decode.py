@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,8 +24,9 @@ from dsvl2_jax.kernels.gpu_decode_attention import attend_splits, combine, combi
 from dsvl2_jax.kernels.gpu_decode_inputs import heads_into_cache, latent_into_cache
 from dsvl2_jax.kernels.gpu_few_rows import MAX_ROWS, has_steps, project
 from dsvl2_jax.kernels.quantized import Quantized
+from dsvl2_jax.kernels.quantized_cache import QuantizedEntries
 from dsvl2_jax.kernels.quantized_matmul import as_matrices
-from dsvl2_jax.model.attention import LATENT_NORM_EPS, LayerCache
+from dsvl2_jax.model.attention import LATENT_NORM_EPS, LayerCache, write_cache
 from dsvl2_jax.model.config import LanguageConfig
 from dsvl2_jax.model.rotary import rotary_tables
 from dsvl2_jax.model.weights import Adapted, are_plain, weight_of
@@ -33,14 +35,17 @@ from dsvl2_jax.sharding import ambient_mesh_shape
 Rotary = tuple[jax.Array, jax.Array]
 
 
-def is_supported(config: LanguageConfig, slots: int, *dtypes: DTypeLike) -> bool:
-    """Whether the kernels are for this model, so many slots, and the dtypes of its parameters and cache.
+def is_supported(config: LanguageConfig, slots: int, dtype: DTypeLike, cache_dtypes: Sequence[DTypeLike]) -> bool:
+    """Whether the kernels are for this model, so many slots, and the dtypes of parameters and of the cache's arrays.
 
     Tensor cores multiply 16 bits, and float32 is for exactness; their tiles want widths that 16 divides, and powers of
-    two where a tile is as wide as a head.
+    two where a tile is as wide as a head. A cache in int8 has scales in float32 beside it.
     """
     cfg = config
-    if any(dtype != jnp.bfloat16 for dtype in dtypes) or slots > MAX_ROWS or ambient_mesh_shape() is not None:
+    kinds = {jnp.dtype(kind) for kind in cache_dtypes}
+    if dtype != jnp.bfloat16 or kinds not in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.int8), jnp.dtype(jnp.float32)}):
+        return False
+    if slots > MAX_ROWS or ambient_mesh_shape() is not None:
         return False
     grouped = cfg.topk_method in ("group_limited_greedy", "noaux_tc") and cfg.n_group > 1
     if cfg.attention_bias or cfg.q_lora_rank is not None or grouped:
@@ -173,19 +178,27 @@ def _multi_head_attention(
     interpret: bool,
 ) -> tuple[jax.Array, LayerCache]:
     """[B, H, Dv], and the cache."""
+    into, at_b = (cache["key"], cache["value"]), positions_b
+    quantized = isinstance(cache["key"], QuantizedEntries)
+    if quantized:
+        # A program makes a part of a head, and does not see the rest, on which the scale depends.
+        into = tuple(jnp.zeros((len(x_bd), 1, *entries.shape[2:]), x_bd.dtype) for entries in into)
+        at_b = jnp.zeros_like(positions_b)
     q_bhd, keys, values = heads_into_cache(
         x_bd,
         params["input_layernorm"]["scale"],
         tuple(weights[name] for name in ("q_proj", "k_proj", "v_proj")),
         rotary,
-        positions_b,
-        (cache["key"], cache["value"]),
+        at_b,
+        into,
         eps=config.rms_norm_eps,
         interpret=interpret,
     )
+    new = {"key": keys, "value": values}
+    cache = write_cache(cache, new, positions_b[:, None]) if quantized else new
     options = {"scale": config.softmax_scale, "interpret": interpret}
-    split = attend_splits([q_bhd], [keys], values, positions_b, **options)
-    return combine(*split, dtype=x_bd.dtype, interpret=interpret), {"key": keys, "value": values}
+    split = attend_splits([q_bhd], [cache["key"]], cache["value"], positions_b, **options)
+    return combine(*split, dtype=x_bd.dtype, interpret=interpret), cache
 
 
 @jax.named_scope("self_attn")
@@ -216,7 +229,8 @@ def _latent_attention(
         eps=LATENT_NORM_EPS,
         interpret=interpret,
     )
-    queries, keys = [q_latent_bhr, q_rope_bhd], [a[:, :, None] for a in (latent_bsr, key_bsd)]  # one head of keys
+    # One head of keys.
+    queries, keys = [q_latent_bhr, q_rope_bhd], jax.tree.map(lambda a: a[:, :, None], [latent_bsr, key_bsd])
     split = attend_splits(queries, keys, None, positions_b, scale=cfg.softmax_scale, interpret=interpret)
     out_bhd = combine_latent(*split, weights["kv_b_proj"], first_row=nope, dtype=x_bd.dtype, interpret=interpret)
     return out_bhd, {"latent": latent_bsr, "rope_key": key_bsd}

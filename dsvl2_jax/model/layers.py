@@ -14,7 +14,7 @@ Tested in tests/model/test_attention.py, test_moe.py and test_deepseek_vl2.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -97,10 +97,35 @@ def _product(x: jax.Array, kernel: Weight, contract: int) -> jax.Array:
         return quantized_matmul.product(x, kernel, contract)
     if not isinstance(kernel, Adapted):
         return weight_product(x, kernel, contract)
-    hidden = kernel.own_ranks(weight_product(kernel.dropped(x), kernel.lora_a, contract))
-    out = _product(x, kernel.base, contract) + weight_product(hidden, kernel.lora_b, 1)
-    gain = kernel.row_gain(out.ndim)
-    return out if gain is None else out * gain
+    entered = kernel.dropped(x)
+    hidden = kernel.own_ranks(weight_product(entered, kernel.lora_a, contract))
+    added = weight_product(hidden, kernel.lora_b, 1)
+    gain = kernel.row_gain(added.ndim)
+    return _combined(kernel, lambda x: _product(x, kernel.base, contract), x, entered, added, gain)
+
+
+def _combined(
+    weight: Adapted,
+    of_base: Callable[[jax.Array], jax.Array],
+    x: jax.Array,
+    entered: jax.Array,
+    added: jax.Array,
+    gain: jax.Array | None,
+) -> jax.Array:
+    """The base's product and what an adapter adds, times the gain.
+
+    With dropout, what the gain changes of the base's product is of the inputs that are left, as `peft` has it.
+
+    Args:
+      of_base: from inputs to their product with the base.
+      entered: x with dropout. added: its product with the adapter.
+    """
+    out = of_base(x)
+    if gain is None:
+        return out + added
+    if weight.dropout is None:
+        return (out + added) * gain
+    return out + (gain - 1) * of_base(entered) + gain * added
 
 
 def einsum_weight(
@@ -139,8 +164,14 @@ def _adapted_einsum(subscripts: str, x: jax.Array, weight: Adapted, rows: slice 
     entered = weight.dropped(x) if expanded else x
     hidden = jnp.einsum(f"{x_axes},{first_axes}->{kept}Z", entered, first, precision=precision)
     added = jnp.einsum(f"{kept}Z,{second_axes}->{out}", weight.own_ranks(hidden), second, precision=precision)
-    whole = einsum_weight(subscripts, x, weight.base, dtype=x.dtype, rows=rows) + added
-    return whole * gain if expanded and gain is not None else whole
+    return _combined(
+        weight,
+        lambda x: einsum_weight(subscripts, x, weight.base, dtype=x.dtype, rows=rows),
+        x,
+        entered,
+        added,
+        gain if expanded else None,
+    )
 
 
 def grouped(x_cd: jax.Array, weights_gdf: Weight, group_sizes_g: jax.Array) -> jax.Array:
@@ -149,15 +180,17 @@ def grouped(x_cd: jax.Array, weights_gdf: Weight, group_sizes_g: jax.Array) -> j
         return quantized_matmul.named_product(x_cd, weights_gdf, group_sizes_g)
     if not isinstance(weights_gdf, Adapted):
         return named_product(x_cd, weights_gdf, group_sizes_g)
-    hidden_cr = grouped_matmul(weights_gdf.dropped(x_cd), weights_gdf.lora_a, group_sizes_g)
+    entered_cd = weights_gdf.dropped(x_cd)
+    hidden_cr = grouped_matmul(entered_cd, weights_gdf.lora_a, group_sizes_g)
     added_cf = grouped_matmul(weights_gdf.own_ranks(hidden_cr), weights_gdf.lora_b, group_sizes_g)
-    out_cf = grouped(x_cd, weights_gdf.base, group_sizes_g) + added_cf
-    if weights_gdf.gain is None:
-        return out_cf
-    ends_g = jnp.cumsum(group_sizes_g)
-    group_c = jnp.minimum(jnp.searchsorted(ends_g, jnp.arange(len(x_cd)), side="right"), len(ends_g) - 1)
     gain = weights_gdf.gain
-    return out_cf * (gain[group_c] if weights_gdf.owner is None else gain[weights_gdf.rows, group_c])
+    if gain is not None:
+        ends_g = jnp.cumsum(group_sizes_g)
+        group_c = jnp.minimum(jnp.searchsorted(ends_g, jnp.arange(len(x_cd)), side="right"), len(ends_g) - 1)
+        gain = gain[group_c] if weights_gdf.owner is None else gain[weights_gdf.rows, group_c]
+    return _combined(
+        weights_gdf, lambda x_cd: grouped(x_cd, weights_gdf.base, group_sizes_g), x_cd, entered_cd, added_cf, gain
+    )
 
 
 def grouped_gated(x_cd: jax.Array, gate_gdf: Weight, up_gdf: Weight, group_sizes_g: jax.Array) -> jax.Array:

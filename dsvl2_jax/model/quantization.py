@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,12 +25,22 @@ from dsvl2_jax.errors import UsageError
 from dsvl2_jax.kernels.quantized import GROUP, KINDS, Quantized, group_size, quantize
 from dsvl2_jax.messages import did_you_mean
 from dsvl2_jax.model.config import Config
-from dsvl2_jax.model.deepseek_vl2 import abstract_leaves, weight_inputs
+from dsvl2_jax.model.deepseek_vl2 import Params, abstract_leaves, weight_inputs
 from dsvl2_jax.model.parameter_paths import LeafPath, path_name, stays_float32
 from dsvl2_jax.sharding import PARAM_RULES, add_fsdp_axis, partition_spec
 
-# The output head decides between tokens, and the patch embedding sees pixels first: errors count most there.
-KEEP = "language/lm_head|vision/patch_embed"
+WHOLE = "keep"  # what a rule says of weights that stay as they are
+
+# Which weights are kept otherwise than most, as (regular expression of the path, kind or `WHOLE`); the first that is
+# found in a path decides. The output head decides between tokens, and the patch embedding sees pixels first. In int4
+# are the experts, which are nearly all of a model: what the others would save costs more than it gives
+# (docs/quantization.md has the figures).
+_ALWAYS = (("language/lm_head|vision/patch_embed", WHOLE),)
+RULES = {
+    "int8": _ALWAYS,
+    "int4": (*_ALWAYS, (r"vision/|projector/|self_attn|layers_\d+/mlp/(gate|up|down)_proj", "int8")),
+    "float8": _ALWAYS,
+}
 
 Shape = tuple[int, ...]
 Shapes = Mapping[LeafPath, Shape]
@@ -41,12 +51,12 @@ class Quantization:
     """What is done to a checkpoint.
 
     Attributes:
-      kind: of `KINDS`.
-      keep: a regular expression; weights in whose path it is found stay as they are.
+      kind: of `KINDS`, of weights that no rule names.
+      rules: as `RULES`, which are meant without them.
     """
 
     kind: str
-    keep: str = KEEP
+    rules: tuple[tuple[str, str], ...] | None = None
 
     def __post_init__(self) -> None:
         """Raises UsageError for an unknown kind or a wrong expression."""
@@ -54,51 +64,71 @@ class Quantization:
             raise UsageError(
                 f"--quantize {self.kind}: expected one of {', '.join(KINDS)}{did_you_mean(self.kind, KINDS)}"
             )
-        try:
-            re.compile(self.keep)
-        except re.error as error:
-            raise UsageError(f"--keep {self.keep}: no regular expression ({error}).") from None
+        if self.rules is None:
+            object.__setattr__(self, "rules", RULES[self.kind])
+        for pattern, kind in self.rules:
+            if kind not in (*KINDS, WHOLE):
+                raise UsageError(f"--rule {pattern}={kind}: expected one of {', '.join(KINDS)} or {WHOLE} after the =.")
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UsageError(f"--rule {pattern}={kind}: no regular expression ({error}).") from None
 
     def described(self) -> dict[str, Any]:
         """What the manifest of a quantized checkpoint says of it."""
-        return {"kind": self.kind, "group": GROUP, "keep": self.keep}
+        return {"kind": self.kind, "group": GROUP, "rules": ["=".join(rule) for rule in self.rules]}
+
+    @staticmethod
+    def of(described: Mapping[str, Any]) -> Quantization:
+        """What `described` said."""
+        return Quantization(described["kind"], tuple(_rule(text) for text in described["rules"]))
 
 
-def quantization_of(kind: str | None, keep: str | None) -> Quantization | None:
-    """What the options ``--quantize`` and ``--keep`` say. Raises UsageError for a wrong value, or the second alone."""
+def _rule(text: str) -> tuple[str, str]:
+    pattern, _, kind = text.rpartition("=")
+    return pattern, kind
+
+
+def quantization_of(kind: str | None, rules: Sequence[str] = ()) -> Quantization | None:
+    """What the options ``--quantize KIND`` and ``--rule REGEX=KIND`` say; these rules go before `RULES`.
+
+    Raises UsageError for a wrong value, or the second option alone.
+    """
     if kind is None:
-        if keep is not None:
-            raise UsageError(f"--keep {keep}: says what --quantize leaves as it is; give both, or neither.")
+        if rules:
+            raise UsageError(f"--rule {rules[0]}: says how --quantize keeps some weights; give both, or neither.")
         return None
-    return Quantization(kind, KEEP if keep is None else keep)
+    return Quantization(kind, (*map(_rule, rules), *RULES.get(kind, ())))
 
 
 def quantized_weights(config: Config, quantization: Quantization | None) -> dict[LeafPath, str]:
     """Path → kind, of every weight that is quantized: int4 becomes int8 where no group divides the inputs.
 
     Raises:
-      UsageError: ``keep`` is found in no weight's path, or in all.
+      UsageError: a rule decides about no weight, or none is quantized.
     """
     if quantization is None:
         return {}
     inputs, leaves = weight_inputs(config), abstract_leaves(config)
-    kept = {path for path in inputs if quantization.keep and re.search(quantization.keep, path_name(path))}
-    if (quantization.keep and not kept) or kept == inputs.keys():
-        which = "every weight" if kept else "no weight"
+    found, used = {}, set()
+    for path in inputs:
+        rule = next((rule for rule in quantization.rules if re.search(rule[0], path_name(path))), None)
+        used.add(rule)
+        kind = quantization.kind if rule is None else rule[1]
+        if kind == "int4" and group_size(leaves[path][0][inputs[path][-1]]) is None:
+            kind = "int8"
+        if kind != WHOLE:
+            found[path] = kind
+    unused = [rule for rule in quantization.rules if rule not in used and rule not in RULES[quantization.kind]]
+    if unused or not found:
         some = ", ".join(path_name(path) for path in list(inputs)[-3:])
-        raise UsageError(
-            f"--keep {quantization.keep}: is found in the path of {which} that can be quantized; paths are such as "
-            f"{some}."
-        )
-    found = {}
-    for path in inputs.keys() - kept:
-        packs = quantization.kind != "int4" or group_size(leaves[path][0][inputs[path][-1]]) is not None
-        found[path] = quantization.kind if packs else "int8"
-    return {path: found[path] for path in inputs if path in found}
+        problem = f"{'='.join(unused[0])}: decides about no weight" if unused else "leaves no weight to be quantized"
+        raise UsageError(f"--rule {problem}. Paths of weights are such as {some}; the first rule found in one decides.")
+    return found
 
 
 @functools.lru_cache(maxsize=256)
-def _quantized_shapes(shape: Shape, kind: str, inputs: tuple[int, ...]) -> dict[str, tuple[Shape, np.dtype]]:
+def quantized_shapes(shape: Shape, kind: str, inputs: tuple[int, ...]) -> dict[str, tuple[Shape, np.dtype]]:
     """What `quantize` makes of a weight of this shape."""
     stored = jax.eval_shape(lambda w: quantize(w, kind, inputs), jax.ShapeDtypeStruct(shape, jnp.float32))
     return {name: (leaf.shape, np.dtype(leaf.dtype)) for name, leaf in stored.items()}
@@ -114,7 +144,7 @@ def leaves_of(config: Config, kinds: Mapping[LeafPath, str]) -> dict[LeafPath, t
     leaves: dict[LeafPath, tuple[Shape, np.dtype | None]] = {}
     for path, (shape, _) in abstract_leaves(config).items():
         if path in kinds:
-            parts = _quantized_shapes(shape, kinds[path], inputs[path])
+            parts = quantized_shapes(shape, kinds[path], inputs[path])
             leaves |= {(*path, name): entry for name, entry in parts.items()}
         else:
             leaves[path] = shape, None
@@ -210,3 +240,22 @@ def stored_specs(
         weight = Quantized(parts[kind], parts["scale"], kind, last - len(shape))
         found[(*path, kind)], found[(*path, "scale")] = weight_specs(weight, last, spec_of)
     return {path: found[path] for path in shapes}
+
+
+def quantize_params(params: Params, config: Config, quantization: Quantization) -> Params:
+    """Parameters with the weights of a whole model rounded; those of plain ones are let go of one by one.
+
+    Args:
+      params: nested, all plain; arrays are taken out of it.
+      config: of the model.
+      quantization: which weights, and how.
+    """
+    kinds, inputs = quantized_weights(config, quantization), weight_inputs(config)
+    for path, kind in kinds.items():
+        *modules, name = path
+        module = functools.reduce(lambda tree, key: tree[key], modules, params)
+        module[name] = quantize_array(module.pop(name), kind, inputs[path])
+    return params
+
+
+quantize_array = jax.jit(quantize, static_argnames=("kind", "inputs"))

@@ -9,15 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from dsvl2_jax import fields
 from dsvl2_jax.fields import setting
-
-if TYPE_CHECKING:
-    from dsvl2_jax.model.config import LanguageConfig
 
 KINDS = ("linear", "dynamic", "yarn")
 
@@ -94,6 +91,11 @@ class RopeScaling:
                 )
         return problems
 
+    def described(self) -> dict[str, Any]:
+        """As config.json has it."""
+        numbers = {key: getattr(self, key) for key in sorted(_KEYS[self.kind])}
+        return {"rope_type": self.kind} | {key: value for key, value in numbers.items() if value is not None}
+
     def inverse_frequencies(self, width: int, theta: float, context: int) -> np.ndarray:
         """f32[width / 2], radians a position; of "dynamic" those of a sequence that is not longer than the context.
 
@@ -102,7 +104,7 @@ class RopeScaling:
           theta: the base.
           context: ``max_position_embeddings``.
         """
-        frequencies = _plain(width, theta)
+        frequencies = plain_frequencies(width, theta)
         if self.kind == "linear":
             return frequencies / np.float32(self.factor)
         if self.kind != "yarn":
@@ -187,25 +189,11 @@ def _powers(width: int, theta: float) -> np.ndarray:
     return (np.float64(np.float32(theta)) ** exponents.astype(np.float64)).astype(np.float32)
 
 
-def _plain(width: int, theta: float) -> np.ndarray:
+def plain_frequencies(width: int, theta: float) -> np.ndarray:
     """f32[width / 2], radians a position, without scaling; rounded as PyTorch does, so that far positions agree."""
     return 1 / _powers(width, theta)
-
-
-def inverse_frequencies(language: LanguageConfig) -> np.ndarray:
-    """f32[width / 2], radians a position; of "dynamic" those of a sequence that is not longer than the context."""
-    width, theta = language.rotary_width, language.rope_theta
-    if language.rope_scaling is None:
-        return _plain(width, theta)
-    return language.rope_scaling.inverse_frequencies(width, theta, language.max_position_embeddings)
 
 
 def _mscale(factor: float, mscale: float) -> float:
     """How much yarn sharpens attention that is stretched by a factor."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
-
-def depends_on_length(language: LanguageConfig, length: int) -> bool:
-    """Whether the positions of a sequence of so many tokens are others than those of a shorter one."""
-    scaling = language.rope_scaling
-    return scaling is not None and scaling.kind == "dynamic" and length > language.max_position_embeddings

@@ -11,7 +11,6 @@ import numpy as np
 from jax import lax
 
 from dsvl2_jax.model.config import LanguageConfig
-from dsvl2_jax.model.rope_scaling import inverse_frequencies
 
 
 def rotary_tables(
@@ -24,7 +23,7 @@ def rotary_tables(
       lengths: i32[...], tokens of the sequence that each position is of, as of `sequence_lengths`; None: none is longer
         than ``max_position_embeddings``.
     """
-    frequencies = jnp.asarray(inverse_frequencies(config))  # made on the host, and a constant of the program
+    frequencies = jnp.asarray(config.inverse_frequencies)  # made on the host, and a constant of the program
     if _is_dynamic(config) and lengths is not None:
         frequencies = _dynamic(config, frequencies, lengths)
     angles = positions.astype(jnp.float32)[..., None] * frequencies

@@ -167,3 +167,14 @@ def compile_devices(topology: Topology) -> list[Any]:
             f"{topology.name}: the {compiler} compiler cannot be used ({first_line(error)}); "
             f"install it with pip install -e '.[{extra}]'."
         ) from error
+
+
+def device_memory(device: Any) -> float:
+    """Bytes of a device; a CPU has the machine's, or what its container may use of it."""
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return float(stats["bytes_limit"])
+    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return min(memory, float(text)) if text.isdecimal() else memory

@@ -52,6 +52,8 @@ class EvalOptions:
     mesh: str | None = None
     verify: bool = False
     adapter: str | None = None
+    context: int | None = setting(None, least=1)
+    rope_scaling: str | None = None
     max_tiles: int | None = setting(None, least=1, most=MAX_TILES)
     min_tiles: int | None = setting(None, least=1, most=MAX_TILES)
     speculate: int = setting(0, least=0)
@@ -68,8 +70,8 @@ class EvalOptions:
 
     def identity(self) -> dict[str, Any]:
         names = ("metric", "images", "max_new_tokens", "prompt_template")
-        # Runs from before there were these options go on without them.
-        names += tuple(name for name in ("as_seen", "min_tiles", "cache_dtype", "adapter") if getattr(self, name))
+        optional = "as_seen", "min_tiles", "cache_dtype", "adapter", "context", "rope_scaling"
+        names += tuple(name for name in optional if getattr(self, name))
         named = {name: getattr(self, name) for name in names}
         # The option was called candidates, and its runs go on.
         return named | ({"dtype": self.dtype, "candidates": self.max_tiles} if self.server is None else {})
@@ -100,7 +102,7 @@ def evaluate(ckpt: str | None, data: Path, options: EvalOptions) -> dict[str, An
     from dsvl2_jax.infer.eval.loaded import LoadedModel, follow  # imports jax
     from dsvl2_jax.infer.loading import LoadOptions
 
-    names = ("verify", "adapter", "cache_dtype", "max_tiles", "min_tiles")
+    names = ("verify", "adapter", "cache_dtype", "max_tiles", "min_tiles", "context", "rope_scaling")
     loading = LoadOptions(options.dtype, options.mesh, **{name: getattr(options, name) for name in names})
     if not processes.is_first():
         follow(ckpt, loading, options.batch_size, options.speculate)

@@ -60,7 +60,8 @@ class LoadedModel:
         self._model: Model | None = None  # until it is loaded
         self.name = "bundled" if ckpt is None else checkpoint_name(self._directory)
         if self._adapter is not None:
-            self.name += f"+{checkpoint_name(self._adapter)}"
+            step = self._adapter.parent  # of the run, where the adapter is one's
+            self.name += f"+{checkpoint_name(self._adapter if locate.run_of(step) is None else step)}"
 
     def identity(self) -> dict[str, Any]:
         identity = {"checkpoint": {"name": self.name, "digest": checkpoint_digest(self._directory)}}

@@ -100,7 +100,7 @@ async def ask(
             message = "answers cannot be constrained with this checkpoint's tokenizer, which has no tokenizer.json"
             raise ApiError(400, f"{constraint.field}: {message}.", param=constraint.field, code="unsupported_value")
         grammar = await serving.in_pool(constraint.compile, serving.grammars)
-    context = serving.engine.model.config.language.max_position_embeddings
+    context = serving.engine.model.context
 
     def build() -> list[Request]:
         return [

@@ -131,7 +131,7 @@ def follow(model: Model, options: EngineOptions, grammars: GrammarCompiler | Non
 
 def make_scheduler(model: Model, options: EngineOptions) -> Scheduler:
     """For answers of any length that the context allows."""
-    context = model.config.language.max_position_embeddings
+    context = model.context
     return Scheduler(
         model,
         model.whole_slots(options.slots),
@@ -144,7 +144,7 @@ def make_scheduler(model: Model, options: EngineOptions) -> Scheduler:
 
 def _tile_counts(model: Model, options: EngineOptions) -> range:
     """Tiles of the pictures that may come: two at least, the global view and one local; not more than the context."""
-    fitting = model.config.language.max_position_embeddings // model.config.tokens_per_tile
+    fitting = model.context // model.config.tokens_per_tile
     return range(2, min(options.max_tiles, 1 + max_image_tiles(model, options), fitting) + 1)
 
 

@@ -11,7 +11,8 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from PIL import Image
@@ -33,6 +34,8 @@ _AS_DATA = {
     "picture": "Send the picture itself, as data:image/png;base64,iVBO…",
     "video": "Send the video itself, as data:video/mp4;base64,AAAA…",
 }
+
+_MAX_RATE = 240  # frames a second, of a video
 
 Value = TypeVar("Value")
 
@@ -99,7 +102,7 @@ class Media:
     def __init__(self, options: MediaOptions, pool: Executor, downloader: Downloader | None = None):
         """
         Args:
-          pool: where files are read, and pictures and videos decoded.
+          pool: where files are read and pictures decoded.
           downloader: instead of those that the options describe.
         """
         self.options, self._pool = options, pool
@@ -110,8 +113,8 @@ class Media:
                 kind: Downloader(options.domains, max_bytes=most, time_limit=options.time_limit, kind=kind)
                 for kind, most in self._bytes.items()
             }
-        # Videos take long: the other threads are for everybody else.
-        self._decoding = asyncio.Semaphore(max(1, (os.cpu_count() or 1) // 2))
+        # Videos take long: they have threads of their own, and half of the processors at most.
+        self._video_pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2), "dsvl2-videos")
 
     async def load(self, references: Sequence[tuple[Any, str]], field: str = "messages") -> list[Image.Image]:
         """The RGB pictures of one request, in order.
@@ -140,8 +143,8 @@ class Media:
             raise MediaError(field, 413, f"asks for {frames} frames of videos, expected at most {most}. Ask for fewer.")
         files = await self._fetch_all([(clip.reference, clip.field, "video") for clip in clips])
         left = self.options.max_request_pixels - sum(picture.width * picture.height for picture in pictures)
-        async with self._decoding:
-            return await self._in_pool(self._decode_videos, [data for data, _ in files], clips, left)
+        work = partial(self._decode_videos, [data for data, _ in files], clips, left)
+        return await asyncio.get_running_loop().run_in_executor(self._video_pool, work)
 
     async def _fetch_all(self, wanted: Sequence[tuple[Any, str, str]]) -> list[tuple[bytes, str]]:
         """(file, field) of each (reference, field, kind)."""
@@ -216,7 +219,10 @@ class Media:
         """The frames of all videos, which together have at most so many pixels."""
         deadline, videos = time.monotonic() + self.options.video_time_limit, []
         for data, clip in zip(files, clips, strict=True):
-            limits = VideoLimits(self.options.max_pixels, pixels, self.options.max_video_seconds, deadline, threads=1)
+            seconds = self.options.max_video_seconds
+            limits = VideoLimits(
+                self.options.max_pixels, pixels, seconds, int(_MAX_RATE * seconds), deadline, threads=1
+            )
             try:
                 frames = read_frames(data, clip.frames, clip.choice, limits)
             except LimitError as error:

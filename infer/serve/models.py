@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.infer.adapters import BASE
@@ -35,15 +35,11 @@ class ServedModel:
     parent: str | None = None
 
 
-def parse_adapters(values: Sequence[str], name: str, aliases: Sequence[str]) -> dict[str, str]:
-    """NAME=DIR of the command line → name → directory, in their order.
-
-    Args:
-      values: as they were given.
-      name, aliases: of the base, and patterns of its other names.
+def parse_adapters(values: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """NAME=DIR of the command line → (name, directory).
 
     Raises:
-      UsageError: a value has no such form, or a name is taken.
+      UsageError: a value has no such form, or two have one name.
     """
     directories: dict[str, str] = {}
     for value in values:
@@ -53,23 +49,31 @@ def parse_adapters(values: Sequence[str], name: str, aliases: Sequence[str]) -> 
                 f"{ADAPTER}: found {value!r}, expected NAME=DIR, the name of letters, digits and any of . _ : / -, at "
                 "most 100 of them, and a letter or a digit first."
             )
-        pattern = next((p for p in aliases if fnmatch.fnmatchcase(key, p)), None)
-        taken = "is the base's name" if key == name else f"also means the base, by {pattern!r}" if pattern else ""
         if key in directories:
-            taken = f"is {directories[key]}'s already"
-        if taken:
-            raise UsageError(f"{ADAPTER} {value}: {key} {taken}; give the adapter another name.")
+            raise UsageError(f"{ADAPTER} {value}: {key} is {directories[key]}'s name already; give each its own.")
         directories[key] = directory
-    return directories
+    return tuple(directories.items())
 
 
-def served_models(name: str, root: str, adapters: Mapping[str, str]) -> dict[str, ServedModel]:
+def served_models(
+    name: str, root: str, aliases: Sequence[str], adapters: Sequence[tuple[str, str]]
+) -> dict[str, ServedModel]:
     """By name, the base first.
 
     Args:
-      name, root: of the base.
-      adapters: name → what it was loaded from, numbered in their order.
+      name, root: of the base. aliases: patterns of its other names.
+      adapters: (name, directory), numbered in their order.
+
+    Raises:
+      UsageError: an adapter's name means the base.
     """
-    base = ServedModel(name, root)
-    others = [ServedModel(key, root, number, name) for number, (key, root) in enumerate(adapters.items())]
-    return {model.name: model for model in (base, *others)}
+    models = {name: ServedModel(name, root)}
+    for number, (key, directory) in enumerate(adapters):
+        means = "is the name of the base" if key == name else ""
+        for pattern in aliases:
+            if fnmatch.fnmatchcase(key, pattern):
+                means = f"means the base too, by --model-alias {pattern!r}"
+        if means:
+            raise UsageError(f"{ADAPTER} {key}={directory}: {key} {means}; give the adapter another name.")
+        models[key] = ServedModel(key, directory.rstrip("/").rpartition("/")[2], number, name)
+    return models

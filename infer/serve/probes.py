@@ -90,7 +90,7 @@ def _examples() -> dict[str, bytes]:
 
 
 def _model(serving: Serving, served: ServedModel) -> dict[str, object]:
-    context = serving.engine.model.config.language.max_position_embeddings
+    context = serving.engine.model.context
     return {
         "id": served.name,
         "object": "model",

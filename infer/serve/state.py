@@ -40,7 +40,7 @@ class ServeOptions:
       model_name: that /v1/models tells.
       root: what that model was loaded from, as /v1/models tells it; empty: its name.
       aliases: patterns of names that also mean this model.
-      adapters: name and root of each adapter of the engine's model, in the order of their numbers.
+      adapters: name and directory of each adapter of the engine's model, in the order of their numbers.
       keys: without any, everybody may ask.
       honour_detail: ``detail: low`` gives a picture a single tile, and ``high`` tiles among any number of pictures.
         Evaluation kits send it without meaning it.
@@ -49,7 +49,7 @@ class ServeOptions:
       cors_origins: web pages from elsewhere that may ask, as ``https://example.org``; ``*``: all.
 
     Raises:
-      UsageError: a number is not positive.
+      UsageError: a number is not positive, or an adapter's name means the base.
     """
 
     model_name: str = "dsvl2"
@@ -65,6 +65,12 @@ class ServeOptions:
     def __post_init__(self) -> None:
         problems = fields.check(self)
         fields.refuse((Problem((f"--{p.path[0].replace('_', '-')}",), p.text) for p in problems), UsageError)
+        self.models()
+
+    def models(self) -> dict[str, ServedModel]:
+        """What requests can name, by name, the base first."""
+        root = self.root or self.model_name
+        return served_models(self.model_name, root, self.aliases, self.adapters)
 
 
 class Serving:
@@ -74,7 +80,7 @@ class Serving:
         self.engine, self.options, self.media, self.grammars = engine, options, media, grammars
         self.processor: Processor = engine.model.processor
         self.lag = LoopLag()
-        self.models = served_models(options.model_name, options.root or options.model_name, dict(options.adapters))
+        self.models = options.models()
         self.metrics = Metrics(list(self.models), engine.statistics, self.lag)
         self.created = int(time.time())
 

@@ -57,4 +57,4 @@ async def detokenize(request: Request) -> Response:
 
 
 def _context(serving: Serving) -> int:
-    return serving.engine.model.config.language.max_position_embeddings
+    return serving.engine.model.context

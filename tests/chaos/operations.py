@@ -132,10 +132,17 @@ def make_inputs(inputs: Path, operations: Sequence[Operation], run: Run) -> None
     (inputs / "talk.txt").write_text("Hello <｜end▁of▁sentence｜>\n/nonsense\nAnd now?\n")
     rows = [f"{index}\tWhat is in picture {index}?\tanswer {index}\t{_PIXEL}" for index in range(12)]
     (inputs / "TextVQA_VAL.tsv").write_text("\n".join(["index\tquestion\tanswer\timage", *rows]) + "\n")
-    if needed & {"released", "converted"}:
+    if needed & {"released", "converted", "adapter"}:
         shutil.copytree(toy_run.MICRO, inputs / "released", ignore=shutil.ignore_patterns("train*", "*.py"))
     if "converted" in needed:
         run(["convert", str(inputs / "released"), str(inputs / "converted")])
+    if "adapter" in needed:
+        from adapter_files import random_adapter
+
+        from dsvl2_jax.checkpoint.adapters import AdapterSettings
+        from dsvl2_jax.model.config import Config
+
+        random_adapter(inputs / "adapter", Config.from_file(inputs / "released"), AdapterSettings("dora", 2, 4.0))
     if "questions" in needed:
         run(["micro", "questions", str(inputs / "questions"), "--samples", "3"])
         (file,) = (inputs / "questions").glob("*.jsonl")
@@ -167,6 +174,12 @@ OPERATIONS = (
         "export", "export {inputs}/converted {work}/out", "out", tree, again=False, share=4,
         phases=(("out", "done"), (".out.dsvl2-partial/*.index.json", "complete, not renamed"),
                 (".out.dsvl2-partial/*.safetensors", "writing tensors"), (".out.dsvl2-partial", "copying files")),
+    ),
+    Operation(
+        "merge", "merge {inputs}/released {inputs}/adapter {work}/out --layout orbax", "out", converted, again=False,
+        share=2,
+        phases=(("out", "done"), *_STAGED, (".out.dsvl2-partial/params*", "writing parameters"),
+                (".out.dsvl2-partial", "copying files")),
     ),
     Operation(
         "train", "train {inputs}/train.toml run.directory={work}/run", "run", trained, share=6,

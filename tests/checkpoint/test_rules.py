@@ -13,6 +13,7 @@ from dsvl2_jax.checkpoint import rules
 from dsvl2_jax.errors import CheckpointError
 from dsvl2_jax.messages import MAX_LISTED
 from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.deepseek_vl2 import weight_inputs
 from dsvl2_jax.model.released import SIZES, released_config, variant
 
 dimension = st.integers(1, 7)
@@ -185,3 +186,15 @@ def test_a_fitting_checkpoint_passes_in_every_floating_dtype(released):
     config, shapes = released
     dtypes = ("F32", "F16", "BF16")
     rules.check({name: (shape, dtypes[i % 3]) for i, (name, shape) in enumerate(shapes.items())}, config, "here")
+
+
+def test_the_table_and_the_model_agree_on_what_is_an_input(released):
+    """Released matrices are [out, in]; the convolution, which is a matrix here, has no such layout."""
+    config, _ = released
+    found = {path: leaf.inputs for path, leaf in rules.linear_leaves(config).items()}
+    expected = dict(weight_inputs(config))
+    del expected["vision", "patch_embed", "kernel"]
+    assert found == expected
+    for leaf in rules.linear_leaves(config).values():
+        outputs, inputs = (math.prod(leaf.shape[axis] for axis in axes) for axes in (leaf.outputs, leaf.inputs))
+        assert leaf.layout.source_shape == (outputs, inputs)

@@ -117,8 +117,10 @@ def test_memory_stays_near_the_largest_parameter(tmp_path, data):
     assert total > 400e6
     script = (
         "import resource, sys; from dsvl2_jax.convert.to_orbax import convert;"
+        "from dsvl2_jax.model.quantization import Quantization;"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
         "convert(sys.argv[1], sys.argv[2], max_memory='100MiB');"
+        "convert(sys.argv[1], sys.argv[2] + '-int4', max_memory='100MiB', quantization=Quantization('int4'));"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
     run = subprocess.run(
@@ -128,6 +130,7 @@ def test_memory_stays_near_the_largest_parameter(tmp_path, data):
     assert int(run.stdout) * 1024 < 0.4 * total
     shutil.rmtree(tmp_path / "large")
     shutil.rmtree(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out-int4")
 
 
 # Where a conversion is killed: (name, what to replace, how many calls are let through first).

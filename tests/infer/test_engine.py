@@ -16,7 +16,7 @@ import pytest
 import dsvl2_jax
 from dsvl2_jax import SamplingParams
 from dsvl2_jax.errors import ConversationError, UsageError
-from dsvl2_jax.infer.buckets import batch_bucket, cache_bucket, length_bucket, tile_bucket
+from dsvl2_jax.infer.buckets import batch_bucket, cache_bucket, length_bucket, most_padding, tile_bucket
 from dsvl2_jax.model.cache import init_cache
 from dsvl2_jax.runtime.timing import Timing, compile_log
 
@@ -180,6 +180,7 @@ def test_buckets_hold_what_they_are_asked_to():
     for n in range(1, 100):
         assert n <= tile_bucket(n) <= n + 8
         assert tile_bucket(n, 8) % 8 == 0
+        assert all(tile_bucket(n, devices) - n < most_padding(devices) for devices in (1, 3, 5, 7, 8, 16, 100))
         assert n <= batch_bucket(n) < 2 * n
     assert tile_bucket(0, 8) == 0
     assert [cache_bucket(n, 512, 4096) for n in (1, 512, 513, 1025, 4096)] == [512, 512, 1024, 2048, 4096]
@@ -202,3 +203,14 @@ def test_no_tiles_give_no_features(model, ask):
     assert model.encode_tiles(inputs.tiles).shape == (0, 729, 64)
     assert model.adapt_tiles(inputs.tiles).shape == (0, 196, 64)
     assert model.embed(inputs).shape == (len(inputs.input_ids), 64)
+
+
+def test_pictures_of_more_tiles_than_the_checkpoint_has_are_answered_as_the_whole_prompt_is():
+    micro = dsvl2_jax.load("configs/micro")
+    pixels = np.random.default_rng(0).integers(0, 256, (700, 1500, 3), np.uint8)
+    turn = {"role": "user", "content": "<image>\nWhat?", "images": [pixels]}
+    for most in (18, 41):
+        prompt = micro.processor([turn], max_tiles=most, min_tiles=most - 1)
+        assert len(prompt.tiles) in (most, most + 1)
+        first = micro.generate(prompt, 1)
+        assert first.token_ids == [int(micro.logits(prompt)[-1].argmax())] and first.tiles == len(prompt.tiles)

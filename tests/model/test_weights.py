@@ -9,7 +9,7 @@ import pytest
 
 from dsvl2_jax.kernels.quantized import Quantized, dequantize, pack_int4, unpack_int4
 from dsvl2_jax.model.layers import einsum_weight, grouped, linear
-from dsvl2_jax.model.weights import Adapted, are_plain, for_rows, merged, taken_rows, weight_of
+from dsvl2_jax.model.weights import Adapted, are_plain, for_rows, merged, own_dropout, taken_rows, weight_of
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
@@ -136,3 +136,22 @@ def test_parameters_with_a_dict_in_a_weights_place_are_not_plain():
     assert are_plain({"q_proj": {"kernel": normal(0, 2, 2)}})
     assert not are_plain({"q_proj": {"kernel": quantized("int8", 4, 4, axis=0)}})
     assert isinstance(weight_of(quantized("int8", 4, 4, axis=0), -2), Quantized)
+
+
+def test_dropout_reaches_the_adapter_and_what_the_gain_changes():
+    """As `peft` computes DoRA: base(x) + (gain − 1) · base(dropped x) + gain · B(A(dropped x))."""
+    x = normal(9, 2, 5, 16)
+    key = jax.random.key_data(jax.random.key(1))
+    for gain in (False, True):
+        stored = stored_adapter(gain=gain) | {"dropout_rate": jnp.float32(0.3), "dropout_key": key}
+        weight = weight_of(stored, -3)
+        dropped = weight.dropped(x)
+        assert 0.2 < float((dropped == 0).mean()) < 0.4
+        added = jnp.einsum("btd,dr,rhe->bthe", dropped, weight.lora_a, weight.lora_b)
+        expected = jnp.einsum("btd,dhe->bthe", x, weight.base) + added
+        if gain:
+            changed = jnp.einsum("btd,dhe->bthe", dropped, weight.base)
+            expected += (weight.gain - 1) * (changed + added)
+        close(linear(x, weight, dtype=jnp.float32), expected)
+        other = own_dropout(weight, 1)
+        assert (other.dropped(x) != dropped).any()

@@ -18,10 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
+from videos import video
 
 from dsvl2_jax.checkpoint.safetensors_source import Source
 from dsvl2_jax.inputs.image_sources import decode_base64, index_tar
 from dsvl2_jax.inputs.images import load_image
+from dsvl2_jax.inputs.videos import read_frames
 
 SPARE = 200 << 20  # bytes; each file asks for more
 
@@ -54,6 +56,14 @@ def resized(form: str, side: int) -> bytes:
     return bytes(data)
 
 
+def resized_video(side: int) -> bytes:
+    """A small WebM whose second half claims another size."""
+    data = bytearray(video([50 * i for i in range(5)], "webm", "libvpx", keyframes=2))
+    at = data.rindex(b"\x9d\x01\x2a")  # of a keyframe of VP8, before its width and height
+    data[at + 3 : at + 7] = struct.pack("<HH", side, side)
+    return bytes(data)
+
+
 def written(path: Path, data: bytes) -> Path:
     path.write_bytes(data)
     return path
@@ -78,7 +88,10 @@ def cases(folder: Path) -> dict[str, Callable[[], object]]:
     frames = [Image.new("P", (1000, 1000), i) for i in range(2)]
     frames[0].save(animated, "GIF", save_all=True, append_images=frames[::-1] * 50)
     url = base64.b64encode(png(60_000)).decode()
+    playlist = b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n/etc/passwd\n#EXT-X-ENDLIST\n"
     return {
+        "video pixels": lambda: read_frames(resized_video(16_383)),
+        "video playlist": lambda: read_frames(playlist),
         "PNG pixels": lambda: load_image(png(60_000)),
         "PNG text": lambda: load_image(png(8, chunk(b"zTXt", b"key\0\0" + text))),
         "PNG international text": lambda: load_image(png(8, chunk(b"iTXt", b"key\0\1\0\0\0" + text))),

@@ -11,8 +11,9 @@ from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.parameter_paths import path_name
 from dsvl2_jax.model.released import released_config
+from dsvl2_jax.train.adapter import adapter_leaves
 from dsvl2_jax.train.flops import step_flops
-from dsvl2_jax.train.settings.schema import ParameterRule
+from dsvl2_jax.train.settings.schema import AdapterStage, ParameterRule
 
 TRAIN, FREEZE = ParameterRule(".", train=True), ParameterRule(".", train=False)
 
@@ -46,6 +47,20 @@ def test_tiny_by_hand(tiny):
     assert flops.per_pair == pytest.approx(3 * 12 * 2 * heads * 2 * width)
     # Nothing is trained before the pixels.
     assert flops.per_tile == pytest.approx(2 * patch + 3 * after)
+
+
+def test_an_adapter_of_tiny_by_hand(tiny):
+    """The frozen model has no gradients of weights; the encoder, where nothing is trained, none at all."""
+    d, heads, width, rank = 1280, 10, 128, 16
+    attention = 4 * d * heads * width
+    moe = d * 64 + (6 + 2) * 3 * d * 896
+    base = 2.0 * (12 * attention + 3 * d * 6848 + 11 * moe + d * 129280)
+    own = 2.0 * rank * (12 * 4 * (d + heads * width) + 3 * (d + 6848) + 11 * 3 * (d + 2 * 896))
+    leaves = adapter_leaves(tiny, AdapterStage("lora", rank=rank))
+    flops = step_flops(tiny, {}, adapter=leaves)
+    assert flops.per_token == pytest.approx(2 * base + 3 * own, rel=1e-3)
+    assert flops.per_tile == pytest.approx(sum(vision_forward(d)))
+    assert flops.per_pair == pytest.approx(3 * 12 * 2 * heads * 2 * width)
 
 
 def test_base_by_hand():

@@ -1,19 +1,26 @@
-"""Twenty training steps against PyTorch: transformers' decoders, autograd and torch.optim.AdamW, float32.
+"""Twenty training steps against PyTorch: transformers' decoders, autograd and torch.optim.AdamW, float32; of the whole
+model, and of adapters by the `peft` package.
 
 Ours is the real step: packed rows, two accumulation steps, scanned layers, rematerialisation, the head's loss in
 chunks. Theirs runs one sample at a time.
 """
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file
 
+from dsvl2_jax.checkpoint.locate import ADAPTER_NAME
 from dsvl2_jax.model.config import IGNORED_LABEL, TEXT_POSITION
 from dsvl2_jax.model.deepseek_vl2 import abstract_params
 from dsvl2_jax.train.data.batch import TrainBatch
+from dsvl2_jax.train.objectives.adapter import AdapterTrainer
 from dsvl2_jax.train.objectives.language import LanguageTrainer
 from dsvl2_jax.train.settings.schema import (
+    AdapterStage,
     BatchSettings,
     ComputeSettings,
     DataSettings,
@@ -35,7 +42,7 @@ LENGTH, TILE = 32, VISION["image_size"]
 ROWS = [[[12, 9, 8], [32]], [[5, 20], [17, 3, 11]]]
 BATCHES = 4  # taken in turns
 BALANCE, SPEED, RATE, DECAY = 0.05, 0.01, 3e-3, 0.1
-NO_DECAY = ("norm", "bias", "embed_tokens")
+NO_DECAY = ("norm", "bias", "embed_tokens", "magnitude")
 
 CASES = {
     "V2": ("DeepseekV2", {"topk_method": "greedy", "q_lora_rank": None, "routed_scaling_factor": 1.5}),
@@ -85,14 +92,14 @@ def settings(*, has_bias: bool) -> Settings:
 class TorchTrainer:
     """The same training in PyTorch, written straightforwardly."""
 
-    def __init__(self, model, family: str):
-        self.model = model.train()
+    def __init__(self, model, family: str, speed: float = SPEED):
+        self.model, self.speed = model.train(), speed
         self.sigmoid = family == "DeepseekV3"
         self.gates = [layer.mlp.gate for layer in model.model.layers[1:]]
         self.routings = []
         for gate in self.gates:
             gate.register_forward_hook(lambda _, __, out: self.routings.append(out))
-        named = list(model.named_parameters())
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         groups = [
             {"params": [p for name, p in named if any(n in name for n in NO_DECAY) is free], "weight_decay": decay}
             for free, decay in ((True, 0.0), (False, DECAY))
@@ -132,7 +139,7 @@ class TorchTrainer:
         self.optimizer.zero_grad()
         if self.sigmoid:
             for gate, counts in zip(self.gates, load.float(), strict=True):
-                gate.e_score_correction_bias += SPEED * torch.sign(counts.mean() - counts)
+                gate.e_score_correction_bias += self.speed * torch.sign(counts.mean() - counts)
         self.load = load.numpy()
         return loss.item()
 
@@ -173,3 +180,55 @@ def test_twenty_adamw_steps_equal(case):
         change = np.linalg.norm(want - before[path])
         assert change > 0, path
         assert np.linalg.norm(found[path] - want) <= 1e-3 * change, path
+
+
+ADAPTERS = {
+    "V2, LoRA": ("V2", AdapterStage("lora", rank=3, alpha=6.0)),
+    "V3, DoRA": ("V3", AdapterStage("dora", rank=2, alpha=4.0, rslora=True)),
+}
+
+
+@pytest.mark.parametrize("case", ["V3, DoRA", pytest.param("V2, LoRA", marks=pytest.mark.exhaustive)])
+def test_twenty_steps_of_an_adapter_equal_those_of_peft(case, tmp_path):
+    peft = pytest.importorskip("peft")
+    name, stage = ADAPTERS[case]
+    family, fields = CASES[name]
+    fields = fields | {"num_hidden_layers": 3}
+    model = causal_lm(family, **fields)
+    ours = config(**fields)
+    weights = {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}
+    shapes, _ = abstract_params(ours)
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    params |= {"language": filled(ours, released_names(weights), "language")}
+
+    chosen = settings(has_bias=False)
+    chosen = dataclasses.replace(chosen, stage=StageSettings((), BALANCE), adapter=stage)
+    half = np.full(3, 0.5, np.float32)
+    trainer = AdapterTrainer(ours, chosen, half, half, None)
+    state = trainer.init(trainer.begin(jax.tree.map(jax.numpy.asarray, params)))
+    trainer.contents(state)[ADAPTER_NAME].write(tmp_path / "begun")
+    released = torch.nn.Module()  # as a released model has its names
+    released.language = model
+    adapted = peft.PeftModel.from_pretrained(released, tmp_path / "begun", is_trainable=True)
+    theirs = TorchTrainer(model, family, speed=0.0)
+
+    rng = np.random.default_rng(0)
+    batches = [packed(rng) for _ in range(BATCHES)]
+    losses = []
+    for i in range(STEPS):
+        batch, samples = batches[i % BATCHES]
+        expected = theirs.step(samples)
+        state, metrics = trainer.step(state, batch)
+        assert metrics.loss == pytest.approx(expected, rel=1e-4), f"step {i}"
+        assert metrics.gradient_norm == pytest.approx(theirs.gradient_norm, rel=1e-3), f"step {i}"
+        losses.append(expected)
+    assert np.mean(losses[-BATCHES:]) < 0.99 * np.mean(losses[:BATCHES])  # there was something to learn
+
+    trainer.contents(state)[ADAPTER_NAME].write(tmp_path / "ended")
+    begun, found = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("begun", "ended"))
+    expected = peft.get_peft_model_state_dict(adapted)
+    assert found.keys() == expected.keys()
+    for name, want in expected.items():
+        change = np.linalg.norm(want - begun[name])
+        assert change > 0, name
+        assert np.linalg.norm(found[name] - want.numpy()) <= 1e-3 * change, name

@@ -30,7 +30,7 @@ from dsvl2_jax.inputs.processor import rebased
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import Params, abstract_leaves
 from dsvl2_jax.model.parameter_paths import LeafPath, path_name
-from dsvl2_jax.sharding import ACTIVATION_RULES, PARAM_RULES, add_fsdp_axis, partition_spec
+from dsvl2_jax.sharding import ACTIVATION_RULES, PARAM_RULES, add_fsdp_axis, axes_of, partition_spec
 from dsvl2_jax.train.data.batch import TrainBatch
 from dsvl2_jax.train.flops import StepFlops
 from dsvl2_jax.train.optimizer import make_optimizer
@@ -244,8 +244,8 @@ class BaseTrainer:
             return jax.make_array_from_callback(shape, NamedSharding(self.mesh, spec), local)
 
         batch = dataclasses.replace(batch, image_index=index, tiles=None)
-        placed = jax.tree.map(lambda x: put(x, rows, PartitionSpec(None, ACTIVATION_RULES["batch"])), batch)
-        tiles = put(tiles.reshape(a, -1, *tiles.shape[3:]), even, PartitionSpec(None, ACTIVATION_RULES["tiles"]))
+        placed = jax.tree.map(lambda x: put(x, rows, PartitionSpec(None, axes_of("batch", self.mesh))), batch)
+        tiles = put(tiles.reshape(a, -1, *tiles.shape[3:]), even, PartitionSpec(None, axes_of("tiles", self.mesh)))
         return dataclasses.replace(placed, tiles=tiles)
 
     def _stacked(self, leaves: dict[LeafPath, jax.Array], dtype: Any) -> dict[LeafPath, jax.Array]:

@@ -70,13 +70,24 @@ def _check_adapter(settings: Settings) -> Iterator[Problem]:
 
 def check_together(settings: Settings) -> Iterator[Problem]:
     """Fields that must fit each other, each of them in its range."""
-    from dsvl2_jax.sharding import batch_parts, parse_mesh  # imports jax, which a command's --help does without
+    from dsvl2_jax.sharding import (
+        SEQUENCE,
+        batch_parts,
+        parse_mesh,
+    )  # imports jax, which a command's --help does without
 
-    batch, run, shards = settings.batch, settings.run, 1
+    batch, run, sizes = settings.batch, settings.run, {}
     try:
-        shards = batch_parts(parse_mesh(settings.compute.mesh))
+        sizes = parse_mesh(settings.compute.mesh)
     except UsageError as error:
         yield Problem(("compute", "mesh"), str(error).removeprefix("--mesh: "))
+    shards, parts = batch_parts(sizes), sizes.get(SEQUENCE, 1)
+    if settings.data.sequence_length % parts:
+        text = f"{settings.data.sequence_length} tokens do not divide into the {parts} parts of compute.mesh."
+        yield Problem(("data", "sequence_length"), text)
+    if parts > 1 and settings.stage.objective != "language":
+        text = f"{SEQUENCE}={parts} splits rows of text, which the objective {settings.stage.objective} has none of."
+        yield Problem(("compute", "mesh"), text)
     if batch.sequences % (batch.microbatch_size * shards):
         parts = f" × {shards} data shards" if shards > 1 else ""
         unit = f"microbatch_size = {batch.microbatch_size}{parts}"

@@ -34,6 +34,14 @@ class ModelSettings:
         choices=("any", "tiny", "small", "base"),
         help="released size that the checkpoint must have; any: no matter which",
     )
+    context: int = setting(
+        0, least=0, help="max_position_embeddings of the model that the run trains and writes; 0: the checkpoint's"
+    )
+    rope_scaling: str = setting(
+        "",
+        help="how that model scales its positions, JSON as in config.json: "
+        '{"type": "yarn", "factor": 4}; empty: as the checkpoint',
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +233,7 @@ class ComputeSettings:
     dtype: str = setting(
         "bfloat16", choices=("bfloat16", "float32"), help="of computation; trained parameters are float32 always"
     )
-    mesh: str = setting("", may_change=True, help="data=…,tensor=…,expert=…; empty: all devices along data")
+    mesh: str = setting("", may_change=True, help="data=…,tensor=…,expert=…,sequence=…; empty: all devices along data")
     scan_layers: bool = setting(True, help="stacked layers under lax.scan; false: a loop, slower to compile")
     remat: str = setting(
         "full",

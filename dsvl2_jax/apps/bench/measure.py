@@ -26,13 +26,14 @@ def need_at_least(option: str, value: int, least: int) -> None:
         raise UsageError(f"{option}: found {value}, expected at least {least}.")
 
 
-def need_torch(command: str) -> None:
-    """Raises UsageError where PyTorch, or the library of models for it, is missing."""
-    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+def need_torch(command: str, *others: str) -> None:
+    """Raises UsageError where PyTorch, the library of models for it, or one of the ``others`` is missing."""
+    needed = ("torch", "transformers", *others)
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(
             f"{command} compares with PyTorch, and {' and '.join(missing)} cannot be imported. Install them for this "
-            "measurement (pip install torch transformers); nothing else needs them."
+            f"measurement (pip install {' '.join(needed)}); nothing else needs them."
         )
 
 

@@ -204,7 +204,7 @@ def _split(queries: list, keys: list, values: jax.Array | None, last: jax.Array,
 def decoding(config: Config, slots: int, context: int, dtype: Any) -> Kernel:
     """A decode step's attention of one layer to caches of ``context`` tokens."""
     language = config.language
-    split = jax.default_backend() == "gpu" and gpu_decode.is_supported(language, slots, dtype)
+    split = jax.default_backend() == "gpu" and gpu_decode.is_supported(language, slots, dtype, [dtype])
     heads, last = language.num_attention_heads, jnp.full((slots, 1), context - 1, jnp.int32)
     if language.use_mla:
         rank, rope = language.kv_lora_rank, language.qk_rope_head_dim

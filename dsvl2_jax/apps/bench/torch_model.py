@@ -15,7 +15,7 @@ import transformers
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 from dsvl2_jax.apps.bench.random_params import STD
-from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.config import Config, LanguageConfig
 
 # Fields of `LanguageConfig` that the configurations of transformers have too.
 _FIELDS = (
@@ -127,6 +127,11 @@ def _adaptor(config: Config) -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Linear(inputs, hidden), torch.nn.GELU(), torch.nn.Linear(hidden, width))
 
 
+def _positions(language: LanguageConfig) -> dict[str, Any]:
+    scaling = {"rope_type": "default"} if language.rope_scaling is None else language.rope_scaling.described()
+    return scaling | {"rope_theta": language.rope_theta}
+
+
 def _language(config: Config) -> torch.nn.Module:
     language = config.language
     family = "DeepseekV3" if language.scoring_func == "sigmoid" else "DeepseekV2"
@@ -138,7 +143,7 @@ def _language(config: Config) -> torch.nn.Module:
     made = getattr(transformers, f"{family}Config")(
         **fields,
         n_shared_experts=language.n_shared_experts,
-        rope_theta=language.rope_theta,
+        rope_parameters=_positions(language),
         attn_implementation="sdpa",
     )
     model = getattr(transformers, f"{family}ForCausalLM")(made)
@@ -148,7 +153,7 @@ def _language(config: Config) -> torch.nn.Module:
             num_attention_heads=language.num_attention_heads,
             num_key_value_heads=language.kv_heads,
             max_position_embeddings=language.max_position_embeddings,
-            rope_theta=language.rope_theta,
+            rope_parameters=_positions(language),
             attention_bias=language.attention_bias,
             attn_implementation="sdpa",
         )

@@ -1,9 +1,11 @@
-"""`dsvl2 bench train`: a training step of a mid-size language model against the same model in PyTorch.
+"""`dsvl2 bench train`: a training step of a mid-size language model, or of an adapter for one, against PyTorch's.
 
 Each side runs in a process of its own, with the same threads, batch and dtype. PyTorch is the DeepseekV3 of
 `transformers`, in the settings that can win: with each way to run the experts, with malloc as it is or keeping what it
 has, eager or compiled. Ours keeps matrix products or all of a layer for the backward pass, and has malloc keep what it
 has, as `dsvl2 train` does. Short trials choose each side's quickest setting; then the sides step in turns.
+
+The adapter is LoRA for attention, dense and shared MLPs, on PyTorch's side by the `peft` package.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ THREADS = 2
 WARM_UP = 2  # steps; the first compiles
 TRIAL_STEPS = 2
 LEARNING_RATE = 1e-4
+RANK, ALPHA = 16, 32.0  # of the adapter
 
 # glibc gives large arrays back to the system at once, and every step then waits for the same pages anew. This keeps
 # them: quicker, with a higher peak. PyTorch's guide to CPU tuning advises an allocator that does so.
@@ -68,6 +71,7 @@ class Setting:
     compiled: bool = False  # PyTorch
     remat: str = ""  # ours: compute.remat
     keep_memory: bool = False  # PyTorch; ours always does, as `keep_freed_memory` has it
+    adapter: bool = False  # which alone is trained then
 
     def __str__(self) -> str:
         how = f"remat {self.remat}" if self.remat else "compiled" if self.compiled else "eager"
@@ -118,7 +122,9 @@ class TrainBench:
         return self.rows * self.length / side.step
 
 
-def bench_train(*, rows: int = 2, length: int = 1024, steps: int = 3, rounds: int = 3) -> TrainBench:
+def bench_train(
+    *, rows: int = 2, length: int = 1024, steps: int = 3, rounds: int = 3, adapter: bool = False
+) -> TrainBench:
     """Measures a training step of both sides and prints a table.
 
     A step is: forward and backward of ``rows`` × ``length`` random tokens, all supervised; clipping; AdamW; float32.
@@ -128,18 +134,21 @@ def bench_train(*, rows: int = 2, length: int = 1024, steps: int = 3, rounds: in
       length: tokens of a sequence.
       steps: counted steps of a side in a round.
       rounds: how often the sides take turns.
+      adapter: train an adapter on the frozen model.
 
     Raises:
-      UsageError: a number is too small, or torch or transformers is not installed.
+      UsageError: a number is too small, or torch, transformers or for an adapter peft is not installed.
       DSVL2Error: a side's process failed, or its loss is not finite.
     """
     for name, value, least in (("rows", rows, 1), ("length", length, 2), ("steps", steps, 1), ("rounds", rounds, 1)):
         need_at_least(f"--{name}", value, least)
-    need_torch("bench train")
-    print(f"{machine()}\n{rows} × {length} tokens, float32, {THREADS} threads; trials:", flush=True)
+    need_torch("bench train", *["peft"] * adapter)
+    what = f"an adapter of rank {RANK}, " if adapter else ""
+    print(f"{machine()}\n{what}{rows} × {length} tokens, float32, {THREADS} threads; trials:", flush=True)
     trials: dict[Setting, Measured | str] = {}
 
     def quickest(settings: list[Setting]) -> Setting:
+        settings = [dataclasses.replace(setting, adapter=adapter) for setting in settings]
         trials.update((setting, _trial(setting, rows, length, TRIAL_STEPS)) for setting in settings)
         done = [trial for trial in trials.values() if isinstance(trial, Measured)]
         done = [trial for trial in done if trial.setting.side == settings[0].side]
@@ -174,8 +183,9 @@ def _trial(setting: Setting, rows: int, length: int, steps: int) -> Measured | s
 def _print(result: TrainBench) -> None:
     ours, theirs = result.ours, result.torch
     for side in (theirs, ours):
-        print(f"{side.setting}; {side.parameters / 1e6:.1f} M parameters")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "torch"))
+        print(f"{side.setting}; {side.parameters / 1e6:.1f} M trained parameters")
+    packages = ("transformers", "torch", *["peft"] * ours.setting.adapter)
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     print(f"PyTorch is DeepseekV3ForCausalLM of {versions}; both sides have the same configuration")
     print(f"{'':28}{'PyTorch':>10}{'ours':>10}{'ratio':>10}")
     table = [
@@ -255,18 +265,25 @@ def _torch(ids: np.ndarray, setting: Setting) -> tuple[Callable[[], float], int,
         **LANGUAGE, attn_implementation="sdpa", experts_implementation=setting.experts, use_cache=False
     )
     model = transformers.DeepseekV3ForCausalLM(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    if setting.adapter:
+        import peft
+
+        projections = "q_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj|gate_proj|up_proj|down_proj"
+        targets = rf".*\.({projections})"  # the routed experts are no modules here, and have none
+        model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     forward = torch.compile(model) if setting.compiled else model
 
     def step() -> float:
         loss = forward(input_ids=batch, labels=batch).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
-    return step, sum(p.numel() for p in model.parameters()), base
+    return step, sum(p.numel() for p in trained), base
 
 
 def _ours(ids: np.ndarray, setting: Setting) -> tuple[Callable[[], float], int, float]:
@@ -277,8 +294,10 @@ def _ours(ids: np.ndarray, setting: Setting) -> tuple[Callable[[], float], int, 
     from dsvl2_jax.model.config import TEXT_POSITION, Config
     from dsvl2_jax.runtime.malloc import keep_freed_memory
     from dsvl2_jax.train.data.batch import TrainBatch
+    from dsvl2_jax.train.objectives.adapter import AdapterTrainer
     from dsvl2_jax.train.objectives.language import LanguageTrainer
     from dsvl2_jax.train.settings.schema import (
+        AdapterStage,
         BatchSettings,
         ComputeSettings,
         DataSettings,
@@ -306,7 +325,8 @@ def _ours(ids: np.ndarray, setting: Setting) -> tuple[Callable[[], float], int, 
     settings = Settings(
         data=DataSettings(sequence_length=length, tiles_per_sequence=0, max_segments=1),
         batch=BatchSettings(sequences=rows, microbatch_size=rows),
-        stage=StageSettings(rules, balance_loss_weight=0.0),
+        stage=StageSettings(() if setting.adapter else rules, balance_loss_weight=0.0),
+        adapter=AdapterStage("lora", RANK, ALPHA) if setting.adapter else AdapterStage(),
         optimizer=OptimizerSettings(learning_rate=LEARNING_RATE),
         compute=ComputeSettings(dtype="float32", remat=setting.remat, loss_chunk=256),
     )
@@ -322,8 +342,8 @@ def _ours(ids: np.ndarray, setting: Setting) -> tuple[Callable[[], float], int, 
     keep_freed_memory()
     base = own_bytes("VmRSS") / 2**30
     half = np.full(3, 0.5, np.float32)
-    trainer = LanguageTrainer(config, settings, half, half, None)
-    state = trainer.init(model.init_params(config, jax.random.key(0)))
+    trainer = (AdapterTrainer if setting.adapter else LanguageTrainer)(config, settings, half, half, None)
+    state = trainer.init(trainer.begin(model.init_params(config, jax.random.key(0))))
 
     def step() -> float:
         nonlocal state

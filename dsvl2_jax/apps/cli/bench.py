@@ -15,6 +15,7 @@ from dsvl2_jax.apps.bench.serve_options import ServeLoad
 from dsvl2_jax.apps.cli.options import (
     Checkpoint,
     Dtype,
+    QuantizeRules,
     QuantizeTo,
     Settings,
     Size,
@@ -176,7 +177,47 @@ def serve(
         bench_serve(ckpt, size=size, layers=layers, directory=directory, dtype=dtype, mesh=mesh, options=load)
 
 
-def train(*, rows: int = 2, length: int = 1024, steps: int = 3, rounds: int = 3) -> None:
+def quantize(
+    ckpts: Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="[CKPT ...]")]] = (),
+    *,
+    kinds: str = "int8,int4,float8",
+    rule: QuantizeRules = (),
+    data: Path | None = None,
+    samples: int | None = None,
+    prompts: int = 16,
+    directory: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Measure what quantized weights lose and save, against the same checkpoint in float32.
+
+    Args:
+        ckpts: what convert --quantize takes; without one, the bundled model.
+        kinds: which are measured.
+        rule: as convert takes them.
+        data: questions as dsvl2 eval takes them; without it, drawn ones.
+        samples: questions to ask (of drawn ones, of each task); without it all of the data, 30 of each task of the
+            bundled model, and none of another.
+        prompts: questions on which distributions are compared.
+        directory: where to work.
+        json: print JSON.
+    """
+    with needs_train_extra():
+        from dsvl2_jax.apps.bench.quantize import bench_quantize
+
+        kinds = tuple(filter(None, (kind.strip() for kind in kinds.split(","))))
+        bench_quantize(
+            ckpts,
+            kinds=kinds,
+            rules=rule,
+            data=data,
+            samples=samples,
+            prompts=prompts,
+            directory=directory,
+            as_json=json,
+        )
+
+
+def train(*, rows: int = 2, length: int = 1024, steps: int = 3, rounds: int = 3, adapter: bool = False) -> None:
     """Measure a training step of a mid-size model against PyTorch's, on this machine's CPUs.
 
     Args:
@@ -184,11 +225,12 @@ def train(*, rows: int = 2, length: int = 1024, steps: int = 3, rounds: int = 3)
         length: tokens of a sequence.
         steps: steps of a side before it is the other one's turn.
         rounds: turns of each side.
+        adapter: train a LoRA adapter on the frozen model, against peft's.
     """
     with needs_train_extra():
         from dsvl2_jax.apps.bench.train import bench_train
 
-        bench_train(rows=rows, length=length, steps=steps, rounds=rounds)
+        bench_train(rows=rows, length=length, steps=steps, rounds=rounds, adapter=adapter)
 
 
 def tune(*, size: Size | None = None, json: bool = False, out: Path | None = None) -> None:
@@ -205,13 +247,14 @@ def tune(*, size: Size | None = None, json: bool = False, out: Path | None = Non
 
 
 bench = command_group(
-    "Measure this machine: conversion, loading, generation, the model's programs, a server under load, training, and "
-    "the kernels of a GPU.",
+    "Measure this machine: conversion, loading, generation, the model's programs, quantized weights, a server under "
+    "load, training, and the kernels of a GPU.",
     {
         "convert": convert,
         "generate": generate,
         "load": load,
         "model": model,
+        "quantize": quantize,
         "serve": serve,
         "train": train,
         "tune": tune,

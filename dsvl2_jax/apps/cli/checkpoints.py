@@ -10,7 +10,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from dsvl2_jax.apps.cli.options import Checkpoint, Dtype, Keep, QuantizeTo
+from dsvl2_jax.apps.cli.options import Checkpoint, Dtype, QuantizeRules, QuantizeTo
 
 
 def convert(
@@ -20,7 +20,8 @@ def convert(
     dtype: Dtype | None = None,
     max_memory: str = "1GiB",
     quantize: QuantizeTo | None = None,
-    keep: Keep | None = None,
+    rule: QuantizeRules = (),
+    calibrate: Path | None = None,
 ) -> None:
     """Convert a checkpoint in the released layout to an Orbax directory that is complete by itself.
 
@@ -30,13 +31,16 @@ def convert(
         dtype: cast all tensors; without it each keeps its own.
         max_memory: the most memory for tensors on their way, e.g. 4GiB. A single larger tensor still passes.
         quantize: keep the weights of products in 8 or 4 bits.
-        keep: with --quantize, weights in whose path this regular expression is found stay as they are; without it,
-            those of the output head and of the patch embedding.
+        rule: where weights are quantized, keep those in whose path the regular expression is found as int8, int4,
+            float8, or with =keep as they are, such as self_attn=int8 or lm_head=int8. May be given several times; the
+            first that is found decides.
+        calibrate: for int4, round by what enters the weights when the model reads these samples, JSON Lines as for
+            training; the whole model is loaded.
     """
     from dsvl2_jax.convert.to_orbax import convert as run
     from dsvl2_jax.model.quantization import quantization_of
 
-    run(src, dst, dtype=dtype, max_memory=max_memory, quantization=quantization_of(quantize, keep))
+    run(src, dst, dtype=dtype, max_memory=max_memory, quantization=quantization_of(quantize, rule), calibrate=calibrate)
 
 
 def export(ckpt: Positional[str], dst: Positional[Path], *, dtype: Dtype | None = None, verify: bool = False) -> None:
@@ -76,10 +80,10 @@ def merge(
 
 
 def doctor(ckpt: Checkpoint = None, *, verify: bool = False, json: bool = False) -> int:
-    """Check a checkpoint in either layout; exit status 1 when it is unusable.
+    """Check a checkpoint in either layout, or an adapter; exit status 1 when it is unusable.
 
     Args:
-        ckpt: checkpoint or training run; without it, the bundled one.
+        ckpt: checkpoint, training run or adapter's directory; without it, the bundled checkpoint.
         verify: read every file and compare it with its digest.
         json: print the report as JSON.
     """

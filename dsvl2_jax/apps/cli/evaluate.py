@@ -34,6 +34,8 @@ def evaluate(
     mesh: str | None = None,
     verify: bool = False,
     adapter: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None,
+    context: int | None = None,
+    rope_scaling: Annotated[str | None, tyro.conf.arg(metavar="JSON")] = None,
     max_tiles: int | None = None,
     min_tiles: int | None = None,
     as_seen: bool = False,
@@ -67,6 +69,8 @@ def evaluate(
         mesh: shard over devices, e.g. data=2,tensor=2,expert=2.
         verify: read every file of the checkpoint first and compare it with its digest.
         adapter: a LoRA or DoRA adapter for the checkpoint: a directory that training or peft wrote, or a hub id.
+        context: the most positions of a question and its answer; as many as the model was made for without it.
+        rope_scaling: scale positions so, instead of as config.json says, as in '{"type": "yarn", "factor": 4}'.
         max_tiles: cut an image into at most this many tiles (InfoVQA: 18) instead of as the checkpoint says (9).
         min_tiles: cut an image into at least this many tiles, however many images there are.
         as_seen: read images as people see them: turned as EXIF says, transparency over white, 16-bit gray divided.
@@ -84,8 +88,7 @@ def evaluate(
     """
     loaded_only = {"batch_size": batch_size, "dtype": dtype, "mesh": mesh, "speculate": speculate}
     loaded_only |= {"cache_dtype": cache_dtype, "max_tiles": max_tiles, "min_tiles": min_tiles}
-    loaded_only["verify"] = verify or None
-    loaded_only["adapter"] = adapter
+    loaded_only |= {"verify": verify or None, "adapter": adapter, "context": context, "rope_scaling": rope_scaling}
     server_only = {
         "server_model": server_model,
         "api_key_file": api_key_file,

@@ -30,7 +30,7 @@ FrameChoice = Literal["even", "scene"]
 Images = Annotated[tuple[tuple[Path, ...], ...], UseAppendAction]
 Settings = Annotated[tuple[str, ...], UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")]
 QuantizeTo = Annotated[str, tyro.conf.arg(metavar="int8|int4|float8")]
-Keep = Annotated[str, tyro.conf.arg(metavar="REGEX")]
+QuantizeRules = Annotated[tuple[str, ...], UseAppendAction, tyro.conf.arg(metavar="REGEX=KIND")]
 Together = Annotated[Processes, tyro.conf.arg(name="")]
 
 
@@ -41,11 +41,15 @@ class Computing:
     dtype: Dtype = "float32"
     """in which the model computes."""
     cache_dtype: CacheDtype | None = None
-    """in which the cache keeps earlier tokens: int8 takes half the memory of bfloat16; without it, that of --dtype."""
+    """in which the cache keeps earlier tokens; int8 takes half of bfloat16's memory."""
     mesh: str | None = None
     """shard over devices, e.g. data=2,tensor=2,expert=2."""
     verify: bool = False
     """read every file of the checkpoint first and compare it with its digest."""
+    context: int | None = None
+    """the most positions of a prompt and its answer together; as many as the model was made for without it."""
+    rope_scaling: str | None = None
+    """scale positions so, instead of as config.json says: '{"type": "yarn", "factor": 4}'."""
 
     def load_options(self) -> LoadOptions:
         """What `dsvl2_jax.infer.loading.load` takes."""

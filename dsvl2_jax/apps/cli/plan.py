@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from dsvl2_jax.apps.cli.options import CacheDtype, Keep, QuantizeTo, Settings, needs_train_extra
+from dsvl2_jax.apps.cli.options import CacheDtype, QuantizeRules, QuantizeTo, Settings, needs_train_extra
 
 Models = Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="[MODEL ...]")]]
 
@@ -20,14 +20,14 @@ def plan(
     models: Models = ("micro",),
     *,
     topology: str | None = None,
-    job: Literal["prefill", "decode", "encode", "align", "pretrain", "sft", "lora"] | None = None,
+    job: Literal["prefill", "chunk", "decode", "encode", "align", "pretrain", "sft", "lora"] | None = None,
     batch: int | None = None,
     sequence: int | None = None,
     slots: int | None = None,
     micro: int | None = None,
     set: Settings = (),
     quantize: QuantizeTo | None = None,
-    keep: Keep | None = None,
+    rule: QuantizeRules = (),
     cache_dtype: CacheDtype | None = None,
     mesh: str = "auto",
     csv: Path | None = None,
@@ -44,13 +44,15 @@ def plan(
         topology: as v5e-16, v5p-8, v6e-8, tpu7x-8, h100-8 or h200-1; without it, a table of them.
         job: what to compile: inference, or the training step of a preset. Without it decode; in the table prefill too.
         batch: prompts of a prefill (8), tiles to encode (32), or sequences of a training step (the preset's).
-        sequence: tokens of a prompt or training sequence, or positions of the cache (4096).
+        sequence: tokens of a prompt or training sequence, or positions of the cache (4096); of a chunk, those of its
+            prompt, whose last 512 it is.
         slots: sequences that decode together (64).
         micro: sequences that a data shard trains on at a time (the preset's).
         set: a setting of the preset, such as compute.remat=dots; may be given several times.
-        quantize: the weights of inference, or of the model beside an adapter, in 8 or 4 bits, as dsvl2 convert
-            --quantize makes them.
-        keep: with --quantize, weights that stay as they are.
+        quantize: the weights of inference, or of the model beside an adapter, in 8 or 4 bits, as dsvl2 convert makes
+            them.
+        rule: where weights are quantized, how those of some paths are kept, as dsvl2 convert has it. May be given
+            several times.
         cache_dtype: of the cache of prefill and decode; bfloat16 without it.
         mesh: as data=2,tensor=2,expert=4; auto chooses one and says why.
         csv: put the rows of the table into this file, in the place of older ones of the same model and job.
@@ -70,7 +72,7 @@ def plan(
             slots=slots,
             micro=micro,
             overrides=set,
-            quantization=quantization_of(quantize, keep),
+            quantization=quantization_of(quantize, rule),
             cache_dtype=cache_dtype,
             mesh=mesh,
             csv=csv,

@@ -92,6 +92,8 @@ class Behaving:
     """name in /v1/models; without it, the checkpoint's."""
     model_alias: Names = ()
     """a pattern of other names for it; without any, OpenAI's own: gpt-*, chatgpt-*, o[0-9]*."""
+    adapter: Annotated[Names, tyro.conf.arg(metavar="NAME=DIR")] = ()
+    """also answer with this LoRA or DoRA adapter, when a request's model is NAME; may be given several times."""
     default_max_tokens: int = 512
     """the most tokens of an answer when a request names no number."""
     media_domain: Names = ()
@@ -103,8 +105,8 @@ class Behaving:
     official_images: bool = False
     """read pictures as the official code does: no EXIF orientation, transparency dropped."""
     honour_detail: bool = False
-    """a picture sent with "detail": "low" is seen in one tile, one with "high" in up to --max-image-tiles tiles even
-    among many; otherwise detail changes nothing."""
+    """a picture sent with "detail": "low" is seen in one tile, and one with "high" in as many as a request may ask for,
+    even among many pictures; otherwise detail changes nothing."""
     strict_special_tokens: bool = False
     """treat special tokens written in messages as plain text."""
 
@@ -140,10 +142,14 @@ def serve(
         from dsvl2_jax.infer.serve.async_engine import EngineOptions
         from dsvl2_jax.infer.serve.auth import read_keys
         from dsvl2_jax.infer.serve.media import MediaOptions
+        from dsvl2_jax.infer.serve.models import parse_adapters
         from dsvl2_jax.infer.serve.run import ListenOptions
         from dsvl2_jax.infer.serve.state import OPENAI_NAMES, ServeOptions
 
-    loading = dataclasses.replace(computing.load_options(), strict_special_tokens=behaving.strict_special_tokens)
+    adapters = parse_adapters(behaving.adapter)
+    loading = dataclasses.replace(
+        computing.load_options(), strict_special_tokens=behaving.strict_special_tokens, adapter=dict(adapters)
+    )
     engine_options = EngineOptions(
         slots=limits.slots,
         speculate=limits.speculate,
@@ -167,6 +173,7 @@ def serve(
         options=ServeOptions(
             model_name=behaving.model_name,
             aliases=behaving.model_alias or OPENAI_NAMES,
+            adapters=adapters,
             keys=read_keys(listening.api_key_file),
             honour_detail=behaving.honour_detail,
             default_max_tokens=behaving.default_max_tokens,

@@ -26,7 +26,7 @@ from dsvl2_jax.model.quantization import Quantization
 from dsvl2_jax.model.released import SIZES, released_config
 from dsvl2_jax.runtime.console import PrintableConsole
 from dsvl2_jax.runtime.hardware import topology
-from dsvl2_jax.sharding import parse_mesh
+from dsvl2_jax.sharding import SEQUENCE, parse_mesh
 
 
 def config_of(model: str) -> Config:
@@ -125,6 +125,8 @@ def _single(
     place = topology(topology_name)
     with _progress() as say:
         sizes = None if mesh == "auto" else parse_mesh(mesh)
+        if sizes and SEQUENCE in sizes and job.settings is None:
+            raise UsageError(f"--mesh {mesh}: {SEQUENCE} splits rows in training alone; --job {job.kind} has none.")
         plan = saved_plan(
             config, job, place, sizes, lambda doing: say(f"{job.kind} on {topology_name}: {doing}"), cache=cache
         )

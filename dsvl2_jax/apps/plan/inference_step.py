@@ -16,7 +16,8 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from dsvl2_jax.infer.slots import SlotState, init_slots, next_state
+from dsvl2_jax.infer.buckets import TILE_BUCKETS
+from dsvl2_jax.infer.slots import PAGE, SlotState, init_slots, next_state, prefill_chunk
 from dsvl2_jax.infer.speculation import speculative_group
 from dsvl2_jax.model import deepseek_vl2 as model
 from dsvl2_jax.model.attention import cache_axes
@@ -43,7 +44,8 @@ def lower_inference(
     """Lowers a job for a mesh.
 
     Args:
-      job: "prefill" (``batch`` prompts of ``sequence`` tokens into an empty cache), "decode" (one token for each of
+      job: "prefill" (``batch`` prompts of ``sequence`` tokens into an empty cache), "chunk" (the last chunk of one such
+        prompt, as the engine prefills it), "decode" (one token for each of
         ``batch`` slots with a cache of ``sequence``), "speculate" (a group of such steps, with `DRAFTS` drafts or
         without), or "encode" (``batch`` tiles).
       quantization: of the weights; what is not quantized is of ``dtype``.
@@ -55,6 +57,7 @@ def lower_inference(
             return _encode(config, mesh, batch, parameters)
         jobs: dict[str, Callable[..., jax.stages.Lowered]] = {
             "prefill": _prefill,
+            "chunk": _chunk,
             "decode": _decode,
             "speculate": _speculate,
         }
@@ -105,6 +108,28 @@ def _prefill(
     cache = _cache(config, mesh, batch, sequence, cache_dtype)
     lengths = _array(mesh, jnp.int32, (batch,), "batch")
     return function.lower(params, config, embeddings, lengths, cache)
+
+
+def _chunk(
+    config: Config,
+    mesh: Mesh,
+    batch: int,
+    sequence: int,
+    dtype: DTypeLike,
+    cache_dtype: DTypeLike,
+    params: model.Params,
+) -> jax.stages.Lowered:
+    per_tile, tokens = config.tokens_per_tile, min(PAGE, sequence)
+    table = (-(-sequence // per_tile) + TILE_BUCKETS[0], per_tile, config.language.hidden_size)
+    arrays = {
+        "params": params,
+        "features": _array(mesh, dtype, table, None, None, "features"),
+        "row": _cache(config, mesh, 1, sequence, cache_dtype),
+        **{name: _array(mesh, jnp.int32, (1, tokens), None, None) for name in ("ids_bt", "image_index_bt")},
+        **{name: _array(mesh, jnp.int32, ()) for name in ("length", "start", "total")},
+    }
+    static = {"config": config, "read_length": None if tokens == sequence else sequence}
+    return jax.jit(prefill_chunk, static_argnames=tuple(static), donate_argnames="row").lower(**arrays, **static)
 
 
 def _whole(mesh: Mesh, x: Any) -> jax.ShapeDtypeStruct:

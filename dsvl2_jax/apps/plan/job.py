@@ -12,11 +12,12 @@ from typing import Any
 from dsvl2_jax.apps.plan.least_work import Work, decode_work, encode_work, prefill_work
 from dsvl2_jax.apps.plan.training_step import preset_settings, program_settings, training_work
 from dsvl2_jax.errors import UsageError
+from dsvl2_jax.infer.slots import PAGE
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.quantization import Quantization
 from dsvl2_jax.train.settings.schema import Settings
 
-JOBS = ("prefill", "decode", "encode", "align", "pretrain", "sft", "lora")
+JOBS = ("prefill", "chunk", "decode", "encode", "align", "pretrain", "sft", "lora")
 ITEMSIZE = 2  # of bfloat16, in which everything is planned
 
 
@@ -26,7 +27,7 @@ class Job:
 
     Attributes:
       kind: of `JOBS`.
-      batch: prompts, decode slots, tiles, or sequences of a training step.
+      batch: prompts (of "chunk" one, whose last `PAGE` tokens it is), decode slots, tiles, or sequences of a step.
       sequence: tokens of a prompt or training sequence, or positions of the cache; encoding has none.
       settings: of a training step, which hold batch and sequence too; None: for inference.
       quantization: of the weights, in inference and beside an adapter that is trained; None: all are in bfloat16.
@@ -45,13 +46,14 @@ class Job:
         """What one run makes, and how much of it."""
         if self.kind == "encode":
             return "tiles", self.batch
-        return "tokens", self.batch * (1 if self.kind == "decode" else self.sequence)
+        rows = {"decode": 1, "chunk": min(PAGE, self.sequence)}
+        return "tokens", self.batch * rows.get(self.kind, self.sequence)
 
     def described(self) -> dict[str, Any]:
         """A JSON object of all that shapes the job's program."""
         sizes: dict[str, Any] = {"kind": self.kind, "batch": self.batch, "sequence": self.sequence}
         if self.quantization is not None:
-            sizes |= {"quantize": self.quantization.kind, "keep": self.quantization.keep}
+            sizes |= {"quantize": self.quantization.described()}
         sizes |= {} if self.cache_dtype == "bfloat16" else {"cache_dtype": self.cache_dtype}
         return sizes if self.settings is None else sizes | program_settings(self.settings)
 
@@ -62,8 +64,11 @@ def least_work(config: Config, job: Job) -> Work:
         return training_work(config, job.settings, job.quantization)
     if job.kind == "encode":
         return encode_work(config, job.batch, ITEMSIZE, quantization=job.quantization)
-    inference_work = prefill_work if job.kind == "prefill" else decode_work
     options = {"quantization": job.quantization, "cache_dtype": job.cache_dtype}
+    if job.kind == "chunk":
+        tokens = min(PAGE, job.sequence)
+        return prefill_work(config, 1, tokens, ITEMSIZE, before=job.sequence - tokens, **options)
+    inference_work = prefill_work if job.kind == "prefill" else decode_work
     return inference_work(config, job.batch, job.sequence, ITEMSIZE, **options)
 
 
@@ -94,9 +99,11 @@ def parse_job(
     for name, value in (("--batch", batch), ("--sequence", sequence), ("--slots", slots), ("--micro", micro)):
         if value is not None and value < 1:
             raise UsageError(f"{name}: found {value}, expected a positive whole number.")
-    if cache_dtype is not None and kind not in ("prefill", "decode"):
-        raise UsageError(f"--cache-dtype belongs to prefill and decode; --job {kind} has no cache.")
-    usual = {"prefill": (8, 4096), "decode": (64, 4096), "encode": (32, 0)}
+    if cache_dtype is not None and kind not in ("prefill", "chunk", "decode"):
+        raise UsageError(f"--cache-dtype belongs to prefill, chunk and decode; --job {kind} has no cache.")
+    if kind == "chunk" and batch not in (None, 1):
+        raise UsageError(f"--batch {batch}: a chunk is of one prompt, as the engine prefills it.")
+    usual = {"prefill": (8, 4096), "chunk": (1, 4096), "decode": (64, 4096), "encode": (32, 0)}
     if kind not in usual:
         settings = preset_settings(model, kind, sequences=batch, length=sequence, micro=micro, overrides=overrides)
         if quantization is not None and settings.adapter.kind == "none":

@@ -6,19 +6,19 @@ Tested in tests/apps/plan/test_slots.py.
 from __future__ import annotations
 
 import dataclasses
-import os
-from pathlib import Path
 
 import jax
 from rich.table import Table
 
 from dsvl2_jax.apps.plan.job import Job
 from dsvl2_jax.apps.plan.mesh_choice import MAX_MEMORY_FRACTION, resident_bytes
+from dsvl2_jax.checkpoint.adapters import read_adapter
 from dsvl2_jax.checkpoint.locate import open_model, quantization_in, resolve
 from dsvl2_jax.infer.loading import LoadOptions
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.quantization import Quantization
 from dsvl2_jax.runtime.console import PrintableConsole
+from dsvl2_jax.runtime.hardware import device_memory
 from dsvl2_jax.sharding import MESH_AXES, parse_mesh
 
 
@@ -35,21 +35,26 @@ def print_slots(ckpt: str | None, loading: LoadOptions, wanted: int, stores: int
     directory = resolve(ckpt)
     config, _ = open_model(directory)
     sizes = dict.fromkeys(MESH_AXES, 1) | ({} if loading.mesh is None else parse_mesh(loading.mesh))
+    itemsize = 4 if loading.dtype == "float32" else 2
+    read = [read_adapter(adapter, config)[0] for adapter in (loading.adapter or {}).values()]
+    adapters = itemsize * sum(array.size for array in jax.tree.leaves(read))
     report = slots_that_fit(
         config,
         sizes,
-        itemsize=4 if loading.dtype == "float32" else 2,
+        itemsize=itemsize,
         cache_dtype=loading.cache_dtype or loading.dtype,
-        memory=_device_memory(),
-        stores=stores,
+        memory=device_memory(jax.local_devices()[0]),
+        stores=stores + adapters,
         quantization=quantization_in(directory),
+        context=loading.context,
     )
     table = Table(show_header=False, box=None)
     for words, value in (
         ("memory of a device", f"{report.memory / 1e9:.2f} GB"),
         ("of which parameters, caches and stores may take", f"{report.room / 1e9:.2f} GB"),
         ("parameters", f"{report.parameters / 1e9:.3f} GB"),
-        ("stores of prefixes and pictures", f"{report.stores / 1e9:.3f} GB"),
+        *([("adapters", f"{adapters / 1e9:.3f} GB")] if read else []),
+        ("stores of prefixes and pictures", f"{stores / 1e9:.3f} GB"),
         (f"cache of a slot, {report.context} positions", f"{report.slot / 1e6:.1f} MB"),
         ("slots that fit", str(report.slots)),
         ("slots that are asked for", str(wanted)),
@@ -81,6 +86,7 @@ def slots_that_fit(
     stores: float,
     quantization: Quantization | None = None,
     cache_dtype: str = "bfloat16",
+    context: int | None = None,
 ) -> SlotsReport:
     """How many slots of the whole context fit beside parameters and stores, with room for programs to work.
 
@@ -91,8 +97,9 @@ def slots_that_fit(
       memory: bytes of a device.
       stores: bytes that the engine's stores may take.
       quantization: of the weights.
+      context: positions of a slot; None: as many as the model has.
     """
-    context = config.language.max_position_embeddings
+    context = context or config.language.max_position_embeddings
 
     def resident(slots: int) -> float:
         job = Job("decode", slots, context, quantization=quantization, cache_dtype=cache_dtype)
@@ -105,14 +112,3 @@ def slots_that_fit(
     room = MAX_MEMORY_FRACTION * memory
     slots = max(0, int((room - parameters - stores) / slot))
     return SlotsReport(memory, room, parameters, stores, slot, context, slots)
-
-
-def _device_memory() -> float:
-    """Bytes of one device; a CPU has the machine's, or what its container may use of it."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return float(stats["bytes_limit"])
-    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return min(memory, float(text)) if text.isdecimal() else memory

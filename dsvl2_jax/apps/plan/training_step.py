@@ -22,7 +22,7 @@ from dsvl2_jax.model.deepseek_vl2 import abstract_leaves
 from dsvl2_jax.model.parameter_paths import LeafPath, path_name, stays_float32
 from dsvl2_jax.model.quantization import Quantization, leaves_of, quantized_weights
 from dsvl2_jax.model.weights import is_quantized
-from dsvl2_jax.sharding import ACTIVATION_RULES, PARAM_RULES, add_fsdp_axis, batch_parts, mesh_axes, partition_spec
+from dsvl2_jax.sharding import PARAM_RULES, add_fsdp_axis, axes_of, batch_parts, mesh_axes, partition_spec
 from dsvl2_jax.train.adapter import adapter_leaves
 from dsvl2_jax.train.flops import StepFlops, step_flops
 from dsvl2_jax.train.parameter_rules import assign
@@ -190,8 +190,8 @@ def abstract_batch(config: Config, settings: Settings, mesh: Mesh) -> Any:
     shards = batch_parts(sizes)
     steps = batch.sequences // (batch.microbatch_size * shards)
     rows = (steps, batch.microbatch_size * shards, settings.data.sequence_length)
-    by_row = NamedSharding(mesh, PartitionSpec(None, ACTIVATION_RULES["batch"]))
-    by_tile = NamedSharding(mesh, PartitionSpec(None, ACTIVATION_RULES["tiles"]))
+    by_row = NamedSharding(mesh, PartitionSpec(None, axes_of("batch", mesh)))
+    by_tile = NamedSharding(mesh, PartitionSpec(None, axes_of("tiles", mesh)))
     others = mesh.size // shards  # devices among which a data shard's tiles are dealt out
     tiles = -(-batch.microbatch_size * settings.data.tiles_per_sequence // others) * mesh.size
     side = config.vision.image_size

@@ -22,6 +22,8 @@ from dsvl2_jax import SamplingParams
 from dsvl2_jax.apps.chat import chat
 from dsvl2_jax.apps.cli.main import COMMANDS, main
 from dsvl2_jax.apps.micro.build import EVALUATION_SAMPLES, EVALUATION_SEED
+from dsvl2_jax.checkpoint import locate
+from dsvl2_jax.inputs.processor import Processor
 
 IMAGES = golden.DATA / "images"
 
@@ -55,19 +57,25 @@ def test_every_command_explains_itself(run, command):
 
 TOGETHER = {"--processes": "None", "--coordinator": "None", "--process": "None", "--connect-timeout": "300"}
 COMPUTING = {"--dtype": "float32", "--mesh": "None"}
-VERIFYING = COMPUTING | {"--verify": "False", "--cache-dtype": "None"}
-LOADING = VERIFYING | {"--adapter": "None", "--as-seen": "False", "--strict-special-tokens": "False"}
+VERIFYING = COMPUTING | {
+    "--verify": "False", "--cache-dtype": "None", "--context": "None", "--rope-scaling": "None",
+}  # fmt: skip
+TILES = {"--max-tiles": "None", "--min-tiles": "None"}
+VISUALS = TILES | {"--frames": "None", "--frame-choice": "None"}
+LOADING = VERIFYING | VISUALS | {"--adapter": "None", "--as-seen": "False", "--strict-special-tokens": "False"}
 ANSWERING = {
     "--system": "''", "--max-new-tokens": "512", "--temperature": "0.0", "--top-p": "1.0", "--top-k": "50",
     "--repetition-penalty": "1.0", "--seed": "0", "--speculate": "0",
 }  # fmt: skip
 OPTIONS = {
-    "convert": {"--dtype": "None", "--max-memory": "1GiB"},
+    "convert": {
+        "--dtype": "None", "--max-memory": "1GiB", "--quantize": "None", "--rule": "repeatable", "--calibrate": "None",
+    },
     "export": {"--dtype": "None", "--verify": "False"},
     "merge": {"--layout": "None", "--verify": "False"},
     "generate": {
-        "--prompt": "required", "--image": "repeatable", "--stop": "repeatable", "--chunk-size": "None",
-        "--json": "False", "--draw": "None", **ANSWERING, **LOADING, **TOGETHER,
+        "--prompt": "required", "--image": "repeatable", "--video": "repeatable", "--stop": "repeatable",
+        "--chunk-size": "None", "--json": "False", "--draw": "None", **ANSWERING, **LOADING, **TOGETHER,
     },
     "chat": ANSWERING | LOADING,
     "serve": {
@@ -77,8 +85,10 @@ OPTIONS = {
         "--feature-bytes": "1GiB",
         "--max-queue": "256", "--max-queued-tokens": "1048576", "--max-tiles": "64", "--max-wait": "120.0",
         "--hang-timeout": "300.0", "--max-body": "32MiB", "--max-images": "16", "--max-image-bytes": "32MiB",
-        "--max-image-pixels": "50000000", "--max-request-pixels": "200000000", "--model-name": "''",
-        "--model-alias": "repeatable", "--default-max-tokens": "512", "--media-domain": "repeatable",
+        "--max-image-pixels": "50000000", "--max-request-pixels": "200000000", "--max-image-tiles": "None",
+        "--max-video-bytes": "64MiB", "--max-video-seconds": "600.0", "--max-frames": "32", "--video-timeout": "20.0",
+        "--model-name": "''", "--model-alias": "repeatable", "--adapter": "repeatable",
+        "--default-max-tokens": "512", "--media-domain": "repeatable",
         "--media-path": "repeatable", "--media-timeout": "10.0", "--official-images": "False",
         "--honour-detail": "False", "--strict-special-tokens": "False", **VERIFYING, **TOGETHER,
     },
@@ -87,23 +97,23 @@ OPTIONS = {
     "data check": {
         "--ckpt": "None", "--images": "''", "--follow-links": "False", "--sequence-length": "4096",
         "--tiles-per-sequence": "20", "--mask-prompt": "False", "--problems": "20", "--histogram": "None",
-        "--json": "False", "--as-seen": "False", "--boxes": "auto", "--draw": "None",
+        "--json": "False", "--as-seen": "False", "--boxes": "auto", "--draw": "None", **VISUALS,
     },
     "data import": {},
     "plot": {"--out": "plot.png"},
     "eval": {
         "--metric": "None", "--images": "''", "--follow-links": "False", "--out": "None", "--batch-size": "None",
         "--max-new-tokens": "128", "--dtype": "None", "--cache-dtype": "None", "--mesh": "None",
-        "--verify": "False", "--adapter": "None", "--candidates": "None",
+        "--verify": "False", "--adapter": "None", **TILES,
         "--prompt-template": "None", "--limit": "None", "--report-samples": "1000", "--json": "False",
         "--server": "None", "--server-model": "None", "--api-key-file": "None", "--concurrency": "None",
-        "--timeout": "None", "--extra-body": "None", "--as-seen": "False", "--speculate": "None", **TOGETHER,
+        "--timeout": "None", "--extra-body": "None", "--as-seen": "False", "--speculate": "None",
+        "--context": "None", "--rope-scaling": "None", **TOGETHER,
     },
     "plan": {
         "--topology": "None", "--job": "None", "--batch": "None", "--sequence": "None", "--slots": "None",
-        "--micro": "None", "--set": "repeatable", "--cache-dtype": "None", "--mesh": "auto",
-        "--csv": "None", "--no-cache": "False",
-        "--json": "False",
+        "--micro": "None", "--set": "repeatable", "--quantize": "None", "--rule": "repeatable",
+        "--cache-dtype": "None", "--mesh": "auto", "--csv": "None", "--no-cache": "False", "--json": "False",
     },
     "bench convert": {"--size": "tiny", "--directory": "None", "--keep": "None", "--repeats": "2"},
     "bench generate": {"--new-tokens": "32", "--speculate": "0", **COMPUTING},
@@ -113,6 +123,10 @@ OPTIONS = {
         "--tokens": "1024,4096", "--tiles": "10", "--set": "repeatable", "--dtype": "None", "--quantize": "None",
         "--against": "None", "--profile": "None", "--budget": "None", "--json": "False", "--plot": "None",
     },
+    "bench quantize": {
+        "--kinds": "int8,int4,float8", "--rule": "repeatable", "--data": "None", "--samples": "None", "--prompts": "16",
+        "--directory": "None", "--json": "False",
+    },
     "bench serve": {
         "--size": "None", "--layers": "None", "--directory": "None",
         "--only": "", "--clients": "1 32", "--slots": "8", "--seconds": "20.0", "--input-tokens": "64",
@@ -121,7 +135,7 @@ OPTIONS = {
         "--seed": "0", "--json": "False", "--plot": "None", **COMPUTING,
     },
     "bench tune": {"--size": "None", "--json": "False", "--out": "None"},
-    "bench train": {"--rows": "2", "--length": "1024", "--steps": "3", "--rounds": "3"},
+    "bench train": {"--rows": "2", "--length": "1024", "--steps": "3", "--rounds": "3", "--adapter": "False"},
     "micro start": {},
     "micro data": {"--workers": "2"},
     "micro questions": {"--seed": str(EVALUATION_SEED), "--samples": str(EVALUATION_SAMPLES)},
@@ -143,7 +157,8 @@ def test_every_command_has_its_options_and_defaults(run, command):
     found = {}
     for option in re.split(r"(?<!\S)(?=--[a-z])", text)[1:]:
         default = re.findall(r"\((?:default: ([^()]*)|(required|repeatable))\)", option)
-        found[option.split()[0]] = "".join(default[-1]) if default else None
+        # A list may be broken after a comma.
+        found[option.split()[0]] = "".join(default[-1]).replace(", ", ",") if default else None
     assert found == {"--help": None} | OPTIONS[command]
 
 
@@ -200,6 +215,28 @@ def test_images_may_follow_one_flag_or_repeat_it(run, mini):
     assert json.loads(together[1])["image_tokens"] == 842
 
 
+@pytest.fixture
+def frames(tmp_path):
+    """A folder of twelve pictures, from black to red."""
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for number in range(12):
+        Image.new("RGB", (400, 200), (20 * number, 0, 0)).save(folder / f"{number}.png")
+    return folder
+
+
+def test_generate_shows_a_video_as_pictures_and_cuts_them_as_it_is_told(run, frames):
+    ask = ("generate", "--json", "--max-new-tokens", 2, "--prompt")
+    of_video = json.loads(run(*ask, "What?", "--video", frames, "--frames", 3)[1])
+    of_images = json.loads(run(*ask, "What?", "--image", *(frames / f"{n}.png" for n in (2, 6, 10)))[1])
+    assert of_video["token_ids"] == of_images["token_ids"] and of_video["tiles"] == of_images["tiles"] == 6
+    tagged = ("Is <image> in <video>?", "--image", frames / "1.png", "--video", frames, "--frames", 2)
+    status, out, _ = run(*ask, *tagged, "--min-tiles", 2, "--max-tiles", 2, "--draw", frames / "drawn.png")
+    cut = json.loads(out)
+    assert status == 0 and cut["tiles"] == 9 and cut["image_tokens"] > of_video["image_tokens"]
+    assert Image.open(frames / "drawn.png").getpixel((0, 0)) == (180, 0, 0)  # the last frame
+
+
 def test_draw_writes_the_image_at_its_own_size(run, mini, tmp_path):
     status, _, err = run(
         "generate", mini, "--prompt", "Describe this image.", "--image", IMAGES / "exact_384x384.png",
@@ -236,7 +273,12 @@ def test_a_picture_that_is_not_read_as_seen_is_warned_of_and_as_seen_reads_and_d
         (["generate", "--prompt", "x", "--max-new-tokens", "0"], 2, "max_new_tokens: found 0"),
         (["generate", "--prompt", "x", "--mesh", "rows=2"], 2, "unknown axis 'rows'"),
         (["generate", "--prompt", "x", "--mesh", "tensor=3"], 2, "needs 3 devices"),
-        (["generate", "--prompt", "x", "--draw", "out.png"], 2, "--draw needs an --image"),
+        (["generate", "--prompt", "x", "--draw", "out.png"], 2, "--draw needs an --image or a --video"),
+        (["generate", "--prompt", "x", "--frames", "4"], 2, "--frames and --frame-choice are of a video"),
+        (["generate", "--prompt", "x", "--max-tiles", "101"], 2, "max_tiles is 101, expected a whole number"),
+        (["generate", "--prompt", "x", "--min-tiles", "12"], 2, "min_tiles is 12, but the checkpoint's"),
+        (["generate", "--prompt", "x", "--video", "none.mp4"], 1, "none.mp4: no such file"),
+        (["eval", "x.jsonl", "--candidates", "18"], 2, "--candidates: this option is now called --max-tiles"),
         (["generate", "--prompt", "x", "--image", "a.png", "--draw", "nowhere/out.png"], 2, "nowhere"),
         (["generate", "--prompt", "two <image> <image>", "--image", "IMAGE"], 1, "2 <image> tag(s) but 1 image(s)"),
         (["generate", "--prompt", "none", "--image", "missing.png"], 1, "missing.png"),
@@ -331,6 +373,26 @@ def test_chat_remembers_attaches_and_recovers(mini, capsys, monkeypatch):
     assert second[2]["content"] in out
     assert broken[:3] == second[:3]
     assert [t["role"] for t in fresh] == ["system", "user"]
+
+
+def test_chat_attaches_videos(frames, capsys):
+    asked = []
+    processor = Processor.from_dir(locate.resolve(None))
+    answer = types.SimpleNamespace(text="Yes.", boxes=[], malformed_boxes=0)
+    model = types.SimpleNamespace(processor=processor, generate=lambda inputs, *_, **__: asked.append(inputs) or answer)
+    script = [
+        f"/video {frames} none.mp4",
+        "Is <video> red?",
+        "And now?",
+        f"/image {frames / '1.png'}",
+        "This?",
+        "/quit",
+    ]
+    chat(model, "", 4, SamplingParams(), io.StringIO("\n".join(script)))
+    out = capsys.readouterr().out
+    assert f"attached {frames}" in out and "none.mp4: no such file" in out
+    assert [len(inputs.tile_grid) for inputs in asked] == [8, 8, 9]
+    assert asked[0].prompt.startswith("<|User|>: Is <image>\n<image>\n")
 
 
 def test_chat_says_once_that_pictures_are_read_otherwise_than_seen(mini, capsys, tmp_path):

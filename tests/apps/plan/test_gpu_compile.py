@@ -259,7 +259,19 @@ def test_a_decode_step_is_few_launches_that_read_little_more_than_they_must(size
     assert cost.bytes <= 1.2 * least.bytes and 0.95 <= cost.flops / least.flops <= 1.05
 
 
-@pytest.mark.parametrize(("size", "slots"), [("tiny", 1), ("small", 1), ("small", 16)])
+@pytest.mark.parametrize(("size", "dense", "moe"), [("tiny", 13, 15), ("small", *LAUNCHES["small"])])
+def test_a_decode_step_with_a_cache_in_int8_reads_half_of_it(size, dense, moe):
+    """Latents take no launch more; heads are quantized by XLA, after the kernel that makes them."""
+    config, slots = shallow(size, layers=3), 64
+    mesh = make_mesh(devices=compile_devices(topology("h100-1")))
+    sizes = {"batch": slots, "sequence": 2176, "cache_dtype": "int8"}
+    text = lower_inference("decode", config, mesh, **sizes).compile().as_text()
+    found = count_launches(text, scope_depth=1)
+    assert all(found.by_scope[f"layers_{i}"] <= (moe if i else dense) for i in range(3)), found.by_scope
+    assert walk(text).bytes <= 1.2 * decode_work(config, slots, 2176, cache_dtype="int8").bytes
+
+
+@pytest.mark.parametrize(("size", "slots"), [("tiny", 1), ("small", 1), ("small", 24)])
 @pytest.mark.parametrize("kind", ["int8", "int4", "float8"])
 def test_a_decode_step_reads_quantized_weights_as_they_lie(size, kind, slots):
     """In the launches of plain ones, without an array of floating-point numbers as large as one of the weights."""
@@ -316,3 +328,11 @@ def test_whole_models_compile_and_fit(monkeypatch, place, size, kind):
     found = checked(monkeypatch, config, job, place, 20 * GB)  # layers are gathered whole, and so are their gradients
     too_large = place == "h100-1" and size == "small" and kind == "sft"  # 258 GB of state
     assert found["fits"] != too_large
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_an_adapter_of_base_is_trained_on_one_card(monkeypatch, kind):
+    config = Config.from_dict(released_config("base"))
+    job = parse_job("lora", 1, 4096, None, model="base", quantization=Quantization(kind))
+    assert checked(monkeypatch, config, job, "h100-1", 20 * GB)["fits"]

@@ -240,6 +240,35 @@ def test_what_is_prefetched_or_only_reshaped_counts_once():
     assert (gathered.count, gathered.bytes) == (1, 2 * 64 * 8)
 
 
+SCATTERED = """HloModule jit_write, is_scheduled=true
+
+%set (old: s8[], new: s8[]) -> s8[] {
+  %old = s8[] parameter(0)
+  ROOT %new = s8[] parameter(1)
+}
+
+%write (cache: s8[16,4096,128], at: s32[16,2], entries: f32[16,1,1,128]) -> s8[16,4096,128] {
+  %cache = s8[16,4096,128]{2,1,0} parameter(0)
+  %at = s32[16,2]{1,0} parameter(1)
+  %entries = f32[16,1,1,128]{3,2,1,0} parameter(2)
+  %rounded = s8[16,1,1,128]{3,2,1,0} convert(%entries)
+  ROOT %scatter = s8[16,4096,128]{2,1,0} scatter(%cache, %at, %rounded), to_apply=%set
+}
+
+ENTRY %main (whole: s8[16,4096,128], where: s32[16,2], new: f32[16,1,1,128]) -> s8[16,4096,128] {
+  %whole = s8[16,4096,128]{2,1,0} parameter(0)
+  %where = s32[16,2]{1,0} parameter(1)
+  %new = f32[16,1,1,128]{3,2,1,0} parameter(2)
+  ROOT %written = s8[16,4096,128]{2,1,0} fusion(%whole, %where, %new), kind=kInput, calls=%write
+}
+"""
+
+
+def test_a_fused_scatter_touches_what_it_changes():
+    changed, read = 16 * 128, 4 * 16 * 128 + 4 * 16 * 2
+    assert walk(SCATTERED).bytes == 2 * changed + read
+
+
 # A gathering that begins, goes on beside a product in whose fusion its buffers are, and ends.
 CARRIED = """HloModule jit_step, is_scheduled=true
 
@@ -342,3 +371,19 @@ def test_instructions_list_what_a_program_makes():
 def test_a_text_that_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no entry computation"):
         walk("HloModule nothing")
+
+
+def test_a_loop_that_data_end_runs_as_often_as_is_said_of_its_scope():
+    @jax.jit
+    def function(x, count):
+        with jax.named_scope("spans"):
+            return jax.lax.fori_loop(0, count, lambda i, x: x @ x, x)
+
+    text = (
+        function.lower(jax.ShapeDtypeStruct((64, 64), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32))
+        .compile()
+        .as_text()
+    )
+    once, often = walk(text), walk(text, named={"spans": 5.0})
+    assert once.flops == 2 * 64**3 and often.flops == 5 * once.flops
+    assert once.unknown_loops and not often.unknown_loops

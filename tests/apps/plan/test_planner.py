@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import importlib.util
 import json
+import math
 
 import jax
 import numpy as np
@@ -23,9 +24,11 @@ from dsvl2_jax.apps.plan.table import HEADER, TABLE_TOPOLOGIES, update_csv
 from dsvl2_jax.apps.plan.training_step import abstract_batch, training_work
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.quantization import Quantization, bytes_in_bfloat16, quantized_weights
 from dsvl2_jax.model.released import released_config
 from dsvl2_jax.runtime.hardware import CompilerMissing, target_config, topology
 from dsvl2_jax.sharding import batch_parts, make_mesh
+from dsvl2_jax.train.adapter import adapter_leaves
 from dsvl2_jax.train.data.batch import TrainBatch
 from dsvl2_jax.train.objectives.language import LanguageTrainer
 
@@ -111,8 +114,9 @@ def test_jobs_have_usual_sizes_and_refuse_wrong_ones():
     assert parse_job("decode", None, 512, 4) == Job("decode", 4, 512)
     assert parse_job("prefill", 2, None, None) == Job("prefill", 2, 4096)
     assert parse_job("encode", None, 77, None) == Job("encode", 32, 0)
+    assert parse_job("chunk", None, 32768, None) == Job("chunk", 1, 32768)
     with pytest.raises(
-        UsageError, match="--job 'serve': expected one of prefill, decode, encode, align, pretrain, sft"
+        UsageError, match="--job 'serve': expected one of prefill, chunk, decode, encode, align, pretrain, sft"
     ):
         parse_job("serve", None, None, None)
     with pytest.raises(UsageError, match="--slots: found 0, expected a positive whole number"):
@@ -170,6 +174,19 @@ def test_a_training_state_takes_16_bytes_an_entry_or_12(released):
         assert resident_bytes(released[size], job, one | {"data": 8}) == pytest.approx(whole / 8, rel=0.01)
     frozen = parse_job("align", None, None, None, model="small")  # a language model of 32 GB
     assert resident_bytes(released["small"], frozen, one) / 1e9 == pytest.approx(32 + 16 * 0.47, rel=0.05)
+
+
+def test_an_adapter_takes_the_frozen_model_and_16_bytes_an_entry(released):
+    one = {"data": 1, "tensor": 1, "expert": 1}
+    for kind in (None, "int8", "int4"):
+        quantization = kind and Quantization(kind)
+        job = parse_job("lora", 1, None, None, model="base", quantization=quantization)
+        entries = sum(math.prod(shape) for shape, _ in adapter_leaves(released["base"], job.settings.adapter).values())
+        frozen = bytes_in_bfloat16(released["base"], quantized_weights(released["base"], quantization))
+        assert resident_bytes(released["base"], job, one) == pytest.approx(frozen + 16 * entries)
+    assert job.described() | {"rank": 16, "adapter": "lora", "quantize": "int4"} == job.described()
+    with pytest.raises(UsageError, match="--quantize int4: belongs to inference and to --job lora"):
+        parse_job("sft", None, None, None, model="base", quantization=Quantization("int4"))
 
 
 def test_rematerialising_costs_one_forward_more(released):

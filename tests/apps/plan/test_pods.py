@@ -50,6 +50,19 @@ def test_a_step_of_few_slots_reads_the_experts_that_it_visits(size, name, slots)
     assert planned(size, Job("decode", slots, 4096), name)["bytes_ratio"] <= 1.3
 
 
+def test_a_cache_in_int8_is_read_as_it_lies():
+    found = planned("small", Job("decode", 64, 4096, cache_dtype="int8"), "v5e-8")
+    assert found["bytes_ratio"] <= 1.3
+
+
+@pytest.mark.parametrize("kind", ["chunk", "decode"])
+@pytest.mark.parametrize(("name", "tokens", "slots"), [("v5e-16", 32768, 8), ("v6e-16", 131072, 4)])
+def test_base_has_room_for_long_contexts(name, tokens, slots, kind):
+    """The cache is split along its length; what a prompt's chunk holds beside it does not depend on that length."""
+    found = planned("base", Job(kind, 1 if kind == "chunk" else slots, tokens), name)
+    assert found["bytes_per_device"]["temporaries"] <= 1e9
+
+
 @pytest.mark.parametrize("job", [Job("prefill", 1, 4096), Job("decode", 16, 4096), Job("encode", 8, 0)], ids=str)
 def test_tiny_fits_one_chip(job):
     assert planned("tiny", job, "v5e-1")["flops_ratio"] <= 1.10
@@ -82,6 +95,12 @@ def test_small_is_trained_on_sixteen_chips(name, settings, moments, arguments):
     assert found["flops_ratio"] <= 1.10
 
 
+@pytest.mark.parametrize(("size", "name", "kind"), [("small", "v6e-1", "int8"), ("tiny", "v5e-1", None)])
+def test_adapters_are_trained_on_one_chip(size, name, kind):
+    job = parse_job("lora", 1, None, None, model=size, quantization=kind and Quantization(kind))
+    assert planned(size, job, name)["flops_ratio"] <= 1.10
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4", "float8"])
 def test_a_decode_step_reads_quantized_weights_as_they_lie(kind):
     """Two layers of small on one chip; what the compiler converts, it converts where a product takes it."""
@@ -90,4 +109,4 @@ def test_a_decode_step_reads_quantized_weights_as_they_lie(kind):
     mesh = make_mesh(devices=compile_devices(topology("v5e-1")))
     job = {"batch": 16, "sequence": 2176, "quantization": quantization}
     text = lower_inference("decode", config, mesh, **job).compile().as_text()
-    assert walk(text).bytes <= 1.1 * decode_work(config, 16, 2176, quantization=quantization).bytes
+    assert walk(text).bytes <= 1.15 * decode_work(config, 16, 2176, quantization=quantization).bytes

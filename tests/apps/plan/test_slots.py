@@ -6,9 +6,11 @@ import math
 
 import jax
 import pytest
+from random_adapters import random_adapter
 
 import dsvl2_jax
 from dsvl2_jax.apps.plan.slots import print_slots, slots_that_fit
+from dsvl2_jax.checkpoint.adapters import write_adapter
 from dsvl2_jax.infer.loading import LoadOptions
 from dsvl2_jax.model.cache import init_cache
 from dsvl2_jax.model.config import Config
@@ -57,3 +59,14 @@ def test_the_command_says_whether_the_slots_fit(capsys):
     assert print_slots(None, LoadOptions(), 2, 0) == 0
     assert "slots that fit" in capsys.readouterr().out
     assert print_slots(None, LoadOptions(), 10**12, 0) == 1
+
+
+def test_adapters_beside_the_base_take_room_of_their_own(tmp_path, capsys):
+    config = dsvl2_jax.load(None).config
+    for name, rank in (("a", 2), ("b", 6)):
+        write_adapter(tmp_path / name, config, *random_adapter(config, "lm_head", rank=rank))
+    loading = LoadOptions(adapter={name: str(tmp_path / name) for name in "ab"})
+    print_slots(None, loading, 2, 0)
+    head = config.language
+    bytes_taken = 4 * 8 * (head.hidden_size + head.vocab_size)
+    assert f"adapters {bytes_taken / 1e9:.3f} GB" in " ".join(capsys.readouterr().out.split())

@@ -82,7 +82,12 @@ class Parrot:
 @pytest.fixture
 def parrot(monkeypatch):
     model = Parrot()
-    monkeypatch.setattr(loaded, "load", lambda ckpt, options: model)
+
+    def load(ckpt, options):
+        model.processor.set_visuals(options.max_tiles, options.min_tiles)
+        return model
+
+    monkeypatch.setattr(loaded, "load", load)
     return model
 
 
@@ -271,6 +276,16 @@ def test_candidates_give_more_tiles(questions, tmp_path, parrot):
     evaluate.evaluate(None, questions, options(tmp_path))
     evaluate.evaluate(None, questions, options(tmp_path, out=tmp_path / "more", max_tiles=18))
     assert [len(inputs.tiles) for inputs in parrot.asked] == [9, 19]
+    records = [
+        RECORDS[0] | {"image": "large.png", "max_tiles": 2},
+        RECORDS[0] | {"image": {"path": "large.png", "max_tiles": 4}},
+    ]
+    write(questions, records)
+    evaluate.evaluate(None, questions, options(tmp_path, out=tmp_path / "own"))
+    assert sorted(len(inputs.tiles) for inputs in parrot.asked[2:]) == [3, 3]
+    write(questions, [RECORDS[0] | {"video": "a.mp4", "image": None}])
+    with pytest.raises(DataError, match="has a video, and questions are about images"):
+        evaluate.evaluate(None, questions, options(tmp_path, out=tmp_path / "video"))
 
 
 def test_prompt_size_is_that_of_the_processor(questions, parrot):
@@ -426,6 +441,22 @@ def test_checkpoints_are_told_apart_by_one_changed_byte(tmp_path, checkpoints):
     content[-100] ^= 1
     weights.write_bytes(content)
     assert checkpoint_digest(copy) != checkpoint_digest(source)
+
+
+def test_results_are_told_apart_by_their_adapter(questions, tmp_path, parrot, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    adapters = [tmp_path / "mine", tmp_path / "runs" / "lora" / "checkpoints" / "8" / "adapter"]
+    for adapter in adapters:
+        adapter.mkdir(parents=True)
+        (adapter / "adapter_model.bin").write_bytes(b"numbers")
+    (tmp_path / "runs" / "lora" / "run.json").touch()
+    answers = ["eval", str(questions), "--metric", "anls"]
+    for adapter in (None, *adapters):
+        assert main(answers + ([] if adapter is None else ["--adapter", str(adapter)])) == 0
+    assert {path.name for path in (tmp_path / "eval").iterdir()} == {"bundled", "bundled+mine", "bundled+lora-8"}
+    (adapters[0] / "adapter_model.bin").write_bytes(b"others")
+    assert main([*answers, "--adapter", str(adapters[0])]) == 1
+    assert main([*answers, "--adapter", str(tmp_path / "none")]) == 1
 
 
 def test_it_works_without_the_training_extra():

@@ -44,12 +44,14 @@ class Running:
         return self.engine.answers[-1].request
 
 
-def start(model: Any, media: MediaOptions, **options: Any) -> tuple[Running, Callable[[], None]]:
-    """A server, and what stops it."""
+def start(
+    model: Any, media: MediaOptions, *, engine_of: Callable[[Any], ThreadEngine] = ThreadEngine, **options: Any
+) -> tuple[Running, Callable[[], None]]:
+    """A server, and what stops it; ``engine_of`` makes its engine of the model."""
     ready, box, failures = threading.Event(), {}, []
 
     async def main() -> None:
-        engine, said = ThreadEngine(model), []
+        engine, said = engine_of(model), []
         grammars = GrammarCompiler(model.processor.tokenizer, model.config.language.vocab_size)
         given = ServeOptions(**({"model_name": "micro"} | options))
         app = create_app(engine, given, Media(media, engine.pool), grammars)
@@ -87,6 +89,12 @@ def start(model: Any, media: MediaOptions, **options: Any) -> tuple[Running, Cal
 @pytest.fixture(scope="session")
 def micro() -> Any:
     return dsvl2_jax.load(None)
+
+
+@pytest.fixture(scope="session")
+def started() -> Callable[..., tuple[Running, Callable[[], None]]]:
+    """`start`, for modules that need a server around a model of their own."""
+    return start
 
 
 @pytest.fixture(scope="session")

@@ -49,11 +49,11 @@ def test_the_python_works_as_it_stands(running, capsys, monkeypatch):
 @pytest.fixture(scope="module")
 def told():
     """The names of all metrics, without the prefix."""
-    metrics = Metrics("micro", lambda: dict.fromkeys([*ENGINE_GAUGES, *ENGINE_COUNTERS], 0.0), LoopLag())
+    metrics = Metrics(["micro"], lambda: dict.fromkeys([*ENGINE_GAUGES, *ENGINE_COUNTERS], 0.0), LoopLag())
     metrics.request("/", 200)
-    metrics.prompt(1, 1)
-    metrics.first_token(1.0)
-    metrics.answer("stop", 2, 1.0, {"queue": 0.1, "prefill": 0.1, "decode": 0.1})
+    metrics.prompt("micro", 1, 1)
+    metrics.first_token("micro", 1.0)
+    metrics.answer("micro", "stop", 2, 1.0, {"queue": 0.1, "prefill": 0.1, "decode": 0.1})
     text = metrics.text().decode()
     return {name.removeprefix(PREFIX) for name in re.findall(r"^(dsvl2:\w+)", text, re.MULTILINE)}
 
@@ -85,7 +85,7 @@ def test_every_option_that_the_page_names_is_there():
 
     fields = {*serve.Listening.__annotations__, *serve.Limits.__annotations__, *serve.Behaving.__annotations__}
     fields |= {*ServeLoad.__annotations__, "size", "layers", "directory"}  # of dsvl2 bench serve
-    fields |= {"plan", "dtype", "mesh", "processes", "coordinator", "process"}
+    fields |= {"plan", "dtype", "cache_dtype", "context", "mesh", "processes", "coordinator", "process"}
     others = {"job", "topology", "worker", "command", "help", "silent"}  # of other commands
     named = {name.replace("-", "_") for name in re.findall(r"(?<![\w-])--([a-z][a-z-]+)", PAGE)}
     assert named - others <= fields, named - others - fields

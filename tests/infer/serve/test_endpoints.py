@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import dataclasses
 import gzip
 import json
 
@@ -187,6 +189,102 @@ def test_detail_is_honoured_only_where_the_operator_says_so(running, serve):
     honouring = serve(honour_detail=True)
     honouring.http.post(CHAT, json=body).raise_for_status()
     assert len(honouring.last_request().inputs.tiles) == 2
+
+
+LARGE = data_url(Image.new("RGB", (900, 450), "white"))
+
+
+def picture(**options):
+    return {"type": "image_url", "image_url": {"url": LARGE, **options}}
+
+
+def tiles_of(running, parts, path=CHAT, **fields):
+    """How many tiles each picture of a request had."""
+    if path == CHAT:
+        body = {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "What?"}]}], "max_tokens": 1}
+    else:
+        body = {"input": [{"role": "user", "content": [*parts, {"type": "input_text", "text": "What?"}]}]}
+        body |= {"max_output_tokens": 1}
+    running.http.post(path, json=body | fields).raise_for_status()
+    return running.last_request().inputs.tile_grid.prod(axis=1).tolist()
+
+
+def test_tiles_are_as_many_as_a_request_or_a_picture_says(running):
+    assert tiles_of(running, [picture()]) == [8]
+    assert tiles_of(running, [picture()], max_tiles=2) == [2]
+    assert tiles_of(running, [picture(max_tiles=2), picture()]) == [2, 8]
+    assert tiles_of(running, [picture(max_tiles=2), picture(), picture(min_tiles=6)]) == [2, 1, 8]
+    assert tiles_of(running, [picture()] * 3, max_tiles=4, min_tiles=2) == [2, 2, 2]
+    other = {"type": "input_image", "image_url": LARGE}
+    assert tiles_of(running, [other | {"max_tiles": 2}, other], "/v1/responses", max_tiles=1) == [2, 1]
+    body = {"messages": [{"role": "user", "content": [picture()]}]}
+    counts = [running.http.post("/tokenize", json=body | more).json()["count"] for more in ({}, {"max_tiles": 1})]
+    assert counts[0] > counts[1]
+
+
+def test_detail_high_means_tiles_among_many_and_a_number_beats_it(serve):
+    honouring = serve(honour_detail=True)
+    parts = [picture(detail="high"), picture(detail="low"), picture(detail="auto"), picture(detail="low", max_tiles=2)]
+    assert tiles_of(honouring, parts) == [8, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("parts", "fields", "param", "expected"),
+    [
+        ([picture(max_tiles=10)], {}, "messages[0].content[0].image_url.max_tiles", "at most 9, which this server"),
+        ([picture()], {"max_tiles": 10}, "max_tiles", "(--max-image-tiles)"),
+        ([picture(max_tiles=0)], {}, "messages[0].content[0].image_url.max_tiles", "equal to 1"),
+        ([picture(max_tiles="4")], {}, "messages[0].content[0].image_url.max_tiles", "whole number"),
+        ([picture()], {"max_tiles": 2, "min_tiles": 3}, "max_tiles", "more than max_tiles"),
+        ([picture(max_tiles=2, min_tiles=3)], {}, "messages[0].content[0].image_url", "more than max_tiles"),
+        (
+            [{"type": "video_url", "video_url": {"url": "data:,", "frames": 0}}],
+            {},
+            "messages[0].content[0].video_url.frames",
+            "equal to 1",
+        ),
+        (
+            [{"type": "video_url", "video_url": {"url": "data:,", "frame_choice": "odd"}}],
+            {},
+            "messages[0].content[0].video_url.frame_choice",
+            "scene",
+        ),
+        (
+            [{"type": "video_url", "video_url": {"url": "data:,", "fps": 1}}],
+            {},
+            "messages[0].content[0].video_url.fps",
+            "no field",
+        ),
+    ],
+)
+def test_budgets_and_videos_that_cannot_be_are_refused_by_their_field(running, parts, fields, param, expected):
+    body = {"messages": [{"role": "user", "content": parts}], "max_tokens": 1} | fields
+    error = error_of(running.http.post(CHAT, json=body), 400, param)
+    assert expected in error["message"]
+
+
+def test_more_tiles_than_a_request_may_have_are_refused_before_they_are_cut(running, monkeypatch):
+    monkeypatch.setattr(running.engine, "options", dataclasses.replace(running.engine.options, max_tiles=8))
+    monkeypatch.setattr("dsvl2_jax.inputs.processor.tile_image", lambda *_: pytest.fail("it was cut"))
+    body = {"messages": [{"role": "user", "content": [picture()]}], "max_tokens": 1}
+    assert "9 tiles" in error_of(running.http.post(CHAT, json=body), 413)["message"]
+
+
+def test_a_video_is_shown_as_its_frames(running):
+    videos = pytest.importorskip("videos", reason="videos need the extra video")
+    film = videos.video([20 * i for i in range(12)])
+    url = f"data:video/mp4;base64,{base64.b64encode(film).decode()}"
+    part = {"type": "video_url", "video_url": {"url": url, "frames": 3, "frame_choice": "even"}}
+    assert tiles_of(running, [part]) == [1, 1, 1]
+    prompt = running.last_request().inputs
+    assert prompt.image_sizes.tolist() == [[64, 48]] * 3 and "<image>\n<image>\n<image>\nWhat?" in prompt.prompt
+    assert tiles_of(running, [part, picture(), {"type": "video_url", "video_url": url}]) == [1] * 12
+    part["video_url"] |= {"min_tiles": 2, "max_tiles": 2}
+    assert tiles_of(running, [part]) == [2, 2, 2]
+    other = {"type": "input_video", "video_url": url, "frames": 2}
+    assert tiles_of(running, [other], "/v1/responses", max_tiles=1) == [1, 1]
+    body = {"messages": [{"role": "system", "content": [part]}, {"role": "user", "content": "x"}]}
+    assert "found a video in a message of the system" in error_of(running.http.post(CHAT, json=body), 400)["message"]
 
 
 @given(

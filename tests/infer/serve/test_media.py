@@ -5,6 +5,7 @@ import base64
 import io
 import os
 import struct
+import sys
 import threading
 import urllib.parse
 import zlib
@@ -21,7 +22,7 @@ from PIL import EpsImagePlugin, Image
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.infer.serve import media
 from dsvl2_jax.infer.serve.downloads import Downloader
-from dsvl2_jax.infer.serve.media import Media, MediaOptions
+from dsvl2_jax.infer.serve.media import Clip, Media, MediaOptions
 from dsvl2_jax.infer.serve.media_errors import MediaError
 from dsvl2_jax.inputs.images import load_image
 
@@ -372,3 +373,84 @@ def test_options_are_brought_into_one_form(tmp_path):
     assert options.domains == ("*.xn--bcher-kva.example",)
     assert options.paths == (os.path.realpath(tmp_path),)
     assert options.time_limit == 3.0
+
+
+# Videos
+
+
+def load_videos(pool: Any, clips: list[Any], downloader: Any = None, **options: Any) -> list[list[Image.Image]]:
+    named = [Clip(*clip) for clip in clips]
+    pictures = [RED] * options.pop("pictures", 0)
+    return asyncio.run(Media(MediaOptions(**options), pool, downloader).load_videos(named, "messages", pictures))
+
+
+VIDEO_FIELD = "messages[0].content[0].video_url.url"
+
+
+@pytest.fixture(scope="module")
+def film() -> bytes:
+    return pytest.importorskip("videos", reason="videos need the extra video").video([10 * i for i in range(20)])
+
+
+def clip(data: bytes, frames: int = 4, choice: str = "even") -> tuple[str, str, int, str]:
+    return data_url(data, "video/mp4"), VIDEO_FIELD, frames, choice
+
+
+def test_the_frames_of_a_requests_videos_come_in_order(pool, film, folder):
+    (folder / "a.mp4").write_bytes(film)
+
+    class Web:
+        async def get(self, url: str, field: str) -> bytes:
+            assert (url, field) == ("https://a.example/v", VIDEO_FIELD)
+            return film
+
+    named = [("https://a.example/v", VIDEO_FIELD, 2, "even"), clip(film), ("a.mp4", VIDEO_FIELD, 1, "scene")]
+    found = load_videos(pool, named, Web(), paths=(str(folder),))
+    assert [len(frames) for frames in found] == [2, 4, 1]
+    assert {frame.size for frames in found for frame in frames} == {(64, 48)}
+    assert load_videos(pool, []) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        ({"max_frames": 7}, 413, "messages: asks for 8 frames of videos, expected at most 7"),
+        ({"max_video_bytes": 100}, 413, "more than the 100 bytes that a video may have"),
+        ({"max_pixels": 3071}, 413, "its frames are 64×48 pixels, more than the 3071"),
+        ({"max_request_pixels": 8 * 3072 - 1}, 413, "have more than the"),
+        ({"max_request_pixels": 8 * 3072, "pictures": 1}, 413, "have more than the"),
+        ({"max_video_seconds": 1.9}, 413, "lasts 2 seconds, more than the 1.9"),
+        ({"video_time_limit": 1e-9}, 413, "takes too long to decode"),
+    ],
+)
+def test_what_videos_may_cost_is_bounded(pool, film, options, status, message):
+    with pytest.raises(MediaError, match=message) as caught:
+        load_videos(pool, [clip(film), clip(film)], **options)
+    assert caught.value.status == status and caught.value.field in ("messages", VIDEO_FIELD)
+    assert len(load_videos(pool, [clip(film), clip(film)], max_frames=8, max_request_pixels=8 * 3072)) == 2
+
+
+def test_what_is_no_video_is_told_by_its_field(pool, film):
+    for data, message in ((PNG, "not a video in a format"), (film[:500], "not a video|damaged|cut short")):
+        with pytest.raises(MediaError, match=message) as caught:
+            load_videos(pool, [clip(data)])
+        assert (caught.value.status, caught.value.field) == (400, VIDEO_FIELD)
+    with pytest.raises(MediaError, match=r"fetches no videos \(--media-domain\)\. Send the video itself") as caught:
+        load_videos(pool, [("https://a.example/v", VIDEO_FIELD, 1, "even")])
+    assert caught.value.status == 403
+    with pytest.raises(MediaError, match="must be a string with a video's URL"):
+        load_videos(pool, [("", VIDEO_FIELD, 1, "even")])
+
+
+def test_without_the_extra_a_server_says_so(pool, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(MediaError, match="this server reads no videos: videos need PyAV") as caught:
+        load_videos(pool, [clip(b"x")])
+    assert caught.value.status == 403
+
+
+def test_a_video_is_asked_for_as_a_video_over_the_web():
+    reader = Media(MediaOptions(domains=("a.example",)), None)
+    kinds = {kind: downloader._headers["Accept"] for kind, downloader in reader._downloaders.items()}
+    assert kinds == {"picture": "image/*", "video": "video/*"}
+    assert reader._downloaders["video"]._max_bytes == MediaOptions().max_video_bytes

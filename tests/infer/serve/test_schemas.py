@@ -161,9 +161,9 @@ def test_a_wrong_value_is_told_with_field_what_was_found_and_expected(kind, fiel
         ({"role": "user", "content": 5}, "messages[0].content", "a string or a list of parts"),
         ({"role": "user", "content": []}, "messages[0].content", "at least 1"),
         ({"role": "user", "content": [{"type": "text"}]}, "messages[0].content[0].text", "is missing"),
-        ({"role": "user", "content": [{"type": "input_audio"}]}, "messages[0].content[0]", '"text" or "image_url"'),
-        ({"role": "user", "content": [{"type": ["text"]}]}, "messages[0].content[0]", '"text" or "image_url"'),
-        ({"role": "user", "content": ["x"]}, "messages[0].content[0]", '"text" or "image_url"'),
+        ({"role": "user", "content": [{"type": "input_audio"}]}, "messages[0].content[0]", 'or "video_url"'),
+        ({"role": "user", "content": [{"type": ["text"]}]}, "messages[0].content[0]", 'or "video_url"'),
+        ({"role": "user", "content": ["x"]}, "messages[0].content[0]", 'or "video_url"'),
         (
             {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x", "detail": "huge"}}]},
             "messages[0].content[0].image_url.detail",

@@ -102,3 +102,29 @@ def test_a_set_without_a_usable_sample_is_still_reported(tmp_path, capsys):
     assert picture.is_file()
     empty = np.zeros(0, np.int64)
     assert Summary(1, 2, {"record": 2}, [], empty, empty, empty, 9, 9).as_dict()["tokens"] == {"sum": 0}
+
+
+def test_tokens_of_images_are_told_and_follow_the_budget_and_the_frames(capsys, tmp_path):
+    Image.new("RGB", (500, 250), "teal").save(tmp_path / "a.png")
+    (tmp_path / "clip").mkdir()
+    for number in range(9):
+        Image.new("RGB", (60, 30)).save(tmp_path / "clip" / f"{number}.png")
+    video = {"video": "clip", "query": "<video>\nWhat?", "response": "A."}
+    lines = [ask("A.", "a.png"), json.dumps(video), json.dumps(video | {"frames": 2})]
+    (tmp_path / "all.jsonl").write_text("\n".join(lines))
+
+    def counts(*options):
+        assert main(["data", "check", str(tmp_path / "all.jsonl"), "--json", *options]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    plain, one, many = counts(), counts("--max-tiles", "1"), counts("--max-tiles", "18", "--frames", "9")
+    assert plain["tiles"]["sum"] == 9 + 8 * 2 + 2 * 2
+    assert one["tiles"]["sum"] == 2 + 8 * 2 + 2 * 2
+    assert many["tiles"]["sum"] == 9 + 9 * 2 + 2 * 2
+    for found in (plain, one, many):
+        side = Processor.from_dir(MICRO).config.tokens_per_side
+        assert found["image_tokens"]["sum"] < found["tokens"]["sum"] and found["image_tokens"]["min"] > 2 * side**2
+    assert one["image_tokens"]["sum"] < plain["image_tokens"]["sum"] < many["image_tokens"]["sum"]
+    assert main(["data", "check", str(tmp_path / "all.jsonl")]) == 0
+    assert "of images" in capsys.readouterr().out
+    assert main(["data", "check", str(tmp_path / "all.jsonl"), "--max-tiles", "0"]) == 2

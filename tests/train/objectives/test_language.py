@@ -213,7 +213,14 @@ CASES = {
     "accumulated, remat dots": (2, 4, {"remat": "dots"}, None),
     "data=2,tensor=2,expert=2, accumulated": (1, 2, {"remat": "full"}, {"data": 2, "tensor": 2, "expert": 2}),
 }
-MESHES = ({"data": 2, "tensor": 2, "expert": 2}, {"tensor": 2, "expert": 4}, {"data": 8}, {"tensor": 8})
+MESHES = (
+    {"data": 2, "tensor": 2, "expert": 2},
+    {"tensor": 2, "expert": 4},
+    {"data": 8},
+    {"tensor": 8},
+    {"sequence": 8},
+    {"tensor": 2, "expert": 2, "sequence": 2},
+)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,4 +1,4 @@
-"""The nine presets: the paper's Table 2, and rules that cover each released model."""
+"""The nine presets of the paper's Table 2, with rules that cover each released model, and those of adapters."""
 
 import functools
 
@@ -8,7 +8,9 @@ from flax.traverse_util import flatten_dict
 from dsvl2_jax.errors import SettingsError
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import abstract_params
+from dsvl2_jax.model.parameter_paths import path_name
 from dsvl2_jax.model.released import released_config
+from dsvl2_jax.train.adapter import adapter_leaves
 from dsvl2_jax.train.parameter_rules import GRADIENT_FREE, assign
 from dsvl2_jax.train.settings.load import find, load, presets
 from dsvl2_jax.train.settings.schema import Settings
@@ -39,8 +41,25 @@ def parameters(size: str) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in flatten_dict(shapes, sep="/").items()}
 
 
-def test_there_are_nine_of_the_paper():
-    assert {name for name in presets() if not name.startswith("micro-")} == {f"{size}-{stage}" for size, stage in NAMES}
+def test_there_are_nine_of_the_paper_and_one_adapter_a_size():
+    names = {f"{size}-{stage}" for size in BY_STAGE for stage in (*STAGES, "lora")}
+    assert {name for name in presets() if not name.startswith("micro-")} == names
+
+
+@pytest.mark.parametrize("size", BY_STAGE)
+def test_adapters_are_of_the_released_models_and_fit_them(size):
+    loaded = preset(size, "lora")
+    assert (loaded.model.checkpoint, loaded.model.size, loaded.adapter.kind) == (HUB[size], size, "lora")
+    shapes = parameters(size)
+    leaves = adapter_leaves(Config.from_dict(released_config(size)), loaded.adapter)
+    adapted = {path_name(path[:-1]) for path in leaves}
+    expected = {
+        path
+        for path in shapes
+        if ("/self_attn/" in path and not path.endswith("/scale"))
+        or ("/mlp/" in path and path.endswith("_proj/kernel"))
+    }
+    assert adapted == expected and len(leaves) == 2 * len(adapted)
 
 
 @pytest.mark.parametrize(("size", "stage"), NAMES)
