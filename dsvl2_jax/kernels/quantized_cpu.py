@@ -64,8 +64,8 @@ def _few_rows(x_mk: jax.Array, weight: Quantized, group: int | jax.Array) -> jax
     m, (count, stored, n), groups = len(x_mk), weight.values.shape, weight.scale.shape[1]
     height = stored // groups
     summed = math.gcd(height, SUMMED[weight.kind])
-    # Tied to the rows, or a decode loop's compiler would convert the weight once, before the loop. It unties what is
-    # not used afterwards.
+    # Tied to the rows, or a decode loop's compiler would convert the weight once, before the loop. Both are used below:
+    # it unties what is not.
     x_mk, values = lax.optimization_barrier((x_mk, weight.values.reshape(count, groups, -1, summed, n)))
     values = as_bits(values)
     x = _split_inputs(x_mk.astype(jnp.float32), weight)

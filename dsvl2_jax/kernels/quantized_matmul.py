@@ -47,71 +47,107 @@ def as_matrices(weight: Quantized, contract: int) -> Quantized:
     return Quantized(weight.values.reshape(1, -1, n), scale, weight.kind, -2)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 @jax.named_scope("quantized_product")
-def product(x_mk: jax.Array, weight: Quantized) -> jax.Array:
-    """[M, K] times the one matrix of ``weight``: [M, N] in the dtype of ``x_mk``."""
+def product(x: jax.Array, weight: Quantized, contract: int) -> jax.Array:
+    """x · weight over the last ``contract`` dimensions of x and the first of the weight, in the dtype of x."""
+    plain = functools.partial(_plain, contract=contract)
     if ambient_mesh_shape() is not None:
-        return _plain(x_mk, weight)
-    return lax.platform_dependent(x_mk, weight, cpu=quantized_cpu.product, cuda=_cuda, default=_plain)
+        return plain(x, weight)
+    inputs, outputs = weight.shape[:contract], weight.shape[contract:]
+
+    def flat(call: Callable[[jax.Array, Quantized], jax.Array], x: jax.Array, weight: Quantized) -> jax.Array:
+        out_mn = call(x.reshape(-1, math.prod(inputs)), as_matrices(weight, contract))
+        return out_mn.reshape(*x.shape[: x.ndim - contract], *outputs)
+
+    def cuda(x: jax.Array, weight: Quantized) -> jax.Array:
+        if not gpu_quantized.is_supported(x, as_matrices(weight, contract)):
+            return plain(x, weight)
+        return flat(lambda x_mk, one: gpu_quantized.gmm(x_mk, one, _all_rows(x_mk)), x, weight)
+
+    return lax.platform_dependent(
+        x, weight, cpu=functools.partial(flat, quantized_cpu.product), cuda=cuda, default=plain
+    )
 
 
-def _cuda(x_mk: jax.Array, weight: Quantized) -> jax.Array:
-    if not gpu_quantized.is_supported(x_mk, weight):
-        return _plain(x_mk, weight)
-    return gpu_quantized.gmm(x_mk, weight, _all_rows(x_mk))
+@jax.named_scope("quantized_transposed")
+def _product_transposed(x: jax.Array, weight: Quantized, contract: int) -> jax.Array:
+    """`product` with the weight's outputs in the place of its inputs, and the other way round."""
+    plain = functools.partial(_plain_transposed, contract=contract)
+    if ambient_mesh_shape() is not None:
+        return plain(x, weight)
+    inputs, outputs = weight.shape[:contract], weight.shape[contract:]
+
+    def flat(call: Callable[[jax.Array, Quantized], jax.Array], x: jax.Array, weight: Quantized) -> jax.Array:
+        out_mk = call(x.reshape(-1, math.prod(outputs)), as_matrices(weight, contract))
+        return out_mk.reshape(*x.shape[: x.ndim - len(outputs)], *inputs)
+
+    def cuda(x: jax.Array, weight: Quantized) -> jax.Array:
+        if not gpu_quantized.is_supported(x, as_matrices(weight, contract)):
+            return plain(x, weight)
+        return flat(lambda x_mn, one: gpu_quantized.gmm_transposed(x_mn, one, _all_rows(x_mn)), x, weight)
+
+    cpu = functools.partial(flat, quantized_cpu.product_transposed)
+    return lax.platform_dependent(x, weight, cpu=cpu, cuda=cuda, default=plain)
 
 
 def _all_rows(x_mk: jax.Array) -> jax.Array:
     return jnp.full(1, len(x_mk), jnp.int32)
 
 
-def _plain(x_mk: jax.Array, weight: Quantized, transposed: bool = False) -> jax.Array:
+def _plain(x: jax.Array, weight: Quantized, contract: int) -> jax.Array:
     """In operations of XLA, whose compiler for TPUs converts values where they enter the product.
 
-    So it does with the low and the high values of int4 apart, and not with both joined.
+    So it does with the low and the high values of int4 apart, not with both joined; and with axes as they are, since it
+    would move what it has converted into others.
     """
-    (values,), (scale,), dtype = weight.values, weight.scale, x_mk.dtype
-    groups, n = scale.shape
-    if transposed and groups == 1:
-        x_mk = (x_mk * scale).astype(dtype)
-    split = None if transposed else x_mk.reshape(len(x_mk), groups, quantized_cpu.parts(weight), -1)
-    # The axes of a part of a weight: groups of inputs, the inputs of each, outputs.
-    contracted = ((1,), (2,)) if transposed else ((1, 2), (0, 1))
-    made = []
-    is_float = weight.kind == "float8"
-    parts = [values.astype(jnp.float32)] if is_float else quantized_cpu.converted(values, weight.kind)
-    for part, value in enumerate(parts):
-        value = value.reshape(groups, -1, n)
-        value = (value * scale[:, None] if groups > 1 else value).astype(dtype)
-        x = x_mk if transposed else split[:, :, part]
-        dims = contracted, ((), ())
-        made.append(lax.dot_general(x, value, dims, matmul_precision(dtype), preferred_element_type=jnp.float32))
-    if transposed:  # each [M, groups, inputs]
-        return jnp.stack(made, axis=2).reshape(len(x_mk), -1).astype(dtype)
-    out = sum(made)
-    return (out if groups > 1 else out * scale).astype(dtype)
+    lead, outputs = x.ndim - contract, weight.shape[contract:]
+    if weight.kind != "int4":
+        out = _dot(x, weight.values, range(lead, x.ndim), range(contract))
+        return (out * weight.scale.reshape(outputs)).astype(x.dtype)
+    values, groups = _int4_parts(weight, contract)
+    split = x.reshape(*x.shape[:-1], groups, 2, -1)
+    made = [
+        _dot(split[..., part, :], value.astype(x.dtype), range(lead, x.ndim + 1), range(contract + 1))
+        for part, value in enumerate(values)
+    ]
+    return sum(made).astype(x.dtype)
 
 
-@jax.named_scope("quantized_transposed")
-def _product_transposed(x_mn: jax.Array, weight: Quantized) -> jax.Array:
-    def cuda(x_mn: jax.Array, weight: Quantized) -> jax.Array:
-        if not gpu_quantized.is_supported(x_mn, weight):
-            return plain(x_mn, weight)
-        return gpu_quantized.gmm_transposed(x_mn, weight, _all_rows(x_mn))
-
-    plain = functools.partial(_plain, transposed=True)
-    if ambient_mesh_shape() is not None:
-        return plain(x_mn, weight)
-    return lax.platform_dependent(x_mn, weight, cpu=quantized_cpu.product_transposed, cuda=cuda, default=plain)
-
-
-def _forward(x_mk: jax.Array, weight: Quantized) -> tuple[jax.Array, Quantized]:
-    return product(x_mk, weight), weight
+def _plain_transposed(x: jax.Array, weight: Quantized, contract: int) -> jax.Array:
+    outputs = weight.ndim - contract
+    of_x = range(x.ndim - outputs, x.ndim)
+    if weight.kind != "int4":
+        scaled = (x * weight.scale.reshape(weight.shape[contract:])).astype(x.dtype)
+        return _dot(scaled, weight.values, of_x, range(contract, weight.ndim)).astype(x.dtype)
+    values, _ = _int4_parts(weight, contract)
+    made = [_dot(x, value.astype(x.dtype), of_x, range(contract + 1, value.ndim)) for value in values]
+    out = jnp.stack(made, axis=-2)
+    return out.reshape(*out.shape[:-3], -1).astype(x.dtype)
 
 
-def _backward(weight: Quantized, dout_mn: jax.Array) -> tuple[jax.Array, None]:
-    return _product_transposed(dout_mn, weight), None
+def _int4_parts(weight: Quantized, contract: int) -> tuple[list[jax.Array], int]:
+    """The low and the high values times their scale, with the last of the inputs' axes in two; and its groups."""
+    groups = weight.scale.shape[contract - 1]
+    values = weight.values
+    values = values.reshape(*values.shape[: contract - 1], groups, -1, *values.shape[contract:])
+    scale = jnp.expand_dims(weight.scale, contract)
+    return [value * scale for value in quantized_cpu.converted(values, "int4")], groups
+
+
+def _dot(x: jax.Array, values: jax.Array, of_x: range, of_values: range) -> jax.Array:
+    """In float32, over some axes of each."""
+    dims = (tuple(of_x), tuple(of_values)), ((), ())
+    precision = matmul_precision(x.dtype)
+    return lax.dot_general(x, values.astype(x.dtype), dims, precision, preferred_element_type=jnp.float32)
+
+
+def _forward(x: jax.Array, weight: Quantized, contract: int) -> tuple[jax.Array, Quantized]:
+    return product(x, weight, contract), weight
+
+
+def _backward(contract: int, weight: Quantized, dout: jax.Array) -> tuple[jax.Array, None]:
+    return _product_transposed(dout, weight, contract), None
 
 
 product.defvjp(_forward, _backward)

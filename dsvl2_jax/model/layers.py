@@ -14,7 +14,6 @@ Tested in tests/model/test_attention.py, test_moe.py and test_deepseek_vl2.py.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
@@ -95,9 +94,7 @@ def linear(
 def _product(x: jax.Array, kernel: Weight, contract: int) -> jax.Array:
     """x · kernel over the last ``contract`` dimensions of x and the first of kernel."""
     if isinstance(kernel, Quantized):
-        rows, features = x.shape[: x.ndim - contract], kernel.shape[contract:]
-        x_mk = x.reshape(-1, math.prod(kernel.shape[:contract]))
-        return quantized_matmul.product(x_mk, quantized_matmul.as_matrices(kernel, contract)).reshape(*rows, *features)
+        return quantized_matmul.product(x, kernel, contract)
     if not isinstance(kernel, Adapted):
         return weight_product(x, kernel, contract)
     entered = kernel.dropped(x)

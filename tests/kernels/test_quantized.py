@@ -14,7 +14,7 @@ import pytest
 
 from dsvl2_jax.kernels import quantized_cpu
 from dsvl2_jax.kernels.quantized import Quantized, dequantize, quantize
-from dsvl2_jax.kernels.quantized_matmul import as_matrices, einsum, grouped_gated, grouped_product, product
+from dsvl2_jax.kernels.quantized_matmul import einsum, grouped_gated, grouped_product, product
 
 KINDS = ("int8", "int4", "float8")
 
@@ -37,11 +37,10 @@ def close(found: jax.Array, expected: jax.Array) -> None:
 def test_a_product_and_its_gradient(kind, rows, monkeypatch):
     monkeypatch.setattr(quantized_cpu, "TILE_BYTES", 1 << 13)  # several blocks, of which the last begins early
     weight = quantized(kind, 2, 48, 5, 7, inputs=(0, 1))
-    x, cotangent = normal(1, rows, 96), normal(2, rows, 35)
-    plain = dequantize(weight, jnp.float32).reshape(96, 35)
-    out, pullback = jax.vjp(jax.jit(lambda x: product(x, as_matrices(weight, 2))), x)
-    close(out, x @ plain)
-    close(pullback(cotangent)[0], cotangent @ plain.T)
+    x, cotangent, plain = normal(1, rows, 2, 48), normal(2, rows, 5, 7), dequantize(weight, jnp.float32)
+    out, pullback = jax.vjp(jax.jit(lambda x: product(x, weight, 2)), x)
+    close(out, jnp.einsum("mhd,hdef->mef", x, plain))
+    close(pullback(cotangent)[0], jnp.einsum("mef,hdef->mhd", cotangent, plain))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -89,8 +88,8 @@ def test_every_value_of_float8_is_converted_exactly():
 @pytest.mark.parametrize("rows", [4, 9])
 def test_a_row_has_the_same_bits_in_any_company(kind, rows):
     """The columns are a number that no vector divides."""
-    weight = as_matrices(quantized(kind, 128, 45, inputs=(0,)), 1)
-    call, x = jax.jit(product), normal(1, rows, 128)
+    weight, x = quantized(kind, 128, 45, inputs=(0,)), normal(1, rows, 128)
+    call = jax.jit(functools.partial(product, contract=1))
     out = np.asarray(call(x, weight))
     for shift in range(1, rows):
         others = jnp.roll(x, shift, axis=0).at[shift - 1].set(jnp.nan)
@@ -109,7 +108,7 @@ def float_buffers(text: str, least: int) -> list[str]:
 def test_no_program_holds_a_converted_weight(kind, dtype, monkeypatch):
     """Beside the arguments, a program takes less than a quarter of what the weight would in float32."""
     monkeypatch.setattr(quantized_cpu, "TILE_BYTES", 1 << 16)
-    dense = jax.eval_shape(lambda: as_matrices(quantized(kind, 512, 1024, inputs=(0,)), 1))
+    dense = jax.eval_shape(lambda: quantized(kind, 512, 1024, inputs=(0,)))
     experts = jax.eval_shape(lambda: quantized(kind, 8, 256, 256, inputs=(1,)))
     sizes = jax.ShapeDtypeStruct((8,), jnp.int32)
 
@@ -118,8 +117,9 @@ def test_no_program_holds_a_converted_weight(kind, dtype, monkeypatch):
         step = lambda x: call(x, *arguments)[:, : x.shape[1]]  # noqa: E731
         return jax.lax.while_loop(lambda x: x[0, 0] < 5, step, x)
 
+    one_matrix = functools.partial(product, contract=1)
     for rows in (1, 8):
-        for call, width, arguments in ((product, 512, (dense,)), (grouped_product, 256, (experts, sizes))):
+        for call, width, arguments in ((one_matrix, 512, (dense,)), (grouped_product, 256, (experts, sizes))):
             x = jax.ShapeDtypeStruct((rows, width), dtype)
             program = jax.jit(functools.partial(repeated, call)).lower(x, *arguments).compile()
             assert not float_buffers(program.as_text(), 1 << 18), (rows, call)

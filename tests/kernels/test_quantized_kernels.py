@@ -13,7 +13,7 @@ import pytest
 from dsvl2_jax.kernels import gpu_quantized, tpu_quantized
 from dsvl2_jax.kernels.grouped_matmul import _blocked
 from dsvl2_jax.kernels.quantized import Quantized, dequantize, quantize
-from dsvl2_jax.kernels.quantized_matmul import _plain, as_matrices
+from dsvl2_jax.kernels.quantized_matmul import _plain, _plain_transposed
 
 KINDS = ("int8", "int4", "float8")
 SIZES = jnp.array([0, 21, 3, 9], jnp.int32)
@@ -56,7 +56,8 @@ def test_grouped_products(platform, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_in_operations_of_xla(kind):
-    weight = as_matrices(quantized(kind, 64, 24), 1)
-    x, cotangent, plain = normal(1, 5, 64), normal(2, 5, 24), dequantize(weight, jnp.float32)[0]
-    close(_plain(x, weight), x @ plain)
-    close(_plain(cotangent, weight, transposed=True), cotangent @ plain.T)
+    stored = quantize(normal(0, 2, 64, 3, 8), kind, (0, 1))
+    weight = Quantized(stored[kind], stored["scale"], kind, -3)
+    x, cotangent, plain = normal(1, 5, 2, 64), normal(2, 5, 3, 8), dequantize(weight, jnp.float32)
+    close(_plain(x, weight, 2), jnp.einsum("mhd,hdef->mef", x, plain))
+    close(_plain_transposed(cotangent, weight, 2), jnp.einsum("mef,hdef->mhd", cotangent, plain))

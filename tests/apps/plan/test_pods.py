@@ -109,4 +109,4 @@ def test_a_decode_step_reads_quantized_weights_as_they_lie(kind):
     mesh = make_mesh(devices=compile_devices(topology("v5e-1")))
     job = {"batch": 16, "sequence": 2176, "quantization": quantization}
     text = lower_inference("decode", config, mesh, **job).compile().as_text()
-    assert walk(text).bytes <= 1.1 * decode_work(config, 16, 2176, quantization=quantization).bytes
+    assert walk(text).bytes <= 1.15 * decode_work(config, 16, 2176, quantization=quantization).bytes
