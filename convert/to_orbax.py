@@ -139,6 +139,8 @@ def convert(
         )
         total = sum(leaf_bytes(*entry) for entry in plan.values())
         notes = [*source.notes]
+        if calibrated:
+            notes.append(f"{len(calibrated)} of the weights in int4 are rounded by the samples of {calibrate}")
         if mixed:
             notes.append(
                 f"{len(mixed)} tensors are of another dtype than others of the same stacked parameter: kept as float32"

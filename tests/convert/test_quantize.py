@@ -172,11 +172,11 @@ import os, signal, sys
 from dsvl2_jax.convert import to_orbax
 from dsvl2_jax.model.quantization import Quantization
 left = [3]
-def quantize(*args):
+def quantize(*args, **options):
     left[0] -= 1
     if not left[0]:
         os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args)
+    return original(*args, **options)
 original, to_orbax.quantize_in_parts = to_orbax.quantize_in_parts, quantize
 to_orbax.convert(sys.argv[1], sys.argv[2], quantization=Quantization("int4"))
 """
