@@ -123,6 +123,7 @@ class _Base:
         entries = {path: self.stored[path] for path in order}
         for _, array in read_leaves(self.params, entries, dict.fromkeys(entries, host)):
             yield np.asarray(array)
+            del array  # before the next one is read
 
 
 @contextlib.contextmanager
@@ -162,17 +163,19 @@ class _Merging:
 
     def parameters(self, order: Iterable[LeafPath]) -> Iterator[tuple[LeafPath, np.ndarray]]:
         order = list(order)
-        for path, array in zip(order, self._base.read(order, self.leaves), strict=True):
-            self._digest.add(path, array)
-            change = self.changed.get(path)
-            if change is None:
-                yield path, array
-            elif isinstance(change, Mapping):
-                factor = self._settings.factor(self.leaves[path].name)
-                base = change.get("base", array).astype(array.dtype)
-                yield path, merged_weight(base, self.leaves[path], change, factor)
-            else:
-                yield path, change.astype(array.dtype)
+        arrays = self._base.read(order, self.leaves)
+        for path in order:
+            yield path, self._merged(path, next(arrays))
+
+    def _merged(self, path: LeafPath, array: np.ndarray) -> np.ndarray:
+        self._digest.add(path, array)
+        change = self.changed.get(path)
+        if change is None:
+            return array
+        if not isinstance(change, Mapping):
+            return change.astype(array.dtype)
+        base = change["base"].astype(array.dtype) if "base" in change else array
+        return merged_weight(base, self.leaves[path], change, self._settings.factor(self.leaves[path].name))
 
     def check_base(self) -> None:
         """Raises CheckpointError when the parameters, all of which have been read, are not those trained on."""
@@ -194,7 +197,6 @@ def _write_orbax(partial: Path, base: _Base, config: Config, merging: _Merging, 
                 writer.wait()
                 flushing.take()
                 advance(sum(leaf_bytes(*by_size[path]) for path in batch))
-            next(parameters, None)  # so that the last one is counted
             writer.finalize()
         own_digests = flushing.finish()
     write_manifest(
@@ -222,4 +224,5 @@ def _write_released(partial: Path, base: _Base, config: Config, merging: _Mergin
             parts = leaves[path].parts(array)
             writer.write({name: part.astype(tensors[name][1], copy=False) for name, part in parts})
             advance(sum(leaf_bytes(*tensors[name]) for name in leaves[path].sources))
+            del array, parts  # before the next one is read
         writer.finish()
