@@ -28,6 +28,7 @@ from dsvl2_jax.model.parameter_paths import LeafPath, path_name
 from dsvl2_jax.model.weights import is_stored_weight, merged, weight_of
 from dsvl2_jax.sharding import PARAM_RULES, partition_spec
 
+_MERGED_AT_ONCE = 1 << 24  # numbers of a matrix, which are in float32 meanwhile
 _SAMPLE = 8  # numbers of each matrix that its base's digest is made of
 
 
@@ -109,20 +110,28 @@ def _gain(stored: dict[str, Any], packed_axis: int, one_by_one: bool) -> jax.Arr
 
 
 def merged_weight(base: np.ndarray, leaf: rules.Leaf, arrays: Mapping[str, np.ndarray], factor: float) -> np.ndarray:
-    """A parameter with its adapter added, in float32, then in its own dtype; of experts one at a time.
+    """A parameter with its adapter added, in float32, then in its own dtype; one expert or some outputs at a time.
 
     Args:
       base: of the parameter ``leaf``.
       arrays: "lora_a", "lora_b" and of DoRA "magnitude", of any float dtype.
       factor: of the adapter.
     """
-    arrays = {**arrays, "lora_b": np.asarray(arrays["lora_b"], np.float32) * np.float32(factor)}
-    stored = {name: array if leaf.stacked else array[None] for name, array in (arrays | {"base": base}).items()}
-    out = np.empty_like(stored["base"])
+    axis = 0 if leaf.stacked else leaf.outputs[0]
+    step = 1 if leaf.stacked else -(-_MERGED_AT_ONCE * base.shape[axis] // base.size)
+    # The axis of experts, or the first one of outputs, in each of the arrays; lora_a has no outputs.
+    axes = {"base": axis, "lora_a": 0 if leaf.stacked else None, "lora_b": 0 if leaf.stacked else 1, "magnitude": 0}
+    scaled = {**arrays, "base": base, "lora_b": np.asarray(arrays["lora_b"], np.float32) * np.float32(factor)}
+
+    def part(array: np.ndarray, at: int | None, start: int) -> np.ndarray:
+        return array if at is None else array[(slice(None),) * at + (slice(start, start + step),)]
+
+    out = np.empty_like(base)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        for i, whole in enumerate(out):
-            whole[...] = _merged({name: array[i] for name, array in stored.items()}, leaf.inputs[-1] - len(leaf.shape))
-    return out if leaf.stacked else out[0]
+        for start in range(0, base.shape[axis], step):
+            parts = {name: part(array, axes[name], start) for name, array in scaled.items()}
+            part(out, axis, start)[...] = _merged(parts, leaf.inputs[-1] - len(leaf.shape))
+    return out
 
 
 @functools.partial(jax.jit, static_argnums=1)

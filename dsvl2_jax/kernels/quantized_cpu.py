@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dsvl2_jax.kernels.cpu import LEAST_ROWS, bits_to_slice
+from dsvl2_jax.kernels.cpu import LEAST_ROWS, as_bits, bits_to_slice
 from dsvl2_jax.kernels.precision import matmul_precision
 from dsvl2_jax.kernels.quantized import INT4_OFFSET, Quantized
 
@@ -64,13 +64,14 @@ def _few_rows(x_mk: jax.Array, weight: Quantized, group: int | jax.Array) -> jax
     m, (count, stored, n), groups = len(x_mk), weight.values.shape, weight.scale.shape[1]
     height = stored // groups
     summed = math.gcd(height, SUMMED[weight.kind])
+    # Tied to the rows, or a decode loop's compiler would convert the weight once, before the loop. It unties what is not
+    # used afterwards.
+    x_mk, values = lax.optimization_barrier((x_mk, weight.values.reshape(count, groups, -1, summed, n)))
+    values = as_bits(values)
     x = _split_inputs(x_mk.astype(jnp.float32), weight)
     x = x.reshape(m, groups, parts(weight), height // summed, summed).transpose(1, 3, 2, 4, 0)[..., None]
     # The offset of int4 is taken off once for a sum, not of every value.
     total = -INT4_OFFSET * x.sum((2, 3)) if weight.kind == "int4" else jnp.zeros((), jnp.float32)
-    values = weight.values.reshape(count, groups, height // summed, summed, n)
-    # Tied to the rows, or a decode loop's compiler would convert the weight once, before the loop.
-    values = bits_to_slice(values, (x_mk, jnp.asarray(group)))
     for row in range(summed):
         # A slice for each row: a slice of the whole matrix would be written out.
         start = (group, 0, 0, row, 0)
@@ -98,10 +99,11 @@ def _dot(x_mk: jax.Array, w_kn: jax.Array, transposed: bool = False) -> jax.Arra
 def _blocks(length: int, other: int) -> tuple[int, int, Callable[[jax.Array], jax.Array]]:
     """How ``length`` columns of ``other`` values each are cut: (size, count, number of a block → its first column).
 
-    The last block begins early enough to be whole; what two have in common is computed twice.
+    The last block begins early enough to be whole; what two have in common is computed twice. There are several, since
+    the compiler takes what a single one converts out of a decode loop.
     """
-    most = max(1, TILE_BYTES // (4 * other))
-    size = min(length, 1 << (most.bit_length() - 1))
+    most = max(1, min(TILE_BYTES // (4 * other), length // 2))
+    size = 1 << (most.bit_length() - 1)
     return size, -(-length // size), lambda i: jnp.minimum(i * size, length - size)
 
 
@@ -156,7 +158,8 @@ def einsum(subscripts: str, rows: slice, x: jax.Array, weight: Quantized) -> jax
     heads, height, stored = weight.values.shape
     begin, end, _ = rows.indices(height)
     groups, height = weight.scale.shape[2], end - begin
-    block = math.gcd(heads, max(1, TILE_BYTES // (16 * height * stored * parts(weight))))
+    most = max(1, min(TILE_BYTES // (16 * height * stored * parts(weight)), heads // 2))
+    block = math.gcd(heads, 1 << (most.bit_length() - 1))
     is_input = inputs in x_axes
     # The input axis in two: Y the groups and Z what a part has of one.
     names = [axes.replace(inputs, "YZ") for axes in (x_axes, weight_axes, out_axes)]

@@ -22,12 +22,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from dsvl2_jax.kernels import quantized_matmul
 from dsvl2_jax.kernels.cpu import weight_product
-from dsvl2_jax.kernels.grouped_matmul import GROUPED_PRODUCT, grouped_matmul, grouped_swiglu, named_product
+from dsvl2_jax.kernels.grouped_matmul import grouped_matmul, grouped_swiglu, named_product
 from dsvl2_jax.kernels.precision import matmul_precision
 from dsvl2_jax.kernels.quantized import Quantized
 from dsvl2_jax.model.weights import Adapted, Weight, is_stored_weight, weight_of
@@ -181,8 +180,7 @@ def _adapted_einsum(subscripts: str, x: jax.Array, weight: Adapted, rows: slice 
 def grouped(x_cd: jax.Array, weights_gdf: Weight, group_sizes_g: jax.Array) -> jax.Array:
     """Consecutive rows, each group times its own matrix: [C, D], [G, D, F], i32[G] → [C, F]; see `grouped_matmul`."""
     if isinstance(weights_gdf, Quantized):
-        product_cf = quantized_matmul.grouped_product(x_cd, weights_gdf, group_sizes_g)
-        return checkpoint_name(product_cf, GROUPED_PRODUCT)
+        return quantized_matmul.named_product(x_cd, weights_gdf, group_sizes_g)
     if not isinstance(weights_gdf, Adapted):
         return named_product(x_cd, weights_gdf, group_sizes_g)
     entered_cd = weights_gdf.dropped(x_cd)
@@ -199,9 +197,11 @@ def grouped(x_cd: jax.Array, weights_gdf: Weight, group_sizes_g: jax.Array) -> j
 
 
 def grouped_gated(x_cd: jax.Array, gate_gdf: Weight, up_gdf: Weight, group_sizes_g: jax.Array) -> jax.Array:
-    """silu(x · gate) · (x · up) of each group of rows, [C, D] → [C, F]; of plain arrays by `grouped_swiglu`."""
+    """silu(x · gate) · (x · up) of each group of rows, [C, D] → [C, F]; without adapters a kernel may do it at once."""
     if isinstance(gate_gdf, jax.Array) and isinstance(up_gdf, jax.Array):
         return grouped_swiglu(x_cd, gate_gdf, up_gdf, group_sizes_g)
+    if isinstance(gate_gdf, Quantized) and isinstance(up_gdf, Quantized):
+        return quantized_matmul.grouped_gated(x_cd, gate_gdf, up_gdf, group_sizes_g)
     return nn.silu(grouped(x_cd, gate_gdf, group_sizes_g)) * grouped(x_cd, up_gdf, group_sizes_g)
 
 

@@ -8,8 +8,9 @@ from adapter_files import random_adapter, random_arrays
 from flax.traverse_util import flatten_dict
 
 import dsvl2_jax
-from dsvl2_jax.checkpoint.adapters import AdapterSettings
-from dsvl2_jax.checkpoint.apply_adapter import base_digest, with_adapter
+from dsvl2_jax.checkpoint import apply_adapter, rules
+from dsvl2_jax.checkpoint.adapters import AdapterSettings, array_shapes
+from dsvl2_jax.checkpoint.apply_adapter import base_digest, merged_weight, with_adapter
 from dsvl2_jax.checkpoint.load import load_params
 from dsvl2_jax.convert.to_orbax import convert
 from dsvl2_jax.errors import CheckpointError, UsageError
@@ -94,6 +95,28 @@ def test_a_whole_weight_takes_the_place_of_the_models_own(checkpoints, config):
             assert base.dtype == jnp.bfloat16 and (base == 0.5).all()
         else:
             assert (adapted["language"]["norm"]["scale"] == 2).all()
+
+
+@pytest.mark.parametrize("name", ["self_attn/kv_b_proj", "self_attn/o_proj/kernel", "mlp/experts/down_proj"])
+def test_a_large_weight_is_merged_in_parts(name, config, monkeypatch):
+    leaf = next(leaf for leaf in rules.linear_leaves(config).values() if leaf.name == f"language/layers_1/{name}")
+    draw = np.random.default_rng(0)
+    arrays = {part: draw.normal(size=shape) for part, shape in array_shapes(leaf, 3).items()}
+    base = draw.normal(size=leaf.shape).astype(np.float32)
+    whole = merged_weight(base, leaf, arrays, 0.5)
+    monkeypatch.setattr(apply_adapter, "_MERGED_AT_ONCE", base.size // 3)
+    np.testing.assert_allclose(merged_weight(base, leaf, arrays, 0.5), whole, rtol=1e-5, atol=1e-5)
+    plain = base.astype(np.float64)
+    a, b = arrays["lora_a"], 0.5 * arrays["lora_b"]
+    out, into = leaf.outputs, leaf.inputs
+    delta = np.einsum(
+        "eir,ero->eio" if leaf.stacked else "ir,ro->io",
+        *(array.reshape(*leaf.shape[: int(leaf.stacked)], *shape) for array, shape in ((a, (-1, 3)), (b, (3, -1)))),
+    )
+    plain += (np.swapaxes(delta, -1, -2) if into[0] > out[-1] else delta).reshape(leaf.shape)
+    gain = arrays["magnitude"].reshape([1 if axis in into else size for axis, size in enumerate(leaf.shape)])
+    plain *= gain / np.sqrt(np.square(plain).sum(into, keepdims=True))
+    np.testing.assert_allclose(whole, plain, rtol=1e-4, atol=1e-4)
 
 
 def test_stored_programs_tell_adapted_parameters_from_plain_ones(checkpoints, config, tmp_path):

@@ -194,7 +194,7 @@ def test_an_adapter_alone_is_told_how_to_become_a_model(written, tensors):
     directory = written()
     save_file({"lora_A": np.ones(2)}, directory / "adapter_model.safetensors")
     (directory / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"holds an adapter, which is no model by itself: merge it"):
+    with pytest.raises(CheckpointError, match=r"holds an adapter, which is no model by itself: give it as --adapter"):
         kind(directory)
 
 

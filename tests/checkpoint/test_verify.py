@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import dsvl2_jax
 from dsvl2_jax.checkpoint import digests, rules
 from dsvl2_jax.checkpoint.load import load_params
-from dsvl2_jax.checkpoint.locate import MANIFEST_NAME, read_manifest, resolve
+from dsvl2_jax.checkpoint.locate import MANIFEST_NAME, PARAMS_NAME, read_manifest, resolve
 from dsvl2_jax.checkpoint.verify import verify
 from dsvl2_jax.convert.doctor import doctor, examine
 from dsvl2_jax.convert.to_orbax import convert
@@ -49,7 +49,8 @@ def run(tmp_path_factory):
     with opened(work / "run") as directory:
         directory.begin(settings, source, Identity(model_identity(source), {}))
         for step in (1, 2):
-            directory.save(step, jax.device_put(unflatten_dict(leaves)), {"a": jnp.ones(3)}, {"at": step})
+            params = jax.device_put(unflatten_dict(leaves))
+            directory.save(step, {PARAMS_NAME: params}, {"a": jnp.ones(3)}, {"at": step})
     return work / "run"
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from dsvl2_jax.kernels import quantized_cpu
 from dsvl2_jax.kernels.quantized import Quantized, dequantize, quantize
-from dsvl2_jax.kernels.quantized_matmul import as_matrices, einsum, grouped_product, product
+from dsvl2_jax.kernels.quantized_matmul import as_matrices, einsum, grouped_gated, grouped_product, product
 
 KINDS = ("int8", "int4", "float8")
 
@@ -56,6 +56,11 @@ def test_a_grouped_product_and_its_gradient(kind, rows):
     close(out[:used], jnp.einsum("mk,mkn->mn", x[:used], plain[group]))
     close(pullback(cotangent)[0][:used], jnp.einsum("mn,mkn->mk", cotangent[:used], plain[group]))
     assert not out[used:].any() and not pullback(cotangent)[0][used:].any()
+    if rows == 6:
+        gated, pullback = jax.vjp(lambda x: grouped_gated(x, weight, weight, sizes), x)
+        close(gated, jax.nn.silu(out) * out)
+        both = lambda x: jax.nn.silu(grouped_product(x, weight, sizes)) * grouped_product(x, weight, sizes)  # noqa: E731
+        close(pullback(cotangent)[0], jax.vjp(both, x)[1](cotangent)[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,7 +115,8 @@ def test_no_program_holds_a_converted_weight(kind, dtype, monkeypatch):
 
     def repeated(call: Callable, x: jax.Array, *arguments: jax.Array) -> jax.Array:
         """As a decode group does: nothing is converted once for all steps."""
-        return jax.lax.fori_loop(0, 3, lambda _, x: call(x, *arguments)[:, : x.shape[1]], x)
+        step = lambda x: call(x, *arguments)[:, : x.shape[1]]  # noqa: E731
+        return jax.lax.while_loop(lambda x: x[0, 0] < 5, step, x)
 
     for rows in (1, 8):
         for call, width, arguments in ((product, 512, (dense,)), (grouped_product, 256, (experts, sizes))):

@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dsvl2_jax.checkpoint import orbax_io, rules
 from dsvl2_jax.checkpoint.load import load_params
-from dsvl2_jax.checkpoint.locate import kind, open_model, resolve
+from dsvl2_jax.checkpoint.locate import PARAMS_NAME, kind, open_model, resolve
 from dsvl2_jax.checkpoint.verify import verify
 from dsvl2_jax.errors import CheckpointError, RunError
 from dsvl2_jax.model.deepseek_vl2 import entry_axes
@@ -86,7 +86,7 @@ def test_a_checkpoint_comes_back_bit_for_bit_though_its_arrays_are_donated(begun
     kept = jax.tree.map(np.array, (params, optimizer))
     given = jax.device_put(kept)
     with begun() as run:
-        run.save(7, *given, iterator, entries=entry_axes(config))
+        run.save(7, {PARAMS_NAME: given[0]}, given[1], iterator, entries=entry_axes(config))
         for leaf in jax.tree.leaves(given):
             leaf.delete()
         saved = run.wait()
@@ -297,7 +297,7 @@ def test_digests_that_a_kill_came_before_are_written_when_the_run_goes_on(begun)
 def test_a_moved_run_still_loads(begun, model, tmp_path):
     config, params = model
     with begun() as run:
-        run.save(5, params, SMALL, {})
+        run.save(5, {PARAMS_NAME: params}, SMALL, {})
     run.path.rename(tmp_path / "elsewhere")
     directory = resolve(tmp_path / "elsewhere")
     loaded = load_params(directory, config, dtype="float32")

@@ -188,7 +188,7 @@ ADAPTERS = {
 }
 
 
-@pytest.mark.parametrize("case", ADAPTERS)
+@pytest.mark.parametrize("case", ["V3, DoRA", pytest.param("V2, LoRA", marks=pytest.mark.exhaustive)])
 def test_twenty_steps_of_an_adapter_equal_those_of_peft(case, tmp_path):
     peft = pytest.importorskip("peft")
     name, stage = ADAPTERS[case]

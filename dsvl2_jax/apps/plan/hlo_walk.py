@@ -87,26 +87,33 @@ class Cost:
         return Cost(self.flops * times, self.bytes * times, kinds, self.unknown_loops)
 
 
-def walk(text: str, unknown_trip_count: float = 1.0) -> Cost:
+def walk(text: str, unknown_trip_count: float = 1.0, named: Mapping[str, float] | None = None) -> Cost:
     """The cost of a compiled program.
 
     Args:
       text: of `jax.stages.Compiled.as_text`: the optimized program of one device.
       unknown_trip_count: how often a loop runs whose trip count depends on data.
+      named: named scope → how often such a loop in it runs.
 
     Raises:
       ValueError: the text has no entry computation.
     """
     computations, entry = parse(text)
-    return Walk(computations, unknown_trip_count).computation(entry, {})
+    return Walk(computations, unknown_trip_count, named).computation(entry, {})
 
 
 class Walk:
     """One walk over a program. ``bound``: tuple index → value, of a loop's parameters that are known constants."""
 
-    def __init__(self, computations: Mapping[str, Computation], unknown_trip_count: float):
+    def __init__(
+        self,
+        computations: Mapping[str, Computation],
+        unknown_trip_count: float,
+        named: Mapping[str, float] | None = None,
+    ):
         self._all = computations
         self._unknown_trip_count = unknown_trip_count
+        self._named = named or {}
         # Channel of a collective that runs beside other work, part by part in several fusions → the first of them.
         self._first_part: dict[str, str] = {}
 
@@ -140,6 +147,8 @@ class Walk:
         unchanged = {index: value for index, value in start.items() if self._is_carried_unchanged(body, index)}
         trip_count = self._trip_count(i, body, condition, start, unchanged)
         once = sum((self.computation(name, unchanged) for name in self._body_and_condition(i)), Cost())
+        if trip_count is None:
+            trip_count = next((count for name, count in self._named.items() if name in i.attributes), None)
         if trip_count is None:
             return once * self._unknown_trip_count + Cost(unknown_loops=(i.name,))
         return once * trip_count

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
@@ -127,12 +126,10 @@ def _chunk(
         "features": _array(mesh, dtype, table, None, None, "features"),
         "row": _cache(config, mesh, 1, sequence, cache_dtype),
         **{name: _array(mesh, jnp.int32, (1, tokens), None, None) for name in ("ids_bt", "image_index_bt")},
+        **{name: _array(mesh, jnp.int32, ()) for name in ("length", "start", "total")},
     }
-    # Constants, so that the compiler knows how many spans of the cache are read.
-    known = {"length": np.int32(tokens), "start": np.int32(sequence - tokens), "total": np.int32(sequence)}
     static = {"config": config, "read_length": None if tokens == sequence else sequence}
-    function = jax.jit(lambda **arrays: prefill_chunk(**arrays, **known, **static), donate_argnames="row")
-    return function.lower(**arrays)
+    return jax.jit(prefill_chunk, static_argnames=tuple(static), donate_argnames="row").lower(**arrays, **static)
 
 
 def _whole(mesh: Mesh, x: Any) -> jax.ShapeDtypeStruct:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,7 @@ from dsvl2_jax.apps.plan.mesh_choice import (
     resident_parts,
 )
 from dsvl2_jax.apps.plan.training_step import check_batch, lower_training_step
+from dsvl2_jax.kernels.attention import SPAN
 from dsvl2_jax.messages import first_line
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.runtime.hardware import CompilerMissing, Topology, compile_devices
@@ -81,7 +83,9 @@ def plan(
     say("counting")
     memory = program_memory(compiled, topology.platform)
     text = compiled.as_text()
-    cost, mean = walk(text), walk(text, mean_trip_count(config, job, sizes))
+    # The last chunk attends to the whole cache.
+    spans = {"attend_in_spans": job.sequence / math.gcd(job.sequence, SPAN)} if job.kind == "chunk" else {}
+    cost, mean = walk(text, named=spans), walk(text, mean_trip_count(config, job, sizes), spans)
     fits = sum(memory.values()) <= topology.memory
     report |= {"fits": fits, "bytes_per_device": memory} | _costs(cost, mean, least, job, topology)
     return report if fits else report | {"would_fit": _advice(config, job, topology)}

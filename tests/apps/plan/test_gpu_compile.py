@@ -30,7 +30,8 @@ from dsvl2_jax.kernels import gpu_grouped_matmul, hopper_attention, hopper_group
 from dsvl2_jax.kernels.block_sizes import SHARED_MEMORY, HopperProduct, TritonProduct
 from dsvl2_jax.kernels.gpu_attention import attention_backward, attention_forward
 from dsvl2_jax.model.config import Config
-from dsvl2_jax.model.quantization import Quantization
+from dsvl2_jax.model.deepseek_vl2 import abstract_leaves
+from dsvl2_jax.model.quantization import Quantization, quantized_weights
 from dsvl2_jax.model.released import released_config
 from dsvl2_jax.runtime.hardware import compile_devices, topology
 from dsvl2_jax.sharding import batch_parts, make_mesh
@@ -230,6 +231,15 @@ WHOLE = [
 ]
 
 
+def converted_weights(text: str, config: Config, quantization: Quantization) -> set[int]:
+    """How many floating-point numbers arrays have that are as large as a quantized weight, or one expert's."""
+    sizes = set()
+    for path in quantized_weights(config, quantization):
+        shape = abstract_leaves(config)[path][0]
+        sizes |= {math.prod(shape), math.prod(shape[1:])} if "experts" in path else {math.prod(shape)}
+    return {math.prod(shape) for _, shape, dtype in buffers(text) if dtype in ("f32", "f16", "bf16")} & sizes
+
+
 # Kernels that a dense layer and one of experts launch, and what a step launches beside its layers.
 LAUNCHES = {"tiny": (6, 9), "small": (7, 10), "base": (7, 10)}
 AROUND = 26
@@ -259,6 +269,28 @@ def test_a_decode_step_with_a_cache_in_int8_reads_half_of_it(size, dense, moe):
     found = count_launches(text, scope_depth=1)
     assert all(found.by_scope[f"layers_{i}"] <= (moe if i else dense) for i in range(3)), found.by_scope
     assert walk(text).bytes <= 1.2 * decode_work(config, slots, 2176, cache_dtype="int8").bytes
+
+
+@pytest.mark.parametrize(("size", "slots"), [("tiny", 1), ("small", 1), ("small", 16)])
+@pytest.mark.parametrize("kind", ["int8", "int4", "float8"])
+def test_a_decode_step_reads_quantized_weights_as_they_lie(size, kind, slots):
+    """In the launches of plain ones, without an array of floating-point numbers as large as one of the weights."""
+    config, quantization = shallow(size, layers=2), Quantization(kind)
+    mesh = make_mesh(devices=compile_devices(topology("h100-1")))
+    job = {"batch": slots, "sequence": 2176, "quantization": quantization}
+    text = lower_inference("decode", config, mesh, **job).compile().as_text()
+    dense, moe = LAUNCHES[size]
+    assert count_launches(text, scope_depth=1).total <= dense + moe + AROUND
+    assert walk(text).bytes <= 1.1 * decode_work(config, slots, 2176, quantization=quantization).bytes
+    assert not converted_weights(text, config, quantization)
+
+
+def test_prefill_reads_quantized_weights_as_they_lie():
+    config, quantization = shallow("tiny"), Quantization("int4")
+    mesh = make_mesh(devices=compile_devices(topology("h100-1")))
+    job = {"batch": 1, "sequence": 2176, "quantization": quantization}
+    text = lower_inference("prefill", config, mesh, **job).compile().as_text()
+    assert not converted_weights(text, config, quantization)
 
 
 def test_a_step_of_the_decode_loop_is_one_command_buffer(tmp_path):

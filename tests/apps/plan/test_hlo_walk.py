@@ -371,3 +371,19 @@ def test_instructions_list_what_a_program_makes():
 def test_a_text_that_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no entry computation"):
         walk("HloModule nothing")
+
+
+def test_a_loop_that_data_end_runs_as_often_as_is_said_of_its_scope():
+    @jax.jit
+    def function(x, count):
+        with jax.named_scope("spans"):
+            return jax.lax.fori_loop(0, count, lambda i, x: x @ x, x)
+
+    text = (
+        function.lower(jax.ShapeDtypeStruct((64, 64), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32))
+        .compile()
+        .as_text()
+    )
+    once, often = walk(text), walk(text, named={"spans": 5.0})
+    assert once.flops == 2 * 64**3 and often.flops == 5 * once.flops
+    assert once.unknown_loops and not often.unknown_loops

@@ -114,8 +114,9 @@ def test_jobs_have_usual_sizes_and_refuse_wrong_ones():
     assert parse_job("decode", None, 512, 4) == Job("decode", 4, 512)
     assert parse_job("prefill", 2, None, None) == Job("prefill", 2, 4096)
     assert parse_job("encode", None, 77, None) == Job("encode", 32, 0)
+    assert parse_job("chunk", None, 32768, None) == Job("chunk", 1, 32768)
     with pytest.raises(
-        UsageError, match="--job 'serve': expected one of prefill, decode, encode, align, pretrain, sft"
+        UsageError, match="--job 'serve': expected one of prefill, chunk, decode, encode, align, pretrain, sft"
     ):
         parse_job("serve", None, None, None)
     with pytest.raises(UsageError, match="--slots: found 0, expected a positive whole number"):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 
 import pytest
 
+from dsvl2_jax.apps.plan.hlo_walk import walk
+from dsvl2_jax.apps.plan.inference_step import lower_inference
 from dsvl2_jax.apps.plan.job import Job, parse_job
+from dsvl2_jax.apps.plan.least_work import decode_work
 from dsvl2_jax.apps.plan.planner import plan
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.quantization import Quantization
 from dsvl2_jax.model.released import released_config
-from dsvl2_jax.runtime.hardware import topology
+from dsvl2_jax.runtime.hardware import compile_devices, topology
+from dsvl2_jax.sharding import make_mesh
 
 pytestmark = [
     pytest.mark.pods,
@@ -50,6 +55,14 @@ def test_a_cache_in_int8_is_read_as_it_lies():
     assert found["bytes_ratio"] <= 1.3
 
 
+@pytest.mark.parametrize("kind", ["chunk", "decode"])
+@pytest.mark.parametrize(("name", "tokens", "slots"), [("v5e-16", 32768, 8), ("v6e-16", 131072, 4)])
+def test_base_has_room_for_long_contexts(name, tokens, slots, kind):
+    """The cache is split along its length; what a prompt's chunk holds beside it does not depend on that length."""
+    found = planned("base", Job(kind, 1 if kind == "chunk" else slots, tokens), name)
+    assert found["bytes_per_device"]["temporaries"] <= 1e9
+
+
 @pytest.mark.parametrize("job", [Job("prefill", 1, 4096), Job("decode", 16, 4096), Job("encode", 8, 0)], ids=str)
 def test_tiny_fits_one_chip(job):
     assert planned("tiny", job, "v5e-1")["flops_ratio"] <= 1.10
@@ -86,3 +99,14 @@ def test_small_is_trained_on_sixteen_chips(name, settings, moments, arguments):
 def test_adapters_are_trained_on_one_chip(size, name, kind):
     job = parse_job("lora", 1, None, None, model=size, quantization=kind and Quantization(kind))
     assert planned(size, job, name)["flops_ratio"] <= 1.10
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "float8"])
+def test_a_decode_step_reads_quantized_weights_as_they_lie(kind):
+    """Two layers of small on one chip; what the compiler converts, it converts where a product takes it."""
+    config, quantization = Config.from_dict(released_config("small")), Quantization(kind)
+    config = dataclasses.replace(config, language=dataclasses.replace(config.language, num_hidden_layers=2))
+    mesh = make_mesh(devices=compile_devices(topology("v5e-1")))
+    job = {"batch": 16, "sequence": 2176, "quantization": quantization}
+    text = lower_inference("decode", config, mesh, **job).compile().as_text()
+    assert walk(text).bytes <= 1.1 * decode_work(config, 16, 2176, quantization=quantization).bytes

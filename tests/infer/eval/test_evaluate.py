@@ -82,7 +82,12 @@ class Parrot:
 @pytest.fixture
 def parrot(monkeypatch):
     model = Parrot()
-    monkeypatch.setattr(loaded, "load", lambda ckpt, options: model)
+
+    def load(ckpt, options):
+        model.processor.set_visuals(options.max_tiles, options.min_tiles)
+        return model
+
+    monkeypatch.setattr(loaded, "load", load)
     return model
 
 
@@ -271,6 +276,16 @@ def test_candidates_give_more_tiles(questions, tmp_path, parrot):
     evaluate.evaluate(None, questions, options(tmp_path))
     evaluate.evaluate(None, questions, options(tmp_path, out=tmp_path / "more", max_tiles=18))
     assert [len(inputs.tiles) for inputs in parrot.asked] == [9, 19]
+    records = [
+        RECORDS[0] | {"image": "large.png", "max_tiles": 2},
+        RECORDS[0] | {"image": {"path": "large.png", "max_tiles": 4}},
+    ]
+    write(questions, records)
+    evaluate.evaluate(None, questions, options(tmp_path, out=tmp_path / "own"))
+    assert sorted(len(inputs.tiles) for inputs in parrot.asked[2:]) == [3, 3]
+    write(questions, [RECORDS[0] | {"video": "a.mp4", "image": None}])
+    with pytest.raises(DataError, match="has a video, and questions are about images"):
+        evaluate.evaluate(None, questions, options(tmp_path, out=tmp_path / "video"))
 
 
 def test_prompt_size_is_that_of_the_processor(questions, parrot):

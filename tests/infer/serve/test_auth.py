@@ -67,7 +67,7 @@ def test_the_log_names_owners_and_holds_no_key_prompt_or_query(locked, caplog):
     end = time.monotonic() + 60
     while "POST /v1/chat/completions 400" not in caplog.text and time.monotonic() < end:
         time.sleep(0.01)  # the line is written once the answer has been sent
-    assert "POST /v1/chat/completions 200" in caplog.text and " ann req_" in caplog.text
+    assert "POST /v1/chat/completions 200" in caplog.text and " ann micro req_" in caplog.text
     assert "POST /v1/chat/completions 400" in caplog.text
     for word in ("sk-", "secret"):
         assert word not in caplog.text

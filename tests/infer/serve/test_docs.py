@@ -85,7 +85,7 @@ def test_every_option_that_the_page_names_is_there():
 
     fields = {*serve.Listening.__annotations__, *serve.Limits.__annotations__, *serve.Behaving.__annotations__}
     fields |= {*ServeLoad.__annotations__, "size", "layers", "directory"}  # of dsvl2 bench serve
-    fields |= {"plan", "dtype", "cache_dtype", "mesh", "processes", "coordinator", "process"}
+    fields |= {"plan", "dtype", "cache_dtype", "context", "mesh", "processes", "coordinator", "process"}
     others = {"job", "topology", "worker", "command", "help", "silent"}  # of other commands
     named = {name.replace("-", "_") for name in re.findall(r"(?<![\w-])--([a-z][a-z-]+)", PAGE)}
     assert named - others <= fields, named - others - fields
