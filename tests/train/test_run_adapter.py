@@ -93,9 +93,14 @@ def test_a_run_resumes_to_the_bit_and_keeps_its_adapter_alone(given, checkpoints
         ("stage.parameters=[{match = '.'}]", "trains an adapter and leaves the model as it is: remove the rules"),
         ("stage.bias_update_speed=0.1", "the routers' biases too: set it to 0"),
         ("model.random_init=true", "it needs a model that has learnt something"),
-        ("adapter.kind=none", "its weights are quantized, and training changes plain ones"),
     ],
 )
 def test_what_makes_no_sense_is_refused(given, override, expected):
     with pytest.raises(SettingsError, match=expected):
         train(given / "config.toml", [override])
+
+
+def test_all_of_a_quantized_model_cannot_be_trained(given):
+    with pytest.raises(SettingsError, match="its weights are quantized, and training changes plain ones"):
+        rules = "[{match = 'attn_pool|correction_bias', train = false}, {match = '.'}]"
+        train(given / "config.toml", ["adapter.kind=none", f"stage.parameters={rules}"])
