@@ -114,10 +114,12 @@ def states(params, cfg, ids, positions, cache, lengths, how):
     return bound.logits(out[0]), out[1]
 
 
-@pytest.mark.parametrize("family", ["DeepseekV2", "DeepseekV3"])
 @pytest.mark.parametrize(
-    "scaling",
-    [{"type": "dynamic", "factor": 2.0}, YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}],
+    ("family", "scaling"),
+    [
+        ("DeepseekV2", {"type": "dynamic", "factor": 2.0}),
+        ("DeepseekV3", YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}),
+    ],
     ids=["dynamic", "yarn"],
 )
 def test_a_prompt_in_chunks_and_the_steps_after_it_equal_theirs(family, scaling):

@@ -34,10 +34,11 @@ LANGUAGE = {
 }  # fmt: skip
 
 
-def config() -> Config:
+def config(layers: int) -> Config:
+    """The last of the layers has experts."""
     return Config.from_dict(
         {
-            "language_config": LANGUAGE,
+            "language_config": LANGUAGE | {"num_hidden_layers": layers, "first_k_dense_replace": layers - 1},
             "vision_config": {"image_size": 28, "patch_size": 7, "width": 16, "layers": 1, "heads": 2},
             "projector_config": {"input_dim": 16, "n_embed": LANGUAGE["hidden_size"]},
             "tile_tag": "2D",
@@ -56,7 +57,7 @@ def row_of(lengths: list[int], total: int) -> TrainBatch:
     return TrainBatch(*(column[None, None] for column in columns), np.zeros((1, 0, 28, 28, 3), np.uint8))
 
 
-def stepped(batch: TrainBatch, mesh) -> tuple[float, np.ndarray, dict]:
+def stepped(batch: TrainBatch, layers: int, mesh) -> tuple[float, np.ndarray, dict]:
     """(loss, balance losses, gradients) of one step from the same weights."""
     settings = Settings(
         data=DataSettings(sequence_length=batch.ids.shape[-1], max_segments=4),
@@ -67,8 +68,8 @@ def stepped(batch: TrainBatch, mesh) -> tuple[float, np.ndarray, dict]:
         optimizer=OptimizerSettings(clip_norm=0.0),
         compute=ComputeSettings(dtype="float32", loss_chunk=1000),
     )
-    trainer = LanguageTrainer(config(), settings, np.full(3, 0.5), np.full(3, 0.5), mesh)
-    params = model.init_params(config(), jax.random.key(0))
+    trainer = LanguageTrainer(config(layers), settings, np.full(3, 0.5), np.full(3, 0.5), mesh)
+    params = model.init_params(config(layers), jax.random.key(0))
     state, metrics = trainer.step(trainer.init(params), batch)
     (moments,) = (leaf for leaf in jax.tree.leaves(state.optimizer, is_leaf=_is_adam) if _is_adam(leaf))
     return float(metrics.loss), np.asarray(metrics.balance_losses), flatten_dict(jax.device_get(moments.mu))
@@ -79,14 +80,14 @@ def _is_adam(state) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "total"),
-    [([300, 5, 190], 512), pytest.param([20000, 300, 12000], 32768, marks=pytest.mark.exhaustive)],
+    ("lengths", "total", "layers"),
+    [([300, 5, 190], 512, 1), pytest.param([20000, 300, 12000], 32768, 2, marks=pytest.mark.exhaustive)],
     ids=["512", "32768"],
 )
-def test_a_row_over_eight_devices_gives_what_one_device_gives(lengths, total):
+def test_a_row_over_eight_devices_gives_what_one_device_gives(lengths, total, layers):
     batch = row_of(lengths, total)
-    loss, balance, gradient = stepped(batch, make_mesh(sequence=8))
-    expected, expected_balance, expected_gradient = stepped(batch, None)
+    loss, balance, gradient = stepped(batch, layers, make_mesh(sequence=8))
+    expected, expected_balance, expected_gradient = stepped(batch, layers, None)
     assert loss == pytest.approx(expected, rel=TOLERANCE)
     np.testing.assert_allclose(balance, expected_balance, rtol=TOLERANCE)
     assert gradient.keys() == expected_gradient.keys()
