@@ -95,7 +95,7 @@ class _Bench:
     def __init__(self, name: str, config: Config, options: ModelOptions, dtype: Any, report: Report, budget: Budget):
         self.name, self.config, self.options, self.dtype = name, config, options, dtype
         self.report, self.budget = report, budget
-        self.quantization = quantization_of(options.quantize, None)
+        self.quantization = quantization_of(options.quantize)
         self.device = jax.devices()[0]
         self.failed = False
         self.measured: list[Mapping[str, Any]] = []
