@@ -22,7 +22,7 @@ from dsvl2_jax.infer.memory import check_memory
 from dsvl2_jax.infer.sampling import SamplingArrays, SamplingParams
 from dsvl2_jax.infer.slots import PAGE, Steps
 from dsvl2_jax.inputs.processor import ModelInputs, Processor
-from dsvl2_jax.kernels.attention import SPAN, is_long
+from dsvl2_jax.kernels.span_attention import SPAN, is_long
 from dsvl2_jax.model import gpu_decode
 from dsvl2_jax.model.cache import init_cache, token_bytes
 from dsvl2_jax.model.config import TEXT_POSITION, Config

@@ -5,7 +5,6 @@
 - `mla_decode_attention`: a row's newest tokens, one or a few, to the latents of its cache.
 - `mha_decode_attention`: the same to the keys and values of its cache.
 - `decode_attention`: what these two do without a kernel.
-- `attend_in_spans`: a chunk of a prompt to a long cache, of which it never holds more than a span at once.
 - `attend`: anything else, and what runs where no kernel is for an operation; in blocks of queries.
 
 A kernel is chosen by the platform that the program is lowered for, by dtype and by shape.
@@ -24,7 +23,7 @@ from jax.typing import DTypeLike
 
 from dsvl2_jax.kernels.cpu import bits_to_slice, cpu_or, from_bits
 from dsvl2_jax.kernels.fused_attention import AttentionSpec, fused_attention, is_supported
-from dsvl2_jax.kernels.precision import matmul_precision
+from dsvl2_jax.kernels.precision import matmul_precision, product_in_float32
 from dsvl2_jax.kernels.quantized_cache import Entries, QuantizedEntries, numbers, times_scale
 from dsvl2_jax.kernels.ring_attention import ring_attention
 from dsvl2_jax.kernels.tpu import ATTENTION_BLOCK, cached_attention, latent_attention, splash_attention
@@ -34,9 +33,6 @@ ATTENTION_OUTPUT = "attention_output"  # its name for rematerialisation policies
 
 # Scores are held for this many queries at a time: [B, H, 512, S] instead of [B, H, T, S].
 QUERY_BLOCK = 512
-
-# Keys of a cache that a chunk of a prompt attends to at a time, where there are more.
-SPAN = 4096
 
 # Keys that a decode step attends to at a time.
 KEY_BLOCK = 128
@@ -103,72 +99,6 @@ def _attend_block(
     return out_bhtd.swapaxes(1, 2).astype(dtype)
 
 
-def is_long(length: int) -> bool:
-    """Whether a cache of so many positions is attended to in spans: each a power of two of at least `QUERY_BLOCK`."""
-    return length > SPAN and math.gcd(length, SPAN) >= QUERY_BLOCK
-
-
-@jax.named_scope("attend_in_spans")
-def attend_in_spans(
-    queries: Sequence[jax.Array],
-    cache: Sequence[Entries],
-    expand: Callable[..., tuple[Sequence[jax.Array], jax.Array]],
-    last_bt: jax.Array,
-    scale: float,
-) -> jax.Array:
-    """`attend` to a long cache, a span of positions at a time, up to the last that some query sees.
-
-    What is held beside the cache does not grow with its length: neither scores nor keys and values made of latents. The
-    softmax is taken as in FlashAttention. Not differentiable, as its loop ends where the data say.
-
-    Args:
-      queries: parts [B, T, H, width_i].
-      cache: entries [B, S, …] with `is_long` (S).
-      expand: from such entries of a span to its keys, parts as `attend` takes them, and its values [B, span, H, Dv].
-      last_bt: i32[B, T], the last key that each query sees.
-      scale: factor on the scores.
-
-    Returns:
-      [B, T, H, Dv] in the dtype of the values.
-    """
-    size = math.gcd(cache[0].shape[1], SPAN)
-    rows, length, heads = queries[0].shape[:3]
-    blocks = length // QUERY_BLOCK if length % QUERY_BLOCK == 0 else 1
-
-    def split(x: jax.Array) -> jax.Array:  # [B, T, …] → [blocks, B, T / blocks, …]
-        return jnp.moveaxis(x.reshape(rows, blocks, length // blocks, *x.shape[2:]), 1, 0)
-
-    def span(x: jax.Array, i: jax.Array) -> jax.Array:
-        return from_bits(lax.dynamic_slice_in_dim(bits_to_slice(x, i), i * size, size, axis=1))
-
-    def body(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        keys, values = expand(*jax.tree.map(lambda x: span(x, i), list(cache)))
-
-        def block(arrays: tuple) -> tuple[jax.Array, ...]:
-            queries, last_bt, (m_bthi, l_bthi, acc_bthd) = arrays
-            scores_bths = 0.0
-            for q, k in zip(queries, keys, strict=True):
-                scores_bths += _product("bthd,bshd->bths" if k.ndim == 4 else "bthd,bsd->bths", q, k)
-            visible_bts = i * size + jnp.arange(size) <= last_bt[..., None]
-            scores_bths = jnp.where(visible_bts[:, :, None], scores_bths * scale, jnp.finfo(jnp.float32).min)
-            new_m_bthi = jnp.maximum(m_bthi, scores_bths.max(-1, keepdims=True))
-            p_bths, share_bthi = jnp.exp(scores_bths - new_m_bthi), jnp.exp(m_bthi - new_m_bthi)
-            acc_bthd = acc_bthd * share_bthi + _product("bths,bshd->bthd", p_bths.astype(values.dtype), values)
-            return new_m_bthi, l_bthi * share_bthi + p_bths.sum(-1, keepdims=True), acc_bthd
-
-        return lax.map(block, (by_block, last_by_block, carry))
-
-    by_block, last_by_block = [split(q) for q in queries], split(last_bt)
-    parts = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, size, *x.shape[2:]), x.dtype), list(cache))
-    values = jax.eval_shape(expand, *parts)[1]
-    shape = (blocks, rows, length // blocks, heads)
-    zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
-    first = jnp.full((*shape, 1), jnp.finfo(jnp.float32).min), zeros((*shape, 1)), zeros((*shape, values.shape[-1]))
-    _, l, acc = lax.fori_loop(0, last_bt.max() // size + 1, body, first)  # noqa: E741
-    out = jnp.moveaxis((acc / l).astype(values.dtype), 0, 1)
-    return out.reshape(rows, length, heads, values.shape[-1])
-
-
 @jax.named_scope("decode_attention")
 def decode_attention(
     queries: Sequence[jax.Array],
@@ -203,14 +133,10 @@ def _key_block(length: int) -> int:
     return KEY_BLOCK if length % KEY_BLOCK == 0 else length
 
 
-def _product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum(subscripts, x, y, precision=matmul_precision(x.dtype), preferred_element_type=jnp.float32)
-
-
 def _scores(q: jax.Array, k: Entries) -> jax.Array:
     """[…, T, H, D] and keys […, S, (H,) D] → f32[…, H, T, S]."""
     by_head = k.ndim == q.ndim
-    product = _product("...thd,...shd->...hts" if by_head else "...thd,...sd->...hts", q, numbers(k, q.dtype))
+    product = product_in_float32("...thd,...shd->...hts" if by_head else "...thd,...sd->...hts", q, numbers(k, q.dtype))
     return times_scale(product, k, by_head=by_head)
 
 
@@ -218,7 +144,7 @@ def _weighted(p: jax.Array, v: Entries, dtype: DTypeLike) -> jax.Array:
     """f32[…, H, T, S] and values […, S, (H,) D] → f32[…, H, T, D], multiplied in ``dtype``."""
     by_head = v.ndim == p.ndim
     subscripts = "...hts,...shd->...htd" if by_head else "...hts,...sd->...htd"
-    return _product(subscripts, times_scale(p, v, by_head=by_head).astype(dtype), numbers(v, dtype))
+    return product_in_float32(subscripts, times_scale(p, v, by_head=by_head).astype(dtype), numbers(v, dtype))
 
 
 def _decode_by_blocks(
@@ -385,8 +311,8 @@ def _attend_by_heads(q_nphd: jax.Array, k_nphd: jax.Array, v_nphd: jax.Array, sc
 
     def attend_group(heads: tuple[jax.Array, ...]) -> jax.Array:
         q_hpd, k_hpd, v_hpd = heads
-        p_hpq = jax.nn.softmax(_product("hpd,hqd->hpq", q_hpd, k_hpd), axis=-1)
-        return _product("hpq,hqd->hpd", p_hpq.astype(v_hpd.dtype), v_hpd).astype(v_hpd.dtype)
+        p_hpq = jax.nn.softmax(product_in_float32("hpd,hqd->hpq", q_hpd, k_hpd), axis=-1)
+        return product_in_float32("hpq,hqd->hpd", p_hpq.astype(v_hpd.dtype), v_hpd).astype(v_hpd.dtype)
 
     # The queries are scaled, as there are fewer of them than scores.
     out = lax.map(attend_group, (split(q_nphd * scale), split(k_nphd), split(v_nphd)))

@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsvl2_jax.kernels.fused_attention import visible_ranges
 from dsvl2_jax.kernels.gpu_attention import attention_dkv, attention_dq, attention_forward
-from dsvl2_jax.kernels.precision import matmul_precision
+from dsvl2_jax.kernels.precision import product_in_float32
 from dsvl2_jax.kernels.triton import fits_int32
 from dsvl2_jax.sharding import shard_map_kernel
 
@@ -174,7 +174,9 @@ def _part_forward(q_bthd, k_bshd, v_bshd, first_bt, scale: float, causal: bool) 
             m = scores.max(-1, keepdims=True)
             p = jnp.where(visible, jnp.exp(scores - m), 0.0)
             l = p.sum(-1, keepdims=True)  # noqa: E741
-            out = _product("bhts,bshd->bhtd", p.astype(v.dtype), v) / jnp.maximum(l, jnp.finfo(jnp.float32).tiny)
+            out = product_in_float32("bhts,bshd->bhtd", p.astype(v.dtype), v) / jnp.maximum(
+                l, jnp.finfo(jnp.float32).tiny
+            )
             lse = jnp.where(l > 0, m + jnp.log(l), LEAST)
             return out.swapaxes(1, 2), lse[..., 0].swapaxes(1, 2)
 
@@ -210,10 +212,10 @@ def _part_backward(
             scores, visible = _scores(q, k, first, index, scale, causal)
             lse, delta = (x.swapaxes(1, 2)[..., None] for x in (lse, delta))
             p = jnp.where(visible, jnp.exp(scores - lse), 0.0)
-            ds = (p * (_product("bthd,bshd->bhts", do, v) - delta) * scale).astype(k.dtype)
-            dk = sums[0] + _product("bhts,bthd->bshd", ds, q)
-            dv = sums[1] + _product("bhts,bthd->bshd", p.astype(v.dtype), do)
-            return (dk, dv), _product("bhts,bshd->bthd", ds, k)
+            ds = (p * (product_in_float32("bthd,bshd->bhts", do, v) - delta) * scale).astype(k.dtype)
+            dk = sums[0] + product_in_float32("bhts,bthd->bshd", ds, q)
+            dv = sums[1] + product_in_float32("bhts,bthd->bshd", p.astype(v.dtype), do)
+            return (dk, dv), product_in_float32("bhts,bshd->bthd", ds, k)
 
         by_token = q, first, _indices(first), lse.swapaxes(1, 2), delta.swapaxes(1, 2), do.astype(v.dtype)
         zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
@@ -237,10 +239,6 @@ def _chosen(kernel: Callable, plain: Callable, *arrays: jax.Array) -> tuple[jax.
     return lax.platform_dependent(*arrays, cuda=kernel, default=plain)
 
 
-def _product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum(subscripts, x, y, precision=matmul_precision(x.dtype), preferred_element_type=jnp.float32)
-
-
 def _indices(first_bt: jax.Array) -> jax.Array:
     return jnp.broadcast_to(jnp.arange(first_bt.shape[1]), first_bt.shape)
 
@@ -252,7 +250,7 @@ def _scores(q_bthd, k_bshd, first_bt, index_bt, scale: float, causal: bool) -> t
     if causal:
         visible_bts &= key_index <= index_bt[..., None]
     visible = visible_bts[:, None]
-    return jnp.where(visible, _product("bthd,bshd->bhts", q_bthd, k_bshd) * scale, LEAST), visible
+    return jnp.where(visible, product_in_float32("bthd,bshd->bhts", q_bthd, k_bshd) * scale, LEAST), visible
 
 
 def _split(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

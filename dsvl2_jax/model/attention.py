@@ -20,13 +20,12 @@ from jax.typing import DTypeLike
 from dsvl2_jax.kernels.attention import (
     ATTENTION_OUTPUT,
     attend,
-    attend_in_spans,
     causal_self_attention,
-    is_long,
     mha_decode_attention,
     mla_decode_attention,
 )
 from dsvl2_jax.kernels.quantized_cache import Entries, QuantizedEntries, dequantize_entries, quantize_entries
+from dsvl2_jax.kernels.span_attention import attend_in_spans, is_long
 from dsvl2_jax.model.config import LanguageConfig
 from dsvl2_jax.model.layers import (
     Linear,

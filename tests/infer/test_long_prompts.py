@@ -9,7 +9,8 @@ import pytest
 
 from dsvl2_jax.infer import executor
 from dsvl2_jax.infer.slots import PAGE
-from dsvl2_jax.kernels.attention import QUERY_BLOCK, SPAN, attend, attend_in_spans, is_long
+from dsvl2_jax.kernels.attention import QUERY_BLOCK, attend
+from dsvl2_jax.kernels.span_attention import SPAN, attend_in_spans, is_long
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.model.deepseek_vl2 import abstract_params
 

@@ -24,7 +24,7 @@ from dsvl2_jax.apps.plan.mesh_choice import (
     resident_parts,
 )
 from dsvl2_jax.apps.plan.training_step import check_batch, lower_training_step
-from dsvl2_jax.kernels.attention import SPAN
+from dsvl2_jax.kernels.span_attention import SPAN
 from dsvl2_jax.messages import first_line
 from dsvl2_jax.model.config import Config
 from dsvl2_jax.runtime.hardware import CompilerMissing, Topology, compile_devices
