@@ -8,7 +8,9 @@ import os
 import platform
 from pathlib import Path
 
-import jax
+from dsvl2_jax.runtime.lazy import LazyModule
+
+jax = LazyModule("jax")
 
 # Numbers of glibc's mallopt(3).
 _M_TRIM_THRESHOLD = -1

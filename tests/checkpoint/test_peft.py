@@ -126,7 +126,7 @@ def test_an_adapter_made_by_peft_gives_the_same_logits(tmp_path):
             parameter.data += 0.1
     model.save_pretrained(tmp_path)
     assert_same_logits(tmp_path, params, fields, model)
-    assert {"base", "lora_a"} < read_adapter(tmp_path, config(**fields))[0]["language"]["lm_head"]["kernel"].keys()
+    assert read_adapter(tmp_path, config(**fields))[0]["language"]["lm_head"]["kernel"].ndim == 2  # a whole weight
     weights = tmp_path / adapters.WEIGHTS_NAME
     torch.save({name: torch.from_numpy(x) for name, x in load_file(weights).items()}, tmp_path / adapters.PICKLED_NAME)
     first = read_adapter(tmp_path, config(**fields))

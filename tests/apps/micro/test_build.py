@@ -23,7 +23,7 @@ from dsvl2_jax.apps.micro.demo import ASKED, LOCATED, _judge, demo
 from dsvl2_jax.checkpoint import rules
 from dsvl2_jax.checkpoint.digests import SUMS_NAME, check_sums
 from dsvl2_jax.checkpoint.load import load_params
-from dsvl2_jax.checkpoint.locate import resolve
+from dsvl2_jax.checkpoint.locate import PARAMS_NAME, resolve
 from dsvl2_jax.checkpoint.safetensors_source import Source
 from dsvl2_jax.convert.doctor import doctor
 from dsvl2_jax.errors import CheckpointError, UsageError
@@ -185,7 +185,7 @@ def runs(tmp_path_factory) -> Path:
     }
     with opened(last) as run:
         run.begin(load(file), source, Identity(model_identity(source), {"data.jsonl": "abc"}))
-        run.save(6, unflatten_dict(flat), {"count": np.zeros(1, np.float32)}, {"at": 6})
+        run.save(6, {PARAMS_NAME: unflatten_dict(flat)}, {"count": np.zeros(1, np.float32)}, {"at": 6})
         run.wait()
     for stage in build.STAGES:
         steps = ({"kind": "step", "step": i, "loss": 1 / i, "image_loss": None, "tokens": 9} for i in range(1, 45))

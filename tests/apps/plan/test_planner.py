@@ -184,7 +184,10 @@ def test_an_adapter_takes_the_frozen_model_and_16_bytes_an_entry(released):
         entries = sum(math.prod(shape) for shape, _ in adapter_leaves(released["base"], job.settings.adapter).values())
         frozen = bytes_in_bfloat16(released["base"], quantized_weights(released["base"], quantization))
         assert resident_bytes(released["base"], job, one) == pytest.approx(frozen + 16 * entries)
-    assert job.described() | {"rank": 16, "adapter": "lora", "quantize": "int4"} == job.described()
+    assert (
+        job.described() | {"rank": 16, "adapter": "lora", "quantize": Quantization("int4").described()}
+        == job.described()
+    )
     with pytest.raises(UsageError, match="--quantize int4: belongs to inference and to --job lora"):
         parse_job("sft", None, None, None, model="base", quantization=Quantization("int4"))
 
