@@ -222,12 +222,11 @@ def tile(
     if not is_quantized:
         return Tile(load)
     inside = None if mask is None else first + jnp.arange(count) < width
-    groups = weight.scale.shape[-2]
-    if groups > 1:
-        groups //= of
+    of_all = weight.scale.shape[-2]
+    groups = max(1, of_all // of)
 
     def scale(group: Any) -> jax.Array:
-        at = number * groups + group if groups > 1 else np.int32(0)
+        at = number * groups + group if of_all > 1 else np.int32(0)
         return load_tile(weight.scale, (*lead, at, columns), inside)
 
     return Tile(load, weight.kind, scale, groups)
