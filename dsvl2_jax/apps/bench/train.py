@@ -5,7 +5,7 @@ Each side runs in a process of its own, with the same threads, batch and dtype. 
 has, eager or compiled. Ours keeps matrix products or all of a layer for the backward pass, and has malloc keep what it
 has, as `dsvl2 train` does. Short trials choose each side's quickest setting; then the sides step in turns.
 
-The adapter is LoRA for attention, dense and shared MLPs, on PyTorch's side by the `peft` package.
+The adapter is LoRA for attention, on PyTorch's side by the `peft` package.
 """
 
 from __future__ import annotations
@@ -159,6 +159,9 @@ def bench_train(
     torch_setting = quickest([dataclasses.replace(quickest(TORCH_EAGER), compiled=True)])
     our_setting = quickest(OURS)
     with _Worker(torch_setting, rows, length) as theirs, _Worker(our_setting, rows, length) as ours:
+        trained = theirs.measured.parameters, ours.measured.parameters
+        if adapter and trained[0] != trained[1]:
+            raise DSVL2Error(f"PyTorch trains {trained[0]} parameters and ours {trained[1]}: no two sides of one work.")
         for turn in range(rounds):
             for worker in (theirs, ours):
                 worker.run(steps)
@@ -268,8 +271,8 @@ def _torch(ids: np.ndarray, setting: Setting) -> tuple[Callable[[], float], int,
     if setting.adapter:
         import peft
 
-        projections = "q_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj|gate_proj|up_proj|down_proj"
-        targets = rf".*\.({projections})"  # the routed experts are no modules here, and have none
+        # peft takes names of MLPs for those of the routed experts, which are no modules in transformers 5.
+        targets = r".*\.(q_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)"
         model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -326,7 +329,7 @@ def _ours(ids: np.ndarray, setting: Setting) -> tuple[Callable[[], float], int, 
         data=DataSettings(sequence_length=length, tiles_per_sequence=0, max_segments=1),
         batch=BatchSettings(sequences=rows, microbatch_size=rows),
         stage=StageSettings(() if setting.adapter else rules, balance_loss_weight=0.0),
-        adapter=AdapterStage("lora", RANK, ALPHA) if setting.adapter else AdapterStage(),
+        adapter=AdapterStage("lora", RANK, ALPHA, targets=("/self_attn/",)) if setting.adapter else AdapterStage(),
         optimizer=OptimizerSettings(learning_rate=LEARNING_RATE),
         compute=ComputeSettings(dtype="float32", remat=setting.remat, loss_chunk=256),
     )
