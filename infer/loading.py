@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 
@@ -13,6 +11,7 @@ from dsvl2_jax.checkpoint.locate import description, find_adapter, resolve
 from dsvl2_jax.errors import UsageError
 from dsvl2_jax.infer import engine
 from dsvl2_jax.infer.engine import Model
+from dsvl2_jax.model.rope_scaling import parse_scaling
 from dsvl2_jax.runtime import processes
 from dsvl2_jax.sharding import make_mesh, parse_mesh
 
@@ -56,24 +55,13 @@ def load(ckpt: str | None, options: LoadOptions) -> Model:
         for adapter in [adapters] if isinstance(adapters, str) else adapters.values():
             processes.same_everywhere("the adapter", description(find_adapter(adapter)))
     given = {name: getattr(options, name) for name in ("dtype", "cache_dtype", "verify", "adapter", "context")}
-    model = engine.load(ckpt, mesh=mesh, rope_scaling=_parsed(options.rope_scaling), **given)
+    text, scaling = options.rope_scaling, None
+    if text is not None:
+        scaling = parse_scaling(text, f"--rope-scaling {text}:", UsageError)
+    model = engine.load(ckpt, mesh=mesh, rope_scaling=scaling, **given)
     model.store_programs()
     model.processor.as_seen = options.as_seen
     model.processor.warns = False  # the commands count pictures, and name their own option
     model.processor.strict_special_tokens = options.strict_special_tokens
     model.processor.set_visuals(options.max_tiles, options.min_tiles, options.frames, options.frame_choice)
     return model
-
-
-def _parsed(text: str | None) -> dict[str, Any] | None:
-    """``--rope-scaling``; raises UsageError where it is no JSON object."""
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        example = '{"type": "yarn", "factor": 4}'
-        raise UsageError(f"--rope-scaling {text}: is no JSON object; write it as in config.json: '{example}'.")
-    return value

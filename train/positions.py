@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from dsvl2_jax.checkpoint.locate import carry_files, model_files
 from dsvl2_jax.errors import ConfigError, SettingsError
 from dsvl2_jax.json_files import read_json_object
 from dsvl2_jax.model.config import Config
+from dsvl2_jax.model.rope_scaling import parse_scaling
 from dsvl2_jax.train.settings.schema import ModelSettings
 
 
@@ -34,7 +34,9 @@ def with_positions(settings: ModelSettings, source: Path, folder: Path) -> Path:
     raw = read_json_object(folder / "config.json", ConfigError)
     before = Config.from_dict(raw, source=str(files / "config.json")).language
     language = dict(raw["language_config"])
-    scaling = _parsed(settings.rope_scaling)
+    text, scaling = settings.rope_scaling, None
+    if text:
+        scaling = parse_scaling(text, f"model.rope_scaling: {text!r}", SettingsError)
     if scaling is None:
         scaling = language.get("rope_scaling") or language.get("rope_parameters")
     kind = scaling and (scaling.get("type") or scaling.get("rope_type"))
@@ -54,16 +56,3 @@ def with_positions(settings: ModelSettings, source: Path, folder: Path) -> Path:
     Config.from_dict(raw, source="model.context and model.rope_scaling: config.json")
     (folder / "config.json").write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return folder
-
-
-def _parsed(text: str) -> dict[str, Any] | None:
-    if not text:
-        return None
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        example = '{"type": "yarn", "factor": 4}'
-        raise SettingsError(f"model.rope_scaling: {text!r} is no JSON object; write it as in config.json: {example}.")
-    return value

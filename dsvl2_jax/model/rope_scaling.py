@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from dsvl2_jax import fields
+from dsvl2_jax.errors import DSVL2Error
 from dsvl2_jax.fields import setting
+from dsvl2_jax.json_files import parse_json
 
 KINDS = ("linear", "dynamic", "yarn")
 
@@ -124,6 +126,23 @@ class RopeScaling:
         kept = 1 - ramp
         stretched = 1 / (np.float32(self.factor) * _powers(width, theta))
         return stretched * (1 - kept) + frequencies * kept
+
+
+def parse_scaling(text: str, given: str, error: type[DSVL2Error]) -> dict[str, Any]:
+    """A ``rope_scaling`` object that stands as JSON in an option or a setting; its keys are not looked at.
+
+    Args:
+      given: what the message begins with, the option or setting and its value.
+      error: raised where the text is no JSON object.
+    """
+    try:
+        value = parse_json(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        example = '{"type": "yarn", "factor": 4}'
+        raise error(f"{given} is no JSON object; write it as in config.json: '{example}'.")
+    return value
 
 
 def read_rope(language: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
