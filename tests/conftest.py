@@ -10,12 +10,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before jax is imported anywhere. Optimisation level 0 halves XLA's compile time, which dominates this suite.
+import quick_compilation
+
+# Before jax is imported anywhere.
 os.environ["JAX_PLATFORMS"] = "cuda,cpu" if os.environ.get("DSVL2_TEST_PLATFORM") == "cuda" else "cpu"
 if os.environ["JAX_PLATFORMS"] == "cpu":
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    )
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8 {quick_compilation.FLAGS}"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # One compilation cache for this run: its workers share programs, and the user's own cache stays as it was.

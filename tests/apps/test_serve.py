@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx2 as httpx
 import pytest
+import quick_compilation
 
 pytest.importorskip("dsvl2_jax.infer.serve.async_engine")
 
@@ -116,4 +117,4 @@ def test_options_that_cannot_be_end_it_with_2(options, problem):
 
 
 def _environment():
-    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick_compilation.FLAGS}

@@ -13,6 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import quick_compilation
+
 from chaos import campaign, faults, warm
 from chaos.operations import OPERATIONS
 
@@ -73,7 +75,7 @@ def _with_layer() -> int:
             "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
             "XDG_CACHE_HOME": str(folder / "cache"),
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "XLA_FLAGS": quick_compilation.FLAGS,
             "HF_HUB_OFFLINE": "1",
             "TF_CPP_MIN_LOG_LEVEL": "3",
         }

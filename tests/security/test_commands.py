@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import quick_compilation
 from PIL import Image
 
 from dsvl2_jax import configs
@@ -64,7 +65,7 @@ def seen(tmp_path_factory):
     }
     before = files(base, out, home)
     environment = {"HOME": str(home), "TMPDIR": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
-    environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick_compilation.FLAGS}
     ignored = ("XDG_CACHE_HOME", "PYTHONPATH")
     child = subprocess.run(
         [sys.executable, str(ROOT / "tests/audited.py"), json.dumps(list(commands.values()))],

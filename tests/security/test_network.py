@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import quick_compilation
 
 from dsvl2_jax.runtime import ports
 from dsvl2_jax.runtime.ports import Ports
@@ -34,7 +35,7 @@ def test_the_multi_process_port_binds_where_it_is_told(tmp_path):
         port = free.getsockname()[1]
     tests = os.path.dirname(os.path.dirname(__file__))
     command = [sys.executable, "-c", MEET, f"{host}:{port}"]
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = os.environ | {"XLA_FLAGS": quick_compilation.FLAGS}
     pair = [
         subprocess.Popen([*command, str(i), tests], env=environment, stdout=-1, stderr=-1, text=True, cwd=tmp_path)
         for i in (0, 1)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import quick_compilation
 
 from dsvl2_jax import configs
 
@@ -31,9 +32,7 @@ LARGE = {"jax", "numpy", "flax", "PIL", "tokenizers", "orbax", "grain", "optax",
 
 def started(cache, *args):
     """What a command imports, traces and compiles in a process of its own, which has ended well."""
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(cache), "XLA_FLAGS": "--xla_backend_optimization_level=0"
-    }  # fmt: skip
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "XLA_FLAGS": quick_compilation.FLAGS}
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM, *map(str, args)], env=environment, capture_output=True, text=True
     )

@@ -231,7 +231,7 @@ def test_a_fixed_batch_is_learnt_and_the_rest_of_the_model_keeps_every_bit(toy, 
 
 
 # Three devices do not divide a data shard's four images: two padding tiles go along.
-@pytest.mark.parametrize("sizes", [{"data": 2}, {"data": 2, "tensor": 3}])
+@pytest.mark.parametrize("sizes", [pytest.param({"data": 2}, marks=pytest.mark.exhaustive), {"data": 2, "tensor": 3}])
 def test_a_mesh_computes_what_one_device_does(toy, one_device, sizes):
     mesh = make_mesh(**sizes, devices=jax.devices()[: math.prod(sizes.values())])
     state, metrics, _, _ = stepped(trainer(toy, mesh), 3)

@@ -334,7 +334,7 @@ def test_losses_are_those_of_boxes_and_attributes_packed_into_labels(one_device)
         np.testing.assert_allclose((metrics.loss, metrics.gradient_norm), expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("sizes", [{"data": 2}, {"data": 2, "tensor": 3}])
+@pytest.mark.parametrize("sizes", [pytest.param({"data": 2}, marks=pytest.mark.exhaustive), {"data": 2, "tensor": 3}])
 def test_a_mesh_computes_what_one_device_does(toy, one_device, batch, sizes):
     mesh = make_mesh(**sizes, devices=jax.devices()[: math.prod(sizes.values())])
     metrics, _, _ = stepped(trainer(toy, mesh), batch, 3)
