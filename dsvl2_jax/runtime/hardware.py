@@ -38,6 +38,10 @@ class Topology:
     memory: float
     bandwidth: float
 
+    def seconds(self, flops: float, moved: float) -> float:
+        """The least that so many FLOPs and bytes of a device take."""
+        return max(flops / self.flops, moved / self.bandwidth)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Chip:

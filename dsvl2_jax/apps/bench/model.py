@@ -35,7 +35,7 @@ from dsvl2_jax.apps.plan.command import config_of
 from dsvl2_jax.apps.plan.hlo_walk import walk
 from dsvl2_jax.apps.plan.launches import count_launches
 from dsvl2_jax.apps.plan.planner import program_memory
-from dsvl2_jax.apps.plan.scopes import scopes_of
+from dsvl2_jax.apps.plan.scopes import scope_rows
 from dsvl2_jax.errors import DSVL2Error, UsageError
 from dsvl2_jax.messages import first_line
 from dsvl2_jax.model.config import Config
@@ -331,13 +331,7 @@ class _Bench:
 
     def _profile(self, program: Program, compiled: Compiled) -> None:
         """How a program splits up: shares are of the time that FLOPs and bytes take at the measured ceilings."""
-        scopes = scopes_of(compiled.as_text())
-        seconds = {name: self.ceilings.seconds(scope.flops, scope.bytes) for name, scope in scopes.items()}
-        total = sum(seconds.values())
-        rows = [
-            {"scope": name} | dataclasses.asdict(scope) | {"share": seconds[name] / total}
-            for name, scope in sorted(scopes.items(), key=lambda item: -seconds[item[0]])
-        ]
+        rows = scope_rows(compiled.as_text(), self.ceilings.seconds)
         self.report.add({"job": program.job, "sizes": dict(program.sizes), "scopes": rows})
 
     def _fill(self, params: Any) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from dsvl2_jax.apps.plan.scopes import scope_lines
 
 HEADER = (
     f"{'':34}{'time':>12}{'speed':>20}{'limit':>8}{'reached':>9}{'FLOPs':>8}{'bytes':>8}{'launches':>10}{'sorts':>7}"
 )
-
-LEAST_SHARE = 0.002  # of a scope that has a line of its own
 
 
 class Report:
@@ -45,7 +45,7 @@ class Report:
         if "error" in row or "skipped" in row:
             return [f"{name:34}  {'failed: ' + row['error'] if 'error' in row else 'left out: ' + row['skipped']}"]
         if "scopes" in row:
-            return _scope_lines(name, row["scopes"])
+            return scope_lines(name, row["scopes"])
         if job == "kernel":
             return [_kernel_line(name, row)]
         return self._job_lines(name, row)
@@ -78,20 +78,6 @@ def _kernel_line(name: str, row: Mapping[str, Any]) -> str:
         f"{name:58}{_time(row['seconds']):>12}{row['flops_per_second'] / 1e12:>10.3g} TFLOP/s"
         f"{row['bytes_per_second'] / 1e9:>9.4g} GB/s  error {row['error_of_float32']:.1e}"
     )
-
-
-def _scope_lines(name: str, scopes: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = [f"{name}, by named scope", f"  {'':52}{'launches':>10}{'FLOPs':>10}{'bytes':>10}{'share':>8}"]
-    shown = [scope for scope in scopes if scope["share"] >= LEAST_SHARE]
-    if rest := [scope for scope in scopes if scope["share"] < LEAST_SHARE]:
-        sums = {key: sum(scope[key] for scope in rest) for key in ("launches", "flops", "bytes", "share")}
-        shown.append({"scope": f"{len(rest)} others"} | sums)
-    for scope in shown:
-        lines.append(
-            f"  {scope['scope'][-52:]:52}{scope['launches']:>10}{scope['flops']:>10.2e}{scope['bytes']:>10.2e}"
-            f"{_share(scope['share']):>9}"
-        )
-    return lines
 
 
 def _time(seconds: float) -> str:

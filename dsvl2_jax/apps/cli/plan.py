@@ -31,6 +31,7 @@ def plan(
     cache_dtype: CacheDtype | None = None,
     mesh: str = "auto",
     csv: Path | None = None,
+    profile: bool = False,
     no_cache: bool = False,
     json: bool = False,
 ) -> int:
@@ -56,6 +57,8 @@ def plan(
         cache_dtype: of the cache of prefill and decode; bfloat16 without it.
         mesh: as data=2,tensor=2,expert=4; auto chooses one and says why.
         csv: put the rows of the table into this file, in the place of older ones of the same model and job.
+        profile: print, named scope by named scope, launches, FLOPs and bytes of the topology's program, and each one's
+            share of the time at the device's peak speeds.
         no_cache: compile even what was compiled before.
         json: print everything as JSON.
     """
@@ -77,5 +80,6 @@ def plan(
             mesh=mesh,
             csv=csv,
             cache=not no_cache,
+            profile=profile,
             as_json=json,
         )

@@ -65,6 +65,7 @@ def run_plan(
     mesh: str,
     csv: Path | None,
     cache: bool,
+    profile: bool,
     as_json: bool,
 ) -> int:
     """Plans, prints, and returns the exit status: 1 when a job does not fit the topology that was named.
@@ -74,6 +75,7 @@ def run_plan(
       kind: of a job; None: decode, in the table prefill as well.
       quantization: of the weights; None: as the checkpoint keeps them.
       csv: where rows of the table are kept.
+      profile: print how the program of a topology splits up by named scope.
 
     Raises:
       UsageError: options that contradict each other, or that a job does not have.
@@ -83,6 +85,8 @@ def run_plan(
         jax.config.update("jax_platforms", "cpu")
     if topology_name is None and mesh != "auto":
         raise UsageError(f"--mesh {mesh} is of one topology; name it with --topology.")
+    if topology_name is None and profile:
+        raise UsageError("--profile is of one topology; name it with --topology.")
     kinds = [kind] if kind is not None else ["decode"] if topology_name is not None else ["prefill", "decode"]
     work: list[tuple[str, Config, list[Job]]] = []
     for model in models:
@@ -100,7 +104,8 @@ def run_plan(
         results = [_table(model, config, jobs, csv, cache, as_json) for model, config, jobs in work]
         fits = True
     else:
-        results = [_single(model, config, job, topology_name, mesh, cache, as_json) for model, config, (job,) in work]
+        shown = {"cache": cache, "profile": profile, "as_json": as_json}
+        results = [_single(model, config, job, topology_name, mesh, **shown) for model, config, (job,) in work]
         fits = all(plan["fits"] for plan in results)
     if as_json:
         print(json.dumps(results if len(results) > 1 else results[0], indent=2))
@@ -120,7 +125,7 @@ def _check_csv(csv: Path, topology_name: str | None, kind: str | None, cache_dty
 
 
 def _single(
-    model: str, config: Config, job: Job, topology_name: str, mesh: str, cache: bool, as_json: bool
+    model: str, config: Config, job: Job, topology_name: str, mesh: str, *, cache: bool, profile: bool, as_json: bool
 ) -> dict[str, Any]:
     place = topology(topology_name)
     with _progress() as say:
@@ -132,7 +137,7 @@ def _single(
         )
     plan = {"model": model} | plan
     if not as_json:
-        print("\n".join(plan_lines(plan)))
+        print("\n".join(plan_lines(plan, profile=profile)))
     return plan
 
 

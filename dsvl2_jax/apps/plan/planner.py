@@ -23,6 +23,7 @@ from dsvl2_jax.apps.plan.mesh_choice import (
     resident_bytes,
     resident_parts,
 )
+from dsvl2_jax.apps.plan.scopes import scope_rows
 from dsvl2_jax.apps.plan.training_step import check_batch, lower_training_step
 from dsvl2_jax.kernels.span_attention import SPAN
 from dsvl2_jax.messages import first_line
@@ -88,6 +89,7 @@ def plan(
     cost, mean = walk(text, named=spans), walk(text, mean_trip_count(config, job, sizes), spans)
     fits = sum(memory.values()) <= topology.memory
     report |= {"fits": fits, "bytes_per_device": memory} | _costs(cost, mean, least, job, topology)
+    report["scopes"] = scope_rows(text, topology.seconds)
     return report if fits else report | {"would_fit": _advice(config, job, topology)}
 
 
@@ -169,7 +171,7 @@ def mean_trip_count(config: Config, job: Job, sizes: dict[str, int]) -> float:
 
 def _costs(cost: Cost, mean: Cost, least: Work, job: Job, topology: Topology) -> dict[str, Any]:
     """``cost``: of the busiest device, for the time; ``mean``: of the mean one, for what all do together."""
-    seconds = max(cost.flops / topology.flops, cost.bytes / topology.bandwidth)
+    seconds = topology.seconds(cost.flops, cost.bytes)
     unit, made = job.unit
     return {
         "flops": cost.flops,

@@ -7,9 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from dsvl2_jax.apps.plan.scopes import scope_lines
 
-def plan_lines(plan: dict[str, Any]) -> list[str]:
-    """A plan (`dsvl2_jax.apps.plan.planner.plan`, with its model's name) for people."""
+
+def plan_lines(plan: dict[str, Any], *, profile: bool = False) -> list[str]:
+    """A plan (`dsvl2_jax.apps.plan.planner.plan`, with its model's name) for people.
+
+    ``profile``: how the program splits up, too.
+    """
     job, mesh = plan["job"], ", ".join(f"{axis}={size}" for axis, size in plan["mesh"].items())
     what = {"prefill": "prompts of {} tokens", "decode": "slots × {} tokens", "encode": "tiles"}
     size = what.get(job["kind"], "sequences of {} tokens").format(job["sequence"])
@@ -45,6 +50,8 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         names = ", ".join(plan["unknown_loops"])
         out.append(f"  trip counts depend on data, and are counted as even routing would have them: {names}")
     kept = ", saved by an earlier call (--no-cache compiles again)" if plan.get("from_cache") else ""
+    if profile:
+        out += [f"  {line}" for line in scope_lines("a device's work", plan["scopes"])]
     return [*out, f"  traced in {plan['trace_seconds']:.0f} s, compiled in {plan['compile_seconds']:.0f} s{kept}"]
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from dsvl2_jax.apps.plan.hlo_text import Computation, Instruction, parse
 from dsvl2_jax.apps.plan.hlo_walk import Cost, Walk
@@ -16,6 +17,7 @@ from dsvl2_jax.apps.plan.launches import count_launches, scope_of
 
 _DEPTH = 16  # more parts than a name has
 _ADDED = re.compile(r".*,.*|.*->.*")
+LEAST_SHARE = 0.002  # of a scope that has a line of its own
 _LAYER = re.compile(r"^(layers|blocks)_\d+(_to_\d+)?")
 
 
@@ -57,6 +59,37 @@ def _merged(name: str) -> str:
     """Without numbers of layers, and without what einsum adds to names."""
     parts = (_LAYER.sub(r"\1", part) for part in name.split("/"))
     return "/".join(part for part in parts if not _ADDED.fullmatch(part)) or "unnamed"
+
+
+def scope_rows(text: str, seconds: Callable[[float, float], float]) -> list[dict[str, Any]]:
+    """The scopes of a program as JSON objects, that of the largest share first.
+
+    Args:
+      text: as of `scopes_of`.
+      seconds: the time that so many FLOPs and bytes take; a scope's ``share`` is of the sum of all scopes' times.
+    """
+    scopes = scopes_of(text)
+    times = {name: seconds(scope.flops, scope.bytes) for name, scope in scopes.items()}
+    total = sum(times.values())
+    return [
+        {"scope": name} | dataclasses.asdict(scopes[name]) | {"share": times[name] / total}
+        for name in sorted(scopes, key=lambda name: -times[name])
+    ]
+
+
+def scope_lines(name: str, scopes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """`scope_rows` for people, small ones summed up."""
+    lines = [f"{name}, by named scope", f"  {'':52}{'launches':>10}{'FLOPs':>10}{'bytes':>10}{'share':>8}"]
+    shown = [scope for scope in scopes if scope["share"] >= LEAST_SHARE]
+    if rest := [scope for scope in scopes if scope["share"] < LEAST_SHARE]:
+        sums = {key: sum(scope[key] for scope in rest) for key in ("launches", "flops", "bytes", "share")}
+        shown.append({"scope": f"{len(rest)} others"} | sums)
+    for scope in shown:
+        lines.append(
+            f"  {scope['scope'][-52:]:52}{scope['launches']:>10}{scope['flops']:>10.2e}{scope['bytes']:>10.2e}"
+            f"{100 * scope['share']:>7.3g} %"
+        )
+    return lines
 
 
 @dataclasses.dataclass(frozen=True)

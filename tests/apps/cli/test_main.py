@@ -113,7 +113,8 @@ OPTIONS = {
     "plan": {
         "--topology": "None", "--job": "None", "--batch": "None", "--sequence": "None", "--slots": "None",
         "--micro": "None", "--set": "repeatable", "--quantize": "None", "--rule": "repeatable",
-        "--cache-dtype": "None", "--mesh": "auto", "--csv": "None", "--no-cache": "False", "--json": "False",
+        "--cache-dtype": "None", "--mesh": "auto", "--csv": "None", "--profile": "False", "--no-cache": "False",
+        "--json": "False",
     },
     "bench convert": {"--size": "tiny", "--directory": "None", "--keep": "None", "--repeats": "2"},
     "bench generate": {"--new-tokens": "32", "--speculate": "0", **COMPUTING},

@@ -374,3 +374,6 @@ def test_tpu_programs_cost_about_what_they_must(released, job):
     assert found["collectives"] == {} and found["unknown_loops"] == []
     assert 0.95 <= found["flops_ratio"] <= 1.6 and found["bytes_ratio"] >= 0.9
     assert any("fits        yes" in line for line in plan_lines({"model": "small"} | found))
+    assert sum(scope["share"] for scope in found["scopes"]) == pytest.approx(1.0)
+    assert sum(scope["bytes"] for scope in found["scopes"]) == pytest.approx(found["bytes"], rel=0.01)
+    assert any("by named scope" in line for line in plan_lines({"model": "small"} | found, profile=True))
