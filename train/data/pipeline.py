@@ -1,6 +1,6 @@
-"""The data pipeline: files to packed steps, in a mixture, shuffled, read by workers, and resumed exactly.
+"""The data pipeline: files, or what functions make, to packed steps, in a mixture, shuffled, read by workers, and resumed exactly.
 
-    files ─ shuffle each epoch ─ streams ─ mix ─► read, tokenise, tile (workers) ─► drop unusable ─► pack ─► TrainBatch
+    sources ─ shuffle each epoch ─ streams ─ mix ─► read, tokenise, tile (workers) ─► drop unusable ─► pack ─► TrainBatch
 
 Everything up to the workers is random access, so that where a run stands is one number: samples read. It does not
 depend on the number of workers, processes or devices, which may change when a run resumes.
@@ -99,7 +99,10 @@ class DataStats:
 
 @dataclasses.dataclass(frozen=True)
 class StepData:
-    """This process's part of a step's batch, the step's samples that it has read (``file:line``), and the counts."""
+    """This process's part of a step's batch, the step's samples that it has read by name, and the counts.
+
+    A name is ``file:line``, or ``data.train.NAME[number]`` where a function makes the records.
+    """
 
     batch: TrainBatch
     sources: list[str]
