@@ -1,6 +1,6 @@
-"""The data pipeline: files, or what functions make, to packed steps, in a mixture, shuffled, read by workers, and resumed exactly.
+"""The data pipeline: sources to packed steps, in a mixture, shuffled, read by workers, and resumed exactly.
 
-    sources ─ shuffle each epoch ─ streams ─ mix ─► read, tokenise, tile (workers) ─► drop unusable ─► pack ─► TrainBatch
+    source ─ shuffle each epoch ─ streams ─ mix ─► read, tokenise, tile (workers) ─► drop unusable ─► pack ─► TrainBatch
 
 Everything up to the workers is random access, so that where a run stands is one number: samples read. It does not
 depend on the number of workers, processes or devices, which may change when a run resumes.
