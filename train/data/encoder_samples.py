@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import numbers
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -144,7 +143,7 @@ def parse_regions(record: Any, own_images: Sequence[Any] = ()) -> Regions:
         if not (
             isinstance(box, list | tuple)
             and len(box) == 4
-            and all(isinstance(x, numbers.Real) and -1e9 < x < 1e9 for x in box)
+            and all(isinstance(x, int | float | np.number) and -1e9 < x < 1e9 for x in box)
             and box[0] < box[2]
             and box[1] < box[3]
         ):

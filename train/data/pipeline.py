@@ -62,7 +62,7 @@ _WHOLE = TOO_LONG | {NO_IMAGE, NO_ATTRIBUTE, NO_LOSS}
 _LAST_PROBLEMS = 5  # shown when the run stops
 AS_SEEN = "data.as_seen = true"  # what a note about pictures names
 _BUFFER = 4  # samples that a worker or thread holds ready
-_SHARED_MEMORY_FROM = 1 << 16  # bytes; smaller arrays are cheaper to copy through the pipe
+_SHARED_MEMORY_FROM = 1 << 19  # bytes; smaller arrays are cheaper to copy through the pipe, by half at 100 kB
 
 
 @dataclasses.dataclass(frozen=True)
