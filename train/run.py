@@ -41,7 +41,7 @@ from dsvl2_jax.model.released import variant
 from dsvl2_jax.model.weights import are_plain
 from dsvl2_jax.runtime import processes
 from dsvl2_jax.runtime.compile_cache import enable_compilation_cache
-from dsvl2_jax.runtime.malloc import keep_freed_memory
+from dsvl2_jax.runtime.malloc import give_freed_memory_back, keep_freed_memory
 from dsvl2_jax.sharding import make_mesh, parse_mesh
 from dsvl2_jax.train.adapter import with_adapter
 from dsvl2_jax.train.data.pipeline import (
@@ -325,12 +325,15 @@ class _Loop:
         settings = self.settings
         pending: _Pending | None = None
         self._clock = time.monotonic()
+        first = self.step + 1
         with _Profile(settings.profile, self.directory.logs / "profile") as profile:
             while self.step < settings.steps and not self._stops():
                 samples = next(self.pipeline)
                 self.step += 1
                 profile.before(self.step)
                 state, metrics = self.trainer.step(state, samples.batch)
+                if self.step == first:
+                    give_freed_memory_back(always=True)  # the compiler's
                 profile.after(self.step, metrics)
                 self._settle(pending)
                 pending = _Pending(self.step, metrics, samples)

@@ -61,8 +61,11 @@ def _programs_run_on_cpus() -> bool:
     return not any(accelerators) or jax.default_backend() == "cpu"
 
 
-def give_freed_memory_back() -> None:
-    """Returns what is free to the system, unless `keep_freed_memory` has it kept for the next array."""
-    if not _kept:
+def give_freed_memory_back(*, always: bool = False) -> None:
+    """Returns what is free to the system, unless `keep_freed_memory` has it kept for the next array.
+
+    ``always``: also then. For what nothing asks for again, such as a compiler's memory.
+    """
+    if always or not _kept:
         with contextlib.suppress(AttributeError, OSError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)

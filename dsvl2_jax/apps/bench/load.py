@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dsvl2_jax.apps.bench.measure import drop_from_page_cache, machine, need_at_least, own_bytes
+from dsvl2_jax.apps.bench.measure import drop_from_page_cache, machine, need_at_least, own_bytes, restart_peak
 from dsvl2_jax.apps.bench.random_checkpoint import random_checkpoint
 from dsvl2_jax.checkpoint.leaves import leaf_bytes
 from dsvl2_jax.checkpoint.load import load_params, open_orbax
@@ -179,7 +179,7 @@ def _measure(directory: Path, sizes: Mapping[str, int], dtype: str | None) -> Lo
     ones = jax.jit(lambda: jnp.ones(mesh.size), out_shardings=everywhere)()
     jax.jit(jnp.sum)(ones).block_until_ready()
     processes.gather("ready")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    restart_peak()
     baseline, before = own_bytes("VmRSS"), own_bytes("rchar")
     started = time.perf_counter()
     params = load_params(directory, config, dtype, mesh)

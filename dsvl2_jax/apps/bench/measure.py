@@ -46,6 +46,11 @@ def own_bytes(field: Literal["VmRSS", "VmHWM", "rchar"]) -> int:
     return process_bytes("self", field)
 
 
+def restart_peak() -> None:
+    """Has the kernel begin this process's high-water mark of resident memory (``VmHWM``) anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def process_bytes(process: int | Literal["self"], field: Literal["VmRSS", "VmHWM", "rchar"]) -> int:
     """The same of any process, by its id."""
     file = Path("/proc", str(process), "io" if field == "rchar" else "status")

@@ -18,14 +18,15 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from dsvl2_jax.apps.bench.measure import machine, need_at_least, need_torch, own_bytes
+from dsvl2_jax.apps.bench.measure import machine, need_at_least, need_torch, own_bytes, restart_peak
 from dsvl2_jax.apps.bench.side import Answers, Side
 from dsvl2_jax.errors import DSVL2Error
+from dsvl2_jax.runtime.malloc import give_freed_memory_back
 
 # Keys of `LanguageConfig` and of transformers' DeepseekV3Config alike. Routing as base's, sizes in its proportions.
 LANGUAGE = {
@@ -70,11 +71,13 @@ class Setting:
     experts: str = ""  # PyTorch: which of transformers' ways to run the routed experts
     compiled: bool = False  # PyTorch
     remat: str = ""  # ours: compute.remat
+    scan: bool = False  # ours: compute.scan_layers
     keep_memory: bool = False  # PyTorch; ours always does, as `keep_freed_memory` has it
     adapter: bool = False  # which alone is trained then
 
     def __str__(self) -> str:
-        how = f"remat {self.remat}" if self.remat else "compiled" if self.compiled else "eager"
+        ours = f"remat {self.remat}, layers in a {'scan' if self.scan else 'loop'}"
+        how = ours if self.remat else "compiled" if self.compiled else "eager"
         experts = [f"experts {self.experts}"] * bool(self.experts)
         return ", ".join([self.side, how, *experts, *["malloc keeps memory"] * self.keep_memory])
 
@@ -83,7 +86,7 @@ class Setting:
 TORCH_EAGER = [
     Setting("torch", experts, keep_memory=keep) for experts in ("eager", "grouped_mm") for keep in (False, True)
 ]
-OURS = [Setting("ours", remat=remat) for remat in ("dots", "none")]
+OURS = [Setting("ours", remat="dots", scan=True), Setting("ours", remat="none")]
 
 
 @dataclasses.dataclass
@@ -95,7 +98,8 @@ class Measured:
     loss: float  # of the first step
     base: float  # before the model was made, libraries loaded
     seconds: list[float] = dataclasses.field(default_factory=list)  # of every counted step
-    peak: float = math.nan  # high-water mark of the process, compilation included
+    peak: float = math.nan  # high-water mark of the process since the warm-up
+    first_peak: float = math.nan  # until then, compilation included
 
     @property
     def step(self) -> float:
@@ -150,9 +154,7 @@ def bench_train(
     def quickest(settings: list[Setting]) -> Setting:
         settings = [dataclasses.replace(setting, adapter=adapter) for setting in settings]
         trials.update((setting, _trial(setting, rows, length, TRIAL_STEPS)) for setting in settings)
-        done = [trial for trial in trials.values() if isinstance(trial, Measured)]
-        done = [trial for trial in done if trial.setting.side == settings[0].side]
-        if not done:
+        if not (done := _done(trials, settings[0].side)):
             raise DSVL2Error(f"no setting of {settings[0].side} runs; the reasons are above.")
         return min(done, key=lambda trial: trial.step).setting
 
@@ -169,6 +171,11 @@ def bench_train(
         result = TrainBench(rows, length, ours.measured, theirs.measured, trials)
     _print(result)
     return result
+
+
+def _done(trials: Mapping[Setting, Measured | str], side: str) -> list[Measured]:
+    """Of a side's trials those that ran."""
+    return [trial for trial in trials.values() if isinstance(trial, Measured) and trial.setting.side == side]
 
 
 def _trial(setting: Setting, rows: int, length: int, steps: int) -> Measured | str:
@@ -196,10 +203,13 @@ def _print(result: TrainBench) -> None:
         ("tokens/s", result.speed(theirs), result.speed(ours), result.speed(ours) / result.speed(theirs)),
         ("peak memory, GiB", theirs.model_peak, ours.model_peak, ours.model_peak / theirs.model_peak),
         ("peak of the process, GiB", theirs.peak, ours.peak, ours.peak / theirs.peak),
+        ("… while it compiles", theirs.first_peak, ours.first_peak, ours.first_peak / theirs.first_peak),
     ]
     for name, *values in table:
         print(f"{name:28}" + "".join(f"{value:10.2f}" for value in values))
     print(f"medians of {len(ours.seconds)} steps of each side, taken in turns; peak memory is without the libraries")
+    least = min(_done(result.trials, "ours"), key=lambda trial: trial.model_peak)
+    print(f"least memory of ours: {least.model_peak:.2f} GiB at {least.step:.2f} s a step, {least.setting}")
 
 
 class _Worker(Side):
@@ -245,7 +255,11 @@ def _work(job: dict[str, Any]) -> None:
     make = _ours if setting.side == "ours" else _torch
     step, parameters, base = make(ids.astype(np.int32), setting)
     loss, *_ = [step() for _ in range(WARM_UP)]
-    answers.give({"parameters": parameters, "loss": loss, "base": base})
+    if setting.side == "ours":
+        give_freed_memory_back(always=True)  # as `dsvl2 train` does
+    first_peak = own_bytes("VmHWM") / 2**30
+    restart_peak()
+    answers.give({"parameters": parameters, "loss": loss, "base": base, "first_peak": first_peak})
     for steps in answers.questions():
         seconds = []
         for _ in range(steps):
@@ -331,7 +345,7 @@ def _ours(ids: np.ndarray, setting: Setting) -> tuple[Callable[[], float], int, 
         stage=StageSettings(() if setting.adapter else rules, balance_loss_weight=0.0),
         adapter=AdapterStage("lora", RANK, ALPHA, targets=("/self_attn/",)) if setting.adapter else AdapterStage(),
         optimizer=OptimizerSettings(learning_rate=LEARNING_RATE),
-        compute=ComputeSettings(dtype="float32", remat=setting.remat, loss_chunk=256),
+        compute=ComputeSettings(dtype="float32", remat=setting.remat, scan_layers=setting.scan, loss_chunk=256),
     )
     batch = TrainBatch(
         ids=ids[None],
