@@ -29,8 +29,6 @@ from dsvl2_jax.messages import did_you_mean
 
 FUNCTION_FAILED = "function failed"  # the reason that samples are counted under when the function raises
 
-_EXAMPLE = "as in module.of.mine:record"
-
 
 @dataclasses.dataclass(frozen=True)
 class FunctionRecords:
@@ -65,7 +63,7 @@ class FunctionRecords:
     def digest(self) -> str:
         """SHA-256 of what makes the records what they are: name, arguments and number, and three records themselves.
 
-        The latter change where the function's code has, wherever it lies.
+        The latter, the first, the middle and the last, tell of changed code, wherever it lies.
 
         Raises DataError when the first record is another one each time, so that no run could continue exactly.
         """
@@ -147,7 +145,7 @@ def import_function(function: str) -> Callable[..., Any]:
         raise DataError(f"{function}: the module {module_name} has no {name}{did_you_mean(name, functions)}")
     found = getattr(module, name)
     if not callable(found):
-        raise DataError(f"{function}: is {type_name(found)}, expected a function, {_EXAMPLE}.")
+        raise DataError(f"{function}: is {type_name(found)}, expected a function.")
     return found
 
 
