@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import numbers
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -170,8 +171,13 @@ def literal(value: Any) -> str:
     if _is_dataclass(value):
         value = vars(value)
     if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{key} = {literal(inner)}' for key, inner in value.items())}}}"
+        return f"{{{', '.join(f'{toml_key(key)} = {literal(inner)}' for key, inner in value.items())}}}"
     return str(value)
+
+
+def toml_key(key: str) -> str:
+    """A key as TOML writes it, quoted where it must be."""
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else literal(key)
 
 
 class _Reader:
@@ -219,6 +225,8 @@ class _Reader:
                 return None
             (kind,) = (arg for arg in args if arg is not type(None))
             return self._value(kind, rule, raw, path)
+        if kind is Any:
+            return raw
         if _is_dataclass(kind):
             if isinstance(raw, kind):
                 return raw
@@ -233,7 +241,7 @@ class _Reader:
             return self._tuple(args, rule, raw, path)
         if origin is not None and issubclass(origin, Mapping):
             if not isinstance(raw, Mapping):
-                return self._wrong(path, "a table of tables", raw, rule.hint)
+                return self._wrong(path, "a table" if args[1] is Any else "a table of tables", raw, rule.hint)
             values = {key: self.value(args[1], Rule(), inner, (*path, key)) for key, inner in raw.items()}
             return {key: value for key, value in values.items() if value is not _MISSING}
         return self._scalar(kind, rule, raw, path)

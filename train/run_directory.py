@@ -238,8 +238,8 @@ class RunDirectory:
             raise RunError(
                 f"{self.path}: the data is not that of the run's start, so the run cannot resume exactly:\n"
                 f"{listed(changed)}\n"
-                "Put the files back to resume; or start a new run from its newest checkpoint: another run.directory, "
-                f"with model.checkpoint={self.path}."
+                "Put the files back, or the function's code, to resume; or start a new run from its newest checkpoint: "
+                f"another run.directory, with model.checkpoint={self.path}."
             )
 
     def _identity(self) -> Identity:

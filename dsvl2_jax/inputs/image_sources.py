@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image
 
 from dsvl2_jax.errors import DataError, ImageError, SampleError
 from dsvl2_jax.inputs.images import ImageSource
@@ -275,16 +276,16 @@ def resolve_image(reference: Any, store: ImageStore) -> ImageSource:
 
     Args:
       reference: a name; a ``data:`` URI or plain base64 of an image file; an object that has one of these under
-        ``path``, ``url``, ``base64``, ``bytes`` or ``data``; or a file's bytes already.
+        ``path``, ``url``, ``base64``, ``bytes`` or ``data``; or, from Python, a file's bytes or a picture already.
       store: where names are looked up.
 
     Returns:
-      A path, or a file's bytes.
+      A path, a file's bytes, a PIL image or an array.
 
     Raises:
       SampleError: it is none of these, is a web address, is broken base64, or names no image.
     """
-    if isinstance(reference, bytes):
+    if isinstance(reference, bytes | Image.Image | np.ndarray):
         return reference
     if isinstance(reference, Mapping):
         for key in ("base64", "bytes", "data", "url", "path"):
@@ -295,7 +296,11 @@ def resolve_image(reference: Any, store: ImageStore) -> ImageSource:
                 return resolve_image(value, store)
     if not isinstance(reference, str) or not reference:
         found = "an empty one" if isinstance(reference, str) else type(reference).__name__
-        raise SampleError(BAD_REFERENCE, f"an image is a file's name or base64 data; found {found}.")
+        raise SampleError(
+            BAD_REFERENCE,
+            f"an image is a file's name or base64 data, or from Python a file's bytes, a PIL image or an array; found "
+            f"{found}.",
+        )
     if reference.startswith("data:"):
         return decode_base64(data_uri_text(reference))
     if reference.startswith(("http://", "https://")):

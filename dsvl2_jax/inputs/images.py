@@ -154,7 +154,7 @@ def tile_image(
     canvas = select_best_resolution(image.size, candidates)
     cols, rows = canvas[0] // tile_size, canvas[1] // tile_size
     global_view = pad_image(image, (tile_size, tile_size), pad_colour)
-    local_view = pad_image(image, canvas, pad_colour)
+    local_view = pad_image(image, canvas, pad_colour) if (cols, rows) != (1, 1) else global_view
     local = local_view.reshape(rows, tile_size, cols, tile_size, 3).swapaxes(1, 2)
     return np.concatenate([global_view[None], local.reshape(-1, tile_size, tile_size, 3)]), (cols, rows)
 

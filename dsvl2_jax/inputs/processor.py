@@ -5,6 +5,7 @@ and `ModelInputs` is one sample: token ids, labels, tiles, and for every positio
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import warnings
@@ -31,6 +32,8 @@ from dsvl2_jax.model.config import NEWLINE_POSITION, SEPARATOR_POSITION, TEXT_PO
 
 # With more images than this in a conversation, none is cut into local tiles, unless a budget says so.
 MAX_TILED_IMAGES = 2
+
+_REMEMBERED_LENGTH = 24  # characters of a text whose tokens are remembered
 
 MAX_CANVASES = 1000  # that a processor_config.json may ask for; 100 tiles have fewer than 500
 
@@ -328,7 +331,7 @@ class Processor:
                     ids += [tokenizer.image_id] * len(positions)
                     labels += [ignore] * len(positions)
                     index += positions.tolist()
-                new = tokenizer.encode(text, special=piece.is_token or not self.strict_special_tokens)
+                new = _encoded(tokenizer, text, piece.is_token or not self.strict_special_tokens)
                 ids += new
                 learnt = not piece.masked and (piece.supervised or not mask_prompt)
                 labels += new if learnt else [ignore] * len(new)
@@ -340,6 +343,18 @@ class Processor:
         for cols, rows in grid.tolist():
             yield image_positions(cols, rows, self.config.tokens_per_side, first_tile, self.global_view_pos)
             first_tile += 1 + cols * rows
+
+
+def _encoded(tokenizer: Tokenizer, text: str, special: bool) -> Sequence[int]:
+    """`Tokenizer.encode`, which is remembered of short texts: the template's, which every turn has, above all."""
+    if len(text) > _REMEMBERED_LENGTH:
+        return tokenizer.encode(text, special)
+    return _encoded_short(tokenizer, text, special)
+
+
+@functools.lru_cache(1 << 12)
+def _encoded_short(tokenizer: Tokenizer, text: str, special: bool) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(text, special))
 
 
 def _with_frames(pieces: Sequence[Piece], counts: Sequence[int]) -> list[Piece]:

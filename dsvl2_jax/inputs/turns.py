@@ -213,7 +213,7 @@ def _read_parts(parts: Iterable[Any], label: str) -> tuple[str, list[Any], tuple
 
 def listed(values: Mapping[str, Any], keys: Sequence[str], label: str) -> list[Any]:
     """What stands under one of two keys: one thing, or a list. Raises ConversationError where both have some."""
-    given = [values[key] for key in keys if not says_nothing(values.get(key))]
+    given = [values[key] for key in keys if key in values and not says_nothing(values[key])]
     if len(given) > 1 and not _same(*given):
         raise ConversationError(f'{label}"{keys[0]}" and "{keys[1]}" are both given. Use one of the two.')
     return [] if not given else list(given[0]) if isinstance(given[0], list | tuple) else [given[0]]

@@ -39,6 +39,7 @@ ALLOWED = {
     ("dsvl2_jax/runtime/ports.py", "socket"): "whether an address is this host's; nothing is listened to",
     ("dsvl2_jax/__init__.py", "importlib.import_module"): "the package's own modules, by a table of constants",
     ("dsvl2_jax/runtime/lazy.py", "importlib.import_module"): "modules of libraries, by names written in our sources",
+    ("train/data/function.py", "importlib.import_module"): "the function that the user's own training settings name",
     ("dsvl2_jax/apps/plan/saved_plans.py", "importlib.import_module"): "the package's own folders, for their sources",
     ("dsvl2_jax/checkpoint/locate.py", "huggingface_hub"): "downloads a hub id: data files by an allow-list",
     ("dsvl2_jax/checkpoint/pytorch_file.py", "pickle"): "an unpickler that finds nothing but functions of its own",

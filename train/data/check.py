@@ -8,15 +8,16 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dsvl2_jax import fields
 from dsvl2_jax.checkpoint.locate import resolve
 from dsvl2_jax.checkpoint.staging import replacing
 from dsvl2_jax.errors import DataError, UsageError
@@ -29,8 +30,10 @@ from dsvl2_jax.inputs.tokenizer import DET_TOKEN
 from dsvl2_jax.model.config import TEXT_POSITION
 from dsvl2_jax.runtime.console import PrintableConsole
 from dsvl2_jax.runtime.progress import progress
-from dsvl2_jax.train.data.notes import BOXES, GUESSED, UNUSED, Notes, UnusedKey
+from dsvl2_jax.train.data.notes import BOXES, GUESSED, UNUSED, Notes, UnusedKey, split_name
 from dsvl2_jax.train.data.samples import SampleSource, SkippedSample
+from dsvl2_jax.train.settings.check import FUNCTION_NAME, check_function
+from dsvl2_jax.train.settings.load import parse_value
 from dsvl2_jax.train.settings.schema import DataSettings, SourceSettings
 
 _AT_A_TIME = 512  # samples handed to the threads; bounds what waits
@@ -103,18 +106,23 @@ def examine(
     tiles_per_sequence: int = 20,
     mask_prompt: bool = False,
     most_problems: int = 20,
+    count: int | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Summary:
     """Reads every sample once, on all cores.
 
     Args:
-      path, images, follow_links, boxes: as in `SourceSettings`.
+      path, images, follow_links, boxes, arguments: as in `SourceSettings`.
       mask_prompt: count answers alone as learnt.
       most_problems: how many are kept in words; all are counted.
+      count: None: ``path`` names files; else it names a function, as "module:name", with so many records.
 
     Raises:
-      DataError: there is no file, no sample or no folder of images.
+      DataError: there is no file, no sample, no folder of images or no such function.
+      UsageError: options that a function does not have.
     """
-    source = _open(path, processor, images, follow_links, boxes, mask_prompt)
+    settings = _settings(path, images, follow_links, boxes, count, arguments or {})
+    source = _open(settings, processor, mask_prompt)
     det = processor.tokenizer.encode(DET_TOKEN)[0]
     notes, without_loss, with_boxes = Notes(), 0, []
     broken: Counter[str] = Counter()
@@ -171,6 +179,8 @@ def check(
     min_tiles: int | None = None,
     frames: int | None = None,
     frame_choice: str | None = None,
+    count: int | None = None,
+    arguments: Sequence[str] = (),
     most_problems: int = 20,
     histogram: Path | None = None,
     draw: Path | None = None,
@@ -181,6 +191,7 @@ def check(
     Args:
       checkpoint: whose tokenizer and tiling; None: the bundled model's. The others are as in `examine`.
       as_seen, max_tiles, min_tiles, frames, frame_choice: as the settings of these names under ``data``.
+      arguments: of a function, each as "name=value" with a value as `dsvl2 train` reads one.
       histogram: a PNG to write.
       draw: a folder to write the pictures of some samples to, with their boxes.
       as_json: prints one JSON object instead of tables.
@@ -195,6 +206,8 @@ def check(
         raise UsageError(f"--histogram {histogram}: give a file name that ends in .png.")
     if boxes not in (AUTO, *BOX_KINDS):
         raise UsageError(f"--boxes {boxes}: is none of {', '.join((AUTO, *BOX_KINDS))}.")
+    given = _arguments(arguments)
+    settings = _settings(path, images, follow_links, boxes, count, given)
     processor = Processor.from_dir(resolve(checkpoint), as_seen=as_seen, warns=False)
     processor.set_visuals(max_tiles, min_tiles, frames, frame_choice)
     if draw is not None:
@@ -209,6 +222,8 @@ def check(
         tiles_per_sequence=tiles_per_sequence,
         mask_prompt=mask_prompt,
         most_problems=most_problems,
+        count=count,
+        arguments=given,
     )
     if as_json:
         print(json.dumps(summary.as_dict(), indent=2, ensure_ascii=False))
@@ -217,9 +232,7 @@ def check(
     if histogram is not None:
         draw_histogram(summary, histogram)
     if draw is not None:
-        drawn = _draw_samples(
-            _open(path, processor, images, follow_links, boxes, mask_prompt), summary.with_boxes, draw
-        )
+        drawn = _draw_samples(_open(settings, processor, mask_prompt), summary.with_boxes, draw)
         print(f"pictures with boxes in {draw}: {drawn}", file=sys.stderr if as_json else sys.stdout)
     return 1 if summary.broken_samples else 0
 
@@ -247,11 +260,35 @@ def draw_histogram(summary: Summary, path: Path) -> None:
         figure.savefig(new, dpi=120, format=path.suffix.removeprefix(".") or "png")
 
 
-def _open(
-    path: str, processor: Processor, images: str, follow_links: bool, boxes: str, mask_prompt: bool
-) -> SampleSource:
+def _settings(
+    path: str, images: str, follow_links: bool, boxes: str, count: int | None, arguments: Mapping[str, Any]
+) -> SourceSettings:
+    """What is checked. Raises UsageError for options that do not go together."""
     settings = SourceSettings(path=path, images=images, follow_links=follow_links, boxes=boxes)
-    return SampleSource(path, settings, processor, DataSettings(mask_prompt=mask_prompt))
+    if count is None and arguments:
+        raise UsageError("--argument is of a function. Give --count too, the number of its records to check.")
+    if count is None:
+        if FUNCTION_NAME.fullmatch(path) and not os.path.exists(path):
+            raise UsageError(f"{path}: no such file. If it is a function, give --count, the number of records to read.")
+        return settings
+    settings = dataclasses.replace(settings, path="", function=path, count=count, arguments=arguments)
+    fields.refuse(check_function(settings, ()), UsageError, f"{path}: cannot be checked as a function:")
+    return settings
+
+
+def _arguments(given: Sequence[str]) -> dict[str, Any]:
+    arguments = {}
+    for text in given:
+        name, separator, value = text.partition("=")
+        if not separator or not name.strip():
+            raise UsageError(f"--argument {text}: is not of the form NAME=VALUE, such as seed=4.")
+        arguments[name.strip()] = parse_value(value.strip())
+    return arguments
+
+
+def _open(settings: SourceSettings, processor: Processor, mask_prompt: bool) -> SampleSource:
+    label = settings.path or settings.function.partition(":")[2]
+    return SampleSource(label, settings, processor, DataSettings(mask_prompt=mask_prompt))
 
 
 def _make(folder: Path) -> None:
@@ -262,10 +299,13 @@ def _make(folder: Path) -> None:
 
 
 def _draw_samples(source: SampleSource, indices: Sequence[int], folder: Path) -> int:
-    """Writes the images of samples with their boxes as FILE-LINE-IMAGE.png, and returns how many."""
+    """Writes the images of samples with their boxes, and returns how many.
+
+    They are FILE-LINE-IMAGE.png, of a function NAME-NUMBER-IMAGE.png.
+    """
     drawn = 0
     for index in indices:
-        file, _, line = source.name(index).rpartition(":")
+        file, line, _ = split_name(source.name(index))
         for number, (image, boxes) in enumerate(source.with_boxes(index)):
             if not boxes:
                 continue

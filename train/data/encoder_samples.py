@@ -132,7 +132,7 @@ def parse_regions(record: Any, own_images: Sequence[Any] = ()) -> Regions:
     if not images:
         raise SampleError(NO_IMAGE, "has no image, which training on regions needs.")
     given = record.get("regions")
-    if not isinstance(given, list) or not given:
+    if not isinstance(given, list | tuple) or not given:
         raise SampleError(BAD_RECORD, f'"regions" is {type_name(given)}, expected a list of one or more regions.')
     boxes = []
     for number, region in enumerate(given, 1):
@@ -141,9 +141,9 @@ def parse_regions(record: Any, own_images: Sequence[Any] = ()) -> Regions:
             raise SampleError(BAD_RECORD, f"{name} is {type_name(region)}, expected an object.")
         box = region.get("box")
         if not (
-            isinstance(box, list)
+            isinstance(box, list | tuple)
             and len(box) == 4
-            and all(isinstance(x, int | float) and -1e9 < x < 1e9 for x in box)
+            and all(isinstance(x, int | float | np.number) and -1e9 < x < 1e9 for x in box)
             and box[0] < box[2]
             and box[1] < box[3]
         ):

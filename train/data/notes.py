@@ -19,16 +19,24 @@ UNUSED, BOXES, GUESSED = "unused_keys", "box_kind", "box_kind_guessed"
 
 @dataclasses.dataclass
 class UnusedKey:
-    """A key that is not used, in one file."""
+    """A key that is not used, in one file or in a function's records."""
 
     file: str
     key: str
-    first: str  # sample, as "file:line"
+    first: str  # sample, as "file:line" or "data.train.drawn[7]"
     samples: int = 0
 
     def __str__(self) -> str:
-        line = self.first.rpartition(":")[2]
-        return f"{self.file}: {self.key!r} is not used (samples: {self.samples:,}, the first in line {line})"
+        _, place, made = split_name(self.first)
+        first = f"the first is number {place}" if made else f"the first in line {place}"
+        return f"{self.file}: {self.key!r} is not used (samples: {self.samples:,}, {first})"
+
+
+def split_name(name: str) -> tuple[str, str, bool]:
+    """A sample's file and line (or key, in a shard), or its source and number, and whether it is of a function."""
+    made = ":" not in name  # as the name of every sample of a file has
+    file, _, place = name.removesuffix("]").rpartition("[") if made else name.rpartition(":")
+    return file, place, made
 
 
 class Notes:
@@ -43,13 +51,14 @@ class Notes:
     def take(self, sample: dict[str, Any]) -> Iterator[str]:
         """Counts a sample, removes its keys of this module, and gives what is to be said now, by its name."""
         keys, kind, guessed = sample.pop(UNUSED, ()), sample.pop(BOXES, ""), sample.pop(GUESSED, False)
-        file = sample["name"].rpartition(":")[0]
+        file, _, made = split_name(sample["name"])
         for key in keys:
             self._unused.setdefault((file, key), UnusedKey(file, key, sample["name"])).samples += 1
         if keys and file not in self._files:
             self._files.add(file)
             if len(self._files) <= MAX_LISTED:
-                yield f"{', '.join(map(repr, keys))} not used, here and in later samples of the file (see docs/data.md)"
+                said, where = ", ".join(map(repr, keys)), "function" if made else "file"
+                yield f"{said} not used, here and in later samples of the {where} (see docs/data.md)"
         if kind:
             self.boxes[kind] += 1
             if guessed:

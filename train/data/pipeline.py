@@ -1,6 +1,6 @@
-"""The data pipeline: files to packed steps, in a mixture, shuffled, read by workers, and resumed exactly.
+"""The data pipeline: sources to packed steps, in a mixture, shuffled, read by workers, and resumed exactly.
 
-    files ─ shuffle each epoch ─ streams ─ mix ─► read, tokenise, tile (workers) ─► drop unusable ─► pack ─► TrainBatch
+    source ─ shuffle each epoch ─ streams ─ mix ─► read, tokenise, tile (workers) ─► drop unusable ─► pack ─► TrainBatch
 
 Everything up to the workers is random access, so that where a run stands is one number: samples read. It does not
 depend on the number of workers, processes or devices, which may change when a run resumes.
@@ -62,7 +62,7 @@ _WHOLE = TOO_LONG | {NO_IMAGE, NO_ATTRIBUTE, NO_LOSS}
 _LAST_PROBLEMS = 5  # shown when the run stops
 AS_SEEN = "data.as_seen = true"  # what a note about pictures names
 _BUFFER = 4  # samples that a worker or thread holds ready
-_SHARED_MEMORY_FROM = 1 << 16  # bytes; smaller arrays are cheaper to copy through the pipe
+_SHARED_MEMORY_FROM = 1 << 19  # bytes; smaller arrays are cheaper to copy through the pipe, by half at 100 kB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,10 @@ class DataStats:
 
 @dataclasses.dataclass(frozen=True)
 class StepData:
-    """This process's part of a step's batch, the step's samples that it has read (``file:line``), and the counts."""
+    """This process's part of a step's batch, the step's samples that it has read by name, and the counts.
+
+    A name is ``file:line``, or ``data.train.NAME[number]`` where a function makes the records.
+    """
 
     batch: TrainBatch
     sources: list[str]

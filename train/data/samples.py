@@ -22,6 +22,7 @@ from dsvl2_jax.inputs.records import Record, learnt_boxes, parse_record, process
 from dsvl2_jax.train.data import notes, packing
 from dsvl2_jax.train.data.encoder_samples import Pairs, parse_regions, process_pair, process_regions
 from dsvl2_jax.train.data.files import DataFile, data_paths, open_data_file
+from dsvl2_jax.train.data.function import FunctionRecords, NoNames, open_function
 from dsvl2_jax.train.data.packing import RowShape
 from dsvl2_jax.train.settings.schema import DataSettings, Settings, SourceSettings
 
@@ -49,13 +50,15 @@ class SampleSource:
         shape: RowShape | None = None,
         pairs: Pairs | None = None,
     ):
-        """Finds and indexes the files. Raises DataError, naming `label`, if there is no file or no sample.
+        """Finds and indexes the files, or imports the function.
+
+        Raises DataError, naming `label`, if there is no file, no sample or no such function.
 
         `shape` is the rows' to which samples are fitted; None: they stay as they are. With `pairs` every sample becomes
         one image and its text.
         """
         self.label = label
-        self.files: list[DataFile] = [open_data_file(path) for path in data_paths(source.path, label)]
+        self.files = open_files(label, source)
         self._ends = np.cumsum([len(file) for file in self.files])
         if not len(self):
             raise DataError(f"{source.path}: no samples ({label}). The file is empty, or the archive has no texts.")
@@ -123,7 +126,7 @@ class SampleSource:
         return element | {"image_traits": inputs.image_traits, "attributes": attributes}
 
     def name(self, index: int) -> str:
-        """A sample's, as "file:line"."""
+        """A sample's, as "file:line", or "data.train.drawn[7]" of a function's."""
         file, number = self._locate(index)
         return file.name(number)
 
@@ -142,10 +145,19 @@ class SampleSource:
         return self.files[number], index - (int(self._ends[number - 1]) if number else 0)
 
     def _store(self, file: DataFile) -> ImageStore:
+        if isinstance(file, FunctionRecords):
+            return NoNames()
         folder = "" if self._source.images else os.path.dirname(file.path)
         if folder not in self._stores:
             self._stores[folder] = open_images(self._source.images, file.path, self._source.follow_links)
         return self._stores[folder]
+
+
+def open_files(label: str, source: SourceSettings) -> list[DataFile]:
+    """The files of a source, or the records of its function. Raises DataError as these do."""
+    if source.function:
+        return [open_function(label, source.function, source.arguments, source.count)]
+    return [open_data_file(path) for path in data_paths(source.path, label)]
 
 
 def open_sources(
@@ -171,18 +183,18 @@ def open_sources(
 
 
 def fingerprint(settings: Settings) -> dict[str, str]:
-    """Path → hash of every data file of training and validation.
+    """Path → hash of every data file of training and validation; the name of a function's source → that of its records.
 
     JSON and text files are hashed whole; tar shards by their members' names, places and sizes; images in folders
-    are not looked at. Raises DataError as `open_training` does.
+    are not looked at; of a function's records three are made. Raises DataError as `open_training` does, and for a
+    function that makes the same record otherwise the second time.
     """
     digests: dict[str, str] = {}
     for label, sources in (("data.train", settings.data.train), ("data.validation", settings.data.validation)):
         for name, source in sources.items():
             if label == "data.train" and source.weight <= 0:
                 continue
-            for path in data_paths(source.path, f"{label}.{name}"):
-                digests[path] = open_data_file(path).digest
+            digests |= {file.path: file.digest for file in open_files(f"{label}.{name}", source)}
             if source.images.endswith(".tar"):
                 digests |= {path: index_tar(path).digest for path in expand_paths(source.images, "image shards")}
     return digests

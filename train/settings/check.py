@@ -9,8 +9,10 @@ import re
 from collections.abc import Iterator
 
 from dsvl2_jax.errors import UsageError
-from dsvl2_jax.fields import Problem
-from dsvl2_jax.train.settings.schema import DataSettings, Settings
+from dsvl2_jax.fields import Path, Problem, literal
+from dsvl2_jax.train.settings.schema import DataSettings, Settings, SourceSettings
+
+FUNCTION_NAME = re.compile(r"\w+(\.\w+)*:\w+")  # module:name
 
 
 def check_sources(data: DataSettings) -> Iterator[Problem]:
@@ -23,10 +25,32 @@ def check_sources(data: DataSettings) -> Iterator[Problem]:
             path = ("data", part, name)
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
                 yield Problem(path, "a data set's name is made of letters, digits, - and _.")
+            elif source.function:
+                yield from check_function(source, path)
+            elif source.count or source.arguments:
+                yield Problem((*path, "function"), "must be given with count and arguments, which are a function's.")
             elif not source.path:
                 field = f"data.{part}.{name}"
                 without = f", or leave the data set out by {field}.weight=0" if part == "train" else ""
                 yield Problem((*path, "path"), f"must be given, as in {field}.path=my.jsonl{without}")
+
+
+def check_function(source: SourceSettings, path: Path) -> Iterator[Problem]:
+    """What a data set that a function gives has, and what it has not."""
+    if source.path:
+        text = "must be left out beside path: a data set is files or what a function gives. Empty one of the two."
+        yield Problem((*path, "function"), text)
+        return
+    if not FUNCTION_NAME.fullmatch(source.function):
+        text = f"must be module:name, as in my_package.pictures:record, not {literal(source.function)}."
+        yield Problem((*path, "function"), text)
+    if source.count < 1:
+        text = f"must be positive, not {source.count}: so many records of the function are an epoch."
+        yield Problem((*path, "count"), text)
+    for name in ("images", "follow_links"):
+        if getattr(source, name):
+            text = "must be left out beside function, which gives its images themselves and not by name."
+            yield Problem((*path, name), text)
 
 
 def check_rules(settings: Settings) -> Iterator[Problem]:

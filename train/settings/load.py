@@ -16,7 +16,7 @@ from typing import Any
 
 from dsvl2_jax import fields
 from dsvl2_jax.errors import SettingsError
-from dsvl2_jax.fields import Problem, literal
+from dsvl2_jax.fields import Problem, literal, toml_key
 from dsvl2_jax.json_files import parse_toml, read_toml
 from dsvl2_jax.messages import did_you_mean
 from dsvl2_jax.train.settings import check
@@ -74,7 +74,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, accept_old_names: b
             stray.append(f"{override!r} is not of the form table.key=value, such as run.steps=100.")
             continue
         given.add(keys)
-        if not _set(raw, keys, _parse(text.strip(), fields.type_at(Settings, keys))):
+        if not _set(raw, keys, parse_value(text.strip(), fields.type_at(Settings, keys))):
             problems.append(Problem(keys, "is inside something that is not a table."))
     settings, wrong_fields = fields.build(Settings, raw, accept_old_names=accept_old_names)
     problems += wrong_fields
@@ -141,11 +141,12 @@ def _described(cls: Any, table: str) -> Iterator[str]:
             inner.append((hint, f"[{name}]"))
         elif typing.get_origin(hint) is tuple and dataclasses.is_dataclass(typing.get_args(hint)[0]):
             inner.append((typing.get_args(hint)[0], f"[[{name}]]"))
-        elif typing.get_origin(hint) is Mapping:
+        elif typing.get_origin(hint) is Mapping and dataclasses.is_dataclass(typing.get_args(hint)[1]):
             inner.append((typing.get_args(hint)[1], f"[{name}.NAME]"))
         else:
             choices = f"{' | '.join(rule.choices)}; " if rule.choices else ""
-            text = f"{field.name} = {literal(field.default)}  # {choices}{rule.help}"
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            text = f"{field.name} = {literal(default)}  # {choices}{rule.help}"
             yield textwrap.fill(text, 100, subsequent_indent="    # ", break_on_hyphens=False)
     if table:
         yield ""
@@ -168,8 +169,8 @@ def _set(raw: dict[str, Any], keys: tuple[str, ...], value: Any) -> bool:
     return True
 
 
-def _parse(text: str, kind: Any) -> Any:
-    """A TOML value; the text itself where a string is expected, or where it is no TOML."""
+def parse_value(text: str, kind: Any = None) -> Any:
+    """A TOML value of a command line; the text itself where a string is expected, or where it is no TOML."""
     try:
         parsed = parse_toml(f"value = {text}")
     except ValueError:
@@ -196,10 +197,10 @@ def _tables(value: Any, name: str) -> Iterator[str]:
     plain = {key: x for key, x in items.items() if key not in inner}
     if name and plain:
         yield f"[{name}]"
-        yield from (f"{key} = {literal(x)}" for key, x in plain.items())
+        yield from (f"{toml_key(key)} = {literal(x)}" for key, x in plain.items())
         yield ""
     for key, x in inner.items():
-        path = f"{name}.{key}" if name else key
+        path = f"{name}.{toml_key(key)}" if name else key
         if isinstance(x, tuple):
             for rule in x:
                 yield f"[[{path}]]"

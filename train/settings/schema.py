@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from dsvl2_jax.fields import setting
 from dsvl2_jax.inputs.frame_choice import EVEN, FRAME_CHOICES, FRAMES, MAX_FRAMES
@@ -51,7 +52,7 @@ class SourceSettings:
     path: str = setting(
         "",
         help="JSON Lines (.gz, .zst), a JSON array, Parquet, .arrow, plain text or tar; a glob pattern may name "
-        "several files, or a folder a Hugging Face data set; must be given",
+        "several files, or a folder a Hugging Face data set; must be given, or a function",
     )
     weight: float = setting(
         1.0, least=0, help="share of the samples drawn from it, relative to the others (training only); 0: left out"
@@ -67,6 +68,13 @@ class SourceSettings:
     follow_links: bool = setting(
         False, may_change=True, help="true: links in the folder of images may lead out of it, as to a store of files"
     )
+    function: str = setting(
+        "",
+        help="instead of a path: module:name of a Python function that gives one record for each number from 0; see "
+        "docs/data.md",
+    )
+    count: int = setting(0, least=0, help="records of the function that make an epoch; must be given with it")
+    arguments: Mapping[str, Any] = setting(factory=dict, help="keywords that the function is called with, a table")
 
 
 @dataclasses.dataclass(frozen=True)

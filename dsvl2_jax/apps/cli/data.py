@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from dsvl2_jax.apps.cli.options import FrameChoice, command_group, needs_train_extra
+from dsvl2_jax.apps.cli.options import Arguments, FrameChoice, command_group, needs_train_extra
 
 
 def check(
@@ -27,6 +27,8 @@ def check(
     min_tiles: int | None = None,
     frames: int | None = None,
     frame_choice: FrameChoice | None = None,
+    count: int | None = None,
+    argument: Arguments = (),
     problems: int = 20,
     histogram: Path | None = None,
     draw: Path | None = None,
@@ -49,6 +51,8 @@ def check(
         min_tiles: cut an image into at least this many tiles, as with the setting data.min_tiles.
         frames: take at most this many frames of a video, as with the setting data.frames; 8 without it.
         frame_choice: as with the setting data.frame_choice; even without it.
+        count: FILE is a Python function, as module:name, and so many of its records are checked.
+        argument: keyword that the function is called with; may be given several times.
         problems: how many broken samples to list; all are counted.
         histogram: PNG to draw token and tile counts to.
         draw: folder to write pictures of up to 20 samples to, with their boxes.
@@ -71,6 +75,8 @@ def check(
             min_tiles=min_tiles,
             frames=frames,
             frame_choice=frame_choice,
+            count=count,
+            arguments=argument,
             most_problems=problems,
             histogram=histogram,
             draw=draw,

@@ -97,7 +97,8 @@ OPTIONS = {
     "data check": {
         "--ckpt": "None", "--images": "''", "--follow-links": "False", "--sequence-length": "4096",
         "--tiles-per-sequence": "20", "--mask-prompt": "False", "--problems": "20", "--histogram": "None",
-        "--json": "False", "--as-seen": "False", "--boxes": "auto", "--draw": "None", **VISUALS,
+        "--json": "False", "--as-seen": "False", "--boxes": "auto", "--draw": "None", "--count": "None",
+        "--argument": "repeatable", **VISUALS,
     },
     "data import": {},
     "plot": {"--out": "plot.png"},

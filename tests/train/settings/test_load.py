@@ -195,7 +195,7 @@ def test_the_help_lists_every_setting_with_its_default_and_meaning():
                 yield from tables(inner, path)
             elif isinstance(inner, tuple) and dataclasses.is_dataclass(inner[0]):
                 yield from tables(inner[0], f"[{path}]")
-            elif isinstance(inner, dict):
+            elif isinstance(inner, dict) and inner:
                 yield from tables(inner["NAME"], f"{path}.NAME")
             else:
                 yield name, field.name, inner, fields.rule_of(field)
@@ -228,6 +228,58 @@ def test_written_settings_load_as_they_were(file, tmp_path):
     loaded = dataclasses.replace(loaded, run=dataclasses.replace(loaded.run, directory=directory))
     (tmp_path / "copy.toml").write_text(to_toml(loaded))
     assert load(tmp_path / "copy.toml") == loaded
+
+
+MADE = "{function='my.module:record', count=5"
+
+
+def test_a_function_and_its_arguments(file, tmp_path):
+    loaded = load(
+        file,
+        [
+            "data.train.vl.path=",
+            "data.train.vl.function=my.module:record",
+            "data.train.vl.count=2_000_000",
+            "data.train.vl.arguments.mixture=simple",
+            "data.train.vl.arguments.seed=4",
+            "data.train.vl.arguments.sizes={'größe 1'=[1, 2.5], inner={on=true}}",
+        ],
+    )
+    source = loaded.data.train["vl"]
+    assert (source.function, source.count, source.weight) == ("my.module:record", 2_000_000, 0.7)
+    sizes = {"größe 1": [1, 2.5], "inner": {"on": True}}
+    assert source.arguments == {"mixture": "simple", "seed": 4, "sizes": sizes}
+    (tmp_path / "copy.toml").write_text(to_toml(loaded))
+    assert load(tmp_path / "copy.toml") == loaded
+    other = load(tmp_path / "copy.toml", ["data.train.vl.arguments.seed=5", "data.train.vl.arguments.turns=2"])
+    assert differences(loaded, other) == [
+        "data.train.vl.arguments.seed: 4 at the start of the run, now 5",
+        "data.train.vl.arguments.turns: absent at the start of the run, now 2",
+    ]
+    for name, value in (("function", "my.module:other"), ("count", "7")):
+        (line,) = differences(loaded, load(tmp_path / "copy.toml", [f"data.train.vl.{name}={value}"]))
+        assert line.startswith(f"data.train.vl.{name}: ")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.train.vl.function=a:b", "data.train.vl.function: must be left out beside path"),
+        (f"data.train.new={MADE}, path='a.jsonl'}}", "data.train.new.function: must be left out beside path"),
+        (f"data.train.new={MADE}, images='pictures'}}", "data.train.new.images: must be left out beside function"),
+        (f"data.train.new={MADE}, follow_links=true}}", "data.train.new.follow_links: must be left out beside"),
+        (f"data.train.new={MADE}, arguments=3}}", "data.train.new.arguments: must be a table, not 3"),
+        (f"data.validation.new={MADE}, count2=3}}", "data.validation.new.count2: unknown key; did you mean count?"),
+        ("data.train.new.function=a.b", 'must be module:name, as in my_package.pictures:record, not "a.b"'),
+        ("data.train.new={function='a.b:c'}", "data.train.new.count: must be positive, not 0"),
+        ("data.train.new={function='a.b:c', count=-1}", "data.train.new.count: must be 0 or more, not -1"),
+        ("data.train.new.count=3", "data.train.new.function: must be given with count and arguments"),
+        ("data.train.vl.count=3", "data.train.vl.function: must be given with count and arguments"),
+        ("data.train.vl.arguments.seed=3", "data.train.vl.function: must be given with count and arguments"),
+    ],
+)
+def test_what_is_wrong_with_a_function(file, override, expected):
+    assert expected in problems(file, override)
 
 
 def test_every_field_is_written(file):
