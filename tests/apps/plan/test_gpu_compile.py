@@ -179,9 +179,9 @@ def checked(monkeypatch: pytest.MonkeyPatch, config: Config, job: Job, place: st
     """Plans a job, and looks at its program. ``most``: bytes of temporaries, beside weights and gradients."""
     texts: list[str] = []
 
-    def keep(text: str, *turns: float) -> Any:
+    def keep(text: str, *arguments: Any, **named: Any) -> Any:
         texts.append(text)
-        return walk(text, *turns)
+        return walk(text, *arguments, **named)
 
     monkeypatch.setattr(planner, "walk", keep)
     found = planner.plan(config, job, topology(place))
