@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 
 import pytest
@@ -101,12 +102,18 @@ def test_adapters_are_trained_on_one_chip(size, name, kind):
     assert planned(size, job, name)["flops_ratio"] <= 1.10
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "float8"])
-def test_a_decode_step_reads_quantized_weights_as_they_lie(kind):
-    """Two layers of small on one chip; what the compiler converts, it converts where a product takes it."""
-    config, quantization = Config.from_dict(released_config("small")), Quantization(kind)
+@functools.cache
+def bytes_beyond_the_least(kind: str | None) -> float:
+    """That a decode step of two layers of small moves on one chip, in bfloat16 or quantized."""
+    config, quantization = Config.from_dict(released_config("small")), kind and Quantization(kind)
     config = dataclasses.replace(config, language=dataclasses.replace(config.language, num_hidden_layers=2))
     mesh = make_mesh(devices=compile_devices(topology("v5e-1")))
     job = {"batch": 16, "sequence": 2176, "quantization": quantization}
     text = lower_inference("decode", config, mesh, **job).compile().as_text()
-    assert walk(text).bytes <= 1.15 * decode_work(config, 16, 2176, quantization=quantization).bytes
+    return walk(text).bytes - decode_work(config, 16, 2176, quantization=quantization).bytes
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "float8"])
+def test_a_decode_step_reads_quantized_weights_as_they_lie(kind):
+    """What the compiler converts, it converts where a product takes it: sampling and small copies are all the rest."""
+    assert bytes_beyond_the_least(kind) <= 1.05 * bytes_beyond_the_least(None)
