@@ -178,3 +178,12 @@ def data_url(image: Image.Image, kind: str = "png") -> str:
     buffer = io.BytesIO()
     image.save(buffer, kind)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Returns once a condition holds that another thread brings about."""
+    for _ in range(3000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not happen within half a minute")

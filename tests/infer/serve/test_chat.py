@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
 
 import httpx2 as httpx
 import pytest
+from thread_engine import wait_for
 
 from dsvl2_jax.infer.request import FailedError, RefusedError
 from dsvl2_jax.infer.sampling import SamplingParams
@@ -263,12 +263,3 @@ def test_a_client_that_goes_away_amid_a_stream_frees_its_slot(running, shapes_ur
     wait_for(lambda: running.engine.answers[-1].cancelled)
     metrics = running.http.get("/metrics").text
     assert 'request_success_total{finished_reason="abort",model_name="micro"}' in metrics
-
-
-def wait_for(condition):
-    """Returns once a condition holds that another thread brings about."""
-    for _ in range(3000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it did not happen within half a minute")

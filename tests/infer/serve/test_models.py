@@ -7,7 +7,7 @@ import logging
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from thread_engine import ThreadEngine
+from thread_engine import ThreadEngine, wait_for
 
 import dsvl2_jax
 from dsvl2_jax.errors import UsageError
@@ -83,8 +83,13 @@ def test_metrics_and_the_log_tell_which_model_was_asked(server, caplog):
     with caplog.at_level(logging.INFO, logger="dsvl2.serve.access"):
         for name in ("red", "red", "gpt-4o", "green"):
             server.http.post(CHAT, json=HELLO | {"model": name})
+
+        def asked():
+            return [record.args[-2] for record in caplog.records if record.args[1] == CHAT]
+
+        wait_for(lambda: len(asked()) == 4)  # a line is written once its answer is on its way
     assert {model: count(model) - before[model] for model in before} == {"micro": 1, "red": 2}
-    assert [record.args[-2] for record in caplog.records if record.args[1] == CHAT] == ["red", "red", "micro", "-"]
+    assert asked() == ["red", "red", "micro", "-"]
 
 
 def test_adapters_on_the_command_line():
